@@ -1,0 +1,85 @@
+# make demo            train a language model with torch.nn and with fused_rnn
+# make test            the fast tests
+# make test-reference  the fast tests as if the C++ library had not been built
+# make test-all        all tests, then test-reference
+# make lint            ruff and clang-format
+# make clean           remove what was built; .venv stays (git clean -xdf removes that too)
+#
+# Each installs what it needs into .venv first. With FUSED_RNN_SKIP_BUILD=1 in the environment
+# nothing is compiled. Variables: PYTHON, PIP_ARGS, TORCH_INDEX (an extra
+# package index, as https://download.pytorch.org/whl/cpu for the small build without CUDA),
+# WORKERS, PYTEST_ARGS, DEMO_ARGS.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+TORCH_INDEX ?=
+WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := .venv/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+	$(PIP_ARGS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+# Either kind of installation has a stamp of its own, so that one which built nothing does not
+# pass for a build later on.
+SKIP_BUILD := $(filter-out 0,$(FUSED_RNN_SKIP_BUILD))
+INSTALLED := .venv/.installed$(if $(SKIP_BUILD),-without-library)
+BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
+
+# xdist brings one process per core; a team of threads in each would only fight over the cores.
+# Tests that need a team ask for one with torch.set_num_threads.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-all test-reference lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
+
+test: $(INSTALLED)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+# At run time the variable makes a library that is built count as absent.
+test-reference: $(INSTALLED)
+	FUSED_RNN_SKIP_BUILD=1 $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)
+	$(PYTEST) $(PYTEST_ARGS)
+	$(MAKE) test-reference
+
+lint: .venv/.linters
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+		xargs $(BIN)/clang-format --dry-run --Werror
+
+clean:
+	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f .venv/.installed*
+	find fused_rnn -name '*.so' -delete
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Editable, so that a change to a Python file needs no new installation. Without build isolation,
+# so that the extension is built against the torch that it will run with, and torch comes once.
+$(INSTALLED): .venv/.dependencies $(BUILT_FROM)
+	$(PIP) --no-build-isolation -e '.[test,demo]'
+	touch $@
+
+# torch is asked for before anything that depends on it, so that nothing else decides which build
+# of it is taken.
+.venv/.dependencies: .venv/.created constraints.txt
+	$(PIP) pip setuptools wheel ninja pybind11
+	$(PIP) torch
+	touch $@
+
+.venv/.linters: .venv/.created constraints.txt
+	$(PIP) ruff clang-format
+	touch $@
+
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'Python 3.10 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo 'venv is missing; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	touch $@

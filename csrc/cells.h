@@ -1,0 +1,114 @@
+// The pointwise part of each cell, forward and backward.
+//
+// Math supplies Value (a scalar or a vector of units) and its functions, so that the same text
+// serves every instruction set. Gate orders are those of fused_rnn/cells.py.
+//
+// forward:  gx, gh   input- and hidden-side pre-activations (GRU: gh[2] holds b_hn already)
+//           h_prev   state before the step; given only where kUsesPreviousH
+//           c        LSTM's c, in and out
+//           saved    what backward will want
+//           returns the new h
+// backward: d_h      whole gradient of the new h
+//           carry    LSTM: gradient of c, in and out. GRU: out, the part of d_h that goes round W_hh
+//           grads    gradients of the pre-activations
+#pragma once
+
+namespace fused_rnn {
+
+template <class Math, bool kRelu>
+struct RnnCell {
+  using Value = typename Math::Value;
+  static constexpr int kGates = 1;
+  static constexpr int kSavedGates = 0;
+  static constexpr int kGradGates = 1;
+  static constexpr bool kHasC = false;
+  static constexpr bool kUsesPreviousH = false;
+
+  static inline Value forward(const Value* gx, const Value* gh, Value, Value&, Value*) {
+    const Value sum = gx[0] + gh[0];
+    if constexpr (kRelu) {
+      return Math::relu(sum);
+    } else {
+      return Math::tanh(sum);
+    }
+  }
+
+  static inline void backward(const Value*, Value h, Value, Value, Value, Value d_h, Value&,
+                              Value* grads) {
+    if constexpr (kRelu) {
+      grads[0] = Math::relu_grad(h, d_h);
+    } else {
+      grads[0] = d_h * (1.0f - h * h);
+    }
+  }
+};
+
+template <class Math>
+struct GruCell {
+  using Value = typename Math::Value;
+  static constexpr int kGates = 3;
+  static constexpr int kSavedGates = 4;
+  static constexpr int kGradGates = 4;
+  static constexpr bool kHasC = false;
+  static constexpr bool kUsesPreviousH = true;
+
+  static inline Value forward(const Value* gx, const Value* gh, Value h_prev, Value&,
+                              Value* saved) {
+    const Value r = Math::sigmoid(gx[0] + gh[0]);
+    const Value z = Math::sigmoid(gx[1] + gh[1]);
+    const Value n = Math::tanh(r * gh[2] + gx[2]);
+    saved[0] = gh[2];
+    saved[1] = r;
+    saved[2] = z;
+    saved[3] = n;
+    return z * (h_prev - n) + n;
+  }
+
+  static inline void backward(const Value* saved, Value, Value h_prev, Value, Value, Value d_h,
+                              Value& carry, Value* grads) {
+    const Value hn = saved[0], r = saved[1], z = saved[2], n = saved[3];
+    const Value d_n = d_h * (1.0f - z) * (1.0f - n * n);
+    grads[0] = d_n * r;
+    grads[1] = d_n * hn * r * (1.0f - r);
+    grads[2] = d_h * (h_prev - n) * z * (1.0f - z);
+    grads[3] = d_n;
+    carry = d_h * z;
+  }
+};
+
+template <class Math>
+struct LstmCell {
+  using Value = typename Math::Value;
+  static constexpr int kGates = 4;
+  static constexpr int kSavedGates = 4;
+  static constexpr int kGradGates = 4;
+  static constexpr bool kHasC = true;
+  static constexpr bool kUsesPreviousH = false;
+
+  static inline Value forward(const Value* gx, const Value* gh, Value, Value& c, Value* saved) {
+    const Value i = Math::sigmoid(gx[0] + gh[0]);
+    const Value f = Math::sigmoid(gx[1] + gh[1]);
+    const Value g = Math::tanh(gx[2] + gh[2]);
+    const Value o = Math::sigmoid(gx[3] + gh[3]);
+    saved[0] = i;
+    saved[1] = f;
+    saved[2] = g;
+    saved[3] = o;
+    c = f * c + i * g;
+    return o * Math::tanh(c);
+  }
+
+  static inline void backward(const Value* saved, Value, Value, Value c, Value c_prev, Value d_h,
+                              Value& carry, Value* grads) {
+    const Value i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    const Value tanh_c = Math::tanh(c);
+    const Value d_c = d_h * o * (1.0f - tanh_c * tanh_c) + carry;
+    grads[0] = d_c * g * i * (1.0f - i);
+    grads[1] = d_c * c_prev * f * (1.0f - f);
+    grads[2] = d_c * i * (1.0f - g * g);
+    grads[3] = d_h * tanh_c * o * (1.0f - o);
+    carry = d_c * f;
+  }
+};
+
+}  // namespace fused_rnn

@@ -1,0 +1,128 @@
+// A vector of floats through the compiler's vector extensions, and the functions cells need.
+//
+// Included once per instruction set, inside that set's namespace, with FUSED_RNN_VECTOR_WIDTH
+// defined. No intrinsics: the same text serves x86, ARM and whatever else.
+
+typedef float Vector __attribute__((vector_size(FUSED_RNN_VECTOR_WIDTH * 4)));
+typedef unsigned VectorBits __attribute__((vector_size(FUSED_RNN_VECTOR_WIDTH * 4)));
+typedef int VectorIndex __attribute__((vector_size(FUSED_RNN_VECTOR_WIDTH * 4)));
+typedef float UnalignedVector
+    __attribute__((vector_size(FUSED_RNN_VECTOR_WIDTH * 4), aligned(4), may_alias));
+
+constexpr int kWidth = FUSED_RNN_VECTOR_WIDTH;
+
+// The compilers keep accumulators in registers only where such loops disappear early.
+#if defined(__clang__)
+#define FUSED_RNN_UNROLL _Pragma("unroll")
+#else
+#define FUSED_RNN_UNROLL _Pragma("GCC unroll 16")
+#endif
+#define FUSED_RNN_INLINE static inline __attribute__((always_inline))
+
+FUSED_RNN_INLINE Vector load(const float* p) { return *(const UnalignedVector*)p; }
+
+FUSED_RNN_INLINE void store(float* p, Vector v) { *(UnalignedVector*)p = v; }
+
+// x - 0 is x for every x; x + 0 would lose the sign of -0.
+FUSED_RNN_INLINE Vector broadcast(float x) { return x - Vector{}; }
+
+// The first `valid` of kWidth lanes; the others load as zero and are not stored.
+__attribute__((noinline)) static Vector load_tail(const float* p, int valid) {
+  float lanes[kWidth] = {};
+  for (int i = 0; i < valid; i++) lanes[i] = p[i];
+  return load(lanes);
+}
+
+__attribute__((noinline)) static void store_tail(float* p, Vector v, int valid) {
+  float lanes[kWidth];
+  store(lanes, v);
+  for (int i = 0; i < valid; i++) p[i] = lanes[i];
+}
+
+FUSED_RNN_INLINE Vector load(const float* p, int valid) {
+  return valid == kWidth ? load(p) : load_tail(p, valid);
+}
+
+FUSED_RNN_INLINE void store(float* p, Vector v, int valid) {
+  if (valid == kWidth) {
+    store(p, v);
+  } else {
+    store_tail(p, v, valid);
+  }
+}
+
+// rows[i][j] <-> rows[j][i], by log2(kWidth) perfect shuffles of the whole block.
+FUSED_RNN_INLINE void transpose(Vector (&rows)[kWidth]) {
+  FUSED_RNN_UNROLL
+  for (int round = 1; round < kWidth; round *= 2) {
+    Vector shuffled[kWidth];
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kWidth / 2; i++) {
+      const Vector a = rows[i], b = rows[i + kWidth / 2];
+#if FUSED_RNN_VECTOR_WIDTH == 16
+      shuffled[2 * i] =
+          __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      shuffled[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
+                                                    29, 14, 30, 15, 31);
+#elif FUSED_RNN_VECTOR_WIDTH == 8
+      shuffled[2 * i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+      shuffled[2 * i + 1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+      shuffled[2 * i] = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+      shuffled[2 * i + 1] = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+    }
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kWidth; i++) rows[i] = shuffled[i];
+  }
+}
+
+// exp(x) = scale * (1 + fraction) with scale a power of two and |fraction| < 0.42; Cephes'
+// polynomial. Wants -87.9 < x <= 89, where scale overflows to inf from 88.4 on. NaN gives NaN.
+FUSED_RNN_INLINE void split_exp(Vector x, Vector& scale, Vector& fraction) {
+  const float round_to_integer = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the integer
+  const Vector shifted = x * 1.44269504088896341f + round_to_integer;
+  const Vector n = shifted - round_to_integer;
+  scale = (Vector)(((VectorBits)shifted + 127u) << 23);
+  Vector r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vector q = broadcast(1.9875691500e-4f);
+  q = q * r + 1.3981999507e-3f;
+  q = q * r + 8.3334519073e-3f;
+  q = q * r + 4.1665795894e-2f;
+  q = q * r + 1.6666665459e-1f;
+  q = q * r + 5.0000001201e-1f;
+  fraction = r * r * q + r;
+}
+
+// Comparisons with NaN are false, so NaN passes through.
+FUSED_RNN_INLINE Vector clamp(Vector x, float low, float high) {
+  x = x < broadcast(low) ? broadcast(low) : x;
+  return x > broadcast(high) ? broadcast(high) : x;
+}
+
+// What csrc/cells.h asks for. Both functions stay within 2.5 ulp where FMA exists.
+struct Math {
+  using Value = Vector;
+
+  FUSED_RNN_INLINE Vector sigmoid(Vector x) {
+    Vector scale, fraction;
+    split_exp(clamp(-x, -87.0f, 89.0f), scale, fraction);
+    return 1.0f / (scale * (fraction + 1.0f) + 1.0f);
+  }
+
+  // tanh(x) = e / (e + 2) with e = exp(2x) - 1, which keeps small x exact.
+  FUSED_RNN_INLINE Vector tanh(Vector x) {
+    Vector scale, fraction;
+    split_exp(clamp(x + x, -40.0f, 40.0f), scale, fraction);
+    const Vector e = scale * fraction + (scale - 1.0f);
+    return e / (e + 2.0f);
+  }
+
+  FUSED_RNN_INLINE Vector relu(Vector x) { return x < Vector{} ? Vector{} : x; }
+
+  // d_h where relu let its input through. A NaN h passes d_h on, as torch does.
+  FUSED_RNN_INLINE Vector relu_grad(Vector h, Vector d_h) {
+    return h <= Vector{} ? Vector{} : d_h;
+  }
+};

@@ -1,0 +1,23 @@
+"""Fused recurrent layers and cells: drop-in replacements for torch.nn.RNN, GRU and LSTM."""
+
+from .convert import from_torch, replace, restore
+from .dispatch import UnsupportedProblemError, backend
+from .explain import explain
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "UnsupportedProblemError",
+    "backend",
+    "explain",
+    "from_torch",
+    "replace",
+    "restore",
+]

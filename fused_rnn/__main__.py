@@ -1,0 +1,99 @@
+"""The command line: `python -m fused_rnn doctor` tells what this installation can do, and why not
+more."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import torch
+
+from . import __version__, dispatch, native
+from .cells import CELLS
+from .problem import Problem
+
+_VARIABLES = ("FUSED_RNN_BACKEND", "FUSED_RNN_CPU_CAPABILITY", "FUSED_RNN_SKIP_BUILD")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fused_rnn", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="versions, libraries, devices, and what runs where")
+    parser.parse_args(arguments)
+    for title, lines in _sections():
+        print(title)
+        print("".join(f"  {line}\n" for line in lines))
+    return 0
+
+
+def _sections() -> Iterator[tuple[str, list[str]]]:
+    yield "Versions", [
+        f"fused_rnn {__version__}",
+        f"torch {torch.__version__}",
+        f"triton {'installed' if find_spec('triton') else 'not installed'}",
+        f"python {platform.python_version()} on {platform.system()} {platform.machine()}",
+    ]
+    facts = {k: _text(v) for k, v in native.build_facts().items()}
+    yield "Compiled parts", [f"{name.replace('_', ' ')}: {value}" for name, value in facts.items()]
+    yield "Devices", _devices()
+    variables = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
+    yield "Environment", variables or ["no FUSED_RNN_ variable is set"]
+    yield "What runs where (training, T=64 B=32 I=H=128)", list(_choices())
+    yield "What to do", _advice()
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        value = [name for name, present in value.items() if present]
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _devices() -> list[str]:
+    cpu = f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    gpus = [
+        f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
+    ]
+    return [cpu, *(gpus or ["no CUDA device"])]
+
+
+def _problem(cell: str, dtype: torch.dtype, device_type: str) -> Problem:
+    return Problem(cell, 64, 32, 128, 128, 0, 1, True, False, True, dtype, device_type)
+
+
+def _choices() -> Iterator[str]:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for cell in CELLS:
+                problem = _problem(cell, dtype, device)
+                yield f"{device} {str(dtype).removeprefix('torch.')} {cell}: {_choice(problem)}"
+
+
+def _choice(problem: Problem) -> str:
+    try:
+        chosen = dispatch.select(problem, dispatch.requested())
+        refusals = [f"not {n}: {why}" for n, why in dispatch.reasons(problem) if why]
+        return "; ".join([chosen.describe(problem), *refusals])
+    except (RuntimeError, ValueError) as error:
+        return f"error: {error}"
+
+
+def _advice() -> list[str]:
+    advice = []
+    if native.cpu_library_error():
+        advice.append(
+            "for the CPU kernels install a C++ compiler (Debian: apt-get install g++), unset "
+            "FUSED_RNN_SKIP_BUILD and install fused_rnn again"
+        )
+    if torch.cuda.is_available():
+        advice.append("GPU tensors run on the reference backend: this version has no GPU kernels")
+    return advice or ["nothing is missing"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""The backend interface, and the whole-sequence matrix products around a scan.
+
+A backend implements `scan_forward` and `scan_backward`, the part that is sequential in time,
+and inherits the input projection and the weight gradients; one that does better fused may
+override `layer_forward` and `layer_backward`.
+
+Shapes: D directions, T timesteps, B batch, N rows (T*B when padded), I input_size,
+H hidden_size, P output size, G gates, S = cell.saved_gates, Q = cell.grad_gates.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cells import Cell, DirectionWeights, state_dtype
+from ..problem import Problem, Rows
+
+
+class LayerOutput(NamedTuple):
+    """What a forward pass gives. `gates` and `cells` have zero columns where not needed."""
+
+    y: Tensor  # [N, D*P]
+    h_n: Tensor  # [D, B, P]
+    c_n: Tensor  # [D, B, H] for LSTM, else [D, B, 0]
+    gates: Tensor  # [D, N, S*H] when saved for backward, else [D, N, 0]
+    cells: Tensor  # [D, N, H] c after each step, when saved, in state_dtype; else [D, N, 0]
+
+
+class OutputGrads(NamedTuple):
+    """Gradients of a layer's outputs; None stands for zero."""
+
+    y: Tensor | None  # [N, D*P]
+    h_n: Tensor | None  # [D, B, P]
+    c_n: Tensor | None  # [D, B, H]
+
+
+class ScanGrads(NamedTuple):
+    """What a backward scan gives."""
+
+    gates: Tensor  # [D, N, Q*H] gradients of the gate pre-activations
+    h0: Tensor  # [D, B, P]
+    c0: Tensor | None  # [D, B, H], LSTM only
+    h: Tensor | None = None  # [D, N, P] gradient of each step's h, projected LSTM only
+
+
+class InputGrads(NamedTuple):
+    """Gradients of a layer's inputs; None where not asked for."""
+
+    x: Tensor | None  # [N, I]
+    h0: Tensor | None  # [D, B, P]
+    c0: Tensor | None  # [D, B, H]
+    weights: list[Tensor | None]  # flat: the DirectionWeights of each direction in turn
+
+
+class Needs(NamedTuple):
+    """Which inputs ask for a gradient."""
+
+    x: bool
+    h0: bool
+    c0: bool
+    weights: list[bool]
+
+
+def allocate_output(problem: Problem, gx: Tensor, save: bool) -> LayerOutput:
+    """Outputs to be filled for a layer with input-side gates `gx` [D, N, G*H].
+
+    Where a cell saves as many gates as it has, `gx` itself becomes the saved gates: each
+    element is read before it is written, and the memory is half.
+    """
+    cell, directions, dtype = problem.cell, problem.directions, problem.dtype
+    hidden, out, batch = problem.hidden_size, problem.output_size, problem.batch_size
+    count = gx.shape[1]
+    gates = gx
+    if not save or cell.saved_gates != cell.gates:
+        gates = gx.new_empty((directions, count, hidden * cell.saved_gates * save))
+    return LayerOutput(
+        y=gx.new_empty((count, directions * out), dtype=dtype),
+        h_n=gx.new_empty((directions, batch, out), dtype=dtype),
+        c_n=gx.new_empty((directions, batch, hidden * cell.has_c), dtype=dtype),
+        gates=gates,
+        cells=gx.new_empty(
+            (directions, count, hidden * (cell.has_c and save)), dtype=state_dtype(dtype)
+        ),
+    )
+
+
+class Backend:
+    """One way of computing a recurrent layer."""
+
+    name: str
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Why this backend cannot take the problem, or None if it can."""
+        raise NotImplementedError
+
+    def describe(self, problem: Problem) -> str:
+        """Which kernel would run, in a few words."""
+        return self.name
+
+    def scan_forward(
+        self,
+        problem: Problem,
+        gx: Tensor,  # [D, N, G*H] input-side pre-activations, owned by the callee
+        weights: list[DirectionWeights],
+        h0: Tensor,  # [D, B, P]
+        c0: Tensor | None,  # [D, B, H]
+        rows: Rows,
+        save: bool,
+    ) -> LayerOutput:
+        """Runs the recurrence. gx holds W_ih x plus every bias that adds to it (see `gate_bias`)."""
+        raise NotImplementedError
+
+    def scan_backward(
+        self,
+        problem: Problem,
+        grads: OutputGrads,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        rows: Rows,
+        saved: LayerOutput,
+    ) -> ScanGrads:
+        """Runs the recurrence backwards, leaving everything in `saved` as it was."""
+        raise NotImplementedError
+
+    def layer_forward(
+        self,
+        problem: Problem,
+        x: Tensor,  # [N, I]
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        rows: Rows,
+        save: bool,
+    ) -> LayerOutput:
+        gx = x.new_empty((len(weights), x.shape[0], weights[0].w_ih.shape[0]))
+        for direction, w in enumerate(weights):
+            bias = gate_bias(problem.cell, w)
+            if bias is None:
+                torch.mm(x, w.w_ih.t(), out=gx[direction])
+            else:
+                torch.addmm(bias, x, w.w_ih.t(), out=gx[direction])
+        return self.scan_forward(problem, gx, weights, h0, c0, rows, save)
+
+    def layer_backward(
+        self,
+        problem: Problem,
+        grads: OutputGrads,
+        x: Tensor,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        rows: Rows,
+        saved: LayerOutput,
+        needs: Needs,
+    ) -> InputGrads:
+        cell, out = problem.cell, problem.output_size
+        scan = self.scan_backward(problem, grads, weights, h0, c0, rows, saved)
+        grad_x = None
+        grad_weights: list[Tensor | None] = []
+        per_direction = len(needs.weights) // len(weights)
+        for direction, w in enumerate(weights):
+            need = iter(needs.weights[direction * per_direction : (direction + 1) * per_direction])
+            grad_gates = scan.gates[direction]
+            grad_in = input_side(cell, grad_gates)  # [N, G*H]
+            if needs.x:
+                grad_x = grad_in @ w.w_ih if grad_x is None else grad_x.addmm_(grad_in, w.w_ih)
+            grad_weights.append(grad_in.t() @ x if next(need) else None)
+            y = saved.y[:, direction * out : (direction + 1) * out]
+            grad_weights.append(
+                recurrent_weight_grad(cell, grad_gates, y, h0[direction], rows, direction == 1)
+                if next(need)
+                else None
+            )
+            if w.b_ih is not None:
+                need_ih, need_hh = next(need), next(need)
+                sums = grad_gates.sum(0) if need_ih or need_hh else None
+                grad_weights.append(input_side(cell, sums).clone() if need_ih else None)
+                grad_weights.append(hidden_order(cell, sums) if need_hh else None)
+            if w.w_hr is not None:
+                if next(need):
+                    hidden = saved.gates[direction].chunk(4, -1)[3] * saved.cells[direction].tanh()
+                    grad_weights.append(scan.h[direction].t() @ hidden)
+                else:
+                    grad_weights.append(None)
+        return InputGrads(
+            grad_x,
+            scan.h0 if needs.h0 else None,
+            scan.c0 if needs.c0 else None,
+            grad_weights,
+        )
+
+
+def gate_bias(cell: Cell, w: DirectionWeights) -> Tensor | None:
+    """[G*H] the biases that add directly to gx: all of them but GRU's b_hn, which r multiplies."""
+    if w.b_ih is None:
+        return None
+    if cell.name != "gru":
+        return w.b_ih + w.b_hh
+    hidden = w.w_hh.shape[0] // 3
+    bias = w.b_ih.clone()
+    bias[: 2 * hidden] += w.b_hh[: 2 * hidden]
+    return bias
+
+
+def input_side(cell: Cell, grad_gates: Tensor) -> Tensor:
+    """[..., G*H] the columns that face W_ih and b_ih, a view."""
+    return grad_gates.narrow(-1, grad_gates.shape[-1] // 4, grad_gates.shape[-1] // 4 * 3) if (
+        cell.name == "gru"
+    ) else grad_gates
+
+
+def hidden_side(cell: Cell, grad_gates: Tensor) -> Tensor:
+    """[..., G*H] the columns that face W_hh and b_hh, a view; GRU in the order (n, r, z)."""
+    return grad_gates.narrow(-1, 0, grad_gates.shape[-1] // 4 * 3) if (
+        cell.name == "gru"
+    ) else grad_gates
+
+
+def hidden_order(cell: Cell, grad_gates: Tensor) -> Tensor:
+    """[G*H] `hidden_side` of a vector in torch's gate order, in memory of its own."""
+    side = hidden_side(cell, grad_gates)
+    return side.roll(-(side.shape[0] // 3), 0) if cell.name == "gru" else side.clone()
+
+
+def recurrent_weight_grad(
+    cell: Cell, grad_gates: Tensor, y: Tensor, h0: Tensor, rows: Rows, reverse: bool
+) -> Tensor:
+    """[G*H, P] the gradient of W_hh: grad_gates^T [N, G*H] times the state each row started from."""
+    side = hidden_side(cell, grad_gates)
+    count, batch = side.shape[0], rows.batch_size
+    if rows.packed:
+        grad = side.t() @ rows.shift(y, h0, reverse)
+    elif reverse:
+        grad = side[: count - batch].t() @ y[batch:]
+        grad.addmm_(side[count - batch :].t(), h0)
+    else:
+        grad = side[batch:].t() @ y[: count - batch]
+        grad.addmm_(side[:batch].t(), h0)
+    return grad.roll(-(grad.shape[0] // 3), 0) if cell.name == "gru" else grad

@@ -1,0 +1,368 @@
+"""The reference backend: pure PyTorch, any device, any floating dtype.
+
+The forward scan advances state by state with few, in-place operations. The backward scan uses
+that the gradients of one step's gates are linear in the gradient of its state, with factors
+that depend on saved values only: these are computed for the whole sequence at once, so that a
+timestep costs a multiplication or two and one matrix product.
+
+Half types run through time in float32 and are rounded where they leave the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cells import DirectionWeights, state_dtype
+from ..problem import Problem, Rows
+from .base import (
+    Backend,
+    InputGrads,
+    LayerOutput,
+    Needs,
+    OutputGrads,
+    ScanGrads,
+    allocate_output,
+)
+
+States = tuple[Tensor, ...]
+Step = Callable[[int, States], States]  # (t, states before) -> states after
+
+
+class ReferenceBackend(Backend):
+    name = "reference"
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if not problem.dtype.is_floating_point:
+            return f"dtype {problem.dtype} is not a floating-point type"
+        return None
+
+    def layer_forward(self, problem, x, weights, h0, c0, rows, save):
+        wide = state_dtype(problem.dtype)
+        if wide == problem.dtype:
+            return super().layer_forward(problem, x, weights, h0, c0, rows, save)
+        out = super().layer_forward(
+            replace(problem, dtype=wide), *_cast(wide, x, weights, h0, c0), rows, save
+        )
+        y, h_n, c_n, gates = _cast(problem.dtype, out.y, out.h_n, out.c_n, out.gates)
+        return LayerOutput(y, h_n, c_n, gates, out.cells)
+
+    def layer_backward(self, problem, grads, x, weights, h0, c0, rows, saved, needs: Needs):
+        args = (x, weights, h0, c0)
+        wide = state_dtype(problem.dtype)
+        if wide == problem.dtype:
+            return super().layer_backward(problem, grads, *args, rows, saved, needs)
+        result = super().layer_backward(
+            replace(problem, dtype=wide),
+            OutputGrads(*_cast(wide, *grads)),
+            *_cast(wide, *args),
+            rows,
+            LayerOutput(*_cast(wide, *saved)),
+            needs,
+        )
+        return InputGrads(*_cast(problem.dtype, *result))
+
+    def scan_forward(
+        self,
+        problem: Problem,
+        gx: Tensor,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        rows: Rows,
+        save: bool,
+    ) -> LayerOutput:
+        out = allocate_output(problem, gx, save)
+        cell, width = problem.cell, problem.output_size
+        for d, w in enumerate(weights):
+            pieces = _Direction(
+                w,
+                gx[d],
+                out.y[:, d * width : (d + 1) * width],
+                out.gates[d] if save else None,
+                out.cells[d] if save else None,
+                rows,
+            )
+            initial = (h0[d], c0[d]) if cell.has_c else (h0[d],)
+            final = (out.h_n[d], out.c_n[d]) if cell.has_c else (out.h_n[d],)
+            _run(_FORWARD[cell.name](pieces), initial, final, rows, backwards=d == 1)
+        return out
+
+    def scan_backward(
+        self,
+        problem: Problem,
+        grads: OutputGrads,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        rows: Rows,
+        saved: LayerOutput,
+    ) -> ScanGrads:
+        cell, width, hidden = problem.cell, problem.output_size, problem.hidden_size
+        directions, count = problem.directions, saved.y.shape[0]
+        grad_gates = saved.y.new_empty((directions, count, cell.grad_gates * hidden))
+        grad_h = saved.y.new_empty((directions, count, width)) if problem.proj_size else None
+        grad_h0 = torch.empty_like(h0)
+        grad_c0 = torch.empty_like(c0) if cell.has_c else None
+        for d, w in enumerate(weights):
+            columns = slice(d * width, (d + 1) * width)
+            reverse = d == 1
+            pieces = _DirectionGrads(
+                w,
+                grad_gates[d],
+                None if grads.y is None else grads.y[:, columns].split(rows.batch_sizes),
+                None if grad_h is None else grad_h[d].split(rows.batch_sizes),
+                saved.y[:, columns],
+                rows.shift(saved.y[:, columns], h0[d], reverse) if cell.name == "gru" else None,
+                saved.gates[d],
+                saved.cells[d],
+                rows.shift(saved.cells[d], c0[d], reverse) if cell.has_c else None,
+                rows.batch_sizes,
+            )
+            initial = [torch.zeros_like(h0[d]) if grads.h_n is None else grads.h_n[d]]
+            final = [grad_h0[d]]
+            if cell.has_c:
+                initial.append(torch.zeros_like(c0[d]) if grads.c_n is None else grads.c_n[d])
+                final.append(grad_c0[d])
+            # Gradients run through time against the direction of the states.
+            _run(_BACKWARD[cell.name](pieces), initial, final, rows, backwards=not reverse)
+        return ScanGrads(grad_gates, grad_h0, grad_c0, grad_h)
+
+
+def _cast(dtype: torch.dtype, *values):
+    """The same nest of lists and tuples with every tensor in `dtype`."""
+    return tuple(_cast_one(dtype, value) for value in values)
+
+
+def _cast_one(dtype: torch.dtype, value):
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if isinstance(value, DirectionWeights):
+        return DirectionWeights(*_cast(dtype, *value))
+    if isinstance(value, list):
+        return [_cast_one(dtype, item) for item in value]
+    return value
+
+
+def _run(step: Step, initial: States, final: States, rows: Rows, backwards: bool) -> None:
+    """Carries states through the timesteps, in time or `backwards`, from `initial` to `final`.
+
+    Both hold one row per batch row. In a packed batch a row's states enter at the first
+    timestep it has on the way and leave for `final` at its last.
+    """
+    order = range(rows.timesteps)
+    sizes = rows.batch_sizes
+    states, current = tuple(s[:0] for s in initial), 0
+    for t in reversed(order) if backwards else order:
+        size = sizes[t]
+        if size > current:
+            joining = tuple(s[current:size] for s in initial)
+            states = (
+                tuple(torch.cat(pair) for pair in zip(states, joining, strict=True))
+                if current
+                else joining
+            )
+        elif size < current:
+            for state, end in zip(states, final, strict=True):
+                end[size:current] = state[size:]
+            states = tuple(s[:size] for s in states)
+        current = size
+        states = step(t, states)
+    for state, end in zip(states, final, strict=True):
+        end[:current] = state
+
+
+class _Direction(NamedTuple):
+    """One direction of a forward scan. gates and cells are None when nothing is saved."""
+
+    w: DirectionWeights
+    gx: Tensor  # [N, G*H], may be overwritten
+    y: Tensor  # [N, P], to fill
+    gates: Tensor | None  # [N, S*H], to fill
+    cells: Tensor | None  # [N, H], to fill
+    rows: Rows
+
+
+class _DirectionGrads(NamedTuple):
+    """One direction of a backward scan."""
+
+    w: DirectionWeights
+    grad_gates: Tensor  # [N, Q*H], to fill
+    grad_y: tuple[Tensor, ...] | None  # per step [b, P]
+    grad_h: tuple[Tensor, ...] | None  # per step [b, P], to fill, projected LSTM only
+    y: Tensor  # [N, P]
+    y_before: Tensor | None  # [N, P] the h each row started from, GRU only
+    gates: Tensor  # [N, S*H]
+    cells: Tensor  # [N, H]
+    cells_before: Tensor | None  # [N, H] the c each row started from, LSTM only
+    batch_sizes: list[int]
+
+
+def _rnn_forward(activation: Callable) -> Callable[[_Direction], Step]:
+    def build(d: _Direction) -> Step:
+        w_hh = d.w.w_hh.t()
+        gx, y = (tensor.split(d.rows.batch_sizes) for tensor in (d.gx, d.y))
+
+        def step(t: int, states: States) -> States:
+            (h,) = states
+            return (activation(gx[t].addmm_(h, w_hh), y[t]),)
+
+        return step
+
+    return build
+
+
+def _tanh(pre: Tensor, out: Tensor) -> Tensor:
+    return torch.tanh(pre, out=out)
+
+
+def _relu(pre: Tensor, out: Tensor) -> Tensor:
+    # clamp_min propagates NaN as relu does, and can write where it is told to.
+    return torch.clamp_min(pre, 0, out=out)
+
+
+def _gru_forward(d: _Direction) -> Step:
+    hidden, sizes = d.w.w_hh.shape[1], d.rows.batch_sizes
+    w_hh = d.w.w_hh.roll(hidden, 0).t()  # gates in the order n, r, z of the saved columns
+    b_hn = None if d.w.b_hh is None else d.w.b_hh[2 * hidden :]
+    y = d.y.split(sizes)
+    gx_rz = d.gx[:, : 2 * hidden].split(sizes)
+    gx_n = d.gx[:, 2 * hidden :].split(sizes)
+    gates = d.gates
+    if gates is None:
+        # One timestep's worth, used again and again: step t takes the first rows of it.
+        scratch = d.gx.new_empty((d.rows.batch_size, 4 * hidden))
+        gates_of = [scratch[:size] for size in sizes] if d.rows.packed else [scratch] * len(sizes)
+    else:
+        gates_of = gates.split(sizes)
+
+    def step(t: int, states: States) -> States:
+        (h,) = states
+        saved = gates_of[t]
+        torch.mm(h, w_hh, out=saved[:, : 3 * hidden])
+        hn, rz, n = saved.split((hidden, 2 * hidden, hidden), 1)
+        if b_hn is not None:
+            hn += b_hn
+        r, z = rz.add_(gx_rz[t]).sigmoid_().chunk(2, 1)
+        torch.addcmul(gx_n[t], r, hn, out=n).tanh_()
+        return (torch.lerp(n, h, z, out=y[t]),)
+
+    return step
+
+
+def _lstm_forward(d: _Direction) -> Step:
+    hidden, sizes = d.w.w_hh.shape[0] // 4, d.rows.batch_sizes
+    w_hh = d.w.w_hh.t()
+    w_hr = None if d.w.w_hr is None else d.w.w_hr.t()
+    y, gx = d.y.split(sizes), d.gx.split(sizes)
+    cells = None if d.cells is None else d.cells.split(sizes)
+
+    def step(t: int, states: States) -> States:
+        h, c = states
+        pre = gx[t].addmm_(h, w_hh)  # where they are saved, the gates live in gx's memory
+        if_, g, o = pre.split((2 * hidden, hidden, hidden), 1)
+        i, f = if_.sigmoid_().chunk(2, 1)
+        g.tanh_()
+        o.sigmoid_()
+        c = f * c if cells is None else torch.mul(f, c, out=cells[t])
+        c.addcmul_(i, g)
+        h = c.tanh()
+        if w_hr is None:
+            return (torch.mul(o, h, out=y[t]), c)
+        return (torch.mm(h.mul_(o), w_hr, out=y[t]), c)
+
+    return step
+
+
+def _arriving(d: _DirectionGrads, t: int, grad_h: Tensor) -> Tensor:
+    """[b, P] the whole gradient of h_t: what came through time, and what came from y."""
+    return grad_h if d.grad_y is None else grad_h + d.grad_y[t]
+
+
+def _rnn_backward(derivative: Callable[[Tensor], Tensor]) -> Callable[[_DirectionGrads], Step]:
+    def build(d: _DirectionGrads) -> Step:
+        factors = d.grad_gates.copy_(derivative(d.y)).split(d.batch_sizes)
+
+        def step(t: int, states: States) -> States:
+            grad = factors[t].mul_(_arriving(d, t, states[0]))
+            return (grad @ d.w.w_hh,)
+
+        return step
+
+    return build
+
+
+def _gru_backward(d: _DirectionGrads) -> Step:
+    hn, r, z, n = d.gates.chunk(4, 1)
+    f_hn, f_r, f_z, f_n = d.grad_gates.chunk(4, 1)
+    torch.mul(1 - z, 1 - n * n, out=f_n)
+    torch.mul(d.y_before - n, z * (1 - z), out=f_z)
+    torch.mul(f_n, r, out=f_hn)
+    torch.mul(f_hn * hn, 1 - r, out=f_r)
+    hidden = z.shape[1]
+    w_hh = d.w.w_hh.roll(hidden, 0)
+    factors = d.grad_gates.view(-1, 4, hidden).split(d.batch_sizes)
+    facing_hidden = d.grad_gates[:, : 3 * hidden].split(d.batch_sizes)
+    z = z.split(d.batch_sizes)
+
+    def step(t: int, states: States) -> States:
+        grad_h = _arriving(d, t, states[0])
+        factors[t].mul_(grad_h.unsqueeze(1))
+        return (torch.addmm(grad_h * z[t], facing_hidden[t], w_hh),)
+
+    return step
+
+
+def _lstm_backward(d: _DirectionGrads) -> Step:
+    i, f, g, o = d.gates.chunk(4, 1)
+    f_i, f_f, f_g, f_o = d.grad_gates.chunk(4, 1)
+    torch.mul(g, i * (1 - i), out=f_i)
+    torch.mul(d.cells_before, f * (1 - f), out=f_f)
+    torch.mul(i, 1 - g * g, out=f_g)
+    tanh_c = d.cells.tanh()
+    torch.mul(tanh_c, o * (1 - o), out=f_o)
+    c_of_h = tanh_c.square_().neg_().add_(1).mul_(o).split(d.batch_sizes)  # dc/dh
+    hidden, sizes = i.shape[1], d.batch_sizes
+    grad_gates = d.grad_gates.split(sizes)
+    factors_ifg = d.grad_gates.view(-1, 4, hidden)[:, :3].split(sizes)
+    factors_o, f = f_o.split(sizes), f.split(sizes)
+
+    def step(t: int, states: States) -> States:
+        grad_h, grad_c = states
+        grad_h = _arriving(d, t, grad_h)
+        if d.w.w_hr is not None:
+            d.grad_h[t].copy_(grad_h)
+            grad_h = grad_h @ d.w.w_hr
+        grad_c = torch.addcmul(grad_c, grad_h, c_of_h[t])
+        factors_ifg[t].mul_(grad_c.unsqueeze(1))
+        factors_o[t].mul_(grad_h)
+        return (grad_gates[t] @ d.w.w_hh, grad_c.mul_(f[t]))
+
+    return step
+
+
+def _tanh_derivative(y: Tensor) -> Tensor:
+    return 1 - y * y
+
+
+def _relu_derivative(y: Tensor) -> Tensor:
+    # Not y > 0: a NaN passes the gradient on, as in torch.
+    return (y <= 0).logical_not_()
+
+
+_FORWARD: dict[str, Callable[[_Direction], Step]] = {
+    "rnn_tanh": _rnn_forward(_tanh),
+    "rnn_relu": _rnn_forward(_relu),
+    "gru": _gru_forward,
+    "lstm": _lstm_forward,
+}
+_BACKWARD: dict[str, Callable[[_DirectionGrads], Step]] = {
+    "rnn_tanh": _rnn_backward(_tanh_derivative),
+    "rnn_relu": _rnn_backward(_relu_derivative),
+    "gru": _gru_backward,
+    "lstm": _lstm_backward,
+}

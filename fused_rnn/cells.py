@@ -1,0 +1,110 @@
+"""The cells: one table of their facts, and each cell's equations as readable torch code.
+
+The `step` functions are the mathematics every backend is tested against. They use plain
+torch operations only, so they can be differentiated any number of times, vmapped and traced.
+
+Shapes: B batch, H hidden_size, P output size (H, or proj_size for a projected LSTM),
+G gates. Weights are laid out as torch.nn lays them out, gates stacked along dim 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class DirectionWeights(NamedTuple):
+    """The parameters of one direction of one layer."""
+
+    w_ih: Tensor  # [G*H, I]
+    w_hh: Tensor  # [G*H, P]
+    b_ih: Tensor | None = None  # [G*H]
+    b_hh: Tensor | None = None  # [G*H]
+    w_hr: Tensor | None = None  # [P, H], projected LSTM only
+
+
+def rnn_tanh_step(gx: Tensor, state: tuple[Tensor, ...], w: DirectionWeights) -> tuple[Tensor, ...]:
+    """h' = tanh(W_ih x + b_ih + W_hh h + b_hh)   (Elman 1990)."""
+    (h,) = state
+    return (torch.tanh(gx + F.linear(h, w.w_hh, w.b_hh)),)
+
+
+def rnn_relu_step(gx: Tensor, state: tuple[Tensor, ...], w: DirectionWeights) -> tuple[Tensor, ...]:
+    """h' = relu(W_ih x + b_ih + W_hh h + b_hh)."""
+    (h,) = state
+    return (torch.relu(gx + F.linear(h, w.w_hh, w.b_hh)),)
+
+
+def gru_step(gx: Tensor, state: tuple[Tensor, ...], w: DirectionWeights) -> tuple[Tensor, ...]:
+    """Cho et al. 2014, with the reset gate after the product, as torch.nn and cuDNN have it.
+
+    r = sigmoid(gx_r + W_hr h + b_hr)        z = sigmoid(gx_z + W_hz h + b_hz)
+    n = tanh(gx_n + r * (W_hn h + b_hn))     h' = (1 - z) * n + z * h
+    """
+    (h,) = state
+    gx_r, gx_z, gx_n = gx.chunk(3, -1)
+    gh_r, gh_z, gh_n = F.linear(h, w.w_hh, w.b_hh).chunk(3, -1)
+    r = torch.sigmoid(gx_r + gh_r)
+    z = torch.sigmoid(gx_z + gh_z)
+    n = torch.tanh(gx_n + r * gh_n)
+    return (n + z * (h - n),)
+
+
+def lstm_step(gx: Tensor, state: tuple[Tensor, ...], w: DirectionWeights) -> tuple[Tensor, ...]:
+    """Hochreiter and Schmidhuber 1997 with forget gates; projection as in Sak et al. 2014.
+
+    i, f, o = sigmoid(...)    g = tanh(...)    c' = f * c + i * g    h' = (W_hr) (o * tanh(c'))
+    """
+    h, c = state
+    i, f, g, o = (gx + F.linear(h, w.w_hh, w.b_hh)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    return (h if w.w_hr is None else F.linear(h, w.w_hr), c)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the rest of the package needs to know of a cell.
+
+    The forward scan saves for backward `saved_gates` columns of H per row, and the backward
+    scan returns `grad_gates` columns of H per row:
+
+    - LSTM: (i, f, g, o), activated; gradients of the pre-activations in the same order.
+    - GRU: (hn, r, z, n) with hn = W_hn h + b_hn; gradients (d_hn, d_r, d_z, d_n), so that
+      columns [0, 3H) face W_hh (in the order n, r, z) and [H, 4H) face W_ih, both as views.
+    - RNN: nothing, since y alone gives the derivative; gradients of the pre-activation.
+    """
+
+    name: str
+    gates: int
+    saved_gates: int
+    grad_gates: int
+    has_c: bool
+    step: Callable[[Tensor, tuple[Tensor, ...], DirectionWeights], tuple[Tensor, ...]]
+    index: int  # how csrc names the cell
+
+    @property
+    def torch_mode(self) -> str:
+        """The name torch.nn.RNNBase has for this cell."""
+        return self.name.upper()
+
+
+CELLS = {
+    cell.name: cell
+    for cell in (
+        Cell("rnn_tanh", 1, 0, 1, False, rnn_tanh_step, 0),
+        Cell("rnn_relu", 1, 0, 1, False, rnn_relu_step, 1),
+        Cell("gru", 3, 4, 4, False, gru_step, 2),
+        Cell("lstm", 4, 4, 4, True, lstm_step, 3),
+    )
+}
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the states run through time: float32 for half types, else `dtype`."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,0 +1,223 @@
+"""The border: every argument a user can get wrong is checked here, once, before any kernel runs.
+
+Exceptions have the class torch.nn raises, and its wording where its own test-suite asserts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .cells import Cell
+
+
+def is_dense_tensor(value: Any, name: str, expected: str = "a Tensor") -> Tensor:
+    """`value` if it is a dense tensor.
+
+    Raises:
+        TypeError: it is no tensor.
+        RuntimeError: it is sparse or nested.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if value.is_nested:
+        raise RuntimeError(f"{name}: expected a dense tensor, got a nested tensor")
+    if value.layout != torch.strided:
+        raise RuntimeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    return value
+
+
+def layer_input(input: Any, owner: str) -> None:
+    """`input` as a layer module takes it: a PackedSequence, or a tensor of 2 or 3 dimensions."""
+    if isinstance(input, PackedSequence):
+        return
+    is_dense_tensor(input, "input", "a Tensor or PackedSequence")
+    if input.dim() not in (2, 3):
+        raise ValueError(f"{owner}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+
+
+def states(hx: Any, has_c: bool) -> tuple[Tensor, ...]:
+    """hx as a tuple of state tensors: (h,), or (h, c) where the cell has a c."""
+    if not has_c:
+        return (is_dense_tensor(hx, "hx"),)
+    if not isinstance(hx, (tuple, list)):
+        raise TypeError(f"hx: expected a tuple (h_0, c_0) of Tensors, got {type(hx).__name__}")
+    if len(hx) != 2:
+        raise ValueError(f"hx: expected a tuple (h_0, c_0) of Tensors, got {len(hx)} elements")
+    return tuple(is_dense_tensor(state, f"hx[{i}]") for i, state in enumerate(hx))
+
+
+def state_dimensions(hx: Sequence[Tensor], batched: bool) -> None:
+    """Each state of a layer has 3 dimensions with batched input, 2 with unbatched."""
+    expected = 3 if batched else 2
+    if any(state.dim() != expected for state in hx):
+        kind = "batched 3-D" if batched else "unbatched 2-D"
+        got = ", ".join(f"{state.dim()}-D" for state in hx)
+        raise RuntimeError(f"For {kind} input, hx should also be {expected}-D but got {got} tensor")
+
+
+def recurrent_arguments(
+    cell: Cell,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    directions: int,
+    batch_size: int,
+    packed: bool,
+) -> None:
+    """The arguments of a stack of layers fit each other: ranks, sizes, dtypes and devices.
+
+    `input` is [T, B, I], or [N, I] when packed; states are [L*D, B, P or H].
+
+    Raises:
+        ValueError: input and weights differ in dtype, or there are too few or many weights.
+        RuntimeError: anything else does not fit.
+    """
+    per_direction, remainder = divmod(len(weights), num_layers * directions)
+    if remainder or per_direction not in ((2, 3, 4, 5) if cell.has_c else (2, 4)):
+        raise ValueError(
+            f"weights: expected 2 or 4 (with biases) tensors{', plus 1 with a projection,' * cell.has_c} "
+            f"for each of {num_layers * directions} layers and directions, got {len(weights)} in all"
+        )
+    first = is_dense_tensor(weights[0], "weights[0]")
+    _matches_weights(input, first)
+    rank = 2 if packed else 3
+    if input.dim() != rank:
+        raise RuntimeError(f"input must have {rank} dimensions, got {input.dim()}")
+    if first.dim() != 2:
+        raise RuntimeError(f"weights[0]: expected 2 dimensions, got {first.dim()}")
+    if input.shape[-1] != first.shape[1]:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {first.shape[1]}, got {input.shape[-1]}"
+        )
+    if not packed and input.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    hidden_size = first.shape[0] // cell.gates
+    out = hidden_size
+    if per_direction in (3, 5):
+        out = is_dense_tensor(weights[per_direction - 1], f"weights[{per_direction - 1}]").shape[0]
+    _weight_shapes(cell, weights, per_direction, directions, hidden_size, out, first)
+    if hx is not None:
+        _state_shapes(cell, hx, (num_layers * directions, batch_size), hidden_size, out, first)
+
+
+def _matches_weights(input: Tensor, weight: Tensor) -> None:
+    if input.dtype != weight.dtype:
+        raise ValueError(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+        )
+    if input.device != weight.device:
+        raise RuntimeError(
+            "Input and parameter tensors are not at the same device, found input tensor at "
+            f"{input.device} and parameter tensor at {weight.device}"
+        )
+
+
+def _weight_shapes(
+    cell: Cell,
+    weights: Sequence[Tensor],
+    per_direction: int,
+    directions: int,
+    hidden_size: int,
+    out: int,
+    first: Tensor,
+) -> None:
+    rows = cell.gates * hidden_size
+    tail = [(rows, out)]  # what follows w_ih: w_hh, b_ih, b_hh, w_hr
+    if per_direction >= 4:
+        tail += [(rows,), (rows,)]
+    if per_direction in (3, 5):
+        tail.append((out, hidden_size))
+    later = [(rows, out * directions), *tail]
+    expected = [(rows, first.shape[1]), *tail] * directions
+    expected += later * (len(weights) // per_direction - directions)
+    dtype, device = first.dtype, first.device
+    for i, (weight, shape) in enumerate(zip(weights, expected, strict=True)):
+        if is_dense_tensor(weight, f"weights[{i}]").shape != shape:
+            raise RuntimeError(
+                f"weights[{i}]: expected shape {list(shape)}, got {list(weight.shape)}"
+            )
+        _same_kind(weight, f"weights[{i}]", dtype, device)
+
+
+def _state_shapes(
+    cell: Cell,
+    hx: Sequence[Tensor],
+    layers_and_batch: tuple[int, int],
+    hidden_size: int,
+    out: int,
+    weight: Tensor,
+) -> None:
+    for i, (state, width) in enumerate(zip(hx, (out, hidden_size), strict=False)):
+        expected = (*layers_and_batch, width)
+        if state.shape != expected:
+            which = f"hidden[{i}]" if cell.has_c else "hidden"
+            raise RuntimeError(f"hx: Expected {which} size {expected}, got {list(state.shape)}")
+        _same_kind(state, f"hx[{i}]" if cell.has_c else "hx", weight.dtype, weight.device)
+
+
+def _same_kind(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.dtype != dtype:
+        raise RuntimeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise RuntimeError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def cell_arguments(
+    owner: str, cell: Cell, input: Any, hx: Any, weight: Tensor, hidden_size: int
+) -> tuple[Tensor, ...] | None:
+    """The arguments of a cell module fit each other; returns the states, or None for none given.
+
+    `weight` is w_ih [G*H, I].
+    """
+    input_size = weight.shape[1]
+    is_dense_tensor(input, "input")
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{owner}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    if input.shape[-1] != input_size:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.shape[-1]} expected {input_size}"
+        )
+    if not torch._C._is_any_autocast_enabled():
+        _same_kind(input, "input", weight.dtype, weight.device)
+    if hx is None:
+        return None
+    given = states(hx, cell.has_c)
+    for i, state in enumerate(given):
+        if state.dim() not in (1, 2):
+            name = f"hx[{i}]" if cell.has_c else "hidden"
+            raise ValueError(
+                f"{owner}: Expected {name} to be 1D or 2D, got {state.dim()}D instead"
+            )
+        if state.shape[-1] != hidden_size:
+            raise RuntimeError(
+                f"hidden{i} has inconsistent hidden_size: got {state.shape[-1]}, "
+                f"expected {hidden_size}"
+            )
+        if state.dim() != input.dim():
+            raise RuntimeError(
+                f"{owner}: expected hx to be {input.dim()}-D like input, got {state.dim()}-D"
+            )
+        if input.dim() == 2 and state.shape[0] != input.shape[0]:
+            raise RuntimeError(
+                f"Input batch size {input.shape[0]} doesn't match hidden{i} batch size "
+                f"{state.shape[0]}"
+            )
+    return given
+
+
+def permutable(hx: Sequence[Tensor], indices: Tensor) -> None:
+    """Each state [L*D, B, ...] has a row for each of the packed batch's `indices`."""
+    for i, state in enumerate(hx):
+        if state.shape[1] != indices.shape[0]:
+            raise RuntimeError(
+                f"hx: Expected hidden[{i}] batch size {indices.shape[0]} to match the packed "
+                f"input, got {state.shape[1]}"
+            )

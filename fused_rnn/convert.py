@@ -1,0 +1,146 @@
+"""Conversion of whole models: torch.nn's recurrent modules to ours, and back.
+
+A conversion changes the class of the very module object. Parameters, buffers, hooks, names,
+train/eval mode and every reference to the module (tied modules, optimizers) stay what they
+were, since both classes keep the same state in the same attributes.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch.nn.utils import parametrize
+
+from . import modules
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
+
+_NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
+_TO_FUSED = {getattr(torch.nn, name): getattr(modules, name) for name in _NAMES}
+_TO_TORCH = {ours: theirs for theirs, ours in _TO_FUSED.items()}
+
+
+def replace(model: _Module, *, strict: bool = False) -> _Module:
+    """Turns every torch.nn recurrent module and cell inside `model` into ours, in place.
+
+    The Parameter objects stay the same, so optimizers keep working, as do hooks, names,
+    train/eval mode, parametrizations and modules used in several places. `isinstance(m,
+    nn.LSTM)` is False afterwards; `restore` goes back.
+
+    Args:
+        model: any module; it may itself be a recurrent one.
+        strict: whether to raise, before anything is changed, when a recurrent module cannot be
+            converted. Otherwise a warning names each such module and why.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `strict`, and something cannot be converted.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.LSTM(3, 4))
+        >>> replace(model)
+        Sequential(
+          (0): LSTM(3, 4)
+        )
+        >>> type(model[0]).__module__
+        'fused_rnn.modules'
+    """
+    return _convert(model, _TO_FUSED, strict, "replace")
+
+
+def restore(model: _Module, *, strict: bool = False) -> _Module:
+    """Turns every recurrent module of ours inside `model` back into torch.nn's, in place.
+
+    The reverse of `replace`, with the same arguments, result and errors.
+
+    Example:
+        >>> import fused_rnn
+        >>> type(restore(fused_rnn.GRU(3, 4))) is torch.nn.GRU
+        True
+    """
+    return _convert(model, _TO_TORCH, strict, "restore")
+
+
+def from_torch(module: torch.nn.Module) -> torch.nn.Module:
+    """Our module for one recurrent module or cell of torch.nn, which stays as it is.
+
+    Both share their Parameter objects.
+
+    Raises:
+        TypeError: `module` is not one of torch.nn's six recurrent classes.
+
+    Example:
+        >>> theirs = torch.nn.LSTM(3, 4)
+        >>> ours = from_torch(theirs)
+        >>> ours.weight_hh_l0 is theirs.weight_hh_l0
+        True
+    """
+    target = _target(module, _TO_FUSED)
+    if target is None:
+        expected = ", ".join(f"torch.nn.{name}" for name in _NAMES)
+        raise TypeError(f"module: expected one of {expected}; got {_class_name(module)}")
+    ours = copy.copy(module)
+    for name, value in vars(ours).items():
+        # Containers of their own, so that a parameter or hook set on one is not set on both.
+        if isinstance(value, (dict, list, set)):
+            vars(ours)[name] = copy.copy(value)
+    ours.__class__ = target
+    return ours
+
+
+def _convert(model: _Module, classes: dict[type, type], strict: bool, verb: str) -> _Module:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    found = [(name, module, _target(module, classes)) for name, module in model.named_modules()]
+    refused = list(_refusals(found, classes))
+    if refused:
+        message = f"{verb}: cannot convert " + "; ".join(refused)
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, UserWarning, stacklevel=3)
+    for _, module, target in found:
+        if target is not None:
+            module.__class__ = target
+    return model
+
+
+def _target(module: torch.nn.Module, classes: dict[type, type]) -> type | None:
+    """The class `module` is to have, or None if it is not one we convert."""
+    cls = type(module)
+    if cls in classes:
+        return classes[cls]
+    # A parametrized module has a class of its own, made on the fly over the original one.
+    if parametrize.is_parametrized(module) and cls.__bases__[0] in classes:
+        members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        return type(cls.__name__, (classes[cls.__bases__[0]],), members)
+    return None
+
+
+def _refusals(
+    found: list[tuple[str, torch.nn.Module, type | None]], classes: dict[type, type]
+) -> Iterator[str]:
+    """What looks like a recurrent module to convert but is not, and why."""
+    originals = {cls.__name__ for cls in classes}
+    for name, module, target in found:
+        if target is not None:
+            continue
+        where = f"{name!r} ({_class_name(module)})" if name else f"the model ({_class_name(module)})"
+        if isinstance(module, tuple(classes)):
+            yield f"{where}: a subclass may rely on what it overrides; convert what it wraps instead"
+        elif isinstance(module, torch.jit.ScriptModule):
+            if getattr(module, "original_name", None) in originals:
+                yield f"{where}: scripted or traced; convert the model before torch.jit"
+        elif type(module).__module__.startswith("torch.ao.nn") and type(module).__name__ in originals:
+            yield f"{where}: quantized; its weights are not floating-point parameters"
+
+
+def _class_name(value: object) -> str:
+    cls = type(value)
+    return f"{cls.__module__}.{cls.__qualname__}"

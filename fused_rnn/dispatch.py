@@ -1,0 +1,132 @@
+"""The choice of a backend: problem -> the first backend that supports it, and why not the others.
+
+The choice is a pure function of the problem and of what the user forced, with
+`with fused_rnn.backend("reference"):` or the environment variable FUSED_RNN_BACKEND.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from .backends.base import Backend
+from .backends.cpu import CpuBackend
+from .backends.reference import ReferenceBackend
+from .problem import Problem
+
+# In order of preference.
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
+
+_Recorder = Callable[[Problem, Backend, bool], None]  # problem, chosen backend, whether forced
+
+_forced: ContextVar[str] = ContextVar("fused_rnn_backend", default="")
+_recorder: ContextVar[_Recorder | None] = ContextVar("fused_rnn_recorder", default=None)
+
+
+class UnsupportedProblemError(RuntimeError):
+    """A backend that the user forced cannot take a problem."""
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in ("", "auto", *BACKENDS):
+        known = ", ".join(["auto", *BACKENDS])
+        raise ValueError(f"{source}: expected one of {known}; got {name!r}")
+    return "" if name == "auto" else name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces a backend for every layer called inside the `with` block, in this thread or task.
+
+    A forced backend that cannot do the job raises and says why. Backward uses the backend
+    that its forward was given. "auto" lifts an outer block's choice.
+
+    Args:
+        name: "cpu", "reference", or "auto".
+
+    Raises:
+        ValueError: the name is not a backend's.
+
+    Example:
+        >>> import torch, fused_rnn
+        >>> layer = fused_rnn.GRU(3, 4)
+        >>> with fused_rnn.backend("reference"):
+        ...     y, h = layer(torch.randn(5, 2, 3))
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"backend: expected a str, got {type(name).__name__}")
+    _check_name(name, "backend")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def requested() -> str:
+    """The backend the user forced, or "" for an automatic choice."""
+    name = _forced.get()
+    if name:
+        return _check_name(name, "backend")
+    return _check_name(os.environ.get("FUSED_RNN_BACKEND", ""), "FUSED_RNN_BACKEND")
+
+
+def reasons(problem: Problem) -> list[tuple[str, str | None]]:
+    """Every backend in order of preference, with why it cannot take the problem (None: it can)."""
+    return [(b.name, b.unsupported(problem)) for b in BACKENDS.values()]
+
+
+def select(problem: Problem, name: str = "") -> Backend:
+    """The backend called `name`, or the first that takes the problem when `name` is empty.
+
+    Raises:
+        UnsupportedProblemError: the one that was named cannot take it, or none can.
+    """
+    chosen = _forced_backend(problem, name) if name else _first_backend(problem)
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder(problem, chosen, bool(name))
+    return chosen
+
+
+@contextmanager
+def recording(recorder: _Recorder) -> Iterator[None]:
+    """Calls `recorder` at every choice made inside the `with` block, in this thread."""
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def _forced_backend(problem: Problem, name: str) -> Backend:
+    chosen = BACKENDS[name]
+    if reason := chosen.unsupported(problem):
+        raise UnsupportedProblemError(
+            f"backend {name!r} was asked for by name but cannot take this layer: {reason}"
+        )
+    return chosen
+
+
+def _first_backend(problem: Problem) -> Backend:
+    for candidate in BACKENDS.values():
+        if candidate.unsupported(problem) is None:
+            if candidate.name == "reference" and problem.device_type == "cuda":
+                _warn_slow(problem)
+            return candidate
+    refusals = "; ".join(f"{n}: {reason}" for n, reason in reasons(problem))
+    raise UnsupportedProblemError(f"no backend can take this layer ({refusals})")
+
+
+def _warn_slow(problem: Problem) -> None:
+    why = "; ".join(f"{n}: {reason}" for n, reason in reasons(problem) if reason)
+    # The warnings module shows a message once per place, which is here.
+    warnings.warn(
+        f"fused_rnn: {problem.cell_name} on {problem.device_type} runs on the slow reference "
+        f"backend ({why})",
+        RuntimeWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,106 @@
+"""`explain`: which backend runs each recurrent layer of a module, and why the others do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import dispatch
+from .modules import _RecurrentCell, _RecurrentLayers
+from .problem import Problem
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What was chosen for one layer."""
+
+    module: str  # the module's name in the model, "" for the model itself
+    problem: Problem
+    backend: str
+    kernel: str
+    refusals: list[tuple[str, str]]  # (backend, why it cannot take the layer)
+
+    def __str__(self) -> str:
+        p = self.problem
+        traits = [
+            f"T={p.timesteps} B={p.batch_size} I={p.input_size} H={p.hidden_size}",
+            f"projected to {p.proj_size}" if p.proj_size else "",
+            "bidirectional" if p.directions == 2 else "",
+            "" if p.bias else "no bias",
+            "packed" if p.packed else "",
+            str(p.dtype).removeprefix("torch."),
+            p.device_type,
+            "training" if p.training else "inference",
+        ]
+        lines = [f"{self.module or '(module)'}: {p.cell_name} {', '.join(filter(None, traits))}"]
+        lines.append(f"  runs on {self.kernel}")
+        lines += [f"  not on {name}: {reason}" for name, reason in self.refusals]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The choices for every layer that ran, in order. Prints itself."""
+
+    layers: list[LayerChoice]
+
+    @property
+    def backend(self) -> str:
+        """The backends that ran, each once, joined by "+"."""
+        return "+".join(dict.fromkeys(layer.backend for layer in self.layers))
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no fused_rnn layer ran (fused_rnn.replace(model) turns torch.nn's into ours)"
+        return "\n".join(map(str, self.layers))
+
+    __repr__ = __str__
+
+
+def explain(module: torch.nn.Module, *args, **kwargs) -> Explanation:
+    """Runs `module(*args, **kwargs)` once and tells which backend and kernel each layer got.
+
+    Args:
+        module: one of our modules, or any model that holds some.
+        args, kwargs: what the module is called with. The choice depends on shapes, dtypes,
+            devices and on whether gradients are on, not on values.
+
+    Returns:
+        An Explanation: `.layers`, `.backend`, and as a string the whole story.
+
+    Raises:
+        TypeError: `module` is not a module. Whatever the call itself raises.
+
+    Example:
+        >>> import fused_rnn
+        >>> layer = fused_rnn.LSTM(3, 4)
+        >>> with fused_rnn.backend("reference"):
+        ...     print(explain(layer, torch.randn(5, 2, 3)))
+        (module): lstm T=5 B=2 I=3 H=4, float32, cpu, training
+          runs on reference
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    current: list[str] = []
+    choices: list[LayerChoice] = []
+    handles = []
+    for name, child in module.named_modules():
+        if isinstance(child, (_RecurrentLayers, _RecurrentCell)):
+            handles.append(
+                child.register_forward_pre_hook(lambda *_, name=name: current.append(name))
+            )
+
+    def record(problem: Problem, chosen: dispatch.Backend, forced: bool) -> None:
+        refusals = [] if forced else [(n, why) for n, why in dispatch.reasons(problem) if why]
+        choices.append(
+            LayerChoice(current[-1], problem, chosen.name, chosen.describe(problem), refusals)
+        )
+
+    try:
+        with torch.random.fork_rng(), dispatch.recording(record):
+            module(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Explanation(choices)

@@ -1,0 +1,350 @@
+"""RNN, GRU, LSTM and their cells: torch.nn's contract over the functions of `functional`.
+
+Constructors, parameters, initialisation, state_dict, repr and pickling are torch.nn.RNNBase's
+and torch.nn.RNNCellBase's own; `forward` is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import checks, functional
+from .cells import CELLS, Cell
+
+
+class _RecurrentLayers(torch.nn.RNNBase):
+    """What RNN, GRU and LSTM share: every form of input torch.nn takes.
+
+    A subclass of RNNBase and not of nn.LSTM and friends: torch.compile breaks the graph at
+    those and their subclasses.
+    """
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: weights are read where they lie. Here because torch.nn has it."""
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None):
+        cell = CELLS[self.mode.lower()]
+        checks.layer_input(input, self._get_name())
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(cell, input, hx)
+        batched = input.dim() == 3
+        if hx is not None:
+            hx = checks.states(hx, cell.has_c)
+            checks.state_dimensions(hx, batched)
+        if not batched:
+            input = input.unsqueeze(0 if self.batch_first else 1)
+            hx = None if hx is None else tuple(state.unsqueeze(1) for state in hx)
+        output, states = self._run(cell, input, hx, None)
+        if not batched:
+            output = output.squeeze(0 if self.batch_first else 1)
+            states = tuple(state.squeeze(1) for state in states)
+        return output, states if cell.has_c else states[0]
+
+    def _forward_packed(self, cell: Cell, input: PackedSequence, hx: Any):
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is not None:
+            hx = checks.states(hx, cell.has_c)
+            checks.state_dimensions(hx, batched=True)
+            if sorted_indices is not None:
+                checks.permutable(hx, sorted_indices)
+                hx = tuple(state.index_select(1, sorted_indices) for state in hx)
+        output, states = self._run(cell, data, hx, batch_sizes)
+        if unsorted_indices is not None:
+            states = tuple(state.index_select(1, unsorted_indices) for state in states)
+        output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return output, states if cell.has_c else states[0]
+
+    def _run(self, cell, input, hx, batch_sizes) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # By name, not from _flat_weights: a parametrization or functional_call may be in place.
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        if hx is not None and not cell.has_c:
+            hx = hx[0]
+        output, states = getattr(functional, cell.name)(
+            input,
+            hx,
+            weights,
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            training=self.training,
+            batch_first=self.batch_first,
+            batch_sizes=batch_sizes,
+        )
+        return output, states if cell.has_c else (states,)
+
+
+_NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"
+
+
+class RNN(_RecurrentLayers):
+    r"""Elman layers, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu for tanh.
+
+    A drop-in replacement for :class:`torch.nn.RNN`: same arguments, parameters, initialisation
+    from the same seed, and results.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: features of the state, H.
+        num_layers: layers stacked on each other, L.
+        nonlinearity: "tanh" or "relu".
+        bias: whether to add b_ih and b_hh.
+        batch_first: whether input and output are [B, T, ...] instead of [T, B, ...].
+        dropout: probability of zeroing elements between layers, in training.
+        bidirectional: whether to run a second set of weights from the last timestep to the
+            first; D is then 2, else 1.
+
+    Inputs:
+        input: [T, B, I] (or [B, T, I]), [T, I] unbatched, or a PackedSequence. The dtype is the
+            parameters'.
+        hx: [D*L, B, H] ([D*L, H] unbatched) initial states, or None for zeros.
+
+    Returns:
+        output: [T, B, D*H], laid out as the input is; a PackedSequence for one.
+        h_n: [D*L, B, H] ([D*L, H] unbatched) the states after the last timestep.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument does not fit, as in torch.nn.
+
+    Example:
+        >>> layer = RNN(10, 20, num_layers=2)
+        >>> output, h_n = layer(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        _reject(kwargs, "RNN")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity {nonlinearity!r}. Select from 'tanh' or 'relu'."
+            )
+        # torch.nn.RNN has the attribute too; Module.__init__ has not run, so set it plainly.
+        object.__setattr__(self, "nonlinearity", nonlinearity)
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first,
+            dropout, bidirectional, device=device, dtype=dtype,
+        )  # fmt: skip
+
+
+class GRU(_RecurrentLayers):
+    r"""Gated recurrent units (Cho et al. 2014), the reset gate after the matrix product.
+
+    r_t = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
+    z_t = sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
+    n_t = tanh(W_in x_t + b_in + r_t * (W_hn h_{t-1} + b_hn))
+    h_t = (1 - z_t) * n_t + z_t * h_{t-1}
+
+    A drop-in replacement for :class:`torch.nn.GRU`. Arguments, inputs, results and errors are
+    those of :class:`RNN`, without `nonlinearity`.
+
+    Example:
+        >>> layer = GRU(10, 20, batch_first=True, bidirectional=True)
+        >>> output, h_n = layer(torch.randn(3, 5, 10))
+        >>> output.shape, h_n.shape
+        (torch.Size([3, 5, 40]), torch.Size([2, 3, 20]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        _reject(kwargs, "GRU")
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+
+
+class LSTM(_RecurrentLayers):
+    r"""Long short-term memory (Hochreiter and Schmidhuber 1997), optionally projected
+    (Sak et al. 2014).
+
+    i_t = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi)
+    f_t = sigmoid(W_if x_t + b_if + W_hf h_{t-1} + b_hf)
+    g_t = tanh(W_ig x_t + b_ig + W_hg h_{t-1} + b_hg)
+    o_t = sigmoid(W_io x_t + b_io + W_ho h_{t-1} + b_ho)
+    c_t = f_t * c_{t-1} + i_t * g_t
+    h_t = o_t * tanh(c_t), times W_hr where proj_size > 0
+
+    A drop-in replacement for :class:`torch.nn.LSTM`. Arguments, inputs, results and errors are
+    those of :class:`RNN`, with these differences.
+
+    Args:
+        proj_size: if positive, the size P < H of the states h and of the output; else P is H.
+
+    Inputs:
+        hx: a pair (h_0 [D*L, B, P], c_0 [D*L, B, H]), or None for zeros.
+
+    Returns:
+        output: [T, B, D*P], laid out as the input is.
+        (h_n, c_n): [D*L, B, P] and [D*L, B, H].
+
+    Example:
+        >>> layer = LSTM(10, 20, proj_size=5)
+        >>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape, c_n.shape
+        (torch.Size([5, 3, 5]), torch.Size([1, 3, 5]), torch.Size([1, 3, 20]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, proj_size, device=device, dtype=dtype,
+        )  # fmt: skip
+
+
+def _reject(kwargs: dict[str, Any], owner: str) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError(_NO_PROJECTION)
+    if kwargs:
+        raise TypeError(f"{owner}: unexpected keyword argument {next(iter(kwargs))!r}")
+
+
+class _RecurrentCell(torch.nn.RNNCellBase):
+    """What the cells share: one timestep, batched or not."""
+
+    _cell_name: str
+
+    def forward(self, input: Tensor, hx: Any = None):
+        cell = self._cell()
+        states = checks.cell_arguments(
+            self._get_name(), cell, input, hx, self.weight_ih, self.hidden_size
+        )
+        weights = [self.weight_ih, self.weight_hh]
+        if self.bias_ih is not None:
+            weights += [self.bias_ih, self.bias_hh]
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+            states = None if states is None else tuple(s.unsqueeze(0) for s in states)
+        if states is not None:
+            states = tuple(s.unsqueeze(0) for s in states)
+        _, hidden = getattr(functional, cell.name)(
+            input.unsqueeze(0), states if states is None or cell.has_c else states[0], weights
+        )
+        finals = tuple(
+            s.squeeze(0) if batched else s.flatten() for s in (hidden if cell.has_c else (hidden,))
+        )
+        return finals if cell.has_c else finals[0]
+
+    def _cell(self) -> Cell:
+        return CELLS[self._cell_name]
+
+
+class RNNCell(_RecurrentCell):
+    r"""One step of an :class:`RNN`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu.
+
+    A drop-in replacement for :class:`torch.nn.RNNCell`.
+
+    Args:
+        input_size, hidden_size: I and H.
+        bias: whether to add b_ih and b_hh.
+        nonlinearity: "tanh" or "relu".
+
+    Inputs:
+        input: [B, I], or [I].
+        hx: [B, H], or [H]; None for zeros.
+
+    Returns:
+        h': shaped as hx.
+
+    Example:
+        >>> RNNCell(10, 20)(torch.randn(3, 10)).shape
+        torch.Size([3, 20])
+    """
+
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def _cell(self) -> Cell:
+        if self.nonlinearity not in ("tanh", "relu"):
+            # As in torch.nn the constructor takes anything, and the first call objects.
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return CELLS[f"rnn_{self.nonlinearity}"]
+
+
+class GRUCell(_RecurrentCell):
+    r"""One step of a :class:`GRU`. A drop-in replacement for :class:`torch.nn.GRUCell`.
+
+    Arguments, inputs and results are those of :class:`RNNCell`, without `nonlinearity`.
+
+    Example:
+        >>> GRUCell(10, 20)(torch.randn(10)).shape
+        torch.Size([20])
+    """
+
+    _cell_name = "gru"
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 3, device=device, dtype=dtype)
+
+
+class LSTMCell(_RecurrentCell):
+    r"""One step of an :class:`LSTM`. A drop-in replacement for :class:`torch.nn.LSTMCell`.
+
+    Arguments and inputs are those of :class:`GRUCell`, but hx is a pair (h, c), each [B, H] or
+    [H], and so is the result.
+
+    Example:
+        >>> h, c = LSTMCell(10, 20)(torch.randn(3, 10))
+        >>> h.shape, c.shape
+        (torch.Size([3, 20]), torch.Size([3, 20]))
+    """
+
+    _cell_name = "lstm"
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 4, device=device, dtype=dtype)

@@ -1,0 +1,157 @@
+"""Builds fused_rnn: a CPU library against torch's stable ABI, and a small pybind11 module.
+
+The metadata is in pyproject.toml. Environment: CXX (or CC) names the compiler, MAX_JOBS the
+compilations at a time, DEBUG=1 builds without optimisation and with symbols, CXXFLAGS and
+LDFLAGS are added, FUSED_RNN_SKIP_BUILD=1 builds nothing. Without a C++ compiler the package
+installs as pure Python. Which CPU or GPU the building machine has does not matter.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
+MACOS = sys.platform == "darwin"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+LIBRARY = "fused_rnn.libfused_rnn_cpu"  # a plain shared library, no Python module
+
+# -ffp-contract: a * b + c becomes one multiply-add, which the kernels count on.
+BASE_FLAGS = [
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-ffp-contract=fast",
+    *(["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]),
+    *(["-DFUSED_RNN_X86"] if X86 else []),
+]
+# One kernel source, compiled once per instruction set; the choice is made at run time.
+ISA_FLAGS = {
+    "csrc/cpu/scan_portable.cpp": [],
+    "csrc/cpu/scan_avx2.cpp": ["-mavx2", "-mfma"],
+    "csrc/cpu/scan_avx512.cpp": ["-mavx512f", "-mavx2", "-mfma"],
+}
+
+
+def env_flags(name: str) -> list[str]:
+    return shlex.split(os.environ.get(name, ""))
+
+
+def find_compiler() -> list[str] | None:
+    """The C++ compiler as a command, or None when there is none this build can use."""
+    named = os.environ.get("CXX") or os.environ.get("CC")
+    candidates = [named] if named else [sysconfig.get_config_var("CXX") or "", "c++", "g++"]
+    for candidate in candidates:
+        command = shlex.split(candidate)
+        # MSVC has no vector extensions.
+        if command and shutil.which(command[0]) and Path(command[0]).stem.lower() != "cl":
+            return command
+    return None
+
+
+def library_sources() -> list[str]:
+    kernels = list(ISA_FLAGS) if X86 else ["csrc/cpu/scan_portable.cpp"]
+    return ["csrc/cpu/library.cpp", *kernels]
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("FUSED_RNN_SKIP_BUILD", "0") not in ("", "0"):
+        say("FUSED_RNN_SKIP_BUILD is set: building nothing, the package will be pure Python")
+        return []
+    if find_compiler() is None:
+        wanted = os.environ.get("CXX") or os.environ.get("CC") or "c++"
+        say(f"NO C++ COMPILER ({wanted}): installing pure Python, WITHOUT the fast CPU kernels")
+        return []
+    return [
+        Extension(LIBRARY, library_sources()),
+        Extension("fused_rnn._C", ["csrc/build_info.cpp"]),
+    ]
+
+
+def say(message: str) -> None:
+    print(f"fused_rnn: {message}", file=sys.stderr, flush=True)
+
+
+def run(command: list[str]) -> None:
+    """Runs a compiler; its own messages reach the user as they are."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    sys.stderr.write(result.stdout + result.stderr)
+    if result.returncode != 0:
+        raise SystemExit(f"fused_rnn: failed with status {result.returncode}: {shlex.join(command)}")
+
+
+class BuildExt(build_ext):
+    """Compiles every source with flags of its own, which setuptools' compilers cannot do."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # setuptools asks with and without the package in front.
+        if fullname in (LIBRARY, LIBRARY.rpartition(".")[2]):
+            return fullname.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = find_compiler()
+        assert compiler is not None  # else there would be no extension
+        includes, libraries = (
+            self.library_options() if ext.name == LIBRARY else self.module_options()
+        )
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(max(jobs, 1)) as pool:
+            objects = list(pool.map(lambda s: self.compile(compiler, s, includes), ext.sources))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shared = ["-shared", "-undefined", "dynamic_lookup"] if MACOS else ["-shared"]
+        run([*compiler, *shared, *objects, *libraries, *env_flags("LDFLAGS"), "-o", str(target)])
+
+    def compile(self, compiler: list[str], source: str, includes: list[str]) -> str:
+        """Compiles unless an object with these flags is newer than the source and all headers."""
+        flags = [*BASE_FLAGS, *ISA_FLAGS.get(source, []), *includes, *env_flags("CXXFLAGS")]
+        command = [*compiler, *flags, "-c", source]
+        tag = zlib.crc32(shlex.join(command).encode())
+        target = Path(self.build_temp, f"{Path(source).stem}-{tag:08x}.o")
+        inputs = [Path(source), *Path("csrc").rglob("*.h")]
+        if not target.exists() or any(
+            p.stat().st_mtime > target.stat().st_mtime for p in inputs
+        ):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            run([*command, "-o", str(target)])
+        return str(target)
+
+    def library_options(self) -> tuple[list[str], list[str]]:
+        from torch.utils import cpp_extension
+
+        # The oldest torch whose stable ABI has all we use; the binary then serves newer ones too.
+        includes = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        for path in cpp_extension.include_paths():
+            includes += ["-isystem", path]
+        # No rpath: torch is imported, hence loaded, before this library.
+        paths = [f"-L{path}" for path in cpp_extension.library_paths()]
+        return includes, [*paths, "-ltorch_cpu", "-ltorch"]
+
+    def module_options(self) -> tuple[list[str], list[str]]:
+        import pybind11
+        import torch
+
+        facts = {
+            "FUSED_RNN_TORCH_VERSION": torch.__version__,
+            "FUSED_RNN_CXX_FLAGS": shlex.join([*BASE_FLAGS, *env_flags("CXXFLAGS")]),
+        }
+        includes = [f'-D{name}="{value}"' for name, value in facts.items()]
+        for path in (sysconfig.get_path("include"), pybind11.get_include()):
+            includes += ["-isystem", path]
+        return includes, []
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})

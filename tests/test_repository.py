@@ -1,0 +1,176 @@
+"""What holds for the repository as a whole: its layers, its style, its documentation."""
+
+import ast
+import doctest
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fused_rnn
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fused_rnn"
+
+# From the bottom to the top. A module imports from layers below its own, and within its own only
+# where that is a package (backends).
+LAYERS = [
+    {"cells", "native"},
+    {"problem", "checks"},
+    {"backends"},
+    {"dispatch"},
+    {"ops"},
+    {"functional"},
+    {"modules"},
+    {"convert", "explain", "testing"},
+    {"__init__"},
+    {"__main__"},
+]
+HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+
+
+def tracked_files():
+    """What git has or would add; in an unpacked archive, every file but those that tools make."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+        paths = [ROOT / os.fsdecode(name) for name in names.split(b"\0") if name]
+    else:
+        made = {".venv", "build", "dist", "out", "__pycache__"}
+        paths = [
+            path
+            for path in ROOT.rglob("*")
+            if not any(
+                part in made or part.endswith((".egg-info", "_cache"))
+                for part in path.relative_to(ROOT).parts
+            )
+        ]
+    return [path for path in paths if path.is_file()]
+
+
+def package_part(path):
+    """The module of a file, or the subpackage it belongs to: a name of LAYERS."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """The parts of the package that a file imports, with the lines that do."""
+    package = ("fused_rnn", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            targets = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = above + (node.module.split(".") if node.module else [])
+            # In `from . import dispatch` the module is among the names.
+            targets = [[*module, alias.name] for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            if target[0] == "fused_rnn":
+                part = target[1] if len(target) > 1 and target[1] in HEIGHT else "__init__"
+                yield part, node.lineno
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_go_down(path):
+    part = package_part(path)
+    assert part in HEIGHT, f"{path.name}: say in LAYERS where {part} belongs"
+    for imported, line in imports(path):
+        allowed = HEIGHT[imported] < HEIGHT[part] or imported == part == "backends"
+        assert allowed, f"{path}:{line}: {part} imports {imported}, which is not below it"
+
+
+def test_import_scan_sees_every_form():
+    """The test above is only as good as this: names of known imports, in each written form."""
+    found = {part for part, _ in imports(PACKAGE / "ops.py")}
+    assert {"dispatch", "backends", "cells", "problem"} <= found
+
+
+def test_no_paths_of_one_machine():
+    # Split, so that this file does not find itself.
+    pattern = re.compile(r"(?<![\w.])/(?:ho" + r"me|Use" + r"rs|ro" + r"ot|t" + r"mp)/\w")
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if pattern.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", fused_rnn.__all__)
+def test_public_names_are_documented(name):
+    value = getattr(fused_rnn, name)
+    # Not inspect.getdoc: it would find the docstring of torch's base class.
+    assert (value.__doc__ or "").strip(), f"fused_rnn.{name} has no docstring"
+
+
+def public_modules():
+    return [
+        "fused_rnn" if part == "__init__" else f"fused_rnn.{part}"
+        for part in (path.stem for path in sorted(PACKAGE.glob("*.py")))
+        if part != "__main__"
+    ]
+
+
+@pytest.mark.parametrize("name", public_modules())
+def test_docstring_examples_run(name):
+    result = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    )
+    assert result.failed == 0, f"{result.failed} of {result.attempted} examples failed, see stdout"
+
+
+def readme_blocks():
+    readme = ROOT / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_readme_examples_run(tmp_path, monkeypatch):
+    """The README's blocks run one after the other, as a reader would type them."""
+    if not (ROOT / "README.md").exists():
+        pytest.skip("README.md is absent")
+    blocks = readme_blocks()
+    assert blocks, "README.md has no python block"
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "readme"}
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"README.md, python block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff(arguments):
+    beside = Path(sys.executable).with_name("ruff")
+    ruff = str(beside) if beside.exists() else shutil.which("ruff")
+    if ruff is None:
+        pytest.skip("ruff is not installed")
+    # Named one by one: ruff skips whole folders that an outer .gitignore names.
+    files = [str(path) for path in tracked_files() if path.suffix == ".py"]
+    done = subprocess.run(
+        [ruff, *arguments, "--no-cache", *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_linter_versions_are_one():
+    """pre-commit cannot read constraints.txt, so its versions are compared here."""
+    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.M))
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    used = re.findall(r"additional_dependencies: \[([\w-]+)==([\w.]+)\]", config)
+    assert used
+    for name, version in used:
+        assert pinned[name] == version, f"{name}: {version} in pre-commit, {pinned[name]} pinned"
