@@ -32,12 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sections() -> Iterator[tuple[str, list[str]]]:
-    yield "Versions", [
-        f"fused_rnn {__version__}",
-        f"torch {torch.__version__}",
-        f"triton {'installed' if find_spec('triton') else 'not installed'}",
-        f"python {platform.python_version()} on {platform.system()} {platform.machine()}",
-    ]
+    yield (
+        "Versions",
+        [
+            f"fused_rnn {__version__}",
+            f"torch {torch.__version__}",
+            f"triton {'installed' if find_spec('triton') else 'not installed'}",
+            f"python {platform.python_version()} on {platform.system()} {platform.machine()}",
+        ],
+    )
     facts = {k: _text(v) for k, v in native.build_facts().items()}
     yield "Compiled parts", [f"{name.replace('_', ' ')}: {value}" for name, value in facts.items()]
     yield "Devices", _devices()
@@ -55,9 +58,7 @@ def _text(value: object) -> str:
 
 def _devices() -> list[str]:
     cpu = f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    gpus = [
-        f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
-    ]
+    gpus = [f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     return [cpu, *(gpus or ["no CUDA device"])]
 
 

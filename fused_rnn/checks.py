@@ -193,9 +193,7 @@ def cell_arguments(
     for i, state in enumerate(given):
         if state.dim() not in (1, 2):
             name = f"hx[{i}]" if cell.has_c else "hidden"
-            raise ValueError(
-                f"{owner}: Expected {name} to be 1D or 2D, got {state.dim()}D instead"
-            )
+            raise ValueError(f"{owner}: Expected {name} to be 1D or 2D, got {state.dim()}D instead")
         if state.shape[-1] != hidden_size:
             raise RuntimeError(
                 f"hidden{i} has inconsistent hidden_size: got {state.shape[-1]}, "

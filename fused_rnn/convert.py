@@ -131,13 +131,17 @@ def _refusals(
     for name, module, target in found:
         if target is not None:
             continue
-        where = f"{name!r} ({_class_name(module)})" if name else f"the model ({_class_name(module)})"
+        where = (
+            f"{name!r} ({_class_name(module)})" if name else f"the model ({_class_name(module)})"
+        )
         if isinstance(module, tuple(classes)):
             yield f"{where}: a subclass may rely on what it overrides; convert what it wraps instead"
         elif isinstance(module, torch.jit.ScriptModule):
             if getattr(module, "original_name", None) in originals:
                 yield f"{where}: scripted or traced; convert the model before torch.jit"
-        elif type(module).__module__.startswith("torch.ao.nn") and type(module).__name__ in originals:
+        elif (
+            type(module).__module__.startswith("torch.ao.nn") and type(module).__name__ in originals
+        ):
             yield f"{where}: quantized; its weights are not floating-point parameters"
 
 

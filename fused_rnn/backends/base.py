@@ -208,16 +208,20 @@ def gate_bias(cell: Cell, w: DirectionWeights) -> Tensor | None:
 
 def input_side(cell: Cell, grad_gates: Tensor) -> Tensor:
     """[..., G*H] the columns that face W_ih and b_ih, a view."""
-    return grad_gates.narrow(-1, grad_gates.shape[-1] // 4, grad_gates.shape[-1] // 4 * 3) if (
-        cell.name == "gru"
-    ) else grad_gates
+    return (
+        grad_gates.narrow(-1, grad_gates.shape[-1] // 4, grad_gates.shape[-1] // 4 * 3)
+        if (cell.name == "gru")
+        else grad_gates
+    )
 
 
 def hidden_side(cell: Cell, grad_gates: Tensor) -> Tensor:
     """[..., G*H] the columns that face W_hh and b_hh, a view; GRU in the order (n, r, z)."""
-    return grad_gates.narrow(-1, 0, grad_gates.shape[-1] // 4 * 3) if (
-        cell.name == "gru"
-    ) else grad_gates
+    return (
+        grad_gates.narrow(-1, 0, grad_gates.shape[-1] // 4 * 3)
+        if (cell.name == "gru")
+        else grad_gates
+    )
 
 
 def hidden_order(cell: Cell, grad_gates: Tensor) -> Tensor:
