@@ -6,9 +6,9 @@
 # make clean           remove what was built; .venv stays (git clean -xdf removes that too)
 #
 # Each installs what it needs into .venv first. With FUSED_RNN_SKIP_BUILD=1 in the environment
-# nothing is compiled. Variables: PYTHON, PIP_ARGS, TORCH_INDEX (an extra
-# package index, as https://download.pytorch.org/whl/cpu for the small build without CUDA),
-# WORKERS, PYTEST_ARGS, DEMO_ARGS.
+# nothing is compiled. Variables: PYTHON, PIP_ARGS, TORCH_INDEX (one more package index, as
+# https://download.pytorch.org/whl/cpu for the small build without CUDA), WORKERS, PYTEST_ARGS,
+# DEMO_ARGS.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -63,18 +63,20 @@ clean:
 # so that the extension is built against the torch that it will run with, and torch comes once.
 $(INSTALLED): .venv/.dependencies $(BUILT_FROM)
 	$(PIP) --no-build-isolation -e '.[test,demo]'
-	touch $@
+	@$(BIN)/python -c 'from fused_rnn import native; \
+		print("fused_rnn:", native.cpu_library_error() or "the CPU library is built")'
+	@touch $@
 
 # torch is asked for before anything that depends on it, so that nothing else decides which build
-# of it is taken.
+# of it is taken; it warns at every import when numpy is not there.
 .venv/.dependencies: .venv/.created constraints.txt
 	$(PIP) pip setuptools wheel ninja pybind11
-	$(PIP) torch
-	touch $@
+	$(PIP) torch numpy
+	@touch $@
 
 .venv/.linters: .venv/.created constraints.txt
 	$(PIP) ruff clang-format
-	touch $@
+	@touch $@
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -82,4 +84,4 @@ $(INSTALLED): .venv/.dependencies $(BUILT_FROM)
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 		{ echo 'venv is missing; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	touch $@
+	@touch $@

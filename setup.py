@@ -89,7 +89,9 @@ def run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     sys.stderr.write(result.stdout + result.stderr)
     if result.returncode != 0:
-        raise SystemExit(f"fused_rnn: failed with status {result.returncode}: {shlex.join(command)}")
+        raise SystemExit(
+            f"fused_rnn: failed with status {result.returncode}: {shlex.join(command)}"
+        )
 
 
 class BuildExt(build_ext):
@@ -122,9 +124,7 @@ class BuildExt(build_ext):
         tag = zlib.crc32(shlex.join(command).encode())
         target = Path(self.build_temp, f"{Path(source).stem}-{tag:08x}.o")
         inputs = [Path(source), *Path("csrc").rglob("*.h")]
-        if not target.exists() or any(
-            p.stat().st_mtime > target.stat().st_mtime for p in inputs
-        ):
+        if not target.exists() or any(p.stat().st_mtime > target.stat().st_mtime for p in inputs):
             target.parent.mkdir(parents=True, exist_ok=True)
             run([*command, "-o", str(target)])
         return str(target)

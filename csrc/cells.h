@@ -9,8 +9,8 @@
 //           saved    what backward will want
 //           returns the new h
 // backward: d_h      whole gradient of the new h
-//           carry    LSTM: gradient of c, in and out. GRU: out, the part of d_h that goes round W_hh
-//           grads    gradients of the pre-activations
+//           carry    LSTM: gradient of c, in and out. GRU: out, the part of d_h that goes round
+//           W_hh grads    gradients of the pre-activations
 #pragma once
 
 namespace fused_rnn {

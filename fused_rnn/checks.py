@@ -80,9 +80,10 @@ def recurrent_arguments(
     """
     per_direction, remainder = divmod(len(weights), num_layers * directions)
     if remainder or per_direction not in ((2, 3, 4, 5) if cell.has_c else (2, 4)):
+        projected = ", one more with a projection," if cell.has_c else ""
         raise ValueError(
-            f"weights: expected 2 or 4 (with biases) tensors{', plus 1 with a projection,' * cell.has_c} "
-            f"for each of {num_layers * directions} layers and directions, got {len(weights)} in all"
+            f"weights: expected 2 tensors, or 4 with biases,{projected} for each of "
+            f"{num_layers * directions} layers and directions, got {len(weights)} in all"
         )
     first = is_dense_tensor(weights[0], "weights[0]")
     _matches_weights(input, first)

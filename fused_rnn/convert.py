@@ -135,7 +135,7 @@ def _refusals(
             f"{name!r} ({_class_name(module)})" if name else f"the model ({_class_name(module)})"
         )
         if isinstance(module, tuple(classes)):
-            yield f"{where}: a subclass may rely on what it overrides; convert what it wraps instead"
+            yield f"{where}: a subclass may rely on what it overrides"
         elif isinstance(module, torch.jit.ScriptModule):
             if getattr(module, "original_name", None) in originals:
                 yield f"{where}: scripted or traced; convert the model before torch.jit"

@@ -16,7 +16,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "char_lm.py"
-SMALL = ["--hidden", "24", "--batch", "8", "--window", "16", "--lr", "0.01"]
+SMALL = ["--hidden", "24", "--batch", "8", "--window", "16", "--lr", "0.03"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "fused_rnn"
 # From the bottom to the top. A module imports from layers below its own, and within its own only
 # where that is a package (backends).
 LAYERS = [
+    {"_C"},
     {"cells", "native"},
     {"problem", "checks"},
     {"backends"},

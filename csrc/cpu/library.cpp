@@ -39,23 +39,20 @@ const ScanKernels& kernels() {
   };
   const char* wanted = std::getenv("FUSED_RNN_CPU_CAPABILITY");
   const bool automatic = wanted == nullptr || *wanted == '\0';
+  const ScanKernels* chosen = nullptr;
   std::string known;
   for (const Candidate& candidate : candidates) {
-    if (automatic) {
-      if (candidate.runs) return *candidate.kernels;
-      continue;
-    }
     const char* name = candidate.kernels->name;
-    if (std::strcmp(wanted, name) == 0) {
-      STD_TORCH_CHECK(candidate.runs, "FUSED_RNN_CPU_CAPABILITY=", wanted,
+    known += (known.empty() ? "" : ", ") + std::string(name);
+    if (automatic ? chosen == nullptr && candidate.runs : std::strcmp(wanted, name) == 0) {
+      STD_TORCH_CHECK(candidate.runs, "FUSED_RNN_CPU_CAPABILITY=", name,
                       ": this CPU does not have it");
-      return *candidate.kernels;
+      chosen = candidate.kernels;
     }
-    known += known.empty() ? "" : ", ";
-    known += name;
   }
-  STD_TORCH_CHECK(false, "FUSED_RNN_CPU_CAPABILITY: expected one of ", known, "; got '", wanted,
-                  "'");
+  STD_TORCH_CHECK(chosen != nullptr, "FUSED_RNN_CPU_CAPABILITY: expected one of ", known, "; got '",
+                  automatic ? "" : wanted, "'");
+  return *chosen;
 }
 
 std::string capability() { return kernels().name; }
@@ -70,8 +67,8 @@ std::string shape_text(const Sizes& sizes) {
 // A dense float32 CPU tensor of just this shape.
 void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name,
-                  ": expected dtype float32, got another");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, ": expected dtype Float, got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
   const auto sizes = tensor.sizes();
   STD_TORCH_CHECK(
       sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()), name,
@@ -226,8 +223,8 @@ bool worth_threads(const CellSizes& cell, const ScanSizes& sizes) {
 
 void scan_forward(int64_t cell_index, const Tensor& gx, std::vector<Tensor> w_hh,
                   std::vector<Tensor> b_hh, const Tensor& h0, std::optional<Tensor> c0,
-                  std::optional<Tensor> batch_sizes, Tensor y, Tensor h_n, Tensor c_n,
-                  Tensor gates, Tensor cells) {
+                  std::optional<Tensor> batch_sizes, Tensor y, Tensor h_n, Tensor c_n, Tensor gates,
+                  Tensor cells) {
   const CellSizes cell(cell_index);
   const ScanSizes sizes(h0, y);
   const int64_t directions = sizes.directions, count = sizes.count, hidden = sizes.hidden;
@@ -254,24 +251,24 @@ void scan_forward(int64_t cell_index, const Tensor& gx, std::vector<Tensor> w_hh
     if (cell.has_c) p.cells = output(cells, "cells", {directions, count, hidden});
   }
   STD_TORCH_CHECK(b_hh.empty() || static_cast<int64_t>(b_hh.size()) == directions,
-                  "b_hh: expected none or one tensor for each of ", directions,
-                  " directions, got ", b_hh.size());
+                  "b_hh: expected none or one tensor for each of ", directions, " directions, got ",
+                  b_hh.size());
   for (size_t d = 0; cell.kind == CellKind::gru && d < b_hh.size(); d++) {
     p.hidden_bias[d] = input(b_hh[d], "b_hh", {3 * hidden}) + 2 * hidden;
   }
   const ScanKernels& isa = kernels();
   const bool parallel = worth_threads(cell, sizes);
-  const Tensor packed = pack(cell, sizes, w_hh, isa, isa.pack_forward, cell.gates, parallel,
-                             p.packed_weights);
+  const Tensor packed =
+      pack(cell, sizes, w_hh, isa, isa.pack_forward, cell.gates, parallel, p.packed_weights);
   for_each_share(sizes, p.rows, parallel,
                  [&](const RowShare& share) { isa.forward(cell.kind, p, share); });
 }
 
-void scan_backward(int64_t cell_index, std::optional<Tensor> grad_y,
-                   std::optional<Tensor> grad_h_n, std::optional<Tensor> grad_c_n,
-                   std::vector<Tensor> w_hh, const Tensor& h0, std::optional<Tensor> c0,
-                   std::optional<Tensor> batch_sizes, const Tensor& y, const Tensor& gates,
-                   const Tensor& cells, Tensor grad_gates, Tensor grad_h0, Tensor grad_c0) {
+void scan_backward(int64_t cell_index, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
+                   std::optional<Tensor> grad_c_n, std::vector<Tensor> w_hh, const Tensor& h0,
+                   std::optional<Tensor> c0, std::optional<Tensor> batch_sizes, const Tensor& y,
+                   const Tensor& gates, const Tensor& cells, Tensor grad_gates, Tensor grad_h0,
+                   Tensor grad_c0) {
   const CellSizes cell(cell_index);
   const ScanSizes sizes(h0, y);
   const int64_t directions = sizes.directions, count = sizes.count, hidden = sizes.hidden;

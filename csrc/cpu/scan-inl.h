@@ -57,7 +57,8 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const float* a, int6
   FUSED_RNN_UNROLL
   for (int row = 0; row < ROWS; row++) {
     FUSED_RNN_UNROLL
-    for (int column = 0; column < COLUMNS; column++) tile[row * COLUMNS + column] = sum[row][column];
+    for (int column = 0; column < COLUMNS; column++)
+      tile[row * COLUMNS + column] = sum[row][column];
   }
 }
 
@@ -241,8 +242,8 @@ struct ForwardRows {
 };
 
 template <class Cell>
-void forward_tile(const ForwardRows& r, int64_t first, int rows, const Panel& panel,
-                  int64_t hidden, const float* packed, const float* hidden_bias) {
+void forward_tile(const ForwardRows& r, int64_t first, int rows, const Panel& panel, int64_t hidden,
+                  const float* packed, const float* hidden_bias) {
   constexpr int G = Cell::kGates;
   const int columns = G * panel.vectors;
   Vector tile[kMaxRows * kMaxColumns];
@@ -320,8 +321,7 @@ void forward_share(const ScanForwardParams& p, const RowShare& share) {
                         rows_of_or_null(cells, row, hidden, share)};
     ForwardRows carrying_on = joining;
     if (step.previous >= 0) {
-      carrying_on.h_prev =
-          rows_of<const float>(y, offset(p.rows, step.previous), y_width, share);
+      carrying_on.h_prev = rows_of<const float>(y, offset(p.rows, step.previous), y_width, share);
       carrying_on.c_prev = {c_n.base, c_n.stride};
     }
     for (int64_t j = 0; j < panels; j++) {
@@ -469,8 +469,8 @@ void backward_share(const ScanBackwardParams& p, const RowShare& share) {
       if (begin == end) continue;
       BackwardRows rows_here = r;
       if (begin < step.into_next) {
-        rows_here.grad_next = rows_of<const float>(grad_gates, offset(p.rows, step.next),
-                                                   Q * hidden, share);
+        rows_here.grad_next =
+            rows_of<const float>(grad_gates, offset(p.rows, step.next), Q * hidden, share);
       }
       if (begin < step.from_previous) {
         const int64_t before = offset(p.rows, step.previous);

@@ -5,7 +5,8 @@
 namespace fused_rnn {
 
 const ScanKernels portable_kernels = {
-    "portable", portable::kWidth, portable::pack_forward, portable::pack_backward, portable::forward, portable::backward,
+    "portable",        portable::kWidth,   portable::pack_forward, portable::pack_backward,
+    portable::forward, portable::backward,
 };
 
 }  // namespace fused_rnn

@@ -122,7 +122,5 @@ struct Math {
   FUSED_RNN_INLINE Vector relu(Vector x) { return x < Vector{} ? Vector{} : x; }
 
   // d_h where relu let its input through. A NaN h passes d_h on, as torch does.
-  FUSED_RNN_INLINE Vector relu_grad(Vector h, Vector d_h) {
-    return h <= Vector{} ? Vector{} : d_h;
-  }
+  FUSED_RNN_INLINE Vector relu_grad(Vector h, Vector d_h) { return h <= Vector{} ? Vector{} : d_h; }
 };

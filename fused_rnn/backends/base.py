@@ -110,7 +110,7 @@ class Backend:
         rows: Rows,
         save: bool,
     ) -> LayerOutput:
-        """Runs the recurrence. gx holds W_ih x plus every bias that adds to it (see `gate_bias`)."""
+        """Runs the recurrence. gx holds W_ih x and every bias that adds to it, see `gate_bias`."""
         raise NotImplementedError
 
     def scan_backward(
@@ -233,7 +233,8 @@ def hidden_order(cell: Cell, grad_gates: Tensor) -> Tensor:
 def recurrent_weight_grad(
     cell: Cell, grad_gates: Tensor, y: Tensor, h0: Tensor, rows: Rows, reverse: bool
 ) -> Tensor:
-    """[G*H, P] the gradient of W_hh: grad_gates^T [N, G*H] times the state each row started from."""
+    """[G*H, P] the gradient of W_hh: grad_gates [N, G*H], transposed, times the state each row
+    started from."""
     side = hidden_side(cell, grad_gates)
     count, batch = side.shape[0], rows.batch_size
     if rows.packed:

@@ -1,0 +1,184 @@
+"""The package builds wherever pip may build it, and importing it does nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIPPED = os.environ.get("FUSED_RNN_SKIP_BUILD", "0") not in ("", "0")
+
+# Before the build: no network, and nothing of the caller's that names a compiler.
+PIP_WHEEL = [
+    *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"),
+    *("--disable-pip-version-check", "-v", "."),
+]
+
+
+def clean_env(**changes: str) -> dict[str, str]:
+    ours = ("FUSED_RNN_SKIP_BUILD", "FUSED_RNN_BACKEND", "FUSED_RNN_CPU_CAPABILITY")
+    env = {k: v for k, v in os.environ.items() if k not in (*ours, "PYTHONPATH")}
+    return env | changes
+
+
+def run(command: list[str], cwd: Path, **env: str) -> str:
+    """Stdout and stderr of a command that must succeed."""
+    result = subprocess.run(
+        command,
+        cwd=cwd,
+        env=clean_env(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def copy_of_sources(target: Path) -> Path:
+    """What a build reads, without anything built before."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, target / name)
+    built = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("csrc", "fused_rnn"):
+        shutil.copytree(ROOT / name, target / name, ignore=built)
+    return target
+
+
+def build_wheel(source: Path, **env: str) -> tuple[str, set[str], str]:
+    """The wheel's name, the files in it, and what the build said."""
+    output = run([*PIP_WHEEL, "-w", "wheels"], source, **env)
+    (wheel,) = (source / "wheels").glob("*.whl")
+    return wheel.name, set(zipfile.ZipFile(wheel).namelist()), output
+
+
+def python_files() -> set[str]:
+    return {str(p.relative_to(ROOT)) for p in (ROOT / "fused_rnn").rglob("*.py")}
+
+
+def shared_objects(files: set[str]) -> list[str]:
+    return sorted(name for name in files if name.endswith(".so"))
+
+
+def needs_build_tools() -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("pybind11")
+    pytest.importorskip("pip")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SKIPPED, reason="FUSED_RNN_SKIP_BUILD is set")
+def test_sdist_builds_a_whole_wheel_in_an_empty_directory(tmp_path):
+    needs_build_tools()
+    pytest.importorskip("build")
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    copy_of_sources(checkout)
+    run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", "dist"], checkout)
+    (sdist,) = (checkout / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    (source,) = (tmp_path / "unpacked").iterdir()
+
+    name, files, _ = build_wheel(source)
+
+    assert not name.endswith("-any.whl")
+    assert python_files() <= files
+    library, module = "libfused_rnn_cpu.so", "_C."
+    names = [Path(file).name for file in shared_objects(files)]
+    assert library in names
+    assert any(file.startswith(module) for file in names)
+    assert not any(file.startswith(("csrc/", "tests/")) for file in files)
+
+    # What was built is what runs: the unpacked wheel, with the checkout nowhere on the path.
+    unpacked = tmp_path / "site"
+    with zipfile.ZipFile(source / "wheels" / name) as archive:
+        archive.extractall(unpacked)
+    code = "from fused_rnn import native; print(native.cpu_library_error(), native.build_facts())"
+    output = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(unpacked))
+    assert output.startswith("None ") and "'compiler'" in output
+
+
+def test_skipping_the_build_makes_a_pure_wheel(tmp_path):
+    needs_build_tools()
+    name, files, output = build_wheel(copy_of_sources(tmp_path), FUSED_RNN_SKIP_BUILD="1")
+    assert name.endswith("-py3-none-any.whl")
+    assert python_files() <= files
+    assert shared_objects(files) == []
+    assert "FUSED_RNN_SKIP_BUILD is set" in output
+
+
+def test_no_compiler_makes_a_pure_wheel_and_says_so(tmp_path):
+    needs_build_tools()
+    name, files, output = build_wheel(copy_of_sources(tmp_path), CXX="/nonexistent/c++")
+    assert name.endswith("-py3-none-any.whl")
+    assert python_files() <= files
+    assert shared_objects(files) == []
+    assert "NO C++ COMPILER (/nonexistent/c++)" in output
+
+
+@pytest.mark.skipif(SKIPPED, reason="FUSED_RNN_SKIP_BUILD is set")
+def test_a_failing_compile_is_an_error_with_the_compilers_message(tmp_path):
+    needs_build_tools()
+    if not any(shutil.which(name) for name in ("c++", "g++", os.environ.get("CXX", "c++"))):
+        pytest.skip("needs a C++ compiler")
+    source = copy_of_sources(tmp_path)
+    (source / "csrc" / "cpu" / "scan_portable.cpp").write_text('#error "on purpose"\n')
+    result = subprocess.run(
+        [*PIP_WHEEL, "-w", "wheels"],
+        cwd=source,
+        env=clean_env(MAX_JOBS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "on purpose" in result.stdout
+
+
+def test_import_is_light():
+    """No triton, no compiling, no subprocess, no CUDA context; measured instead by what it does."""
+    code = """
+        import os, subprocess, sys
+        import torch
+
+        before = set(sys.modules)
+
+        def refuse(*args, **kwargs):
+            raise AssertionError(f"import fused_rnn started a process: {args}")
+
+        subprocess.Popen = os.system = os.posix_spawn = refuse
+        import fused_rnn
+
+        new = set(sys.modules) - before
+        heavy = ("triton", "torch.utils.cpp_extension", "torch._inductor", "torch._dynamo", "ninja")
+        loaded = sorted(name for name in new if name.startswith(heavy))
+        assert not loaded, loaded
+        assert not torch.cuda.is_initialized()
+        """
+    run([sys.executable, "-c", textwrap.dedent(code)], ROOT, PYTHONPATH=str(ROOT))
+
+
+def test_skip_build_at_run_time_hides_the_library():
+    code = """
+        import torch, fused_rnn
+        from fused_rnn import native
+
+        assert "FUSED_RNN_SKIP_BUILD" in native.cpu_library_error()
+        fused_rnn.GRU(3, 4)(torch.randn(2, 1, 3))
+        """
+    run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        ROOT,
+        PYTHONPATH=str(ROOT),
+        FUSED_RNN_SKIP_BUILD="1",
+    )

@@ -1,0 +1,281 @@
+"""The two operators as compilers see them: registration, fake implementations, torch.compile."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import fused_rnn
+from fused_rnn import dispatch, ops, testing
+from fused_rnn.cells import CELLS
+from fused_rnn.testing import LayerCase
+
+forward = torch.ops.fused_rnn.layer_forward.default
+backward = torch.ops.fused_rnn.layer_backward.default
+
+
+def _cases(cell: str) -> list[LayerCase]:
+    cases = [
+        LayerCase(cell, 4, 3, 5, 6),
+        LayerCase(cell, 1, 2, 3, 4, directions=2, bias=False),
+        LayerCase(cell, 3, 0, 3, 4),
+        LayerCase.packed(cell, [4, 2, 1], 5, 6, directions=2),
+    ]
+    if CELLS[cell].has_c:
+        cases += [
+            LayerCase(cell, 4, 3, 5, 6, proj_size=2, directions=2),
+            LayerCase.packed(cell, [4, 2, 1], 5, 6, proj_size=2, bias=False),
+        ]
+    return cases
+
+
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=f"{cell}-{case}") for cell in CELLS for case in _cases(cell)]
+)
+every_backend = pytest.mark.parametrize("backend", dispatch.BACKENDS)
+every_cell = pytest.mark.parametrize("cell", CELLS)
+
+
+def _skip_unless_supported(backend: str, inputs: testing.LayerInputs):
+    problem = ops.make_problem(*inputs.args, True)
+    if reason := dispatch.BACKENDS[backend].unsupported(problem):
+        pytest.skip(f"{backend}: {reason}")
+
+
+def _forward_args(inputs: testing.LayerInputs, save: bool, backend: str) -> tuple:
+    return (*inputs.args[1:], inputs.cell, save, backend)
+
+
+def _backward_args(case: LayerCase, inputs: testing.LayerInputs, needs: list[bool], backend: str):
+    with torch.no_grad():
+        y, _, _, gates, cells = forward(*_forward_args(inputs, True, backend))
+    cotangents = testing.make_cotangents(case)
+    grads = (cotangents["y"], cotangents["h_n"], cotangents.get("c_n"))
+    return (*grads, *inputs.args[1:], y, gates, cells, case.cell, needs, backend)
+
+
+def _needs_choices(inputs: testing.LayerInputs) -> list[list[bool]]:
+    has_c, count = inputs.c0 is not None, len(inputs.weights)
+    return [
+        [True, True, has_c, *[True] * count],
+        [False, True, False, *[i % 2 == 0 for i in range(count)]],
+        [True, False, has_c, *[False] * count],
+    ]
+
+
+@every_backend
+@every_case
+@pytest.mark.parametrize(
+    "requires_grad", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True)]
+)
+def test_opcheck_forward(backend, case, requires_grad):
+    inputs = testing.make_inputs(case)
+    _skip_unless_supported(backend, inputs)
+    for save in (True, False):
+        inputs = testing.make_inputs(case)
+        inputs = inputs.leaves() if requires_grad else inputs
+        opcheck(forward, _forward_args(inputs, save, backend))
+
+
+@every_backend
+@every_case
+def test_opcheck_backward(backend, case):
+    inputs = testing.make_inputs(case)
+    _skip_unless_supported(backend, inputs)
+    for needs in _needs_choices(inputs):
+        opcheck(backward, _backward_args(case, inputs, needs, backend))
+
+
+def _on_meta(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("meta")
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_meta(item) for item in value)
+    return value
+
+
+def _same_looks(fake: torch.Tensor, real: torch.Tensor):
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+# float16 stands for the half types: states are kept in float32, and so is what is saved of c.
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+
+
+@every_backend
+@every_case
+@every_dtype
+def test_fake_forward_looks_like_the_real_one(backend, case, dtype):
+    inputs = testing.make_inputs(replace(case, dtype=dtype))
+    _skip_unless_supported(backend, inputs)
+    for save in (True, False):
+        args = _forward_args(inputs, save, backend)
+        fakes, reals = forward(*_on_meta(args)), forward(*args)
+        for fake, real in zip(fakes, reals, strict=True):
+            assert fake.is_meta
+            _same_looks(fake, real)
+
+
+@every_backend
+@every_case
+@every_dtype
+def test_fake_backward_looks_like_the_real_one(backend, case, dtype):
+    case = replace(case, dtype=dtype)
+    inputs = testing.make_inputs(case)
+    _skip_unless_supported(backend, inputs)
+    for needs in _needs_choices(inputs):
+        args = _backward_args(case, inputs, needs, backend)
+        fakes, reals = backward(*_on_meta(args)), backward(*args)
+        likes = [inputs.x, inputs.h0, inputs.c0, *inputs.weights]
+        for fake, real, like, need in zip(fakes, reals, likes, needs, strict=True):
+            _same_looks(fake, real)
+            assert real.shape == (like.shape if need else (0,))
+
+
+@every_backend
+@every_case
+def test_outputs_share_no_memory(backend, case):
+    """Operators must not return their inputs, nor one memory twice."""
+    inputs = testing.make_inputs(case)
+    _skip_unless_supported(backend, inputs)
+    args = _forward_args(inputs, True, backend)
+    needs = _needs_choices(inputs)[0]
+    results = [*forward(*args), *backward(*_backward_args(case, inputs, needs, backend))]
+    tensors = [t for t in (*results, *inputs.tensors.values()) if t.numel()]
+    for a, b in itertools.combinations(tensors, 2):
+        assert a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
+
+
+def _module(cell: str, **options) -> torch.nn.Module:
+    if cell.startswith("rnn"):
+        return fused_rnn.RNN(nonlinearity=cell.removeprefix("rnn_"), **options)
+    return getattr(fused_rnn, cell.upper())(**options)
+
+
+@every_cell
+def test_meta_module(cell):
+    """Shapes without computing, as for a model too large to build twice."""
+    options = {"input_size": 3, "hidden_size": 4, "num_layers": 2, "bidirectional": True}
+    real = _module(cell, **options)
+    meta = _module(cell, device="meta", **options)
+    x = torch.randn(5, 2, 3)
+    real_y, real_states = real(x)
+    y, states = meta(x.to("meta"))
+    assert y.is_meta
+    _same_looks(y, real_y)
+    for fake, state in zip(states, real_states, strict=True):
+        assert fake.shape == state.shape
+    y.sum().backward()
+    for name, p in meta.named_parameters():
+        assert p.grad.is_meta and p.grad.shape == p.shape, name
+
+
+@every_cell
+def test_fake_mode(cell):
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        layer = _module(cell, input_size=3, hidden_size=4)
+        y, _ = layer(torch.randn(5, 2, 3))
+        y.sum().backward()
+        assert y.shape == (5, 2, 4) and layer.weight_hh_l0.grad.shape == layer.weight_hh_l0.shape
+
+
+class _Model(torch.nn.Module):
+    """Something around the layer, which a compiler may fuse or reorder."""
+
+    def __init__(self, cell: str, **options):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(7, 3)
+        self.layer = _module(cell, input_size=3, hidden_size=4, **options)
+        self.head = torch.nn.Linear(4 * (2 if options.get("bidirectional") else 1), 2)
+
+    def forward(self, tokens):
+        y, states = self.layer(self.embedding(tokens).relu())
+        states = states if isinstance(states, tuple) else (states,)
+        return self.head(y), [state.tanh() for state in states]
+
+
+def _step(model, tokens) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    logits, states = model(tokens)
+    (logits.square().sum() + sum(s.sum() for s in states)).backward()
+    results = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return results | {"logits": logits.detach(), "state": states[0].detach()}
+
+
+@every_cell
+def test_compile(cell):
+    """One graph, forward and backward, with the layer as a node of it."""
+    torch._dynamo.reset()
+    model = _Model(cell, num_layers=2)
+    tokens = torch.randint(7, (5, 2))
+    expected = _step(model, tokens)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    testing.assert_same_numbers(
+        {name.removeprefix("_orig_mod."): t for name, t in _step(compiled, tokens).items()},
+        expected,
+        roundings=32,
+    )
+    [graph] = graphs
+    targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("layer_forward" in target for target in targets) == 2
+    with torch.no_grad():
+        testing.assert_same_numbers(
+            {"logits": compiled(tokens)[0]}, {"logits": expected["logits"]}, roundings=32
+        )
+
+
+@pytest.mark.slow
+@every_cell
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_compile_with_changing_sizes(cell, bidirectional):
+    torch._dynamo.reset()
+    model = _Model(cell, bidirectional=bidirectional)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((5, 2), (3, 4), (8, 3)):
+        tokens = torch.randint(7, shape)
+        expected = _step(model, tokens)
+        actual = {n.removeprefix("_orig_mod."): t for n, t in _step(compiled, tokens).items()}
+        testing.assert_same_numbers(actual, expected, roundings=32)
+
+
+@pytest.mark.slow
+@every_cell
+def test_compile_packed(cell):
+    torch._dynamo.reset()
+    layer = _module(cell, input_size=3, hidden_size=4, bidirectional=True)
+    batch_sizes = torch.tensor([3, 2, 1])
+    x = torch.randn(6, 3)
+
+    def run(function):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf, batch_sizes)
+        y.square().sum().backward()
+        return {"y": y.detach(), "grad x": leaf.grad}
+
+    def function(x, batch_sizes):
+        return layer(torch.nn.utils.rnn.PackedSequence(x, batch_sizes))[0].data
+
+    compiled = torch.compile(function, backend="aot_eager")
+    testing.assert_same_numbers(run(compiled), run(function), roundings=32)
+
+
+@every_cell
+def test_export(cell):
+    """torch.export keeps the layer as one operator, and the program gives the same results."""
+    model = _Model(cell).eval()
+    tokens = torch.randint(7, (5, 2))
+    program = torch.export.export(model, (tokens,))
+    assert "fused_rnn.layer_forward" in str(program.graph)
+    with torch.no_grad():
+        logits, _ = program.module()(tokens)
+        torch.testing.assert_close(logits, model(tokens)[0])

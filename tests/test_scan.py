@@ -1,0 +1,318 @@
+"""Every backend, cell, dtype and shape against the float64 oracle, straight from the tables."""
+
+import functools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_rnn
+from fused_rnn import dispatch, native, ops, testing
+from fused_rnn.cells import CELLS
+from fused_rnn.testing import LayerCase
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _fast_cases(cell: str) -> list[LayerCase]:
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    cases = [
+        case(1, 1, 1, 1),
+        case(9, 2, 1, 1, directions=2),
+        case(1, 3, 4, 5),
+        case(6, 1, 3, 17),
+        case(7, 3, 5, 17, directions=2),
+        case(3, 129, 2, 9),
+        case(3, 0, 4, 5),
+        case(3, 0, 4, 5, directions=2),
+        case(12, 2, 7, 100),
+        case(4, 3, 5, 16, bias=False),
+        case(4, 3, 5, 7, bias=False, directions=2),
+        packed([4, 4, 4], 5, 6),
+        packed([5, 4, 3, 2, 1], 3, 8),
+        packed([5, 4, 3, 2, 1], 3, 8, directions=2),
+        packed([9, 1, 1, 1], 4, 7, directions=2),
+        packed([1, 1], 2, 3, directions=2),
+        packed([6], 2, 5, bias=False),
+        packed([7, 5, 5, 2], 3, 33, bias=False, directions=2),
+    ]
+    if CELLS[cell].has_c:
+        cases += [
+            case(5, 3, 4, 9, proj_size=4),
+            case(5, 2, 4, 6, proj_size=1, bias=False, directions=2),
+            case(1, 0, 4, 6, proj_size=2),
+            packed([5, 3, 1], 2, 7, proj_size=3, directions=2),
+        ]
+    return cases
+
+
+def _slow_cases(cell: str) -> list[LayerCase]:
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    cases = [
+        case(t, b, i, h, directions=d, bias=bias)
+        for t, b, h in ((1, 129, 17), (2, 3, 100), (33, 1, 17), (33, 129, 1), (65, 3, 31))
+        for i in (1, 15, 64)
+        for d in (1, 2)
+        for bias in (True, False)
+    ]
+    cases += [case(3, b, 33, 650, directions=d) for b in (1, 3, 129) for d in (1, 2)]
+    cases += [case(100, 4, 3, 100), case(300, 2, 3, 16, directions=2)]
+    cases += [
+        packed(lengths, 11, h, directions=d)
+        for lengths in (
+            [50] + [1] * 20,
+            [33] * 5,
+            list(range(40, 0, -1)),
+            [64, 64, 63, 31, 31, 31, 2, 1],
+            [2] * 128 + [1],
+        )
+        for h in (1, 17, 100)
+        for d in (1, 2)
+    ]
+    if CELLS[cell].has_c:
+        cases += [
+            case(20, b, 9, h, proj_size=p, directions=d)
+            for b, h, p in ((1, 17, 16), (3, 100, 1), (33, 100, 50))
+            for d in (1, 2)
+        ]
+        cases += [packed([30, 29, 7, 1], 9, 40, proj_size=13, directions=2)]
+    return cases
+
+
+def _params(cases, dtypes=DTYPES, losses=("all",), marks=()):
+    """(backend, case, loss), the backend changing fastest, so that expectations are shared."""
+    return [
+        pytest.param(
+            backend,
+            replace(case, dtype=dtype, device=device),
+            loss,
+            id="-".join(
+                (backend, case.cell, str(dtype).removeprefix("torch."), str(case))
+                + (() if loss == "all" else (f"only_{loss}",))
+                + (() if device == "cpu" else (device,))
+            ),
+            marks=(*marks, *([pytest.mark.gpu] if device == "cuda" else [])),
+        )
+        for device in DEVICES
+        for cell in CELLS
+        for case in cases(cell)
+        for dtype in dtypes
+        for loss in losses
+        if loss != "c_n" or CELLS[cell].has_c
+        for backend in dispatch.BACKENDS
+    ]
+
+
+def _every_loss_cases(cell: str) -> list[LayerCase]:
+    cases = [
+        LayerCase(cell, 4, 3, 5, 6),
+        LayerCase(cell, 1, 3, 5, 6, directions=2),
+        LayerCase.packed(cell, [4, 2, 2, 1], 3, 5, directions=2),
+    ]
+    if CELLS[cell].has_c:
+        cases.append(LayerCase.packed(cell, [4, 2, 1], 3, 5, proj_size=2, directions=2))
+    return cases
+
+
+def _skip_unless_supported(backend: str, inputs: testing.LayerInputs, training: bool = True):
+    problem = ops.make_problem(*inputs.args, training)
+    if reason := dispatch.BACKENDS[backend].unsupported(problem):
+        pytest.skip(f"{backend}: {reason}")
+
+
+@functools.lru_cache(maxsize=2)
+def _expectations(case: LayerCase, loss: str):
+    oracle = testing.results_of_draws(testing.run_oracle, case, loss, torch.float64)
+    return oracle, testing.results_of_draws(testing.run_torch, case, loss)
+
+
+@pytest.mark.parametrize(
+    ("backend", "case", "loss"),
+    [
+        *_params(_fast_cases),
+        *_params(_every_loss_cases, (torch.float32, torch.float64), ("y", "h_n", "c_n")),
+        *_params(_slow_cases, marks=[pytest.mark.slow]),
+    ],
+)
+def test_accuracy(backend, case, loss):
+    """Outputs, states and every gradient: at most twice torch.nn's error, and a few roundings."""
+    _skip_unless_supported(backend, testing.make_inputs(case))
+    with fused_rnn.backend(backend):
+        actual = testing.results_of_draws(testing.run_layer, case, loss)
+    testing.assert_accurate(actual, *_expectations(case, loss), case)
+
+
+def _one_dtype_params(cases):
+    """Each backend's native dtype: float32, which all of them have."""
+    return _params(cases, (torch.float32,))
+
+
+def _small_cases(cell: str) -> list[LayerCase]:
+    return [
+        LayerCase(cell, 5, 3, 4, 6, directions=2),
+        LayerCase.packed(cell, [5, 4, 2], 3, 5, directions=2),
+        *([LayerCase(cell, 4, 3, 5, 6, proj_size=2)] if CELLS[cell].has_c else []),
+    ]
+
+
+small = pytest.mark.parametrize(("backend", "case", "loss"), _one_dtype_params(_small_cases))
+
+
+@small
+def test_inference_gives_the_same_numbers_as_training(backend, case, loss):
+    inputs = testing.make_inputs(case)
+    _skip_unless_supported(backend, inputs, training=False)
+    with fused_rnn.backend(backend):
+        training = testing.run_layer(inputs.leaves())
+        with torch.no_grad():
+            inference = testing.run_layer(inputs)
+    for name, ours, expected in zip(testing.OUTPUT_NAMES, inference, training, strict=False):
+        testing.assert_same_numbers({name: ours}, {name: expected}, roundings=testing.ROUNDINGS)
+
+
+@small
+def test_arguments_are_left_as_they_were(backend, case, loss):
+    """Neither pass writes to what it was given: inputs, gradients, and what forward saved."""
+    inputs = testing.make_inputs(case)
+    _skip_unless_supported(backend, inputs)
+    arguments = inputs.args[1:]
+    before = inputs.map(torch.clone)
+    y, h_n, c_n, gates, cells = torch.ops.fused_rnn.layer_forward(
+        *arguments, case.cell, True, backend
+    )
+    cotangents = testing.make_cotangents(case)
+    grads = [cotangents["y"], cotangents["h_n"], cotangents.get("c_n")]
+    given = [t for t in (y, h_n, c_n, gates, cells, *grads) if t is not None]
+    copies = [t.clone() for t in given]
+    needs = [True, True, inputs.c0 is not None, *[True] * len(inputs.weights)]
+    torch.ops.fused_rnn.layer_backward(
+        *grads, *arguments, y, gates, cells, case.cell, needs, backend
+    )
+    for name, tensor in inputs.tensors.items():
+        assert torch.equal(tensor, before.tensors[name]), name
+    for i, (tensor, copy) in enumerate(zip(given, copies, strict=True)):
+        assert torch.equal(tensor, copy), i
+
+
+def _transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with the strides of the first and last dimensions swapped."""
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _spread(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in every other element of larger memory, from an odd offset on."""
+    wide = tensor.new_empty((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1))
+    wide[..., 1::2] = tensor
+    return wide[..., 1::2]
+
+
+@small
+@pytest.mark.parametrize("layout", [_transposed, _spread])
+def test_memory_layout(backend, case, loss, layout):
+    """Strides of inputs and of incoming gradients do not change what is computed."""
+    inputs = testing.make_inputs(case)
+    _skip_unless_supported(backend, inputs)
+    cotangents = testing.make_cotangents(case)
+    strided = {name: layout(c) for name, c in cotangents.items()}
+    with fused_rnn.backend(backend):
+        expected = testing.results_and_grads(testing.run_layer, inputs.leaves(), cotangents)
+        leaves = inputs.map(lambda t: layout(t).requires_grad_())
+        actual = testing.results_and_grads(testing.run_layer, leaves, strided)
+    # Another order of summation in a matrix product is all there may be.
+    testing.assert_same_numbers(actual, expected, roundings=32)
+
+
+@small
+def test_expanded_gradients(backend, case, loss):
+    """The gradient of a sum has strides of zero."""
+    inputs = testing.make_inputs(case)
+    _skip_unless_supported(backend, inputs)
+    ones = {name: torch.ones_like(c) for name, c in testing.make_cotangents(case).items()}
+    expanded = {name: c.new_ones(()).expand_as(c) for name, c in ones.items()}
+    with fused_rnn.backend(backend):
+        expected = testing.results_and_grads(testing.run_layer, inputs.leaves(), ones)
+        actual = testing.results_and_grads(testing.run_layer, inputs.leaves(), expanded)
+    testing.assert_same_numbers(actual, expected, roundings=32)
+
+
+@small
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -1e30])
+def test_extreme_input(backend, case, loss, value):
+    """NaN, infinities and overflow show up in the very elements in which torch.nn has them."""
+    inputs = testing.make_inputs(case)
+    _skip_unless_supported(backend, inputs)
+    inputs.x.view(-1)[case.input_size] = value  # the second row
+    cotangents = testing.make_cotangents(case)
+    with fused_rnn.backend(backend):
+        actual = testing.results_and_grads(testing.run_layer, inputs.leaves(), cotangents)
+    expected = testing.results_and_grads(testing.run_torch, inputs.leaves(), cotangents)
+    testing.assert_same_numbers(actual, expected)
+
+
+def _wide_cases(cell: str) -> list[LayerCase]:
+    """Large enough to be shared out among threads."""
+    return [
+        LayerCase(cell, 3, 33, 4, 70, directions=2),
+        LayerCase.packed(cell, [4, 4, 3] + [2] * 20 + [1] * 10, 3, 70, directions=2),
+    ]
+
+
+@pytest.mark.parametrize(("backend", "case", "loss"), _one_dtype_params(_wide_cases))
+def test_several_threads(backend, case, loss, num_threads):
+    _skip_unless_supported(backend, testing.make_inputs(case))
+    expectations = _expectations(case, loss)
+    num_threads(3)
+    with fused_rnn.backend(backend):
+        actual = testing.results_of_draws(testing.run_layer, case)
+    testing.assert_accurate(actual, *expectations, case)
+
+
+def _in_a_new_process(capability: str, *command: str) -> subprocess.CompletedProcess:
+    """The C++ library chooses its instruction set once per process."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
+    env["FUSED_RNN_CPU_CAPABILITY"] = capability
+    return subprocess.run(
+        [sys.executable, *command],
+        env=env,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "portable"])
+def test_cpu_capability(capability):
+    """Each instruction set the CPU library has passes the fast tests of its backend."""
+    if reason := native.cpu_library_error():
+        pytest.skip(reason)
+    if capability == native.cpu_capability():
+        pytest.skip("is what this process runs with")
+    ask = "from fused_rnn import native; native.cpu_library_error(); print(native.cpu_capability())"
+    answer = _in_a_new_process(capability, "-c", ask)
+    if "this CPU does not have it" in answer.stderr or "expected one of" in answer.stderr:
+        pytest.skip(f"{capability} is not to be had here")
+    assert answer.stdout.strip() == capability, answer.stderr
+    run = _in_a_new_process(
+        capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow",
+        "-k", "test_accuracy and [cpu- and not only_", __file__,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert " passed" in run.stdout
+
+
+def test_unknown_cpu_capability_is_an_error_that_names_those_there_are():
+    if reason := native.cpu_library_error():
+        pytest.skip(reason)
+    ask = "from fused_rnn import native; native.cpu_library_error(); native.cpu_capability()"
+    answer = _in_a_new_process("mmx", "-c", ask)
+    assert answer.returncode != 0
+    assert "FUSED_RNN_CPU_CAPABILITY: expected one of" in answer.stderr
+    assert "portable" in answer.stderr and "'mmx'" in answer.stderr
