@@ -15,10 +15,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ninja import ninja_syntax
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -84,18 +83,13 @@ def say(message: str) -> None:
     print(f"fused_rnn: {message}", file=sys.stderr, flush=True)
 
 
-def run(command: list[str]) -> None:
-    """Runs a compiler; its own messages reach the user as they are."""
-    result = subprocess.run(command, capture_output=True, text=True)
-    sys.stderr.write(result.stdout + result.stderr)
-    if result.returncode != 0:
-        raise SystemExit(
-            f"fused_rnn: failed with status {result.returncode}: {shlex.join(command)}"
-        )
+def ninja_flags(flags: list[str]) -> str:
+    return ninja_syntax.escape(shlex.join(flags))
 
 
 class BuildExt(build_ext):
-    """Compiles every source with flags of its own, which setuptools' compilers cannot do."""
+    """Hands all extensions to one run of ninja: each source has flags of its own, which
+    setuptools' compilers cannot give, and what has not changed is not compiled again."""
 
     def get_ext_filename(self, fullname: str) -> str:
         # setuptools asks with and without the package in front.
@@ -103,31 +97,42 @@ class BuildExt(build_ext):
             return fullname.replace(".", os.sep) + ".so"
         return super().get_ext_filename(fullname)
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "build.ninja", "w") as file:
+            self.write_build_file(ninja_syntax.Writer(file, width=10_000), folder)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        command = [sys.executable, "-m", "ninja", "-C", str(folder), *jobs]
+        result = subprocess.run(command, capture_output=True, text=True)
+        # A compiler's own messages reach the user as they are.
+        sys.stderr.write(result.stdout + result.stderr)
+        if result.returncode != 0:
+            raise SystemExit(f"fused_rnn: the build failed with status {result.returncode}")
+
+    def write_build_file(self, out: ninja_syntax.Writer, folder: Path) -> None:
         compiler = find_compiler()
         assert compiler is not None  # else there would be no extension
-        includes, libraries = (
-            self.library_options() if ext.name == LIBRARY else self.module_options()
-        )
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(max(jobs, 1)) as pool:
-            objects = list(pool.map(lambda s: self.compile(compiler, s, includes), ext.sources))
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
         shared = ["-shared", "-undefined", "dynamic_lookup"] if MACOS else ["-shared"]
-        run([*compiler, *shared, *objects, *libraries, *env_flags("LDFLAGS"), "-o", str(target)])
-
-    def compile(self, compiler: list[str], source: str, includes: list[str]) -> str:
-        """Compiles unless an object with these flags is newer than the source and all headers."""
-        flags = [*BASE_FLAGS, *ISA_FLAGS.get(source, []), *includes, *env_flags("CXXFLAGS")]
-        command = [*compiler, *flags, "-c", source]
-        tag = zlib.crc32(shlex.join(command).encode())
-        target = Path(self.build_temp, f"{Path(source).stem}-{tag:08x}.o")
-        inputs = [Path(source), *Path("csrc").rglob("*.h")]
-        if not target.exists() or any(p.stat().st_mtime > target.stat().st_mtime for p in inputs):
+        compile_ = shlex.join([*compiler, *BASE_FLAGS])
+        out.rule("compile", f"{compile_} $flags -MMD -MF $out.d -c $in -o $out", "compile $in",
+                 depfile="$out.d", deps="gcc")  # fmt: skip
+        out.rule("link", f"{shlex.join([*compiler, *shared])} $in $flags -o $out", "link $out")
+        for ext in self.extensions:
+            options = self.library_options if ext.name == LIBRARY else self.module_options
+            includes, libraries = options()
+            objects = []
+            for source in ext.sources:
+                flags = [*ISA_FLAGS.get(source, []), *includes, *env_flags("CXXFLAGS")]
+                object_ = ninja_syntax.escape_path(f"{Path(source).stem}.o")
+                path = ninja_syntax.escape_path(str(Path(source).resolve()))
+                out.build(object_, "compile", path, variables={"flags": ninja_flags(flags)})
+                objects.append(object_)
+            target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            run([*command, "-o", str(target)])
-        return str(target)
+            flags = [*libraries, *env_flags("LDFLAGS")]
+            out.build(ninja_syntax.escape_path(str(target)), "link", objects,
+                      variables={"flags": ninja_flags(flags)})  # fmt: skip
 
     def library_options(self) -> tuple[list[str], list[str]]:
         from torch.utils import cpp_extension

@@ -31,7 +31,7 @@ py::dict build_facts() {
   py::dict facts;
   facts["compiler"] = kCompiler;
   facts["cxx_flags"] = FUSED_RNN_CXX_FLAGS;
-  facts["torch_version"] = FUSED_RNN_TORCH_VERSION;
+  facts["built_against_torch"] = FUSED_RNN_TORCH_VERSION;
   facts["capabilities"] = compiled_capabilities();
   return facts;
 }

@@ -71,6 +71,7 @@ def shared_objects(files: set[str]) -> list[str]:
 
 def needs_build_tools() -> None:
     pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("ninja")
     pytest.importorskip("pybind11")
     pytest.importorskip("pip")
 
