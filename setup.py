@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 from ninja import ninja_syntax
@@ -73,14 +74,16 @@ def extensions() -> list[Extension]:
         wanted = os.environ.get("CXX") or os.environ.get("CC") or "c++"
         say(f"NO C++ COMPILER ({wanted}): installing pure Python, WITHOUT the fast CPU kernels")
         return []
-    return [
-        Extension(LIBRARY, library_sources()),
-        Extension("fused_rnn._C", ["csrc/build_info.cpp"]),
-    ]
+    found = [Extension(LIBRARY, library_sources())]
+    # Debian keeps Python's headers in python3-dev. Without them only the doctor knows less.
+    if Path(sysconfig.get_path("include"), "Python.h").exists():
+        found.append(Extension("fused_rnn._C", ["csrc/build_info.cpp"]))
+    return found
 
 
 def say(message: str) -> None:
-    print(f"fused_rnn: {message}", file=sys.stderr, flush=True)
+    # As a warning, since pip shows those and hides what a build prints.
+    warnings.warn(f"fused_rnn: {message}", RuntimeWarning, stacklevel=2)
 
 
 def ninja_flags(flags: list[str]) -> str:

@@ -16,6 +16,7 @@ class LayerChoice:
     """What was chosen for one layer."""
 
     module: str  # the module's name in the model, "" for the model itself
+    layer: int  # of the module, from 0
     problem: Problem
     backend: str
     kernel: str
@@ -33,7 +34,8 @@ class LayerChoice:
             p.device_type,
             "training" if p.training else "inference",
         ]
-        lines = [f"{self.module or '(module)'}: {p.cell_name} {', '.join(filter(None, traits))}"]
+        where = f"{self.module or '(module)'} layer {self.layer}"
+        lines = [f"{where}: {p.cell_name} {', '.join(filter(None, traits))}"]
         lines.append(f"  runs on {self.kernel}")
         lines += [f"  not on {name}: {reason}" for name, reason in self.refusals]
         return "\n".join(lines)
@@ -77,25 +79,24 @@ def explain(module: torch.nn.Module, *args, **kwargs) -> Explanation:
         >>> layer = fused_rnn.LSTM(3, 4)
         >>> with fused_rnn.backend("reference"):
         ...     print(explain(layer, torch.randn(5, 2, 3)))
-        (module): lstm T=5 B=2 I=3 H=4, float32, cpu, training
+        (module) layer 0: lstm T=5 B=2 I=3 H=4, float32, cpu, training
           runs on reference
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    current: list[str] = []
-    choices: list[LayerChoice] = []
+    calls: list[tuple[str, list[LayerChoice]]] = []  # each call of a module of ours, by name
     handles = []
     for name, child in module.named_modules():
         if isinstance(child, (_RecurrentLayers, _RecurrentCell)):
             handles.append(
-                child.register_forward_pre_hook(lambda *_, name=name: current.append(name))
+                child.register_forward_pre_hook(lambda *_, name=name: calls.append((name, [])))
             )
 
     def record(problem: Problem, chosen: dispatch.Backend, forced: bool) -> None:
         refusals = [] if forced else [(n, why) for n, why in dispatch.reasons(problem) if why]
-        choices.append(
-            LayerChoice(current[-1], problem, chosen.name, chosen.describe(problem), refusals)
-        )
+        name, layers = calls[-1]
+        kernel = chosen.describe(problem)
+        layers.append(LayerChoice(name, len(layers), problem, chosen.name, kernel, refusals))
 
     try:
         with torch.random.fork_rng(), dispatch.recording(record):
@@ -103,4 +104,4 @@ def explain(module: torch.nn.Module, *args, **kwargs) -> Explanation:
     finally:
         for handle in handles:
             handle.remove()
-    return Explanation(choices)
+    return Explanation([layer for _, layers in calls for layer in layers])

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import ops
+from . import dispatch, ops
 from .cells import CELLS, state_dtype
 
 # How many machine epsilons a result may be off where torch.nn happens to be exact: as much as the
@@ -167,6 +167,12 @@ def make_inputs(case: LayerCase, seed: int = 0) -> LayerInputs:
 def batch_sizes_of(lengths: Sequence[int]) -> Tensor:
     """int64 [T]: how many of the rows, sorted by falling length, each timestep has."""
     return torch.tensor([sum(length > t for length in lengths) for t in range(lengths[0])])
+
+
+def refusal(backend: str, inputs: LayerInputs, training: bool = True) -> str | None:
+    """Why the backend of that name cannot take these inputs, or None if it can."""
+    reason = dispatch.BACKENDS[backend].unsupported(ops.make_problem(*inputs.args, training))
+    return reason and f"{backend}: {reason}"
 
 
 def run_layer(inputs: LayerInputs) -> Outputs:

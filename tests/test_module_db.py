@@ -12,6 +12,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -93,7 +94,8 @@ def test_forward_and_gradients(info, training, dtype):
         if dtype == torch.float64:
             assert_same(ours, theirs, *args)
         else:
-            assert_accurate_run(ours, theirs, doubled(theirs), *args)
+            # The samples reach from -9 to 9: 1 - y*y of a saturated y is all rounding.
+            assert_accurate_run(ours, theirs, doubled(theirs), *args, roundings=128)
 
 
 @every_mode()
@@ -113,12 +115,12 @@ def test_reference_function(info, training, dtype):
     assert checked
 
 
-@every_mode()
+# The database has packed samples for these two, and torch leaves them out by default.
+@pytest.mark.parametrize("name", ["RNN", "GRU"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @dtypes
-def test_packed_sequences(info, training, dtype):
-    """The entries' packed samples, which torch leaves out on the CPU by default."""
-    if info.module_cls not in (nn.RNN, nn.GRU):
-        pytest.skip("the database has them for RNN and GRU")
+def test_packed_sequences(name, training, dtype):
+    info = next(info for info in INFOS if info.module_cls is getattr(nn, name))
     torch.manual_seed(0)
     found = info.module_inputs_func(
         info,
@@ -136,7 +138,8 @@ def test_packed_sequences(info, training, dtype):
         if dtype == torch.float64:
             assert_same(ours, theirs, *sample.forward_input.args)
         else:
-            assert_accurate_run(ours, theirs, doubled(theirs), *sample.forward_input.args)
+            args = sample.forward_input.args
+            assert_accurate_run(ours, theirs, doubled(theirs), *args, roundings=128)
 
 
 def error_cases():
@@ -231,7 +234,7 @@ def test_repr(info):
 def test_save_load_state_dict_between_both(info, training):
     for theirs, ours, args in built(info, torch.float64, training):
         for parameter in ours.parameters():
-            nn.init.normal_(parameter)
+            nn.init.uniform_(parameter, -0.3, 0.3)
         theirs.load_state_dict(ours.state_dict())
         assert_same(ours, theirs, *args)
 
@@ -360,12 +363,18 @@ def check_gradients(info: ModuleInfo, training: bool, check) -> None:
         assert check(call, [t.detach().clone().requires_grad_() for t in flat])
 
 
-@every_mode()
-def test_gradcheck(info, training):
-    check_gradients(info, training, gradcheck)
+@every_info
+def test_gradcheck(info):
+    check_gradients(info, True, partial(gradcheck, fast_mode=True))
 
 
 @pytest.mark.slow
 @every_mode()
-def test_gradgradcheck(info, training):
-    check_gradients(info, training, gradgradcheck)
+def test_gradcheck_of_every_element(info, training):
+    check_gradients(info, training, gradcheck)
+
+
+@pytest.mark.slow
+@every_info
+def test_gradgradcheck(info):
+    check_gradients(info, True, partial(gradgradcheck, fast_mode=True))

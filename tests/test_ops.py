@@ -8,7 +8,7 @@ import torch
 from torch.library import opcheck
 
 import fused_rnn
-from fused_rnn import dispatch, ops, testing
+from fused_rnn import dispatch, testing
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase
 
@@ -39,9 +39,8 @@ every_cell = pytest.mark.parametrize("cell", CELLS)
 
 
 def _skip_unless_supported(backend: str, inputs: testing.LayerInputs):
-    problem = ops.make_problem(*inputs.args, True)
-    if reason := dispatch.BACKENDS[backend].unsupported(problem):
-        pytest.skip(f"{backend}: {reason}")
+    if reason := testing.refusal(backend, inputs):
+        pytest.skip(reason)
 
 
 def _forward_args(inputs: testing.LayerInputs, save: bool, backend: str) -> tuple:
