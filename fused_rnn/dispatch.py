@@ -80,15 +80,17 @@ def reasons(problem: Problem) -> list[tuple[str, str | None]]:
 
 
 def select(problem: Problem, name: str = "") -> Backend:
-    """The backend called `name`, or the first that takes the problem when `name` is empty.
+    """The backend called `name`, or the first that takes the problem when `name` is "auto" or
+    empty.
 
     Raises:
         UnsupportedProblemError: the one that was named cannot take it, or none can.
     """
-    chosen = _forced_backend(problem, name) if name else _first_backend(problem)
+    forced = name not in ("", "auto")
+    chosen = _forced_backend(problem, name) if forced else _first_backend(problem)
     recorder = _recorder.get()
     if recorder is not None:
-        recorder(problem, chosen, bool(name))
+        recorder(problem, chosen, forced)
     return chosen
 
 

@@ -30,7 +30,7 @@ _library.define(
     "Tensor? c0, "  # [D, B, H], LSTM only
     "Tensor[] weights, "  # of each direction in turn: w_ih, w_hh[, b_ih, b_hh][, w_hr]
     "Tensor? batch_sizes, "  # int64 [T] on the CPU: the layout of a PackedSequence
-    "str cell, bool save, str backend"  # backend: "" for an automatic choice
+    "str cell, bool save, str backend"  # backend: "auto" to choose; "" to ask when it runs
     ") -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -70,13 +70,13 @@ def layer(
     if torch.compiler.is_compiling():
         save = torch.is_grad_enabled()
         y, h_n, c_n, _, _ = torch.ops.fused_rnn.layer_forward(
-            x, h0, c0, weights, batch_sizes, cell, save, dispatch.requested()
+            x, h0, c0, weights, batch_sizes, cell, save, ""
         )
     elif _needs_oracle(x):
         y, h_n, c_n = oracle(cell, x, h0, c0, weights, batch_sizes)
     else:
         y, h_n, c_n = _layer_autograd(
-            x, h0, c0, weights, batch_sizes, cell, False, dispatch.requested()
+            x, h0, c0, weights, batch_sizes, cell, False, dispatch.requested() or "auto"
         )[:3]
     return y, h_n, c_n if CELLS[cell].has_c else None
 
@@ -183,17 +183,19 @@ def _rows_of(sequence: Tensor | None, packed: bool) -> Tensor | None:
     return sequence if sequence is None or packed else sequence.flatten(0, 1)
 
 
-# Forward
+def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
+    """[T, B, K] from rows [N, K], for `like` [T, B, ...]. Not a view to autograd, which would
+    forbid changing an operator's output in place."""
+    return torch.ops.aten._unsafe_view(rows, (*like.shape[:-1], rows.shape[-1]))
 
 
 def _forward_impl(x, h0, c0, weights, batch_sizes, cell, save, backend):
     problem = make_problem(cell, x, h0, c0, weights, batch_sizes, save)
     rows, by_direction = _layout(cell, x, h0, c0, weights, batch_sizes)
-    chosen = dispatch.select(problem, backend)
-    out = chosen.layer_forward(
+    out = dispatch.select(problem, backend or dispatch.requested()).layer_forward(
         problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save
     )
-    y = out.y if problem.packed else out.y.unflatten(0, (problem.timesteps, problem.batch_size))
+    y = out.y if problem.packed else _unflatten(out.y, x)
     return y, out.h_n, out.c_n, out.gates, out.cells
 
 
@@ -231,7 +233,8 @@ def _backward_impl(
 ):
     problem = make_problem(cell, x, h0, c0, weights, batch_sizes, True)
     rows, by_direction = _layout(cell, x, h0, c0, weights, batch_sizes)
-    result = dispatch.select(problem, backend).layer_backward(
+    chosen = dispatch.select(problem, backend or dispatch.requested())
+    result = chosen.layer_backward(
         problem,
         OutputGrads(_rows_of(grad_y, problem.packed), grad_h_n, grad_c_n),
         _rows_of(x, problem.packed),
@@ -242,7 +245,7 @@ def _backward_impl(
         LayerOutput(_rows_of(y, problem.packed), None, None, gates, cells),
         Needs(needs[0], needs[1], needs[2], needs[3:]),
     )
-    grad_x = None if result.x is None else result.x.view(x.shape)
+    grad_x = result.x if result.x is None or problem.packed else _unflatten(result.x, x)
     grads = [grad_x, result.h0, result.c0, *result.weights]
     return [x.new_empty(0) if g is None else g for g in grads]
 

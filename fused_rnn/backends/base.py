@@ -167,7 +167,9 @@ class Backend:
             grad_gates = scan.gates[direction]
             grad_in = input_side(cell, grad_gates)  # [N, G*H]
             if needs.x:
-                grad_x = grad_in @ w.w_ih if grad_x is None else grad_x.addmm_(grad_in, w.w_ih)
+                # Not addmm: starting from the other sum costs exactness.
+                part = grad_in @ w.w_ih
+                grad_x = part if grad_x is None else grad_x.add_(part)
             grad_weights.append(grad_in.t() @ x if next(need) else None)
             y = saved.y[:, direction * out : (direction + 1) * out]
             grad_weights.append(
