@@ -590,7 +590,8 @@ FUNCTIONS = {
         lambda: gru(x, None, weights(3, 2), num_layers=2, dropout="a", training=True),
         (TypeError, ValueError), ("dropout",)),
     "batch_sizes list": (
-        lambda: gru(rows, None, weights(3), batch_sizes=[3, 2]), TypeError, ("batch_sizes", "list")),
+        lambda: gru(rows, None, weights(3), batch_sizes=[3, 2]), TypeError,
+        ("batch_sizes", "list")),
     "batch_sizes negative": (
         lambda: gru(rows, None, weights(3), batch_sizes=torch.tensor([-2, 7])), RuntimeError,
         ("batch_sizes", "-2")),
