@@ -47,7 +47,7 @@ def states(hx: Any, has_c: bool) -> tuple[Tensor, ...]:
     if not isinstance(hx, (tuple, list)):
         raise TypeError(f"hx: expected a tuple (h_0, c_0) of Tensors, got {type(hx).__name__}")
     if len(hx) != 2:
-        raise ValueError(f"hx: expected a tuple (h_0, c_0) of Tensors, got {len(hx)} elements")
+        raise RuntimeError(f"hx: expected a tuple (h_0, c_0) of Tensors, got {len(hx)} elements")
     return tuple(is_dense_tensor(state, f"hx[{i}]") for i, state in enumerate(hx))
 
 
@@ -75,11 +75,14 @@ def recurrent_arguments(
     `input` is [T, B, I], or [N, I] when packed; states are [L*D, B, P or H].
 
     Raises:
+        TypeError: a weight is no tensor.
         ValueError: input and weights differ in dtype, or there are too few or many weights.
         RuntimeError: anything else does not fit.
     """
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"weights: expected a list of Tensors, got {type(weights).__name__}")
     per_direction, remainder = divmod(len(weights), num_layers * directions)
-    if remainder or per_direction not in ((2, 3, 4, 5) if cell.has_c else (2, 4)):
+    if remainder or not weights or per_direction not in ((2, 3, 4, 5) if cell.has_c else (2, 4)):
         projected = ", one more with a projection," if cell.has_c else ""
         raise ValueError(
             f"weights: expected 2 tensors, or 4 with biases,{projected} for each of "
@@ -99,13 +102,28 @@ def recurrent_arguments(
         )
     if not packed and input.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    hidden_size = first.shape[0] // cell.gates
+    hidden_size, remainder = divmod(first.shape[0], cell.gates)
+    if remainder:
+        raise RuntimeError(
+            f"weights[0]: expected {cell.gates} gates of hidden_size rows each, got shape "
+            f"{list(first.shape)}"
+        )
     out = hidden_size
     if per_direction in (3, 5):
-        out = is_dense_tensor(weights[per_direction - 1], f"weights[{per_direction - 1}]").shape[0]
+        out = _projection_size(weights, per_direction - 1, hidden_size)
     _weight_shapes(cell, weights, per_direction, directions, hidden_size, out, first)
     if hx is not None:
         _state_shapes(cell, hx, (num_layers * directions, batch_size), hidden_size, out, first)
+
+
+def _projection_size(weights: Sequence[Tensor], index: int, hidden_size: int) -> int:
+    w_hr = is_dense_tensor(weights[index], f"weights[{index}]")
+    if w_hr.dim() != 2 or not 1 <= w_hr.shape[0] < hidden_size:
+        raise RuntimeError(
+            f"weights[{index}]: expected a projection [proj_size, {hidden_size}] with "
+            f"0 < proj_size < {hidden_size}, got shape {list(w_hr.shape)}"
+        )
+    return w_hr.shape[0]
 
 
 def _matches_weights(input: Tensor, weight: Tensor) -> None:
@@ -178,18 +196,25 @@ def cell_arguments(
 
     `weight` is w_ih [G*H, I].
     """
-    input_size = weight.shape[1]
     is_dense_tensor(input, "input")
+    if is_dense_tensor(weight, "weight_ih").dim() != 2:
+        raise RuntimeError(f"weight_ih: expected 2 dimensions, got {weight.dim()}")
+    input_size = weight.shape[1]
     if input.dim() not in (1, 2):
         raise ValueError(f"{owner}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     if input.shape[-1] != input_size:
         raise RuntimeError(
             f"input has inconsistent input_size: got {input.shape[-1]} expected {input_size}"
         )
+    given = () if hx is None else _cell_states(owner, cell, input, hx, hidden_size)
     if not torch._C._is_any_autocast_enabled():
         _same_kind(input, "input", weight.dtype, weight.device)
-    if hx is None:
-        return None
+    return given or None
+
+
+def _cell_states(
+    owner: str, cell: Cell, input: Tensor, hx: Any, hidden_size: int
+) -> tuple[Tensor, ...]:
     given = states(hx, cell.has_c)
     for i, state in enumerate(given):
         if state.dim() not in (1, 2):
@@ -210,6 +235,22 @@ def cell_arguments(
                 f"{state.shape[0]}"
             )
     return given
+
+
+def stack_options(num_layers: Any, dropout: Any) -> None:
+    """The numbers of a stack of layers are such.
+
+    Raises:
+        TypeError: one is not a number. ValueError: it is out of range.
+    """
+    if not isinstance(num_layers, int) or isinstance(num_layers, bool):
+        raise TypeError(f"num_layers: expected an int, got {type(num_layers).__name__}")
+    if num_layers < 1:
+        raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
+    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool):
+        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
 
 
 def permutable(hx: Sequence[Tensor], indices: Tensor) -> None:

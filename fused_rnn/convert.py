@@ -86,12 +86,12 @@ def from_torch(module: torch.nn.Module) -> torch.nn.Module:
     if target is None:
         expected = ", ".join(f"torch.nn.{name}" for name in _NAMES)
         raise TypeError(f"module: expected one of {expected}; got {_class_name(module)}")
-    ours = copy.copy(module)
-    for name, value in vars(ours).items():
-        # Containers of their own, so that a parameter or hook set on one is not set on both.
-        if isinstance(value, (dict, list, set)):
-            vars(ours)[name] = copy.copy(value)
-    ours.__class__ = target
+    ours = target.__new__(target)
+    # Containers of their own, so that a parameter or hook set on one is not set on both.
+    for name, value in vars(module).items():
+        vars(ours)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+    if parametrize.is_parametrized(ours):
+        ours._modules["parametrizations"] = torch.nn.ModuleDict(ours.parametrizations.items())
     return ours
 
 
@@ -136,6 +136,8 @@ def _refusals(
         )
         if isinstance(module, tuple(classes)):
             yield f"{where}: a subclass may rely on what it overrides"
+        elif classes is not _TO_FUSED:
+            continue  # what follows never was ours
         elif isinstance(module, torch.jit.ScriptModule):
             if getattr(module, "original_name", None) in originals:
                 yield f"{where}: scripted or traced; convert the model before torch.jit"

@@ -137,6 +137,7 @@ def _recurrent(
     cell, directions = CELLS[cell_name], 2 if bidirectional else 1
     packed = batch_sizes is not None
     checks.is_dense_tensor(input, "input")
+    checks.stack_options(num_layers, dropout)
     states = None if hx is None else checks.states(hx, cell.has_c)
     if torch._C._is_any_autocast_enabled():
         input, states, weights = _autocast(input, states, weights)
@@ -175,14 +176,17 @@ def _recurrent(
 def _first_batch_size(batch_sizes: Tensor) -> int:
     """The batch size of packed rows; the values after the first are checked where they are used."""
     checks.is_dense_tensor(batch_sizes, "batch_sizes")
-    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or batch_sizes.is_cuda:
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not batch_sizes.is_cpu:
         raise RuntimeError(
             "batch_sizes: expected a 1-D int64 tensor on the CPU, got "
             f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
         )
     if batch_sizes.shape[0] == 0:
         raise RuntimeError("batch_sizes: Expected sequence length to be larger than 0 in RNN")
-    return int(batch_sizes[0])
+    first = int(batch_sizes[0])
+    if first < 1:
+        raise RuntimeError(f"batch_sizes: expected positive sizes, got {first} for the first step")
+    return first
 
 
 def _zero_states(cell, input, weights, layers, batch_size, per_layer) -> tuple[Tensor, ...]:

@@ -248,9 +248,7 @@ class _RecurrentCell(torch.nn.RNNCellBase):
         states = checks.cell_arguments(
             self._get_name(), cell, input, hx, self.weight_ih, self.hidden_size
         )
-        weights = [self.weight_ih, self.weight_hh]
-        if self.bias_ih is not None:
-            weights += [self.bias_ih, self.bias_hh]
+        weights = [self.weight_ih, self.weight_hh, *self._biases()]
         batched = input.dim() == 2
         if not batched:
             input = input.unsqueeze(0)
@@ -264,6 +262,12 @@ class _RecurrentCell(torch.nn.RNNCellBase):
             s.squeeze(0) if batched else s.flatten() for s in (hidden if cell.has_c else (hidden,))
         )
         return finals if cell.has_c else finals[0]
+
+    def _biases(self) -> list[Tensor]:
+        given = [self.bias_ih, self.bias_hh]
+        present = [bias for bias in given if bias is not None]
+        # As torch.nn does, with one of them taken away the other still counts.
+        return [torch.zeros_like(present[0]) if b is None else b for b in given] if present else []
 
     def _cell(self) -> Cell:
         return CELLS[self._cell_name]

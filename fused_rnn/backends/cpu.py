@@ -19,6 +19,8 @@ class CpuBackend(Backend):
             return f"needs tensors on the cpu, got {problem.device_type}"
         if problem.dtype != torch.float32:
             return f"needs dtype torch.float32, got {problem.dtype}"
+        if problem.hidden_size == 0:
+            return "needs at least one hidden unit, got hidden_size=0"
         if problem.proj_size:
             return f"has no projection, got proj_size={problem.proj_size}"
         return cpu_library_error()

@@ -249,7 +249,8 @@ def _gru_forward(d: _Direction) -> Step:
             hn += b_hn
         r, z = rz.add_(gx_rz[t]).sigmoid_().chunk(2, 1)
         torch.addcmul(gx_n[t], r, hn, out=n).tanh_()
-        return (torch.lerp(n, h, z, out=y[t]),)
+        # Not lerp, which makes NaN of infinite states.
+        return (torch.addcmul(n, z, h - n, out=y[t]),)
 
     return step
 
@@ -283,17 +284,26 @@ def _arriving(d: _DirectionGrads, t: int, grad_h: Tensor) -> Tensor:
     return grad_h if d.grad_y is None else grad_h + d.grad_y[t]
 
 
-def _rnn_backward(derivative: Callable[[Tensor], Tensor]) -> Callable[[_DirectionGrads], Step]:
-    def build(d: _DirectionGrads) -> Step:
-        factors = d.grad_gates.copy_(derivative(d.y)).split(d.batch_sizes)
+def _rnn_tanh_backward(d: _DirectionGrads) -> Step:
+    factors = torch.sub(1, d.y * d.y, out=d.grad_gates).split(d.batch_sizes)
 
-        def step(t: int, states: States) -> States:
-            grad = factors[t].mul_(_arriving(d, t, states[0]))
-            return (grad @ d.w.w_hh,)
+    def step(t: int, states: States) -> States:
+        grad = factors[t].mul_(_arriving(d, t, states[0]))
+        return (grad @ d.w.w_hh,)
 
-        return step
+    return step
 
-    return build
+
+def _rnn_relu_backward(d: _DirectionGrads) -> Step:
+    y, grads = d.y.split(d.batch_sizes), d.grad_gates.split(d.batch_sizes)
+    # Not a product: a gradient that is NaN or infinite must not get past a unit that is off.
+    mask = torch.ops.aten.threshold_backward.grad_input
+
+    def step(t: int, states: States) -> States:
+        grad = mask(_arriving(d, t, states[0]), y[t], 0, grad_input=grads[t])
+        return (grad @ d.w.w_hh,)
+
+    return step
 
 
 def _gru_backward(d: _DirectionGrads) -> Step:
@@ -305,7 +315,7 @@ def _gru_backward(d: _DirectionGrads) -> Step:
     torch.mul(f_hn * hn, 1 - r, out=f_r)
     hidden = z.shape[1]
     w_hh = d.w.w_hh.roll(hidden, 0)
-    factors = d.grad_gates.view(-1, 4, hidden).split(d.batch_sizes)
+    factors = d.grad_gates.unflatten(1, (4, hidden)).split(d.batch_sizes)
     facing_hidden = d.grad_gates[:, : 3 * hidden].split(d.batch_sizes)
     z = z.split(d.batch_sizes)
 
@@ -330,7 +340,7 @@ def _lstm_backward(d: _DirectionGrads) -> Step:
     c_of_h = tanh_c.square_().neg_().add_(1).mul_(o).split(d.batch_sizes)  # dc/dh
     hidden, sizes = i.shape[1], d.batch_sizes
     grad_gates = d.grad_gates.split(sizes)
-    factors_ifg = d.grad_gates.view(-1, 4, hidden)[:, :3].split(sizes)
+    factors_ifg = d.grad_gates.unflatten(1, (4, hidden))[:, :3].split(sizes)
     factors_o, f = f_o.split(sizes), f.split(sizes)
 
     def step(t: int, states: States) -> States:
@@ -347,15 +357,6 @@ def _lstm_backward(d: _DirectionGrads) -> Step:
     return step
 
 
-def _tanh_derivative(y: Tensor) -> Tensor:
-    return 1 - y * y
-
-
-def _relu_derivative(y: Tensor) -> Tensor:
-    # Not y > 0: a NaN passes the gradient on, as in torch.
-    return (y <= 0).logical_not_()
-
-
 _FORWARD: dict[str, Callable[[_Direction], Step]] = {
     "rnn_tanh": _rnn_forward(_tanh),
     "rnn_relu": _rnn_forward(_relu),
@@ -363,8 +364,8 @@ _FORWARD: dict[str, Callable[[_Direction], Step]] = {
     "lstm": _lstm_forward,
 }
 _BACKWARD: dict[str, Callable[[_DirectionGrads], Step]] = {
-    "rnn_tanh": _rnn_backward(_tanh_derivative),
-    "rnn_relu": _rnn_backward(_relu_derivative),
+    "rnn_tanh": _rnn_tanh_backward,
+    "rnn_relu": _rnn_relu_backward,
     "gru": _gru_backward,
     "lstm": _lstm_backward,
 }
