@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import warnings
 from pathlib import Path
 
 from ninja import ninja_syntax
@@ -82,8 +81,8 @@ def extensions() -> list[Extension]:
 
 
 def say(message: str) -> None:
-    # As a warning, since pip shows those and hides what a build prints.
-    warnings.warn(f"fused_rnn: {message}", RuntimeWarning, stacklevel=2)
+    # pip shows what a build says only with -v, or when the build fails.
+    print(f"fused_rnn: {message}", file=sys.stderr, flush=True)
 
 
 def ninja_flags(flags: list[str]) -> str:

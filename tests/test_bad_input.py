@@ -564,8 +564,6 @@ FUNCTIONS = {
         lambda: gru(x.long(), None, weights(3, dtype=torch.int64)), RuntimeError, ("int64",)),
     "rows no multiple of gates": (
         lambda: gru(x, None, [zeros(17, I), zeros(17, H)]), RuntimeError, ("weights[0]", "17")),
-    "weights without rows": (
-        lambda: gru(x, None, [zeros(0, I), zeros(0, 0)]), RuntimeError, ("weights[0]", "[0, 4]")),
     "later weight": (
         lambda: gru(x, None, [*weights(3, 2)[:5], zeros(18, 5), *weights(3)[2:]], num_layers=2),
         RuntimeError, ("weights[5]", "[18, 6]", "[18, 5]")),
