@@ -37,8 +37,9 @@ class ReferenceBackend(Backend):
     name = "reference"
 
     def unsupported(self, problem: Problem) -> str | None:
-        if not problem.dtype.is_floating_point:
-            return f"dtype {problem.dtype} is not a floating-point type"
+        dtype = problem.dtype
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            return f"needs a floating-point dtype of 16 bits or more, got {dtype}"
         return None
 
     def layer_forward(self, problem, x, weights, h0, c0, rows, save):

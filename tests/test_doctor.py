@@ -1,0 +1,51 @@
+"""`python -m fused_rnn doctor`: every section, and advice that follows from what is missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_rnn import __main__, dispatch, native
+from fused_rnn.cells import CELLS
+
+
+def test_doctor_tells_what_runs_where(capsys):
+    assert __main__.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in text
+    for cell in CELLS:
+        problem = __main__._problem(cell, torch.float32, "cpu")
+        assert f"cpu float32 {cell}: {dispatch.select(problem).describe(problem)}" in text
+        assert f"cpu float64 {cell}: reference; not cpu: needs dtype torch.float32" in text
+
+
+@pytest.mark.parametrize("missing", [None, "lost on the way"])
+def test_doctor_advises_on_a_missing_library(capsys, monkeypatch, missing):
+    monkeypatch.setattr(native, "cpu_library_error", lambda: missing)
+    __main__.main(["doctor"])
+    text = capsys.readouterr().out
+    assert ("lost on the way" in text) == bool(missing)
+    assert ("install a C++ compiler" in text) == bool(missing)
+
+
+def test_doctor_shows_a_wrong_environment_as_an_error(capsys, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_BACKEND", "quantum")
+    __main__.main(["doctor"])
+    text = capsys.readouterr().out
+    assert "FUSED_RNN_BACKEND=quantum" in text
+    assert "error: FUSED_RNN_BACKEND: expected one of auto, " in text
+
+
+def test_doctor_from_the_command_line():
+    root = str(Path(__file__).resolve().parent.parent)
+    command = [sys.executable, "-m", "fused_rnn"]
+    env = {**os.environ, "PYTHONPATH": root}
+    result = subprocess.run([*command, "doctor"], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "What to do" in result.stdout
+    result = subprocess.run([*command, "cure"], env=env, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "invalid choice: 'cure'" in result.stderr
