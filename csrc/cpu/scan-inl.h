@@ -20,7 +20,8 @@ constexpr int kMaxColumns = 4;
 constexpr int kMaxRows = 12;
 
 // Rows of a tile of `columns` vectors: as many as the registers hold. AVX-512 and ARM have 32.
-// Measured with AVX-512: 3 columns of 8 rows and 4 of 6 reach 92% of FMA peak, 4 of 4 reach 73%.
+// Measured with AVX-512 on a prototype of this tile: 3 columns of 8 rows and 4 of 6 reach 92% of
+// FMA peak, 4 of 4 reach 73%.
 constexpr int tile_rows(int columns) {
 #if FUSED_RNN_VECTOR_WIDTH == 16 || defined(__aarch64__)
   constexpr int rows[] = {12, 12, 8, 6};
@@ -281,8 +282,8 @@ void forward_tile(const ForwardRows& r, int64_t first, int rows, const Panel& pa
   }
 }
 
-// Odd steps take the panels backwards: the last ones are still in the cache. Measured 4 to 8%
-// where the packed weights exceed L2.
+// Odd steps take the panels backwards: the last ones are still in the cache. Measured on a
+// prototype: 4 to 8% where the packed weights exceed L2.
 FUSED_RNN_INLINE int64_t zigzag(int64_t index, int64_t count, int64_t step) {
   return step % 2 ? count - 1 - index : index;
 }
