@@ -77,7 +77,7 @@ def _choices() -> Iterator[str]:
 
 def _choice(problem: Problem) -> str:
     try:
-        chosen = dispatch.select(problem, dispatch.requested())
+        chosen = dispatch.select(problem)
         refusals = [f"not {n}: {why}" for n, why in dispatch.reasons(problem) if why]
         return "; ".join([chosen.describe(problem), *refusals])
     except (RuntimeError, ValueError) as error:

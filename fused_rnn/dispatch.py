@@ -80,13 +80,14 @@ def reasons(problem: Problem) -> list[tuple[str, str | None]]:
 
 
 def select(problem: Problem, name: str = "") -> Backend:
-    """The backend called `name`, or the first that takes the problem when `name` is "auto" or
-    empty.
+    """The backend called `name`; the first that takes the problem when `name` is "auto"; what the
+    user asks for at this moment when it is empty.
 
     Raises:
         UnsupportedProblemError: the one that was named cannot take it, or none can.
     """
-    forced = name not in ("", "auto")
+    name = name or requested() or "auto"
+    forced = name != "auto"
     chosen = _forced_backend(problem, name) if forced else _first_backend(problem)
     recorder = _recorder.get()
     if recorder is not None:

@@ -192,7 +192,7 @@ def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
 def _forward_impl(x, h0, c0, weights, batch_sizes, cell, save, backend):
     problem = make_problem(cell, x, h0, c0, weights, batch_sizes, save)
     rows, by_direction = _layout(cell, x, h0, c0, weights, batch_sizes)
-    out = dispatch.select(problem, backend or dispatch.requested()).layer_forward(
+    out = dispatch.select(problem, backend).layer_forward(
         problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save
     )
     y = out.y if problem.packed else _unflatten(out.y, x)
@@ -233,7 +233,7 @@ def _backward_impl(
 ):
     problem = make_problem(cell, x, h0, c0, weights, batch_sizes, True)
     rows, by_direction = _layout(cell, x, h0, c0, weights, batch_sizes)
-    chosen = dispatch.select(problem, backend or dispatch.requested())
+    chosen = dispatch.select(problem, backend)
     result = chosen.layer_backward(
         problem,
         OutputGrads(_rows_of(grad_y, problem.packed), grad_h_n, grad_c_n),

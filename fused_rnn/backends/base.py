@@ -210,20 +210,17 @@ def gate_bias(cell: Cell, w: DirectionWeights) -> Tensor | None:
 
 def input_side(cell: Cell, grad_gates: Tensor) -> Tensor:
     """[..., G*H] the columns that face W_ih and b_ih, a view."""
-    return (
-        grad_gates.narrow(-1, grad_gates.shape[-1] // 4, grad_gates.shape[-1] // 4 * 3)
-        if (cell.name == "gru")
-        else grad_gates
-    )
+    if cell.name != "gru":
+        return grad_gates
+    hidden = grad_gates.shape[-1] // 4
+    return grad_gates.narrow(-1, hidden, 3 * hidden)
 
 
 def hidden_side(cell: Cell, grad_gates: Tensor) -> Tensor:
     """[..., G*H] the columns that face W_hh and b_hh, a view; GRU in the order (n, r, z)."""
-    return (
-        grad_gates.narrow(-1, 0, grad_gates.shape[-1] // 4 * 3)
-        if (cell.name == "gru")
-        else grad_gates
-    )
+    if cell.name != "gru":
+        return grad_gates
+    return grad_gates.narrow(-1, 0, grad_gates.shape[-1] // 4 * 3)
 
 
 def hidden_order(cell: Cell, grad_gates: Tensor) -> Tensor:
