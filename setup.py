@@ -38,9 +38,9 @@ BASE_FLAGS = [
 ]
 # One kernel source, compiled once per instruction set; the choice is made at run time.
 ISA_FLAGS = {
-    "csrc/cpu/scan_portable.cpp": [],
-    "csrc/cpu/scan_avx2.cpp": ["-mavx2", "-mfma"],
-    "csrc/cpu/scan_avx512.cpp": ["-mavx512f", "-mavx2", "-mfma"],
+    "csrc/cpu/kernels_portable.cpp": [],
+    "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma"],
+    "csrc/cpu/kernels_avx512.cpp": ["-mavx512f", "-mavx2", "-mfma"],
 }
 
 
@@ -61,8 +61,8 @@ def find_compiler() -> list[str] | None:
 
 
 def library_sources() -> list[str]:
-    kernels = list(ISA_FLAGS) if X86 else ["csrc/cpu/scan_portable.cpp"]
-    return ["csrc/cpu/library.cpp", *kernels]
+    kernels = list(ISA_FLAGS) if X86 else ["csrc/cpu/kernels_portable.cpp"]
+    return [*(f"csrc/cpu/{name}.cpp" for name in ("library", "layer", "team")), *kernels]
 
 
 def extensions() -> list[Extension]:

@@ -1,31 +1,199 @@
-// The table of functions that each instruction set offers to the library.
+// What the kernels of one instruction set receive, and the table of functions that each offers.
 #pragma once
 
 #include <cstdint>
 
-#include "../scan_params.h"
+#include "../layer_params.h"
+#include "team.h"
 
 namespace fused_rnn {
 
-struct ScanKernels {
-  const char* name;
-  int64_t width;  // floats per vector
-
-  // Packs panels [begin, end) of W_hh for the forward or the backward scan.
-  void (*pack_forward)(CellKind cell, const PackParams& params, int64_t begin, int64_t end);
-  void (*pack_backward)(CellKind cell, const PackParams& params, int64_t begin, int64_t end);
-
-  // Runs all timesteps of the batch rows in `share`; shares are independent of each other.
-  void (*forward)(CellKind cell, const ScanForwardParams& params, const RowShare& share);
-  void (*backward)(CellKind cell, const ScanBackwardParams& params, const RowShare& share);
+// One direction's parameters as torch lays them out.
+struct Weights {
+  const float* w_ih;  // [G*H, I]
+  const float* w_hh;  // [G*H, H]
+  const float* b_ih;  // [G*H], or null
+  const float* b_hh;  // [G*H], or null
 };
 
-// Units per panel in vectors: four columns of a register tile, whether they are the gates of one
-// vector of units or, where there is one value per unit, neighbouring vectors of units.
-static constexpr int64_t vectors_per_panel(int gates) { return gates == 1 ? 4 : 1; }
+// A forward call as it comes from outside.
+struct ForwardCall {
+  LayerShape shape;
+  Weights weights[2];  // per direction
+  const float* x;      // [N, I]
+  const float* h0;     // [D, B, H]
+  const float* c0;     // [D, B, H], LSTM only
+  float* y;            // [N, D*H]
+  float* h_n;          // [D, B, H]
+  float* c_n;          // [D, B, H], LSTM only
+  float* gates;        // [D, N, S*H] or null: not saved
+  float* cells;        // [D, N, H] or null: not saved
+};
 
-extern const ScanKernels portable_kernels;
-extern const ScanKernels avx2_kernels;
-extern const ScanKernels avx512_kernels;
+// Gradients of one direction's parameters, each null where not wanted.
+struct WeightGrads {
+  float* w_ih;
+  float* w_hh;
+  float* b_ih;
+  float* b_hh;
+
+  bool any() const { return w_ih || w_hh || b_ih || b_hh; }
+};
+
+// A backward call as it comes from outside.
+struct BackwardCall {
+  LayerShape shape;
+  Weights weights[2];     // per direction
+  const float* grad_y;    // [N, D*H] or null: zero
+  const float* grad_h_n;  // [D, B, H] or null: zero
+  const float* grad_c_n;  // [D, B, H] or null: zero
+  const float* x;         // [N, I]
+  const float* h0;        // [D, B, H]
+  const float* c0;        // [D, B, H], LSTM only
+  const float* y;         // [N, D*H]
+  const float* gates;     // [D, N, S*H]
+  const float* cells;     // [D, N, H], LSTM only
+  float* grad_x;          // [N, I], or null: not wanted
+  float* grad_h0;         // [D, B, H]
+  float* grad_c0;         // [D, B, H], LSTM only
+  WeightGrads grads[2];   // per direction
+};
+
+// A matrix in the kernels' own layout: panels of up to `vectors` vectors of columns (units), each
+// [depth][gate][vector][width], zero beyond the last column. A panel's depth is that of the matrix.
+struct PackedMatrix {
+  float* data;
+  int64_t depth;
+  int64_t columns;  // per gate
+  int vectors;      // per panel and gate
+};
+
+// W [gates*columns, depth] -> packed, for products a [rows, depth] times W transposed.
+struct PackGatesParams {
+  const float* weights;
+  int gates;
+  PackedMatrix packed;
+};
+
+// M [depth, columns] -> packed, for products a [rows, depth] times M. Row k of the packed matrix
+// is row (k + rotate) % depth of M.
+struct PackColumnsParams {
+  const float* matrix;
+  int64_t rotate;
+  PackedMatrix packed;
+};
+
+struct ForwardParams : ForwardCall {
+  PackedMatrix w_ih[2];  // per direction, packed gates
+  PackedMatrix w_hh[2];
+  const float* bias[2];         // [G*H] all that adds to the input side, or null
+  const float* hidden_bias[2];  // [H] GRU's b_hn, or null
+  float* scratch[2];   // [chunk_rows, G*H] input side of a few steps; null: kept in y or gates
+  int64_t chunk_rows;  // the input side is computed for so many rows at a time, or one step
+};
+
+// The timesteps [begin, end) that a backward pass takes at a time.
+struct Chunk {
+  int64_t begin, end;
+  int64_t first_row;  // of step `begin`
+  int64_t rows;
+};
+
+struct BackwardParams : BackwardCall {
+  PackedMatrix w_hh[2];  // per direction, packed columns in the order of grad_gates
+  float* grad_gates[2];  // per direction [rows of the chunk, Q*H]
+  float* carried[2];     // per direction [B, Q*H] grad_gates of the step done just before the chunk
+  Chunk chunk[2];        // per direction
+};
+
+// grad_x [rows, I] = or += the input side of grad_gates [rows, G*H] times W_ih.
+struct InputGradParams {
+  const float* grad_gates;
+  int64_t grad_gates_stride;
+  PackedMatrix w_ih;  // packed columns
+  float* grad_x;
+  bool accumulate;
+};
+
+// transposed [Q*H][stride] from grad_gates [rows, Q*H]; sums [Q*H] = or += its row sums.
+struct TransposeParams {
+  const float* grad_gates;
+  int64_t rows;
+  int64_t width;  // Q*H
+  float* transposed;
+  int64_t stride;
+  float* sums;
+  bool accumulate;
+};
+
+// The rows of a chunk as a packed matrix of depth chunk.rows: either x, or the state each row
+// started from.
+struct PackRowsParams {
+  const LayerShape* shape;
+  Chunk chunk;
+  int64_t direction;
+  const float* x;   // [N, I], or null for the states
+  const float* y;   // [N, D*H]
+  const float* h0;  // [D, B, H]
+  PackedMatrix packed;
+};
+
+// grad [rows, columns] = or += transposed [rows][depth] times packed; row i goes to row
+// (i + rotate) % rows.
+struct WeightGradParams {
+  const float* transposed;
+  int64_t stride;
+  int64_t rows;
+  PackedMatrix packed;
+  float* grad;
+  int64_t rotate;
+  bool accumulate;
+};
+
+// One thread's part of a direction: batch rows first, first + stride, ... below limit, and the
+// panels [panel_begin, panel_end) of hidden units.
+struct Share {
+  int64_t direction;
+  int64_t first;
+  int64_t stride;
+  int64_t limit;
+  int64_t panel_begin;
+  int64_t panel_end;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t width;      // floats per vector
+  int64_t grad_rows;  // rows that weight_grad takes at a time
+
+  // Each does panels [begin, end) of its packed matrix.
+  void (*pack_gates)(const PackGatesParams&, int64_t begin, int64_t end);
+  void (*pack_columns)(const PackColumnsParams&, int64_t begin, int64_t end);
+  void (*pack_rows)(const PackRowsParams&, int64_t begin, int64_t end);
+
+  // Run all timesteps (of the chunk) for one share. Shares of rows are independent of each
+  // other; those of units meet after every timestep.
+  void (*forward)(const ForwardParams&, const Share&, Meeting*);
+  void (*backward)(const BackwardParams&, const Share&, Meeting*);
+
+  // One timestep, vectors [begin, end) of the units of both directions.
+  void (*step)(const ForwardCall&, int64_t begin, int64_t end);
+
+  void (*input_grad)(const InputGradParams&, int64_t row_begin, int64_t row_end);
+  // Columns [begin, end) of grad_gates, in vectors.
+  void (*transpose)(const TransposeParams&, int64_t begin, int64_t end);
+  // Blocks [begin, end) of grad_rows rows.
+  void (*weight_grad)(const WeightGradParams&, int64_t begin, int64_t end);
+};
+
+static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static inline int64_t panel_count(const PackedMatrix& m, int64_t width) {
+  return ceil_div(m.columns, m.vectors * width);
+}
+
+extern const Kernels portable_kernels;
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
 
 }  // namespace fused_rnn

@@ -1,4 +1,4 @@
-// The CPU library's border: checks every argument, fills the plain structs, shares out the work.
+// The CPU library's border: checks every argument, fills the plain structs, lends torch's threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,7 +14,8 @@
 #include <vector>
 
 #include "features.h"
-#include "kernels.h"
+#include "layer.h"
+#include "workspace.h"
 
 namespace fused_rnn {
 namespace {
@@ -22,13 +23,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Below this many floating-point operations there is no parallel region: what one thread does in
-// a few microseconds. Not tuned yet.
-constexpr double kSerialFlops = 2e5;
-
-const ScanKernels& kernels() {
+const Kernels& kernels() {
   struct Candidate {
-    const ScanKernels* kernels;
+    const Kernels* kernels;
     bool runs;
   };
   const Candidate candidates[] = {
@@ -40,7 +37,7 @@ const ScanKernels& kernels() {
   };
   const char* wanted = std::getenv("FUSED_RNN_CPU_CAPABILITY");
   const bool automatic = wanted == nullptr || *wanted == '\0';
-  const ScanKernels* chosen = nullptr;
+  const Kernels* chosen = nullptr;
   std::string known;
   for (const Candidate& candidate : candidates) {
     const char* name = candidate.kernels->name;
@@ -93,47 +90,36 @@ float* output(const Tensor& tensor, const char* name, std::initializer_list<int6
   return tensor.mutable_data_ptr<float>();
 }
 
-// The facts of csrc/cells.h that sizes depend on.
-struct CellSizes {
-  CellKind kind;
-  int64_t gates, saved_gates, grad_gates;
-  bool has_c;
+CellKind cell_kind(int64_t index) {
+  STD_TORCH_CHECK(index >= 0 && index < 4, "cell: expected 0 to 3, got ", index);
+  return static_cast<CellKind>(index);
+}
 
-  explicit CellSizes(int64_t index) {
-    static constexpr int64_t table[4][4] = {{1, 0, 1, 0}, {1, 0, 1, 0}, {3, 4, 4, 0}, {4, 4, 4, 1}};
-    STD_TORCH_CHECK(index >= 0 && index < 4, "cell: expected 0 to 3, got ", index);
-    kind = static_cast<CellKind>(index);
-    gates = table[index][0];
-    saved_gates = table[index][1];
-    grad_gates = table[index][2];
-    has_c = table[index][3] != 0;
-  }
-};
-
-struct ScanSizes {
-  int64_t directions, count, batch, hidden;
-
-  ScanSizes(const Tensor& h0, const Tensor& y) {
-    STD_TORCH_CHECK(h0.dim() == 3, "h0: expected [D, B, H], got shape ", shape_text(h0.sizes()));
-    STD_TORCH_CHECK(y.dim() == 2, "y: expected [N, D*H], got shape ", shape_text(y.sizes()));
-    directions = h0.size(0);
-    batch = h0.size(1);
-    hidden = h0.size(2);
-    count = y.size(0);
-    STD_TORCH_CHECK(directions == 1 || directions == 2, "h0: expected 1 or 2 directions, got ",
-                    directions);
-    STD_TORCH_CHECK(hidden > 0, "h0: expected at least one hidden unit, got shape ",
-                    shape_text(h0.sizes()));
-  }
-};
+// Sizes of a call, from arguments that other checks will confirm.
+LayerShape layer_shape(int64_t cell, const Tensor& x, const Tensor& h0) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: expected [N, I], got shape ", shape_text(x.sizes()));
+  STD_TORCH_CHECK(h0.dim() == 3, "h0: expected [D, B, H], got shape ", shape_text(h0.sizes()));
+  STD_TORCH_CHECK(h0.size(0) == 1 || h0.size(0) == 2, "h0: expected 1 or 2 directions, got ",
+                  h0.size(0));
+  STD_TORCH_CHECK(h0.size(2) > 0, "h0: expected at least one hidden unit, got shape ",
+                  shape_text(h0.sizes()));
+  LayerShape s{};
+  s.cell = cell_kind(cell);
+  s.directions = h0.size(0);
+  s.input = x.size(1);
+  s.hidden = h0.size(2);
+  s.count = x.size(0);
+  s.rows.batch = h0.size(1);
+  return s;
+}
 
 // Checks batch_sizes and fills `offsets`, which must live as long as the result.
-RowLayout row_layout(const ScanSizes& sizes, const std::optional<Tensor>& batch_sizes,
+RowLayout row_layout(const LayerShape& s, const std::optional<Tensor>& batch_sizes,
                      std::vector<int64_t>& offsets) {
-  const int64_t count = sizes.count, batch = sizes.batch;
+  const int64_t count = s.count, batch = s.rows.batch;
   if (!batch_sizes) {
     STD_TORCH_CHECK(batch == 0 ? count == 0 : count % batch == 0,
-                    "y: expected a multiple of the batch size ", batch, " as its rows, got ",
+                    "x: expected a multiple of the batch size ", batch, " as its rows, got ",
                     count);
     return {batch == 0 ? 0 : count / batch, batch, nullptr, nullptr};
   }
@@ -158,173 +144,139 @@ RowLayout row_layout(const ScanSizes& sizes, const std::optional<Tensor>& batch_
   return {timesteps, batch, at, offsets.data()};
 }
 
+// Calls function(direction, number of the tensor within it, shape it must have) for a flat list of
+// w_ih, w_hh[, b_ih, b_hh] per direction.
 template <class F>
-void for_range(bool parallel, int64_t count, const F& body) {
-  if (parallel && count > 1) {
-    torch::stable::parallel_for(0, count, 1, body);
-  } else {
-    body(0, count);
+void for_each_weight(const LayerShape& s, size_t given, const char* name, const F& function) {
+  const auto directions = static_cast<size_t>(s.directions);
+  STD_TORCH_CHECK(given == 2 * directions || given == 4 * directions, name,
+                  ": expected 2 tensors, or 4 with biases, for each of ", s.directions,
+                  " directions, got ", given);
+  const int64_t rows = cell_sizes(s.cell).gates * s.hidden;
+  const size_t per_direction = given / directions;
+  for (size_t i = 0; i < given; i++) {
+    const size_t which = i % per_direction;
+    const std::initializer_list<int64_t> matrix = {rows, which == 0 ? s.input : s.hidden};
+    const std::initializer_list<int64_t> vector = {rows};
+    function(i, i / per_direction, which, which < 2 ? matrix : vector);
   }
 }
 
-using PackFunction = decltype(ScanKernels::pack_forward);
-
-// [D, packed floats] the recurrent weights in the kernels' layout; `packed` gets each direction.
-Tensor pack(const CellSizes& cell, const ScanSizes& sizes, const std::vector<Tensor>& w_hh,
-            const ScanKernels& isa, PackFunction function, int64_t panel_gates, bool parallel,
-            const float* packed[2]) {
-  const int64_t hidden = sizes.hidden, width = isa.width;
-  STD_TORCH_CHECK(static_cast<int64_t>(w_hh.size()) == sizes.directions,
-                  "w_hh: expected one tensor for each of ", sizes.directions, " directions, got ",
-                  w_hh.size());
-  const float* weights[2];
-  for (size_t d = 0; d < w_hh.size(); d++) {
-    weights[d] = input(w_hh[d], "w_hh", {cell.gates * hidden, hidden});
-  }
-  const int64_t floats = (hidden + width - 1) / width * width * cell.gates * hidden;
-  Tensor storage = torch::stable::new_empty(w_hh[0], {sizes.directions, floats});
-  float* base = storage.mutable_data_ptr<float>();
-  PackParams params[2];
-  for (int64_t d = 0; d < sizes.directions; d++) {
-    params[d] = {hidden, weights[d], base + d * floats};
-    packed[d] = params[d].packed;
-  }
-  const int64_t units = vectors_per_panel(static_cast<int>(panel_gates)) * width;
-  const int64_t panels = (hidden + units - 1) / units;
-  for_range(parallel, sizes.directions * panels, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      function(cell.kind, params[i / panels], i % panels, i % panels + 1);
-    }
-  });
-  return storage;
+void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors, Weights weights[2]) {
+  for_each_weight(s, tensors.size(), "weights",
+                  [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
+                    const float* data = input(tensors[i], "weights", shape);
+                    const float** fields[] = {&weights[d].w_ih, &weights[d].w_hh, &weights[d].b_ih,
+                                              &weights[d].b_hh};
+                    *fields[which] = data;
+                  });
 }
 
-// Shares the batch rows of every direction out over the threads and runs body(share) on each.
-template <class F>
-void for_each_share(const ScanSizes& sizes, const RowLayout& rows, bool parallel, const F& body) {
-  const int64_t threads = parallel ? torch::stable::get_num_threads() : 1;
-  const int64_t batch = sizes.batch;
-  const int64_t wanted = sizes.directions == 2 && threads % 2 == 0 ? threads / 2 : threads;
-  const int64_t shares = std::max<int64_t>(1, std::min(wanted, batch));
-  for_range(parallel, sizes.directions * shares, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t d = i / shares, s = i % shares;
-      // Packed rows are sorted by length: dealing them out evens the work.
-      body(rows.batch_sizes ? RowShare{d, s, shares, batch}
-                            : RowShare{d, batch * s / shares, 1, batch * (s + 1) / shares});
-    }
-  });
+// Empty tensors stand for gradients that are not wanted.
+void read_grads(const LayerShape& s, const std::vector<Tensor>& tensors, WeightGrads grads[2]) {
+  for_each_weight(s, tensors.size(), "grad_weights",
+                  [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
+                    float** fields[] = {&grads[d].w_ih, &grads[d].w_hh, &grads[d].b_ih,
+                                        &grads[d].b_hh};
+                    const bool wanted = tensors[i].dim() == static_cast<int64_t>(shape.size());
+                    *fields[which] = wanted ? output(tensors[i], "grad_weights", shape) : nullptr;
+                  });
 }
 
-bool worth_threads(const CellSizes& cell, const ScanSizes& sizes) {
-  return 2.0 * static_cast<double>(sizes.directions * sizes.count) *
-             static_cast<double>(cell.gates * sizes.hidden * sizes.hidden) >
-         kSerialFlops;
+void run_in_parallel(int64_t items, int64_t grain,
+                     const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, items, grain, body);
 }
 
-void scan_forward(int64_t cell_index, const Tensor& gx, std::vector<Tensor> w_hh,
-                  std::vector<Tensor> b_hh, const Tensor& h0, std::optional<Tensor> c0,
-                  std::optional<Tensor> batch_sizes, Tensor y, Tensor h_n, Tensor c_n, Tensor gates,
-                  Tensor cells) {
-  const CellSizes cell(cell_index);
-  const ScanSizes sizes(h0, y);
-  const int64_t directions = sizes.directions, count = sizes.count, hidden = sizes.hidden;
-  const int64_t batch = sizes.batch;
+Threads torch_threads() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()), run_in_parallel};
+}
+
+void forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights, const Tensor& h0,
+                std::optional<Tensor> c0, std::optional<Tensor> batch_sizes, Tensor y, Tensor h_n,
+                Tensor c_n, Tensor gates, Tensor cells) {
   std::vector<int64_t> offsets;
-  ScanForwardParams p{};
-  p.directions = directions;
-  p.hidden = hidden;
-  p.count = count;
-  p.rows = row_layout(sizes, batch_sizes, offsets);
-  p.gx = input(gx, "gx", {directions, count, cell.gates * hidden});
-  p.h0 = input(h0, "h0", {directions, batch, hidden});
-  p.y = output(y, "y", {count, directions * hidden});
-  p.h_n = output(h_n, "h_n", {directions, batch, hidden});
-  STD_TORCH_CHECK(c0.has_value() == cell.has_c, "c0: expected ",
-                  cell.has_c ? "a tensor for lstm" : "None for this cell");
-  if (cell.has_c) {
-    p.c0 = input(c0, "c0", {directions, batch, hidden});
-    p.c_n = output(c_n, "c_n", {directions, batch, hidden});
+  ForwardCall call{};
+  LayerShape& s = call.shape;
+  s = layer_shape(cell, x, h0);
+  s.rows = row_layout(s, batch_sizes, offsets);
+  const CellSizes sizes = cell_sizes(s.cell);
+  read_weights(s, weights, call.weights);
+  call.x = input(x, "x", {s.count, s.input});
+  call.h0 = input(h0, "h0", {s.directions, s.rows.batch, s.hidden});
+  call.y = output(y, "y", {s.count, s.directions * s.hidden});
+  call.h_n = output(h_n, "h_n", {s.directions, s.rows.batch, s.hidden});
+  STD_TORCH_CHECK(c0.has_value() == sizes.has_c, "c0: expected ",
+                  sizes.has_c ? "a tensor for lstm" : "None for this cell");
+  if (sizes.has_c) {
+    call.c0 = input(c0, "c0", {s.directions, s.rows.batch, s.hidden});
+    call.c_n = output(c_n, "c_n", {s.directions, s.rows.batch, s.hidden});
   }
-  const bool save = gates.dim() == 3 && gates.size(2) > 0;
-  if (save) {
-    p.gates = output(gates, "gates", {directions, count, cell.saved_gates * hidden});
-    if (cell.has_c) p.cells = output(cells, "cells", {directions, count, hidden});
+  if (gates.dim() == 3 && gates.size(2) > 0) {
+    call.gates = output(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
+    advise_huge_pages(call.gates, static_cast<size_t>(gates.numel()) * sizeof(float));
+    if (sizes.has_c) call.cells = output(cells, "cells", {s.directions, s.count, s.hidden});
   }
-  STD_TORCH_CHECK(b_hh.empty() || static_cast<int64_t>(b_hh.size()) == directions,
-                  "b_hh: expected none or one tensor for each of ", directions, " directions, got ",
-                  b_hh.size());
-  for (size_t d = 0; cell.kind == CellKind::gru && d < b_hh.size(); d++) {
-    p.hidden_bias[d] = input(b_hh[d], "b_hh", {3 * hidden}) + 2 * hidden;
-  }
-  const ScanKernels& isa = kernels();
-  const bool parallel = worth_threads(cell, sizes);
-  const Tensor packed =
-      pack(cell, sizes, w_hh, isa, isa.pack_forward, cell.gates, parallel, p.packed_weights);
-  for_each_share(sizes, p.rows, parallel,
-                 [&](const RowShare& share) { isa.forward(cell.kind, p, share); });
+  layer_forward(kernels(), call, torch_threads());
 }
 
-void scan_backward(int64_t cell_index, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
-                   std::optional<Tensor> grad_c_n, std::vector<Tensor> w_hh, const Tensor& h0,
-                   std::optional<Tensor> c0, std::optional<Tensor> batch_sizes, const Tensor& y,
-                   const Tensor& gates, const Tensor& cells, Tensor grad_gates, Tensor grad_h0,
-                   Tensor grad_c0) {
-  const CellSizes cell(cell_index);
-  const ScanSizes sizes(h0, y);
-  const int64_t directions = sizes.directions, count = sizes.count, hidden = sizes.hidden;
-  const int64_t batch = sizes.batch;
+void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
+                 std::optional<Tensor> grad_c_n, const Tensor& x, std::vector<Tensor> weights,
+                 const Tensor& h0, std::optional<Tensor> c0, std::optional<Tensor> batch_sizes,
+                 const Tensor& y, const Tensor& gates, const Tensor& cells, Tensor grad_x,
+                 Tensor grad_h0, Tensor grad_c0, std::vector<Tensor> grad_weights) {
   std::vector<int64_t> offsets;
-  ScanBackwardParams p{};
-  p.directions = directions;
-  p.hidden = hidden;
-  p.count = count;
-  p.rows = row_layout(sizes, batch_sizes, offsets);
-  p.grad_y = input(grad_y, "grad_y", {count, directions * hidden});
-  p.grad_h_n = input(grad_h_n, "grad_h_n", {directions, batch, hidden});
-  p.h0 = input(h0, "h0", {directions, batch, hidden});
-  p.y = input(y, "y", {count, directions * hidden});
-  if (cell.saved_gates > 0) {
-    p.gates = input(gates, "gates", {directions, count, cell.saved_gates * hidden});
+  BackwardCall call{};
+  LayerShape& s = call.shape;
+  s = layer_shape(cell, x, h0);
+  s.rows = row_layout(s, batch_sizes, offsets);
+  const CellSizes sizes = cell_sizes(s.cell);
+  read_weights(s, weights, call.weights);
+  call.grad_y = input(grad_y, "grad_y", {s.count, s.directions * s.hidden});
+  call.grad_h_n = input(grad_h_n, "grad_h_n", {s.directions, s.rows.batch, s.hidden});
+  call.x = input(x, "x", {s.count, s.input});
+  call.h0 = input(h0, "h0", {s.directions, s.rows.batch, s.hidden});
+  call.y = input(y, "y", {s.count, s.directions * s.hidden});
+  if (sizes.saved_gates > 0) {
+    call.gates = input(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
   }
-  p.grad_gates = output(grad_gates, "grad_gates", {directions, count, cell.grad_gates * hidden});
-  p.grad_h0 = output(grad_h0, "grad_h0", {directions, batch, hidden});
-  STD_TORCH_CHECK(c0.has_value() == cell.has_c, "c0: expected ",
-                  cell.has_c ? "a tensor for lstm" : "None for this cell");
-  if (cell.has_c) {
-    p.grad_c_n = input(grad_c_n, "grad_c_n", {directions, batch, hidden});
-    p.c0 = input(c0, "c0", {directions, batch, hidden});
-    p.cells = input(cells, "cells", {directions, count, hidden});
-    p.grad_c0 = output(grad_c0, "grad_c0", {directions, batch, hidden});
+  call.grad_h0 = output(grad_h0, "grad_h0", {s.directions, s.rows.batch, s.hidden});
+  STD_TORCH_CHECK(c0.has_value() == sizes.has_c, "c0: expected ",
+                  sizes.has_c ? "a tensor for lstm" : "None for this cell");
+  if (sizes.has_c) {
+    call.grad_c_n = input(grad_c_n, "grad_c_n", {s.directions, s.rows.batch, s.hidden});
+    call.c0 = input(c0, "c0", {s.directions, s.rows.batch, s.hidden});
+    call.cells = input(cells, "cells", {s.directions, s.count, s.hidden});
+    call.grad_c0 = output(grad_c0, "grad_c0", {s.directions, s.rows.batch, s.hidden});
   }
-  const ScanKernels& isa = kernels();
-  const bool parallel = worth_threads(cell, sizes);
-  const Tensor packed =
-      pack(cell, sizes, w_hh, isa, isa.pack_backward, 1, parallel, p.packed_weights);
-  for_each_share(sizes, p.rows, parallel,
-                 [&](const RowShare& share) { isa.backward(cell.kind, p, share); });
+  if (grad_x.dim() == 2) call.grad_x = output(grad_x, "grad_x", {s.count, s.input});
+  read_grads(s, grad_weights, call.grads);
+  layer_backward(kernels(), call, torch_threads());
 }
 
 }  // namespace
 }  // namespace fused_rnn
 
-// The shapes of all arguments are in scan_params.h. Outputs are written in place; `gates` of an
-// LSTM may be `gx` itself, and zero columns in `gates` mean that nothing is saved.
+// The shapes of all arguments are in kernels.h, ForwardCall and BackwardCall; `weights` is the flat
+// list w_ih, w_hh[, b_ih, b_hh] of each direction. Outputs are written in place. Zero columns in
+// `gates` mean that nothing is saved; a gradient that is not wanted comes as an empty 0-d or 3-d
+// tensor.
 STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
   m.def(
-      "scan_forward(int cell, Tensor gx, Tensor[] w_hh, Tensor[] b_hh, Tensor h0, Tensor? c0, "
+      "layer_forward(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0, "
       "Tensor? batch_sizes, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) gates, "
       "Tensor(e!) cells) -> ()");
   m.def(
-      "scan_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor[] w_hh, "
-      "Tensor h0, Tensor? c0, Tensor? batch_sizes, Tensor y, Tensor gates, Tensor cells, "
-      "Tensor(a!) grad_gates, Tensor(b!) grad_h0, Tensor(c!) grad_c0) -> ()");
+      "layer_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, "
+      "Tensor[] weights, Tensor h0, Tensor? c0, Tensor? batch_sizes, Tensor y, Tensor gates, "
+      "Tensor cells, Tensor(a!) grad_x, Tensor(b!) grad_h0, Tensor(c!) grad_c0, "
+      "Tensor(d!)[] grad_weights) -> ()");
   m.def("capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CPU, m) {
-  m.impl("scan_forward", TORCH_BOX(&fused_rnn::scan_forward));
-  m.impl("scan_backward", TORCH_BOX(&fused_rnn::scan_backward));
+  m.impl("layer_forward", TORCH_BOX(&fused_rnn::forward_op));
+  m.impl("layer_backward", TORCH_BOX(&fused_rnn::backward_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CompositeExplicitAutograd, m) {

@@ -1,7 +1,8 @@
 // A vector of floats through the compiler's vector extensions, and the functions cells need.
 //
 // Included once per instruction set, inside that set's namespace, with FUSED_RNN_VECTOR_WIDTH
-// defined. No intrinsics: the same text serves x86, ARM and whatever else.
+// defined. Intrinsics only for masked loads and stores: the same text
+// serves x86, ARM and whatever else.
 
 typedef float Vector __attribute__((vector_size(FUSED_RNN_VECTOR_WIDTH * 4)));
 typedef unsigned VectorBits __attribute__((vector_size(FUSED_RNN_VECTOR_WIDTH * 4)));
@@ -27,6 +28,28 @@ FUSED_RNN_INLINE void store(float* p, Vector v) { *(UnalignedVector*)p = v; }
 FUSED_RNN_INLINE Vector broadcast(float x) { return x - Vector{}; }
 
 // The first `valid` of kWidth lanes; the others load as zero and are not stored.
+#if FUSED_RNN_VECTOR_WIDTH == 16
+FUSED_RNN_INLINE Vector load_tail(const float* p, int valid) {
+  return (Vector)_mm512_maskz_loadu_ps((__mmask16)((1u << valid) - 1), p);
+}
+
+FUSED_RNN_INLINE void store_tail(float* p, Vector v, int valid) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << valid) - 1), (__m512)v);
+}
+#elif FUSED_RNN_VECTOR_WIDTH == 8
+FUSED_RNN_INLINE VectorIndex tail_mask(int valid) {
+  const VectorIndex lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  return lanes < valid - VectorIndex{};
+}
+
+FUSED_RNN_INLINE Vector load_tail(const float* p, int valid) {
+  return (Vector)_mm256_maskload_ps(p, (__m256i)tail_mask(valid));
+}
+
+FUSED_RNN_INLINE void store_tail(float* p, Vector v, int valid) {
+  _mm256_maskstore_ps(p, (__m256i)tail_mask(valid), (__m256)v);
+}
+#else
 __attribute__((noinline)) static Vector load_tail(const float* p, int valid) {
   float lanes[kWidth] = {};
   for (int i = 0; i < valid; i++) lanes[i] = p[i];
@@ -38,6 +61,7 @@ __attribute__((noinline)) static void store_tail(float* p, Vector v, int valid) 
   store(lanes, v);
   for (int i = 0; i < valid; i++) p[i] = lanes[i];
 }
+#endif
 
 FUSED_RNN_INLINE Vector load(const float* p, int valid) {
   return valid == kWidth ? load(p) : load_tail(p, valid);
@@ -75,6 +99,17 @@ FUSED_RNN_INLINE void transpose(Vector (&rows)[kWidth]) {
     FUSED_RNN_UNROLL
     for (int i = 0; i < kWidth; i++) rows[i] = shuffled[i];
   }
+}
+
+// The sum of each row's lanes, in the lane of the row's number: one round of adding per halving.
+FUSED_RNN_INLINE Vector sum_rows(Vector (&rows)[kWidth]) {
+  transpose(rows);
+  FUSED_RNN_UNROLL
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < half; i++) rows[i] += rows[i + half];
+  }
+  return rows[0];
 }
 
 // exp(x) = scale * (1 + fraction) with scale a power of two and |fraction| < 0.42; Cephes'

@@ -1,4 +1,4 @@
-"""The CPU backend: scans in C++ (csrc/cpu), with the matrix products around them torch's."""
+"""The CPU backend: whole layers in C++ (csrc/cpu)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..cells import DirectionWeights
 from ..native import cpu_capability, cpu_library_error
 from ..problem import Problem, Rows
-from .base import Backend, LayerOutput, OutputGrads, ScanGrads, allocate_output
+from .base import Backend, InputGrads, LayerOutput, Needs, OutputGrads
 
 
 class CpuBackend(Backend):
@@ -26,64 +26,83 @@ class CpuBackend(Backend):
         return cpu_library_error()
 
     def describe(self, problem: Problem) -> str:
-        return f"cpu/{cpu_capability()} scan"
+        return f"cpu/{cpu_capability()} layer"
 
-    def scan_forward(
+    def layer_forward(
         self,
         problem: Problem,
-        gx: Tensor,
+        x: Tensor,
         weights: list[DirectionWeights],
         h0: Tensor,
         c0: Tensor | None,
         rows: Rows,
         save: bool,
     ) -> LayerOutput:
-        cell = problem.cell
-        out = allocate_output(problem, gx, save)
-        has_hidden_bias = cell.name == "gru" and weights[0].b_hh is not None
-        torch.ops.fused_rnn_cpu.scan_forward(
+        cell, hidden, count = problem.cell, problem.hidden_size, x.shape[0]
+        directions, batch = problem.directions, problem.batch_size
+        out = LayerOutput(
+            y=x.new_empty((count, directions * hidden)),
+            h_n=x.new_empty((directions, batch, hidden)),
+            c_n=x.new_empty((directions, batch, hidden * cell.has_c)),
+            gates=x.new_empty((directions, count, hidden * cell.saved_gates * save)),
+            cells=x.new_empty((directions, count, hidden * (cell.has_c and save))),
+        )
+        torch.ops.fused_rnn_cpu.layer_forward(
             cell.index,
-            gx,
-            [w.w_hh.contiguous() for w in weights],
-            [w.b_hh.contiguous() for w in weights] if has_hidden_bias else [],
+            x.contiguous(),
+            _flat(weights),
             h0.contiguous(),
             c0.contiguous() if cell.has_c else None,
             rows.batch_sizes_tensor if rows.packed else None,
-            out.y,
-            out.h_n,
-            out.c_n,
-            out.gates,
-            out.cells,
+            *out,
         )
         return out
 
-    def scan_backward(
+    def layer_backward(
         self,
         problem: Problem,
         grads: OutputGrads,
+        x: Tensor,
         weights: list[DirectionWeights],
         h0: Tensor,
         c0: Tensor | None,
         rows: Rows,
         saved: LayerOutput,
-    ) -> ScanGrads:
-        cell, hidden = problem.cell, problem.hidden_size
-        y = saved.y
-        grad_gates = y.new_empty((len(weights), y.shape[0], cell.grad_gates * hidden))
-        grad_h0 = y.new_empty(h0.shape)
-        grad_c0 = y.new_empty((*h0.shape[:2], hidden * cell.has_c))
-        torch.ops.fused_rnn_cpu.scan_backward(
+        needs: Needs,
+    ) -> InputGrads:
+        cell = problem.cell
+        flat = _flat(weights)
+        unwanted = x.new_empty(())
+        grad_x = x.new_empty(x.shape) if needs.x else unwanted
+        grad_h0 = h0.new_empty(h0.shape)
+        grad_c0 = h0.new_empty(h0.shape) if cell.has_c else unwanted
+        grad_weights = [
+            w.new_empty(w.shape) if need else unwanted
+            for w, need in zip(flat, needs.weights, strict=True)
+        ]
+        torch.ops.fused_rnn_cpu.layer_backward(
             cell.index,
             *(None if grad is None else grad.contiguous() for grad in grads),
-            [w.w_hh.contiguous() for w in weights],
+            x.contiguous(),
+            flat,
             h0.contiguous(),
             c0.contiguous() if cell.has_c else None,
             rows.batch_sizes_tensor if rows.packed else None,
-            y,
+            saved.y,
             saved.gates,
             saved.cells,
-            grad_gates,
+            grad_x,
             grad_h0,
             grad_c0,
+            grad_weights,
         )
-        return ScanGrads(grad_gates, grad_h0, grad_c0 if cell.has_c else None)
+        return InputGrads(
+            grad_x if needs.x else None,
+            grad_h0 if needs.h0 else None,
+            grad_c0 if needs.c0 and cell.has_c else None,
+            [g if need else None for g, need in zip(grad_weights, needs.weights, strict=True)],
+        )
+
+
+def _flat(weights: list[DirectionWeights]) -> list[Tensor]:
+    return [w.contiguous() for direction in weights for w in direction if w is not None]

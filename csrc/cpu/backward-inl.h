@@ -1,0 +1,184 @@
+// The backward scan over one chunk of timesteps.
+
+// Rows of one step that have the same neighbours.
+struct BackwardRows {
+  RowsOf<const float> grad_next;  // [Q*H] grad_gates of the next step, or null: h went no further
+  RowsOf<const float> grad_y;     // [H] or null
+  RowsOf<const float> gates;      // [S*H]
+  RowsOf<const float> y;          // [H]
+  RowsOf<const float> h_prev;     // [H]
+  RowsOf<const float> cells;      // [H]
+  RowsOf<const float> c_prev;     // [H]
+  RowsOf<float> grad_gates;       // [Q*H]
+  RowsOf<float> grad_h;           // [H] in: grad_h_n, or what carry left (GRU); out: carry (GRU)
+  RowsOf<float> grad_c;           // [H] in and out: the gradient of c
+};
+
+template <class Cell>
+static void backward_tile(const BackwardRows& r, int64_t first, int rows, const Panel& panel,
+                          const PackedMatrix& w_hh) {
+  const int64_t hidden = w_hh.columns;
+  Vector tile[kMaxRows * kMaxColumns];
+  if (r.grad_next.base) {
+    multiply(panel.vectors, rows, w_hh.depth, r.grad_next[first], r.grad_next.stride, panel.data,
+             tile);
+  }
+  // A row's own grad_h_n, once; and for GRU whatever went round W_hh.
+  const bool add_grad_h = Cell::kUsesPreviousH || !r.grad_next.base;
+  for (int m = 0; m < rows; m++) {
+    const int64_t row = first + m;
+    for (int v = 0; v < panel.vectors; v++) {
+      const int64_t unit = panel.column + v * kWidth;
+      const int valid = valid_lanes(unit, hidden);
+      Vector d_h = r.grad_next.base ? tile[m * panel.vectors + v] : Vector{};
+      if (add_grad_h) d_h += load(r.grad_h[row] + unit, valid);
+      if (r.grad_y.base) d_h += load(r.grad_y[row] + unit, valid);
+      Vector saved[4], grads[4], h{}, h_prev{}, c{}, c_prev{}, carry{};
+      if constexpr (Cell::kSavedGates > 0) {
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < Cell::kSavedGates; i++) {
+          saved[i] = load(r.gates[row] + i * hidden + unit, valid);
+        }
+      } else {
+        h = load(r.y[row] + unit, valid);
+      }
+      if constexpr (Cell::kUsesPreviousH) h_prev = load(r.h_prev[row] + unit, valid);
+      if constexpr (Cell::kHasC) {
+        c = load(r.cells[row] + unit, valid);
+        c_prev = load(r.c_prev[row] + unit, valid);
+        carry = load(r.grad_c[row] + unit, valid);
+      }
+      Cell::backward(saved, h, h_prev, c, c_prev, d_h, carry, grads);
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < Cell::kGradGates; i++) {
+        store(r.grad_gates[row] + i * hidden + unit, grads[i], valid);
+      }
+      if constexpr (Cell::kUsesPreviousH) store(r.grad_h[row] + unit, carry, valid);
+      if constexpr (Cell::kHasC) store(r.grad_c[row] + unit, carry, valid);
+    }
+  }
+}
+
+// Gradient of the state that rows [begin, end) started from.
+template <class Cell>
+static void initial_state_grad(RowsOf<const float> grad_gates, RowsOf<float> grad_h, int64_t begin,
+                               int64_t end, const Share& share, const PackedMatrix& w_hh) {
+  for (int64_t j = share.panel_begin; begin < end && j < share.panel_end; j++) {
+    const Panel panel(w_hh, j, 1);
+    for_each_tile(begin, end, panel.vectors, [&](int64_t first, int rows) {
+      Vector tile[kMaxRows * kMaxColumns];
+      multiply(panel.vectors, rows, w_hh.depth, grad_gates[first], grad_gates.stride, panel.data,
+               tile);
+      for (int m = 0; m < rows; m++) {
+        for (int v = 0; v < panel.vectors; v++) {
+          const int64_t unit = panel.column + v * kWidth;
+          const int valid = valid_lanes(unit, w_hh.columns);
+          float* to = grad_h[first + m] + unit;
+          Vector sum = tile[m * panel.vectors + v];
+          if constexpr (Cell::kUsesPreviousH) sum += load(to, valid);
+          store(to, sum, valid);
+        }
+      }
+    });
+  }
+}
+
+template <class Cell>
+static void backward_share(const BackwardParams& p, const Share& share, Meeting* meeting) {
+  constexpr int S = Cell::kSavedGates, Q = Cell::kGradGates;
+  const LayerShape& shape = p.shape;
+  const int64_t hidden = shape.hidden, d = share.direction, y_width = shape.directions * hidden;
+  const int64_t last = shape.rows.timesteps - 1;
+  const Chunk& chunk = p.chunk[d];
+  const PackedMatrix& w_hh = p.w_hh[d];
+  const Units units(share, w_hh);
+  const float* gates = S > 0 ? p.gates + d * shape.count * S * hidden : nullptr;
+  const float* cells = Cell::kHasC ? p.cells + d * shape.count * hidden : nullptr;
+  const float* y = p.y + d * hidden;
+  const float* grad_y = p.grad_y ? p.grad_y + d * hidden : nullptr;
+  float* grad_gates = p.grad_gates[d];
+  const int64_t state = d * shape.rows.batch;
+  const auto h0 = rows_of(p.h0, state, hidden, share);
+  const auto c0 = rows_of_or_null(p.c0, state, hidden, share);
+  const auto grad_h_n = rows_of_or_null(p.grad_h_n, state, hidden, share);
+  const auto grad_c_n = rows_of_or_null(p.grad_c_n, state, hidden, share);
+  const auto grad_h = rows_of(p.grad_h0, state, hidden, share);
+  const auto grad_c = rows_of_or_null(p.grad_c0, state, hidden, share);
+  const auto carried = rows_of(p.carried[d], 0, Q * hidden, share);
+
+  // The order of the forward scan, which this one follows from its end.
+  const int64_t index_begin = d == 1 ? last + 1 - chunk.end : chunk.begin;
+  const int64_t index_end = d == 1 ? last + 1 - chunk.begin : chunk.end;
+  if (index_end == last + 1) {
+    for (int64_t i = 0; i < rows_below(share, share.limit); i++) {
+      copy_row(grad_h_n.base ? grad_h_n[i] : nullptr, grad_h[i], units);
+      if (Cell::kHasC) copy_row(grad_c_n.base ? grad_c_n[i] : nullptr, grad_c[i], units);
+    }
+  }
+
+  for (int64_t index = index_end - 1; index >= index_begin; index--) {
+    const Step step(shape.rows, share, index);
+    const int64_t row = offset(shape.rows, step.t);
+    const auto grads = rows_of(grad_gates, row - chunk.first_row, Q * hidden, share);
+    BackwardRows r{{nullptr, 0},
+                   rows_of_or_null(grad_y, row, y_width, share),
+                   rows_of_or_null(gates, row, S * hidden, share),
+                   rows_of(y, row, y_width, share),
+                   h0,
+                   rows_of_or_null(cells, row, hidden, share),
+                   c0,
+                   grads,
+                   grad_h,
+                   grad_c};
+    // Rows without a previous or a next step come last; at most three kinds of rows.
+    const int64_t low = smaller(step.from_previous, step.into_next);
+    const int64_t high = step.from_previous + step.into_next - low;
+    const int64_t bounds[] = {0, low, high, step.rows};
+    for (int kind = 0; kind < 3; kind++) {
+      const int64_t begin = bounds[kind], end = bounds[kind + 1];
+      if (begin == end) continue;
+      BackwardRows rows_here = r;
+      if (begin < step.into_next) {
+        if (index + 1 < index_end) {
+          const int64_t next_row = offset(shape.rows, step.next) - chunk.first_row;
+          rows_here.grad_next = rows_of<const float>(grad_gates, next_row, Q * hidden, share);
+        } else {
+          rows_here.grad_next = {carried.base, carried.stride};
+        }
+      }
+      if (begin < step.from_previous) {
+        const int64_t before = offset(shape.rows, step.previous);
+        rows_here.h_prev = rows_of(y, before, y_width, share);
+        rows_here.c_prev = rows_of_or_null(cells, before, hidden, share);
+      }
+      for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
+        const Panel panel(w_hh, zigzag(j, share, index), 1);
+        for_each_tile(begin, end, panel.vectors, [&](int64_t first, int rows) {
+          backward_tile<Cell>(rows_here, first, rows, panel, w_hh);
+        });
+      }
+    }
+    if (meeting) meeting->wait();
+    initial_state_grad<Cell>({grads.base, grads.stride}, grad_h, step.from_previous, step.rows,
+                             share, w_hh);
+    // The next chunk goes on from here, after grad_gates has been given to other steps.
+    for (int64_t i = 0; index == index_begin && i < step.rows; i++) {
+      for (int gate = 0; gate < Q; gate++) {
+        copy_row(grads[i] + gate * hidden, carried[i] + gate * hidden, units);
+      }
+    }
+  }
+}
+
+static void backward(const BackwardParams& p, const Share& share, Meeting* meeting) {
+  switch (p.shape.cell) {
+    case CellKind::rnn_tanh:
+      return backward_share<RnnCell<Math, false>>(p, share, meeting);
+    case CellKind::rnn_relu:
+      return backward_share<RnnCell<Math, true>>(p, share, meeting);
+    case CellKind::gru:
+      return backward_share<GruCell<Math>>(p, share, meeting);
+    case CellKind::lstm:
+      return backward_share<LstmCell<Math>>(p, share, meeting);
+  }
+}

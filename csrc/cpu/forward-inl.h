@@ -1,0 +1,227 @@
+// The forward pass: the input side of a few steps at a time, then those steps.
+
+// Rows of the input side, x times W_ih, with every bias that adds to it.
+struct InputRows {
+  RowsOf<const float> x;  // [I]
+  RowsOf<float> gx;       // [G*H]
+};
+
+template <int GATES>
+static void project_panel(const InputRows& r, int64_t count, const Panel& panel,
+                          const PackedMatrix& w_ih, const float* bias) {
+  const int64_t hidden = w_ih.columns;
+  const int columns = GATES * panel.vectors;
+  for_each_tile(0, count, columns, [&](int64_t first, int rows) {
+    Vector tile[kMaxRows * kMaxColumns];
+    multiply(columns, rows, w_ih.depth, r.x[first], r.x.stride, panel.data, tile);
+    for (int gate = 0; gate < GATES; gate++) {
+      for (int v = 0; v < panel.vectors; v++) {
+        const int64_t unit = panel.column + v * kWidth;
+        const int valid = valid_lanes(unit, hidden);
+        const Vector b = bias ? load(bias + gate * hidden + unit, valid) : Vector{};
+        for (int m = 0; m < rows; m++) {
+          const Vector sum = tile[m * columns + gate * panel.vectors + v];
+          store(r.gx[first + m] + gate * hidden + unit, bias ? sum + b : sum, valid);
+        }
+      }
+    }
+  });
+}
+
+// Rows of one step that all start from the same kind of state.
+struct ForwardRows {
+  RowsOf<const float> gx;      // [G*H]
+  RowsOf<const float> h_prev;  // [H]
+  RowsOf<const float> c_prev;  // [H]
+  RowsOf<float> y;             // [H]
+  RowsOf<float> c;             // [H] the running c
+  RowsOf<float> gates;         // [S*H] or null
+  RowsOf<float> cells;         // [H] or null
+};
+
+// The pointwise part of `valid` units from `unit` on of one row, gh being the hidden side.
+template <class Cell>
+FUSED_RNN_INLINE void forward_units(const ForwardRows& r, int64_t row, int64_t unit, int64_t hidden,
+                                    int valid, const Vector* gx, const Vector* gh) {
+  Vector saved[4], h_prev{}, c{};
+  if constexpr (Cell::kUsesPreviousH) h_prev = load(r.h_prev[row] + unit, valid);
+  if constexpr (Cell::kHasC) c = load(r.c_prev[row] + unit, valid);
+  store(r.y[row] + unit, Cell::forward(gx, gh, h_prev, c, saved), valid);
+  if constexpr (Cell::kHasC) {
+    store(r.c[row] + unit, c, valid);
+    if (r.cells.base) store(r.cells[row] + unit, c, valid);
+  }
+  if constexpr (Cell::kSavedGates > 0) {
+    if (r.gates.base) {
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < Cell::kSavedGates; i++) {
+        store(r.gates[row] + i * hidden + unit, saved[i], valid);
+      }
+    }
+  }
+}
+
+template <class Cell>
+static void forward_tile(const ForwardRows& r, int64_t first, int rows, const Panel& panel,
+                         const PackedMatrix& w_hh, const float* hidden_bias) {
+  constexpr int G = Cell::kGates;
+  const int64_t hidden = w_hh.columns;
+  const int columns = G * panel.vectors;
+  Vector tile[kMaxRows * kMaxColumns];
+  multiply(columns, rows, hidden, r.h_prev[first], r.h_prev.stride, panel.data, tile);
+  for (int v = 0; v < panel.vectors; v++) {
+    const int64_t unit = panel.column + v * kWidth;
+    const int valid = valid_lanes(unit, hidden);
+    const Vector bias = G == 3 && hidden_bias ? load(hidden_bias + unit, valid) : Vector{};
+    for (int m = 0; m < rows; m++) {
+      Vector gx[G], gh[G];
+      FUSED_RNN_UNROLL
+      for (int gate = 0; gate < G; gate++) {
+        gx[gate] = load(r.gx[first + m] + gate * hidden + unit, valid);
+        gh[gate] = tile[m * columns + gate * panel.vectors + v];
+      }
+      if constexpr (G == 3) gh[2] += bias;
+      forward_units<Cell>(r, first + m, unit, hidden, valid, gx, gh);
+    }
+  }
+}
+
+// Where the input side of a direction lies: row n at base + (n - first_row) * stride.
+struct InputSide {
+  float* base;
+  int64_t stride;
+};
+
+template <class Cell>
+static InputSide input_side(const ForwardParams& p, int64_t d) {
+  constexpr int G = Cell::kGates, S = Cell::kSavedGates;
+  const int64_t hidden = p.shape.hidden;
+  if (p.scratch[d]) return {p.scratch[d], G * hidden};
+  // In place: each element is read before the same step writes there.
+  if constexpr (S == 0) return {p.y + d * hidden, p.shape.directions * hidden};
+  return {p.gates + d * p.shape.count * S * hidden + (S - G) * hidden, S * hidden};
+}
+
+// Where steps [begin, end) of the order in which the scan takes them lie in memory.
+struct Span {
+  int64_t begin, end;  // timesteps
+  int64_t first_row, rows;
+
+  Span(const RowLayout& layout, bool reverse, int64_t index_begin, int64_t index_end) {
+    begin = reverse ? layout.timesteps - index_end : index_begin;
+    end = reverse ? layout.timesteps - index_begin : index_end;
+    first_row = offset(layout, begin);
+    rows = offset(layout, end - 1) + batch_size(layout, end - 1) - first_row;
+  }
+};
+
+// The end of the steps from `index` on that have at most `limit` rows; at least one step.
+static int64_t span_end(const RowLayout& layout, bool reverse, int64_t index, int64_t limit) {
+  int64_t rows = 0;
+  for (int64_t end = index; end < layout.timesteps; end++) {
+    rows += batch_size(layout, reverse ? layout.timesteps - 1 - end : end);
+    if (rows > limit && end > index) return end;
+  }
+  return layout.timesteps;
+}
+
+template <class Cell>
+static void project(const ForwardParams& p, const Share& share, const Span& span, float* gx,
+                    int64_t gx_stride) {
+  const int64_t d = share.direction, input = p.shape.input;
+  const bool whole_batch =
+      share.first == 0 && share.stride == 1 && share.limit >= p.shape.rows.batch;
+  for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
+    const Panel panel(p.w_ih[d], j, Cell::kGates);
+    if (whole_batch) {
+      const InputRows rows{{p.x + span.first_row * input, input}, {gx, gx_stride}};
+      project_panel<Cell::kGates>(rows, span.rows, panel, p.w_ih[d], p.bias[d]);
+      continue;
+    }
+    for (int64_t t = span.begin; t < span.end; t++) {
+      const int64_t row = offset(p.shape.rows, t);
+      const InputRows rows{rows_of(p.x, row, input, share),
+                           rows_of(gx, row - span.first_row, gx_stride, share)};
+      project_panel<Cell::kGates>(rows, rows_below(share, batch_size(p.shape.rows, t)), panel,
+                                  p.w_ih[d], p.bias[d]);
+    }
+  }
+}
+
+template <class Cell>
+static void forward_share(const ForwardParams& p, const Share& share, Meeting* meeting) {
+  constexpr int G = Cell::kGates, S = Cell::kSavedGates;
+  const LayerShape& shape = p.shape;
+  const int64_t hidden = shape.hidden, d = share.direction, y_width = shape.directions * hidden;
+  const int64_t timesteps = shape.rows.timesteps;
+  const PackedMatrix& w_hh = p.w_hh[d];
+  const Units units(share, w_hh);
+  const InputSide side = input_side<Cell>(p, d);
+  float* y = p.y + d * hidden;
+  float* gates = S > 0 && p.gates ? p.gates + d * shape.count * S * hidden : nullptr;
+  float* cells = p.cells ? p.cells + d * shape.count * hidden : nullptr;
+  const int64_t state = d * shape.rows.batch;
+  const auto h0 = rows_of(p.h0, state, hidden, share);
+  const auto c0 = rows_of_or_null(p.c0, state, hidden, share);
+  const auto h_n = rows_of(p.h_n, state, hidden, share);
+  const auto c_n = rows_of_or_null(p.c_n, state, hidden, share);
+
+  const int64_t started = timesteps > 0 ? rows_below(share, batch_size(shape.rows, 0)) : 0;
+  for (int64_t i = started; i < rows_below(share, share.limit); i++) {
+    copy_row(h0[i], h_n[i], units);
+    if (Cell::kHasC) copy_row(c0[i], c_n[i], units);
+  }
+
+  int64_t projected = 0;  // steps whose input side is there
+  int64_t first_row = 0;  // the one at side.base
+  for (int64_t index = 0; index < timesteps; index++) {
+    const Step step(shape.rows, share, index);
+    const int64_t row = offset(shape.rows, step.t);
+    if (index == projected) {
+      projected = span_end(shape.rows, d == 1, index, p.chunk_rows);
+      const Span span(shape.rows, d == 1, index, projected);
+      if (p.scratch[d]) first_row = span.first_row;
+      project<Cell>(p, share, span, side.base + (span.first_row - first_row) * side.stride,
+                    side.stride);
+    }
+    const float* gx = side.base + (row - first_row) * side.stride;
+    ForwardRows joining{rows_of(gx, 0, side.stride, share),
+                        h0,
+                        c0,
+                        rows_of(y, row, y_width, share),
+                        c_n,
+                        rows_of_or_null(gates, row, S * hidden, share),
+                        rows_of_or_null(cells, row, hidden, share)};
+    ForwardRows carrying_on = joining;
+    if (step.previous >= 0) {
+      carrying_on.h_prev =
+          rows_of<const float>(y, offset(shape.rows, step.previous), y_width, share);
+      carrying_on.c_prev = {c_n.base, c_n.stride};
+    }
+    for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
+      const Panel panel(w_hh, zigzag(j, share, index), G);
+      const int columns = G * panel.vectors;
+      for_each_tile(0, step.from_previous, columns, [&](int64_t first, int rows) {
+        forward_tile<Cell>(carrying_on, first, rows, panel, w_hh, p.hidden_bias[d]);
+      });
+      for_each_tile(step.from_previous, step.rows, columns, [&](int64_t first, int rows) {
+        forward_tile<Cell>(joining, first, rows, panel, w_hh, p.hidden_bias[d]);
+      });
+    }
+    for (int64_t i = step.into_next; i < step.rows; i++) copy_row(joining.y[i], h_n[i], units);
+    if (meeting) meeting->wait();
+  }
+}
+
+static void forward(const ForwardParams& p, const Share& share, Meeting* meeting) {
+  switch (p.shape.cell) {
+    case CellKind::rnn_tanh:
+      return forward_share<RnnCell<Math, false>>(p, share, meeting);
+    case CellKind::rnn_relu:
+      return forward_share<RnnCell<Math, true>>(p, share, meeting);
+    case CellKind::gru:
+      return forward_share<GruCell<Math>>(p, share, meeting);
+    case CellKind::lstm:
+      return forward_share<LstmCell<Math>>(p, share, meeting);
+  }
+}

@@ -1,0 +1,9 @@
+#define FUSED_RNN_ISA avx512
+#define FUSED_RNN_VECTOR_WIDTH 16
+#include "kernels-inl.h"
+
+namespace fused_rnn {
+
+const Kernels avx512_kernels = avx512::table("avx512");
+
+}  // namespace fused_rnn

@@ -1,0 +1,341 @@
+#include "layer.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "workspace.h"
+
+namespace fused_rnn {
+namespace {
+
+using Body = std::function<void(int64_t, int64_t)>;
+
+// Below this many floating-point operations there is no parallel region: a few microseconds of
+// one thread, what waking another costs.
+constexpr double kSerialFlops = 4e5;
+// Units are split over threads that meet after every step only where a step gives each of them so
+// many floating-point operations: the meeting costs about a tenth of a microsecond.
+constexpr double kFlopsPerMeeting = 2e4;
+// Threads share out batch rows where each gets so many, else hidden units. Fewer rows do not fill
+// the register tile, and every thread would stream all weights for them.
+constexpr int64_t kRowsPerThread = 8;
+// One timestep of up to so many rows is computed from unpacked weights.
+constexpr int64_t kStepRows = 16;
+// The input side of so many bytes is computed at a time: half of a usual L2 cache per thread.
+constexpr int64_t kInputSideBytes = 512 << 10;
+// And the gradients of so many bytes of gates before they become those of x and the weights.
+constexpr int64_t kGradGatesBytes = 4 << 20;
+
+int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
+  return std::max(least, bytes / (floats_per_row * static_cast<int64_t>(sizeof(float))));
+}
+
+double recurrent_flops(const LayerShape& s) {
+  return 2.0 * static_cast<double>(s.directions * s.count) *
+         static_cast<double>(cell_sizes(s.cell).gates * s.hidden) *
+         static_cast<double>(s.hidden + s.input);
+}
+
+// How a call is divided.
+struct Plan {
+  bool parallel;
+  bool units;       // over hidden units, else over batch rows
+  int64_t members;  // threads per direction
+
+  Plan(const LayerShape& s, const Threads& threads) {
+    const int64_t count = recurrent_flops(s) > kSerialFlops ? threads.count : 1;
+    parallel = count > 1;
+    members = std::max<int64_t>(1, count / s.directions);
+    units = members > 1 && s.rows.batch < kRowsPerThread * members;
+    if (!units) return;
+    const double step = 2.0 * static_cast<double>(s.rows.batch * s.hidden) *
+                        static_cast<double>(cell_sizes(s.cell).gates * s.hidden);
+    const auto worth = static_cast<int64_t>(step / kFlopsPerMeeting);
+    if (worth < 2) {
+      // Rows need no meeting, however few they are.
+      units = false;
+      members = std::min(members, std::max<int64_t>(1, s.rows.batch));
+    } else {
+      members = std::min(members, worth);
+    }
+  }
+};
+
+class Call {
+ public:
+  Call(const Kernels& isa, const LayerShape& shape, const Threads& threads)
+      : isa_(isa), shape_(shape), threads_(threads), plan_(shape, threads) {}
+
+  const Plan& plan() const { return plan_; }
+  Workspace& workspace() { return workspace_; }
+
+  void run(int64_t items, const Body& body, int64_t grain = 1) const {
+    if (plan_.parallel && items > grain) {
+      threads_.run(items, grain, body);
+    } else if (items > 0) {
+      body(0, items);
+    }
+  }
+
+  // Wide panels are faster, but there must be one for every thread that splits units.
+  PackedMatrix packed(int64_t depth, int64_t columns, int gates, bool split_units = false) {
+    int vectors = gates == 1 ? 4 : 1;
+    const int64_t wanted = split_units && plan_.units ? plan_.members : 1;
+    while (vectors > 1 && ceil_div(columns, vectors * isa_.width) < wanted) vectors /= 2;
+    const int64_t padded = ceil_div(columns, isa_.width) * isa_.width;
+    return {workspace_.take(padded * gates * depth), depth, columns, vectors};
+  }
+
+  PackedMatrix pack_gates(const float* weights, int64_t depth, int gates) {
+    const PackGatesParams p{weights, gates, packed(depth, shape_.hidden, gates, true)};
+    run(panel_count(p.packed, isa_.width),
+        [&](int64_t begin, int64_t end) { isa_.pack_gates(p, begin, end); });
+    return p.packed;
+  }
+
+  PackedMatrix pack_columns(const float* matrix, int64_t depth, int64_t columns, int64_t rotate,
+                            bool split_units = false) {
+    const PackColumnsParams p{matrix, rotate, packed(depth, columns, 1, split_units)};
+    run(panel_count(p.packed, isa_.width),
+        [&](int64_t begin, int64_t end) { isa_.pack_columns(p, begin, end); });
+    return p.packed;
+  }
+
+  // Runs `scan` on shares that together are all rows and units of all directions.
+  template <class Scan>
+  void for_each_share(const PackedMatrix& w_hh, const Scan& scan) const {
+    const int64_t panels = panel_count(w_hh, isa_.width);
+    if (plan_.units) {
+      split_units(panels, scan);
+    } else {
+      split_rows(panels, scan);
+    }
+  }
+
+ private:
+  template <class Scan>
+  void split_rows(int64_t panels, const Scan& scan) const {
+    const int64_t batch = shape_.rows.batch;
+    const int64_t members = std::max<int64_t>(1, std::min(plan_.members, batch));
+    run(shape_.directions * members, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t d = i / members, m = i % members;
+        // Packed rows are sorted by length: dealing them out evens the work.
+        scan(shape_.rows.batch_sizes && members > 1
+                 ? Share{d, m, members, batch, 0, panels}
+                 : Share{d, batch * m / members, 1, batch * (m + 1) / members, 0, panels},
+             nullptr);
+      }
+    });
+  }
+
+  template <class Scan>
+  void split_units(int64_t panels, const Scan& scan) const {
+    const int64_t items = shape_.directions * panels;
+    Team team(items);
+    Barrier barriers[] = {Barrier(panels), Barrier(panels)};
+    const auto part = [&](int64_t begin, int64_t end) {
+      for (int64_t d = 0; d < shape_.directions; d++) {
+        const int64_t first = std::max(begin, d * panels), last = std::min(end, (d + 1) * panels);
+        if (first >= last) continue;
+        Meeting meeting(&barriers[d], last - first);
+        scan(Share{d, 0, 1, shape_.rows.batch, first - d * panels, last - d * panels}, &meeting);
+      }
+    };
+    run(
+        items,
+        [&](int64_t begin, int64_t end) {
+          if (team.assemble(end - begin)) part(begin, end);
+        },
+        ceil_div(items, plan_.members * shape_.directions));
+    if (!team.went_ahead()) part(0, items);
+  }
+
+  const Kernels& isa_;
+  const LayerShape& shape_;
+  const Threads& threads_;
+  const Plan plan_;
+  Workspace workspace_;
+};
+
+// [G*H] the biases that add directly to the input side: all but GRU's b_hn, which r multiplies.
+const float* input_bias(const LayerShape& s, const Weights& w, Workspace& workspace) {
+  if (w.b_ih == nullptr) return nullptr;
+  const int64_t all = cell_sizes(s.cell).gates * s.hidden;
+  const int64_t both = s.cell == CellKind::gru ? 2 * s.hidden : all;
+  float* sum = workspace.take(all);
+  for (int64_t i = 0; i < all; i++) sum[i] = i < both ? w.b_ih[i] + w.b_hh[i] : w.b_ih[i];
+  return sum;
+}
+
+// The timesteps in groups of about `limit` rows; one group at least.
+std::vector<Chunk> make_chunks(const RowLayout& rows, int64_t limit) {
+  std::vector<Chunk> chunks(1);
+  int64_t first_row = 0;
+  for (int64_t t = 0; t < rows.timesteps; t++) {
+    const int64_t batch = rows.batch_sizes ? rows.batch_sizes[t] : rows.batch;
+    if (chunks.back().rows > 0 && chunks.back().rows + batch > limit) {
+      chunks.push_back({t, t, first_row, 0});
+    }
+    chunks.back().end = t + 1;
+    chunks.back().rows += batch;
+    first_row += batch;
+  }
+  return chunks;
+}
+
+}  // namespace
+
+void layer_forward(const Kernels& isa, const ForwardCall& call, const Threads& threads) {
+  const LayerShape& s = call.shape;
+  const CellSizes sizes = cell_sizes(s.cell);
+  const int gates = static_cast<int>(sizes.gates);
+  Call work(isa, s, threads);
+  if (s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows) {
+    work.run(s.directions * ceil_div(s.hidden, isa.width),
+             [&](int64_t begin, int64_t end) { isa.step(call, begin, end); });
+    return;
+  }
+  ForwardParams p{call, {}, {}, {}, {}, {}, 0};
+  p.chunk_rows = std::min(s.count, rows_for(kInputSideBytes * (work.plan().parallel ? 2 : 1),
+                                            sizes.gates * s.hidden, 64));
+  const bool in_place = sizes.saved_gates == 0 || call.gates;
+  for (int64_t d = 0; d < s.directions; d++) {
+    const Weights& w = call.weights[d];
+    p.w_ih[d] = work.pack_gates(w.w_ih, s.input, gates);
+    p.w_hh[d] = work.pack_gates(w.w_hh, s.hidden, gates);
+    p.bias[d] = input_bias(s, w, work.workspace());
+    if (s.cell == CellKind::gru && w.b_hh) p.hidden_bias[d] = w.b_hh + 2 * s.hidden;
+    if (!in_place) {
+      const int64_t rows = std::max(p.chunk_rows, s.rows.batch);
+      p.scratch[d] = work.workspace().take(rows * sizes.gates * s.hidden);
+    }
+  }
+  work.for_each_share(
+      p.w_hh[0], [&](const Share& share, Meeting* meeting) { isa.forward(p, share, meeting); });
+}
+
+namespace {
+
+// Turns the gradients of a chunk's gates, one direction at a time, into those of x and weights.
+class Products {
+ public:
+  Products(Call& work, const Kernels& isa, const BackwardCall& call, int64_t rows)
+      : work_(work), isa_(isa), call_(call), sizes_(cell_sizes(call.shape.cell)) {
+    const LayerShape& s = call.shape;
+    width_ = sizes_.grad_gates * s.hidden;
+    // GRU's grad_gates are (hn, r, z, n): the last three face W_ih, the first three W_hh.
+    input_side_ = (sizes_.grad_gates - sizes_.gates) * s.hidden;
+    rotate_ = s.cell == CellKind::gru ? 2 * s.hidden : 0;
+    bool any = false, any_ih = false, any_hh = false;
+    for (int64_t d = 0; d < s.directions; d++) {
+      const WeightGrads& g = call.grads[d];
+      any |= g.any();
+      any_ih |= g.w_ih != nullptr;
+      any_hh |= g.w_hh != nullptr;
+      if (call.grad_x) {
+        w_ih_[d] = work.pack_columns(call.weights[d].w_ih, sizes_.gates * s.hidden, s.input, 0);
+      }
+      if (g.any()) sums_[d] = work.workspace().take(width_);
+    }
+    // Rows apart by a power of two would share a few sets of the cache.
+    stride_ = ceil_div(rows, 16) * 16 + 16;
+    if (any) transposed_ = work.workspace().take(width_ * stride_);
+    if (any_ih) x_ = work.packed(rows, s.input, 1);
+    if (any_hh) states_ = work.packed(rows, s.hidden, 1);
+  }
+
+  int64_t rotate() const { return rotate_; }
+
+  void grad_x(int64_t d, const Chunk& chunk, const float* grad_gates, bool accumulate) const {
+    if (!call_.grad_x) return;
+    const InputGradParams p{grad_gates + input_side_, width_, w_ih_[d],
+                            call_.grad_x + chunk.first_row * call_.shape.input, accumulate};
+    work_.run(chunk.rows, [&](int64_t begin, int64_t end) { isa_.input_grad(p, begin, end); }, 16);
+  }
+
+  void grad_weights(int64_t d, const Chunk& chunk, const float* grad_gates, bool accumulate) {
+    const WeightGrads& g = call_.grads[d];
+    if (!g.any()) return;
+    const TransposeParams transpose{grad_gates, chunk.rows, width_,    transposed_,
+                                    stride_,    sums_[d],   accumulate};
+    work_.run(ceil_div(width_, isa_.width),
+              [&](int64_t begin, int64_t end) { isa_.transpose(transpose, begin, end); });
+    if (g.w_ih) {
+      product(x_, call_.x, d, chunk, transposed_ + input_side_ * stride_, g.w_ih, 0, accumulate);
+    }
+    if (g.w_hh) product(states_, nullptr, d, chunk, transposed_, g.w_hh, rotate_, accumulate);
+  }
+
+  void grad_biases(int64_t d) const {
+    const WeightGrads& g = call_.grads[d];
+    const int64_t rows = sizes_.gates * call_.shape.hidden;
+    if (g.b_ih) std::copy_n(sums_[d] + input_side_, rows, g.b_ih);
+    for (int64_t i = 0; g.b_hh && i < rows; i++) g.b_hh[(i + rotate_) % rows] = sums_[d][i];
+  }
+
+ private:
+  void product(PackedMatrix packed, const float* x, int64_t d, const Chunk& chunk,
+               const float* transposed, float* grad, int64_t rotate, bool accumulate) const {
+    packed.depth = chunk.rows;
+    const PackRowsParams rows{&call_.shape, chunk, d, x, call_.y, call_.h0, packed};
+    work_.run(panel_count(packed, isa_.width),
+              [&](int64_t begin, int64_t end) { isa_.pack_rows(rows, begin, end); });
+    const int64_t grad_rows = sizes_.gates * call_.shape.hidden;
+    const WeightGradParams p{transposed, stride_, grad_rows, packed, grad, rotate, accumulate};
+    work_.run(ceil_div(grad_rows, isa_.grad_rows),
+              [&](int64_t begin, int64_t end) { isa_.weight_grad(p, begin, end); });
+  }
+
+  Call& work_;
+  const Kernels& isa_;
+  const BackwardCall& call_;
+  const CellSizes sizes_;
+  int64_t width_ = 0;       // Q*H
+  int64_t input_side_ = 0;  // first column of grad_gates that faces W_ih
+  int64_t rotate_ = 0;      // from the order of grad_gates' hidden side to that of W_hh
+  int64_t stride_ = 0;
+  float* transposed_ = nullptr;  // [Q*H, stride]
+  float* sums_[2] = {};          // [Q*H]
+  PackedMatrix w_ih_[2] = {};
+  PackedMatrix x_ = {};
+  PackedMatrix states_ = {};
+};
+
+}  // namespace
+
+void layer_backward(const Kernels& isa, const BackwardCall& call, const Threads& threads) {
+  const LayerShape& s = call.shape;
+  const CellSizes sizes = cell_sizes(s.cell);
+  const int64_t width = sizes.grad_gates * s.hidden;
+  Call work(isa, s, threads);
+  const std::vector<Chunk> chunks = make_chunks(s.rows, rows_for(kGradGatesBytes, width, 64));
+  int64_t most_rows = 0;
+  for (const Chunk& chunk : chunks) most_rows = std::max(most_rows, chunk.rows);
+  Products products(work, isa, call, most_rows);
+  BackwardParams p{call, {}, {}, {}, {}};
+  for (int64_t d = 0; d < s.directions; d++) {
+    p.w_hh[d] = work.pack_columns(call.weights[d].w_hh, sizes.gates * s.hidden, s.hidden,
+                                  products.rotate(), true);
+    p.grad_gates[d] = work.workspace().take(most_rows * width);
+    p.carried[d] = work.workspace().take(s.rows.batch * width);
+  }
+  const auto rounds = static_cast<int64_t>(chunks.size());
+  for (int64_t round = 0; round < rounds; round++) {
+    const int64_t at[] = {rounds - 1 - round, round};  // the directions come from opposite ends
+    for (int64_t d = 0; d < s.directions; d++) p.chunk[d] = chunks[static_cast<size_t>(at[d])];
+    work.for_each_share(
+        p.w_hh[0], [&](const Share& share, Meeting* meeting) { isa.backward(p, share, meeting); });
+    for (int64_t d = 0; d < s.directions; d++) {
+      // The direction that comes to a chunk second adds to what the first has left in grad_x.
+      const bool second =
+          s.directions == 2 && (d == 0 ? 2 * round >= rounds : 2 * round + 1 >= rounds);
+      products.grad_x(d, p.chunk[d], p.grad_gates[d], second);
+      products.grad_weights(d, p.chunk[d], p.grad_gates[d], round > 0);
+    }
+  }
+  for (int64_t d = 0; d < s.directions; d++) products.grad_biases(d);
+}
+
+}  // namespace fused_rnn
