@@ -20,6 +20,13 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
   const int64_t hidden = w_hh.columns;
   Vector tile[kMaxRows * kMaxColumns];
   if (r.grad_next.base) {
+    const auto ask = [&](RowsOf<const float> from, int64_t column) {
+      if (from.base) prefetch(from[first] + column, from.stride, rows, panel.vectors);
+    };
+    for (int i = 0; i < Cell::kSavedGates; i++) ask(r.gates, i * hidden + panel.column);
+    ask(r.grad_y, panel.column);
+    if (Cell::kHasC) ask(r.c_prev, panel.column);
+    if (!Cell::kHasC) ask(Cell::kUsesPreviousH ? r.h_prev : r.y, panel.column);
     multiply(panel.vectors, rows, w_hh.depth, r.grad_next[first], r.grad_next.stride, panel.data,
              tile);
   }

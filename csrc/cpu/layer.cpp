@@ -25,7 +25,7 @@ constexpr int64_t kStepRows = 16;
 // The input side of so many bytes is computed at a time: half of a usual L2 cache per thread.
 constexpr int64_t kInputSideBytes = 512 << 10;
 // And the gradients of so many bytes of gates before they become those of x and the weights.
-constexpr int64_t kGradGatesBytes = 4 << 20;
+constexpr int64_t kGradGatesBytes = 8 << 20;
 
 int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
   return std::max(least, bytes / (floats_per_row * static_cast<int64_t>(sizeof(float))));

@@ -23,25 +23,26 @@ static void input_grad(const InputGradParams& p, int64_t row_begin, int64_t row_
 }
 
 static void transpose_grads(const TransposeParams& p, int64_t begin, int64_t end) {
-  for (int64_t column = begin * kWidth; column < smaller(end * kWidth, p.width); column += kWidth) {
-    const int valid = valid_lanes(column, p.width);
-    Vector sum{};
-    for (int64_t row = 0; row < p.rows; row += kWidth) {
-      const int rows = valid_lanes(row, p.rows);
-      Vector block[kWidth];
+  const int64_t first = begin * kWidth, last = smaller(end * kWidth, p.width);
+  for (int64_t column = first; !p.accumulate && column < last; column++) p.sums[column] = 0.0f;
+  // Row blocks outside: memory is read in the order in which it lies.
+  for (int64_t row = 0; row < p.rows; row += kWidth) {
+    const int rows = valid_lanes(row, p.rows);
+    for (int64_t column = first; column < last; column += kWidth) {
+      const int valid = valid_lanes(column, p.width);
+      Vector block[kWidth], sum{};
       FUSED_RNN_UNROLL
       for (int i = 0; i < kWidth; i++) {
         block[i] = i < rows ? load(p.grad_gates + (row + i) * p.width + column, valid) : Vector{};
         sum += block[i];
       }
+      store(p.sums + column, load(p.sums + column, valid) + sum, valid);
       transpose(block);
       FUSED_RNN_UNROLL
       for (int i = 0; i < kWidth; i++) {
         if (i < valid) store(p.transposed + (column + i) * p.stride + row, block[i]);
       }
     }
-    if (p.accumulate) sum += load(p.sums + column, valid);
-    store(p.sums + column, sum, valid);
   }
 }
 
@@ -57,6 +58,10 @@ static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
          first += kGradRows) {
       const int rows = (int)smaller(kGradRows, p.rows - first);
       Vector tile[kMaxRows * kMaxColumns];
+      if (p.accumulate) {
+        prefetch(p.grad + (first + p.rotate) % p.rows * columns + panel.column, columns, rows,
+                 panel.vectors);
+      }
       multiply(panel.vectors, rows, p.packed.depth, p.transposed + first * p.stride, p.stride,
                panel.data, tile);
       for (int m = 0; m < rows; m++) {
