@@ -150,7 +150,7 @@ def _any_case(draw) -> LayerCase:
 any_shape = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@settings(any_shape, max_examples=60)
+@settings(any_shape, max_examples=40)
 @given(case=_any_case(), threads=st.integers(1, 3))
 def test_any_shape(case, threads, instruction_set, num_threads):
     num_threads(threads)
