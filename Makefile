@@ -51,7 +51,8 @@ test-all: $(INSTALLED)
 
 # A copy of the package with a build of its own. The sanitizer's library has to be the first in
 # the process, and the C++ library beside it, or it misses how exceptions are thrown. A library
-# that does not load would only make the tests skip.
+# that does not load would only make the tests skip; a report written while pytest captures the
+# file descriptor would be lost.
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 ASAN_TESTS := $(addprefix tests/test_,instruction_sets.py numbers.py threads.py)
 ASAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -67,7 +68,8 @@ test-asan: $(INSTALLED)
 		$(BIN)/python setup.py -q build_ext --inplace
 	cd build/asan && $(ASAN_ENV) $(BIN)/python -c 'import sys; from fused_rnn import native; \
 		sys.exit(native.cpu_library_error())'
-	cd build/asan && $(ASAN_ENV) $(PYTEST) -m "not slow" $(PYTEST_ARGS) $(ASAN_TESTS)
+	cd build/asan && $(ASAN_ENV) $(PYTEST) --capture=sys --max-worker-restart=0 -m "not slow" \
+		$(PYTEST_ARGS) $(ASAN_TESTS)
 
 lint: .venv/.linters
 	$(BIN)/ruff check
