@@ -88,6 +88,7 @@ def test_denormal_numbers(cell, denormal):
         cotangents = {name: c * 1e-39 for name, c in cotangents.items()}
     run = testing.results_and_grads
     actual = run(testing.run_layer, inputs.leaves(), cotangents)
+    assert torch.full((16,), 1e-39).mul(2).all(), "the calling thread was left flushing to zero"
     torch_own = run(testing.run_torch, inputs.leaves(), cotangents)
     expected = run(testing.run_oracle, inputs.leaves(torch.float64), cotangents)
     for name, value in expected.items():
