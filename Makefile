@@ -2,6 +2,8 @@
 # make test            the fast tests
 # make test-reference  the fast tests as if the C++ library had not been built
 # make test-all        all tests, then test-reference
+# make test-asan       tests of the CPU library built with gcc's address and undefined-behaviour
+#                      sanitizers, in build/asan; not part of the others
 # make lint            ruff and clang-format
 # make clean           remove what was built; .venv stays (git clean -xdf removes that too)
 #
@@ -31,7 +33,7 @@ BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 # Tests that need a team ask for one with torch.set_num_threads.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-reference lint clean
+.PHONY: demo test test-all test-reference test-asan lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
@@ -46,6 +48,28 @@ test-reference: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(PYTEST) $(PYTEST_ARGS)
 	$(MAKE) test-reference
+
+# A copy of the package with a build of its own. The sanitizer's library has to be the first in
+# the process, and the C++ library beside it, or it misses how exceptions are thrown. A library
+# that does not load would only make the tests skip; a report written while pytest captures the
+# file descriptor would be lost.
+ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+ASAN_TESTS := $(addprefix tests/test_,instruction_sets.py numbers.py threads.py)
+ASAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))"
+
+test-asan: BIN := $(abspath $(BIN))
+test-asan: $(INSTALLED)
+	rm -rf build/asan/csrc build/asan/fused_rnn build/asan/tests
+	mkdir -p build/asan
+	cp -rp setup.py pyproject.toml README.md csrc fused_rnn tests build/asan
+	find build/asan/fused_rnn -name '*.so' -delete
+	cd build/asan && CXX="$(CXX)" CXXFLAGS="$(ASAN_FLAGS) -O1 -g" LDFLAGS="$(ASAN_FLAGS)" \
+		$(BIN)/python setup.py -q build_ext --inplace
+	cd build/asan && $(ASAN_ENV) $(BIN)/python -c 'import sys; from fused_rnn import native; \
+		sys.exit(native.cpu_library_error())'
+	cd build/asan && $(ASAN_ENV) $(PYTEST) --capture=sys --max-worker-restart=0 -m "not slow" \
+		$(PYTEST_ARGS) $(ASAN_TESTS)
 
 lint: .venv/.linters
 	$(BIN)/ruff check

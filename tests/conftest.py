@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from fused_rnn import testing
+from fused_rnn import native, testing
 
 # Shared machines make any deadline a coin toss. The same examples every time in CI, new ones at
 # a developer's desk; a failing example is remembered only there, so that runs leave no state.
@@ -33,3 +33,23 @@ def num_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cpu_backend(monkeypatch):
+    """Every layer on the cpu backend or an error, in threads and processes of the test's too."""
+    if reason := native.cpu_library_error():
+        pytest.skip(reason)
+    monkeypatch.setenv("FUSED_RNN_BACKEND", "cpu")
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def instruction_set(request, cpu_backend, monkeypatch):
+    """The cpu backend with each instruction set in turn, those the machine lacks skipped."""
+    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", request.param)
+    try:
+        native.cpu_capability()
+    except RuntimeError as error:
+        assert request.param in str(error)
+        pytest.skip(str(error).splitlines()[0])
+    return request.param

@@ -1,0 +1,175 @@
+"""Each instruction set of the CPU library, forced: against the oracle, and against each other."""
+
+import functools
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fused_rnn import native, testing
+from fused_rnn.cells import CELLS
+from fused_rnn.testing import LayerCase
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+HIDDEN_SIZES = (1, 7, 17, 33, 100, 130)
+BATCH_SIZES = (1, 2, 3, 5, 9, 33)
+TIMESTEPS = (1, 2, 19)
+INPUT_SIZES = (1, 3, 16, 45)
+
+
+def _fast_cases(cell: str) -> list[LayerCase]:
+    """Every size above, with every other in the neighbourhood of a vector or a tile."""
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    cases = [
+        case(1, 1, 1, 1),
+        case(1, 2, 45, 130),
+        case(1, 33, 3, 100, directions=2),
+        case(2, 5, 16, 17, directions=2),
+        case(2, 9, 45, 100, bias=False, directions=2),
+        case(2, 33, 1, 33, bias=False),
+        case(19, 1, 3, 33, directions=2),
+        case(19, 2, 16, 100),
+        case(19, 3, 1, 7, bias=False, directions=2),
+        case(19, 5, 3, 1),
+        case(19, 9, 3, 17),
+        packed([19, 19, 2, 1, 1], 16, 33, directions=2),
+        packed([2] * 5 + [1] * 28, 3, 17, bias=False, directions=2),
+        packed([19, 7, 1], 1, 130),
+        packed([2, 1], 45, 7, bias=False, directions=2),
+        packed(range(9, 0, -1), 3, 100, directions=2),
+        replace(case(3, 5, 16, 33, directions=2), dtype=torch.bfloat16),
+    ]
+    if CELLS[cell].has_c:
+        cases += [
+            case(5, 3, 16, 33, proj_size=17, directions=2),
+            packed([19, 7, 1], 3, 100, proj_size=7, bias=False),
+        ]
+    return cases
+
+
+def _slow_cases(cell: str) -> list[LayerCase]:
+    """Hidden, batch and sequence sizes all with each other; the options take turns."""
+    options = itertools.cycle(itertools.product((1, 2), (True, False), INPUT_SIZES, (False, True)))
+    cases = []
+    for h, b, t in itertools.product(HIDDEN_SIZES, BATCH_SIZES, TIMESTEPS):
+        directions, bias, i, packed = next(options)
+        case = LayerCase(cell, t, b, min(i, _most_inputs(h)), h, directions=directions, bias=bias)
+        if packed:
+            case = replace(case, lengths=tuple(t - (t - 1) * row // b for row in range(b)))
+        cases += [case, replace(case, dtype=torch.bfloat16)]
+        if CELLS[cell].has_c and h > 1:
+            cases.append(replace(case, proj_size=h // 2))
+    return cases
+
+
+def _most_inputs(hidden: int) -> int:
+    """More inputs than this saturate the gates, whose weights are the larger the fewer the units.
+    Gradients there are differences of nearly equal numbers, and whose error is larger is luck."""
+    return 8 * hidden
+
+
+def _small_batches(cell: str) -> list[LayerCase]:
+    """Where there are more threads than rows for them to share."""
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    return [
+        case(19, 1, 45, 130),
+        case(19, 2, 16, 100, directions=2),
+        case(9, 5, 3, 130, directions=2),
+        packed([19, 19, 7, 1], 3, 100),
+    ]
+
+
+def _params(cases, marks=()):
+    """The instruction set, a fixture's parameter, changes fastest: expectations are shared."""
+    dtypes = {torch.float32: "", torch.bfloat16: "-bfloat16"}
+    return [
+        pytest.param(case, id=f"{cell}-{case}{dtypes[case.dtype]}", marks=marks)
+        for cell in CELLS
+        for case in cases(cell)
+    ]
+
+
+def _skip_unless_supported(case: LayerCase) -> None:
+    if reason := testing.refusal("cpu", testing.make_inputs(case)):
+        pytest.skip(reason)
+
+
+@functools.lru_cache(maxsize=2)
+def _expectations(case: LayerCase):
+    oracle = testing.results_of_draws(testing.run_oracle, case, dtype=torch.float64)
+    return oracle, testing.results_of_draws(testing.run_torch, case)
+
+
+def _check(case: LayerCase) -> None:
+    """The tolerance rule, with the instruction set and the number of threads in force."""
+    actual = testing.results_of_draws(testing.run_layer, case)
+    testing.assert_accurate(actual, *_expectations(case), case)
+
+
+@pytest.mark.parametrize("case", [*_params(_fast_cases), *_params(_slow_cases, [pytest.mark.slow])])
+def test_accuracy(case, instruction_set):
+    assert native.cpu_capability() == instruction_set
+    _skip_unless_supported(case)
+    _check(case)
+
+
+@pytest.mark.parametrize("case", _params(_small_batches))
+def test_accuracy_of_small_batches_on_several_threads(case, instruction_set, num_threads):
+    num_threads(3)
+    _check(case)
+
+
+@pytest.mark.parametrize("case", _params(_small_batches))
+def test_instruction_sets_agree(case, instruction_set, monkeypatch):
+    """On any machine the same numbers, but for how a sum or a function is rounded."""
+    if instruction_set == "portable":
+        pytest.skip("is what the others are compared to")
+    results = [testing.results_of_draws(testing.run_layer, case)]
+    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", "portable")
+    results.append(testing.results_of_draws(testing.run_layer, case))
+    testing.assert_same_numbers(*results, roundings=32)
+
+
+@st.composite
+def _any_case(draw) -> LayerCase:
+    cell = draw(st.sampled_from(sorted(CELLS)))
+    hidden = draw(st.integers(1, 140))
+    sizes = draw(st.integers(1, min(50, _most_inputs(hidden)))), hidden
+    options = {"directions": draw(st.integers(1, 2)), "bias": draw(st.booleans())}
+    if draw(st.booleans()):
+        lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=20))
+        return LayerCase.packed(cell, sorted(lengths, reverse=True), *sizes, **options)
+    return LayerCase(cell, draw(st.integers(1, 12)), draw(st.integers(0, 20)), *sizes, **options)
+
+
+# The fixtures set what holds for all examples.
+any_shape = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@settings(any_shape, max_examples=40)
+@given(case=_any_case(), threads=st.integers(1, 3))
+def test_any_shape(case, threads, instruction_set, num_threads):
+    num_threads(threads)
+    _check(case)
+
+
+@pytest.mark.slow
+@settings(any_shape, max_examples=500)
+@given(case=_any_case(), threads=st.integers(1, 3))
+def test_many_shapes(case, threads, instruction_set, num_threads):
+    num_threads(threads)
+    _check(case)
+
+
+@pytest.mark.parametrize("name", ["mmx", "AVX2", "avx512 ", "auto"])
+def test_a_name_that_is_none(name, cpu_backend, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", name)
+    message = rf"FUSED_RNN_CPU_CAPABILITY: expected one of .*portable; got '{name}'"
+    with pytest.raises(RuntimeError, match=message):
+        native.cpu_capability()
+    with pytest.raises(RuntimeError, match=message):
+        testing.run_layer(testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)))

@@ -1,0 +1,296 @@
+"""The cpu backend with any number of threads: of torch's, of Python's, in forks, all at once.
+
+What may hang runs in a process of its own, which is made to print its stacks and die when stuck.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fused_rnn import native, testing
+from fused_rnn.cells import CELLS
+from fused_rnn.testing import LayerCase, LayerInputs
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+STUCK_AFTER_S = 120
+# What the scans alone decide. Other gradients are products over all rows, which torch's matrix
+# library may sum in another order when it has other threads.
+OF_THE_SCAN = ("y", "h_n", "c_n", "grad h0", "grad c0")
+
+Results = dict[str, Tensor]
+
+
+def _cases(cell: str) -> list[LayerCase]:
+    """Small and large batches, padded and packed, large enough for several threads."""
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    return [
+        case(19, 1, 45, 130),
+        case(19, 3, 16, 100, directions=2),
+        case(9, 33, 16, 100, directions=2),
+        packed([19, 17, 8, 1], 17, 130, directions=2),
+        packed([9] * 9 + [5] * 20 + [1] * 4, 45, 100),
+        case(2000, 1, 1, 4),
+    ]
+
+
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=f"{cell}-{case}") for cell in CELLS for case in _cases(cell)]
+)
+
+
+def _results(case: LayerCase, run: Callable = testing.run_layer, seed: int = 0) -> Results:
+    inputs = testing.make_inputs(case, seed).leaves()
+    return testing.results_and_grads(run, inputs, testing.make_cotangents(case))
+
+
+def _assert_same_bits(actual: Results, expected: Results, names=None) -> None:
+    for name in names or expected:
+        if name in expected:
+            assert torch.equal(actual[name], expected[name]), name
+
+
+@every_case
+def test_any_number_of_threads(case, num_threads):
+    """The same bits from the scans for any number, and from everything for the same number."""
+    num_threads(1)
+    alone = _results(case)
+    for count in (1, 2, 3, 5):
+        num_threads(count)
+        results = _results(case)
+        _assert_same_bits(results, alone, OF_THE_SCAN)
+        _assert_same_bits(_results(case), results)
+        testing.assert_same_numbers(results, alone, roundings=64)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_more_threads_than_rows_or_units(cell, num_threads):
+    case = LayerCase(cell, 4000, 1, 1, 3, directions=2)
+    num_threads(1)
+    alone = _results(case)
+    num_threads(16)
+    _assert_same_bits(_results(case), alone, OF_THE_SCAN)
+
+
+@every_case
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 5)])
+def test_another_number_in_backward(case, before, after, num_threads):
+    num_threads(1)
+    alone = _results(case)
+
+    def run(inputs: LayerInputs) -> testing.Outputs:
+        num_threads(before)
+        outputs = testing.run_layer(inputs)
+        num_threads(after)
+        return outputs
+
+    results = _results(case, run)
+    _assert_same_bits(results, alone, OF_THE_SCAN)
+    testing.assert_same_numbers(results, alone, roundings=64)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_layers_within_the_backward_of_another(cell, num_threads):
+    num_threads(3)
+    case = LayerCase(cell, 19, 3, 16, 100)
+    expected = _results(case)
+    found = []
+
+    def hook(_) -> None:
+        with torch.enable_grad():
+            found.append(_results(case))
+
+    def run(inputs: LayerInputs) -> testing.Outputs:
+        y, *states = testing.run_layer(inputs)
+        y.register_hook(hook)
+        return (y, *states)
+
+    _assert_same_bits(_results(case, run), expected)
+    _assert_same_bits(found[0], expected)
+
+
+def _forked_calls(x: Tensor, h0: Tensor, weights: list[Tensor], calls: int) -> list[Tensor]:
+    futures = [
+        torch.jit.fork(
+            torch.ops.fused_rnn.layer_forward, x, h0, None, weights, None, "gru", False, "cpu"
+        )
+        for _ in range(calls)
+    ]
+    return [torch.jit.wait(future)[0] for future in futures]
+
+
+def _in_interop_threads() -> None:
+    """TorchScript's fork runs calls in threads of torch's own."""
+    torch.set_num_threads(3)
+    inputs = testing.make_inputs(LayerCase("gru", 19, 2, 45, 130))
+    expected, *_ = testing.run_layer(inputs)
+    forked_calls = torch.jit.script(_forked_calls)
+    for y in forked_calls(inputs.x, inputs.h0, inputs.weights, 8):
+        assert torch.equal(y, expected)
+
+
+def _in_a_parallel_region() -> None:
+    """Where torch reports several threads and parallel_for gives one."""
+    parallel = ctypes.CDLL(None).GOMP_parallel
+    torch.set_num_threads(3)
+    cases = [case for cell in CELLS for case in _cases(cell)]
+    expected = [_results(case) for case in cases]
+    finished = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def body(_):
+        # An exception is printed and goes no further: `finished` shows that there was one.
+        for case, results in zip(cases, expected, strict=True):
+            actual = _results(case)
+            _assert_same_bits(actual, results, OF_THE_SCAN)
+            testing.assert_same_numbers(actual, results, roundings=64)
+        finished.append(threading.get_ident())
+
+    parallel(body, None, ctypes.c_uint(3), ctypes.c_uint(0))
+    assert len(set(finished)) == 3
+
+
+def _in_many_python_threads() -> None:
+    """Each has a team of its own: 32 threads, and a thousand steps for each caller."""
+    torch.set_num_threads(4)
+    cases = [
+        LayerCase("gru", 50, 1, 64, 128),
+        LayerCase("lstm", 50, 4, 16, 64),
+        LayerCase("rnn_tanh", 50, 2, 3, 100, directions=2),
+        LayerCase.packed("gru", [50, 30, 2], 16, 96),
+    ]
+    expected = [_results(case) for case in cases]
+    callers, rounds = 8, 7
+    start = threading.Barrier(callers)
+    finished = []
+
+    def work(number: int) -> None:
+        assert torch.get_num_threads() == 4
+        start.wait()
+        for i in range(rounds * len(cases)):
+            turn = (i + number) % len(cases)
+            _assert_same_bits(_results(cases[turn]), expected[turn])
+        finished.append(number)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(finished) == list(range(callers))
+
+
+def _with_fewer_threads_than_asked_for() -> None:
+    """OpenMP may give less than torch says; the environment of this process makes it."""
+    cases = [case for cell in CELLS for case in _cases(cell)]
+    torch.set_num_threads(1)
+    alone = [_results(case) for case in cases]
+    torch.set_num_threads(5)
+    for case, expected in zip(cases, alone, strict=True):
+        results = _results(case)
+        _assert_same_bits(results, expected, OF_THE_SCAN)
+        testing.assert_same_numbers(results, expected, roundings=64)
+
+
+class _Layers:
+    """A map-style dataset: item i is the output of a layer on draw i."""
+
+    case = LayerCase("lstm", 19, 3, 45, 130)
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Tensor:
+        return _results(self.case, seed=index)["y"]
+
+
+def _in_data_loader_workers() -> None:
+    """Forked while this process has a team of threads; torch gives each of them one thread."""
+    torch.set_num_threads(3)
+    expected = [_Layers()[i] for i in range(len(_Layers()))]
+    loader = DataLoader(
+        _Layers(), batch_size=None, num_workers=2, multiprocessing_context="fork",
+        timeout=STUCK_AFTER_S,
+    )  # fmt: skip
+    for y, expected_y in zip(loader, expected, strict=True):
+        assert torch.equal(y, expected_y)
+
+
+def _in_a_fork() -> None:
+    """A forked child has none of its parent's threads; like torch, it is fine with one."""
+    torch.set_num_threads(3)
+    cases = [case for cell in CELLS for case in _cases(cell)]
+    expected = [_results(case) for case in cases]
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        for case, results in zip(cases, expected, strict=True):
+            _assert_same_bits(_results(case), results, OF_THE_SCAN)
+
+    _run_in_process("fork", child, STUCK_AFTER_S // 2)
+    for case, results in zip(cases, expected, strict=True):  # the parent goes on as before
+        _assert_same_bits(_results(case), results)
+
+
+def _run_in_process(
+    start_method: str, function: Callable[[], None], limit_s: int = STUCK_AFTER_S
+) -> None:
+    process = multiprocessing.get_context(start_method).Process(target=_set_up, args=(function,))
+    process.start()
+    process.join(limit_s)
+    stuck = process.is_alive()
+    if stuck:
+        os.kill(process.pid, signal.SIGABRT)
+        process.join()
+    stuck = f"stuck after {limit_s} s, " if stuck else ""
+    assert process.exitcode == 0, f"{stuck}exit code {process.exitcode}; stderr has the stacks"
+
+
+def _set_up(function: Callable[[], None]) -> None:
+    faulthandler.enable()  # prints the stacks of all threads on SIGABRT
+    assert native.cpu_library_error() is None
+    function()
+
+
+def test_many_python_threads():
+    _run_in_process("spawn", _in_many_python_threads)
+
+
+def test_interop_threads():
+    _run_in_process("spawn", _in_interop_threads)
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "GOMP_parallel"), reason="torch runs without GNU OpenMP"
+)
+def test_inside_a_parallel_region():
+    _run_in_process("spawn", _in_a_parallel_region)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("OMP_THREAD_LIMIT", "2"), ("OMP_DYNAMIC", "true"), ("OMP_MAX_ACTIVE_LEVELS", "0")],
+)
+def test_fewer_threads_than_asked_for(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    _run_in_process("spawn", _with_fewer_threads_than_asked_for)
+
+
+@pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork"
+)
+@pytest.mark.parametrize("function", [_in_a_fork, _in_data_loader_workers])
+def test_fork(function):
+    _run_in_process("spawn", function)
