@@ -2,13 +2,14 @@
 # make test            the fast tests
 # make test-reference  the fast tests as if the C++ library had not been built
 # make test-all        all tests, then test-reference
+# make bench-cpu       the CPU benchmark with its peers, and whether the targets are met; 8 minutes
 # make lint            ruff and clang-format
 # make clean           remove what was built; .venv stays (git clean -xdf removes that too)
 #
 # Each installs what it needs into .venv first. With FUSED_RNN_SKIP_BUILD=1 in the environment
 # nothing is compiled. Variables: PYTHON, PIP_ARGS, TORCH_INDEX (one more package index, as
 # https://download.pytorch.org/whl/cpu for the small build without CUDA), WORKERS, PYTEST_ARGS,
-# DEMO_ARGS.
+# DEMO_ARGS, BENCH_ARGS.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -16,6 +17,7 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
@@ -31,7 +33,7 @@ BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 # Tests that need a team ask for one with torch.set_num_threads.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-reference lint clean
+.PHONY: demo test test-all test-reference bench-cpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
@@ -46,6 +48,9 @@ test-reference: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(PYTEST) $(PYTEST_ARGS)
 	$(MAKE) test-reference
+
+bench-cpu: $(INSTALLED) .venv/.peers
+	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
 
 lint: .venv/.linters
 	$(BIN)/ruff check
@@ -72,6 +77,11 @@ $(INSTALLED): .venv/.dependencies $(BUILT_FROM)
 .venv/.dependencies: .venv/.created constraints.txt
 	$(PIP) pip setuptools wheel ninja pybind11
 	$(PIP) torch numpy
+	@touch $@
+
+# Every name of the extra "bench", without installing the package itself again.
+.venv/.peers: .venv/.created constraints.txt
+	$(PIP) onnx onnxruntime openvino rich
 	@touch $@
 
 .venv/.linters: .venv/.created constraints.txt
