@@ -97,6 +97,10 @@ def chosen_providers(args: argparse.Namespace) -> tuple[list[Provider], dict[str
     return [PROVIDERS[name] for name in reasons if name not in absent], absent
 
 
+def saved_to(args: argparse.Namespace) -> list[Path]:
+    return [path for path in (args.json, RESULTS if args.save else None) if path]
+
+
 def run_benchmark(
     console: Console,
     groups: list[tuple[str, Group]],
@@ -104,7 +108,7 @@ def run_benchmark(
     args: argparse.Namespace,
     run: Run,
 ) -> None:
-    """Fills the run, and prints the table of each set when it is complete."""
+    """Fills the run; prints the table of each set and saves what is there when it is complete."""
     ceiling = Ceiling(args.threads)
     columns = (
         TextColumn("{task.description}"),
@@ -124,7 +128,10 @@ def run_benchmark(
             run.rows += rows
             progress.advance(task)
             if number + 1 == len(groups) or groups[number + 1][0] != name:
+                run.summary = [outcome.as_json() for outcome in judge(run)]
                 print_rows(console, run, name)
+                for path in saved_to(args):
+                    run.save(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -136,17 +143,17 @@ def main(argv: list[str] | None = None) -> None:
         return
     torch.set_num_threads(args.threads)
     providers, absent = chosen_providers(args)
+    groups = chosen_groups(args)
+    if not groups or not providers:
+        raise SystemExit("nothing to measure: no case or no provider is left")
     run = Run(describe_run(args.threads, args.seconds, absent))
     print_setting(console, run)
-    run_benchmark(console, chosen_groups(args), providers, args, run)
+    run_benchmark(console, groups, providers, args, run)
     print_ceiling(console, run)
     print_noise(console, run)
     if not args.shape:
-        outcomes = judge(run)
-        print_outcomes(console, outcomes, absent)
-        run.summary = [outcome.as_json() for outcome in outcomes]
-    for path in filter(None, (args.json, RESULTS if args.save else None)):
-        run.save(path)
+        print_outcomes(console, judge(run), absent)
+    for path in saved_to(args):
         console.print(f"written: {path}")
 
 

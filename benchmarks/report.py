@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cases import SETS
@@ -94,7 +95,7 @@ def print_setting(console: Console, run: Run) -> None:
     if machine["load"] > BUSY:
         console.print(f"[yellow]the machine is busy[/]: load average {machine['load']:.1f}")
     for name, reason in meta["absent"].items():
-        console.print(f"[yellow]left out: {name}[/]: {reason}", highlight=False)
+        console.print(f"[yellow]left out: {name}[/]: {escape(reason)}", highlight=False)
 
 
 def print_ceiling(console: Console, run: Run) -> None:

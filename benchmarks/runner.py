@@ -20,9 +20,11 @@ LARGEST_ERROR = {"float32": 1e-4, "bfloat16": 3e-2, "float64": 1e-10}
 
 # A turn is a run of calls of one provider, and its first calls do not count while they take less
 # than LEAD_IN together: threads of the provider before still spin on the cores, and the caches
-# hold its data. Measured on two cores, four providers in turns, against each of them alone: call
-# by call, (128,1,128) took up to 8 times as long (the worst was ONNX Runtime after OpenVINO), a
-# step up to 3.6 times; the first quarter of turns of 2 ms the same; after 10 ms, as long as alone.
+# hold its data. Measured with four providers in turns on two cores, beside each of them alone:
+# call by call, layers with T=128, B=1 took up to 8.6 times as long (ONNX Runtime after torch.nn),
+# a step 1.2 to 3.6 times, and the first quarter of turns of 2 ms was as bad. In turns of 10 and of
+# 30 ms, what came after the first quarter took 0.5 to 1.7 times as long as alone, 0.9 in the
+# median: the noise of a machine with other work on it, and nothing systematic.
 # Calls longer than twice that need no lead-in, and a turn is one of them.
 LEAD_IN = 0.010  # seconds
 TURN = 0.030  # seconds, the lead-in not counted
