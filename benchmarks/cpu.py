@@ -67,6 +67,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.shape and args.set:
         parser.error("--shape and --set exclude each other")
+    for path in args.compare or ():
+        if not path.is_file():
+            parser.error(f"argument --compare: {path} is not a file")
     if args.threads < 1 or args.layers < 1:
         parser.error("--threads and --layers must be at least 1")
     return args
