@@ -10,15 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from cases import SETS
-from results import Row, Run
+from results import WILD, Row, Run
 from targets import Outcome, geometric_mean, over_best, over_torch, second_over_first
 
 # A smaller change is never called one, however small the spread within each run.
 NOISE = 0.03
 BUSY = 0.5  # load average of the last minute before a run, above which it warns
-WILD = 0.2  # spread above which a median is not worth much
 NOTHING = "-"  # in place of a time; a note below the table says why
-STYLES = {"met": "green", "met so far": "green", "not met": "red"}
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -114,7 +112,7 @@ def print_ceiling(console: Console, run: Run) -> None:
 def print_noise(console: Console, run: Run) -> None:
     """Says so when many medians are worth little."""
     timed = [row for row in run.rows if row.ms]
-    wild = sum(row.spread > WILD for row in timed)
+    wild = sum(row.wild for row in timed)
     if wild:
         console.print(
             f"[yellow]{wild} of {len(timed)} rows spread by more than {WILD:.0%}[/]: "
@@ -133,7 +131,7 @@ def print_outcomes(console: Console, outcomes: list[Outcome], absent: dict[str, 
         table.add_column(name, justify="right" if numeric else "left")
     measured = [outcome for outcome in outcomes if outcome.measured]
     for outcome in measured:
-        verdict = f"[{STYLES[outcome.verdict]}]{outcome.verdict}[/]"
+        style = "yellow" if outcome.wild else "green" if outcome.met else "red"
         table.add_row(
             outcome.text,
             number(outcome.geometric_mean),
@@ -142,9 +140,11 @@ def print_outcomes(console: Console, outcomes: list[Outcome], absent: dict[str, 
             number(outcome.floor),
             outcome.worst_case,
             f"{outcome.measured}/{outcome.groups}",
-            verdict,
+            f"[{style}]{outcome.verdict}[/]",
         )
     console.print(table)
+    if any(outcome.wild for outcome in measured):
+        console.print("?: of so many groups, a row spreads too much for the verdict to be trusted")
     if len(measured) < len(outcomes):
         console.print(f"{len(outcomes) - len(measured)} targets were not measured in this run")
 

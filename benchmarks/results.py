@@ -20,6 +20,8 @@ from cases import Case
 from fused_rnn.native import cpu_capability, cpu_library_error
 from providers import PROVIDERS, is_ours
 
+WILD = 0.2  # spread above which a median is not worth much
+
 
 @dataclass(frozen=True)
 class Row:
@@ -50,6 +52,11 @@ class Row:
     def spread(self) -> float:
         """Half the distance of the quartiles, as a part of the median; of timed rows."""
         return (self.high_ms - self.low_ms) / 2 / self.ms
+
+    @property
+    def wild(self) -> bool:
+        """Whether it was timed, but the median is not worth much."""
+        return self.ms is not None and self.spread > WILD
 
 
 @dataclass

@@ -185,16 +185,23 @@ class Outcome:
     worst_case: str
     measured: int  # groups, of the `groups` that the target is about
     groups: int
+    wild: int  # groups of the measured ones with a row that spreads too much
+
+    @property
+    def met(self) -> bool:
+        """Of measured ones: whether all that was measured is as good as asked for."""
+        if self.goal is not None and self.geometric_mean < self.goal:
+            return False
+        return self.floor is None or self.worst >= self.floor
 
     @property
     def verdict(self) -> str:
         if self.measured == 0:
             return "not measured"
-        if self.goal is not None and self.geometric_mean < self.goal:
-            return "not met"
-        if self.floor is not None and self.worst < self.floor:
-            return "not met"
-        return "met" if self.measured == self.groups else "met so far"
+        verdict = "met" if self.met else "not met"
+        if self.met and self.measured < self.groups:
+            verdict = "met so far"
+        return f"{verdict} ? {self.wild}" if self.wild else verdict
 
     def as_json(self) -> dict:
         return asdict(self) | {"verdict": self.verdict}
@@ -207,6 +214,7 @@ def judge(run: Run) -> list[Outcome]:
 
 def _outcome(run: Run, target: Target) -> Outcome:
     ratios: dict[str, float] = {}
+    wild = 0
     for rows in run.groups():
         ours = _ours(rows)
         if not ours or ours[0].set != target.set or not target.applies(ours[0].case):
@@ -214,6 +222,7 @@ def _outcome(run: Run, target: Target) -> Outcome:
         ratio = target.ratio(rows, run)
         if ratio is not None:
             ratios[str(ours[-1].case)] = ratio
+            wild += any(row.wild for row in rows)
     worst = min(ratios, key=ratios.get, default="")
     return Outcome(
         target.text,
@@ -224,6 +233,7 @@ def _outcome(run: Run, target: Target) -> Outcome:
         worst,
         len(ratios),
         sum(target.applies(group[0]) for group in SETS[target.set].groups),
+        wild,
     )
 
 
