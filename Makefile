@@ -2,7 +2,7 @@
 # make test            the fast tests
 # make test-reference  the fast tests as if the C++ library had not been built
 # make test-all        all tests, then test-reference
-# make bench-cpu       the CPU benchmark with its peers, and whether the targets are met; 8 minutes
+# make bench-cpu       the CPU benchmark with its peers, and whether the targets are met
 # make lint            ruff and clang-format
 # make clean           remove what was built; .venv stays (git clean -xdf removes that too)
 #
