@@ -2,15 +2,19 @@
 # make test            the fast tests
 # make test-reference  the fast tests as if the C++ library had not been built
 # make test-all        all tests, then test-reference
+<<<<<<< HEAD
 # make test-asan       tests of the CPU library built with gcc's address and undefined-behaviour
 #                      sanitizers, in build/asan; not part of the others
+=======
+# make bench-cpu       the CPU benchmark with its peers, and whether the targets are met
+>>>>>>> bench-cpu
 # make lint            ruff and clang-format
 # make clean           remove what was built; .venv stays (git clean -xdf removes that too)
 #
 # Each installs what it needs into .venv first. With FUSED_RNN_SKIP_BUILD=1 in the environment
 # nothing is compiled. Variables: PYTHON, PIP_ARGS, TORCH_INDEX (one more package index, as
 # https://download.pytorch.org/whl/cpu for the small build without CUDA), WORKERS, PYTEST_ARGS,
-# DEMO_ARGS.
+# DEMO_ARGS, BENCH_ARGS.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -18,6 +22,7 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
@@ -33,7 +38,11 @@ BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 # Tests that need a team ask for one with torch.set_num_threads.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+<<<<<<< HEAD
 .PHONY: demo test test-all test-reference test-asan lint clean
+=======
+.PHONY: demo test test-all test-reference bench-cpu lint clean
+>>>>>>> bench-cpu
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
@@ -49,6 +58,7 @@ test-all: $(INSTALLED)
 	$(PYTEST) $(PYTEST_ARGS)
 	$(MAKE) test-reference
 
+<<<<<<< HEAD
 # A copy of the package with a build of its own. The sanitizer's library has to be the first in
 # the process, and the C++ library beside it, or it misses how exceptions are thrown. A library
 # that does not load would only make the tests skip; a report written while pytest captures the
@@ -70,6 +80,10 @@ test-asan: $(INSTALLED)
 		sys.exit(native.cpu_library_error())'
 	cd build/asan && $(ASAN_ENV) $(PYTEST) --capture=sys --max-worker-restart=0 -m "not slow" \
 		$(PYTEST_ARGS) $(ASAN_TESTS)
+=======
+bench-cpu: $(INSTALLED) .venv/.peers
+	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
+>>>>>>> bench-cpu
 
 lint: .venv/.linters
 	$(BIN)/ruff check
@@ -96,6 +110,11 @@ $(INSTALLED): .venv/.dependencies $(BUILT_FROM)
 .venv/.dependencies: .venv/.created constraints.txt
 	$(PIP) pip setuptools wheel ninja pybind11
 	$(PIP) torch numpy
+	@touch $@
+
+# Every name of the extra "bench", without installing the package itself again.
+.venv/.peers: .venv/.created constraints.txt
+	$(PIP) onnx onnxruntime openvino rich
 	@touch $@
 
 .venv/.linters: .venv/.created constraints.txt

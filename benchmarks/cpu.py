@@ -1,0 +1,164 @@
+"""Times the recurrent layers of fused_rnn on the CPU against torch.nn, OpenVINO and ONNX Runtime.
+
+python benchmarks/cpu.py                                    every set, then the targets
+python benchmarks/cpu.py --set standing --cell gru --json gru.json
+python benchmarks/cpu.py --backend reference --cell gru --shape 128,32,256 --mode training
+python benchmarks/cpu.py --compare old.json new.json        measures nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cases import DTYPES, GATES, INFERENCE_AND_TRAINING, MODES, SETS, Case, Group
+from ceiling import Ceiling
+from fused_rnn.dispatch import BACKENDS
+from providers import DEFAULT, PROVIDERS, Provider, is_ours
+from report import (
+    print_ceiling,
+    print_comparison,
+    print_noise,
+    print_outcomes,
+    print_rows,
+    print_setting,
+)
+from results import Run, describe_run
+from runner import measure
+from targets import judge
+
+RESULTS = Path(__file__).parent / "results" / "cpu.json"
+WIDTH = 160  # of what is printed where there is no terminal
+
+
+def shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(size) for size in text.split(","))
+    if len(sizes) not in (3, 4) or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected T,B,H or T,B,I,H, all positive; got {text!r}")
+    return sizes if len(sizes) == 4 else (*sizes, sizes[2])
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    several = "; may be given again"
+    add("--set", action="append", choices=SETS, help="a set of cases" + several)
+    add("--cell", action="append", choices=GATES, help="only these cells" + several)
+    add("--mode", action="append", choices=MODES, help="only these modes" + several)
+    add("--shape", action="append", type=shape, help="T,B,H or T,B,I,H, not a set" + several)
+    add("--layers", type=int, default=1, help="of --shape")
+    add("--bidirectional", action="store_true", help="of --shape")
+    add("--dtype", choices=DTYPES, default="float32", help="of --shape")
+    add("--provider", action="append", choices=PROVIDERS, help=f"default: {', '.join(DEFAULT)}")
+    add("--backend", choices=BACKENDS, help="force fused_rnn's backend")
+    add("--seconds", type=float, default=1.5, help="about how long a group of cases is measured")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of every provider")
+    add("--json", type=Path, help="write everything that was found to this file")
+    add("--save", action="store_true", help="write it to benchmarks/results/cpu.json")
+    add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two such files")
+    args = parser.parse_args(argv)
+    if args.shape and args.set:
+        parser.error("--shape and --set exclude each other")
+    for path in args.compare or ():
+        if not path.is_file():
+            parser.error(f"argument --compare: {path} is not a file")
+    if args.threads < 1 or args.layers < 1:
+        parser.error("--threads and --layers must be at least 1")
+    return args
+
+
+def chosen_groups(args: argparse.Namespace) -> list[tuple[str, Group]]:
+    """What to measure: the name of the set, "" for --shape, and the group."""
+    cells = args.cell or list(GATES)
+    if args.shape:
+        modes = args.mode or INFERENCE_AND_TRAINING
+        options = {"layers": args.layers, "bidirectional": args.bidirectional, "dtype": args.dtype}
+        return [
+            ("", (Case(cell, *sizes, mode, **options),))
+            for cell, sizes, mode in product(cells, args.shape, modes)
+        ]
+    names = args.set or list(SETS)
+    modes = args.mode or MODES
+    return [(name, group) for name in names for group in SETS[name].select(cells, modes)]
+
+
+def chosen_providers(args: argparse.Namespace) -> tuple[list[Provider], dict[str, str]]:
+    """Those that take part, and those that were asked for but cannot, with the reason."""
+    names = args.provider or list(DEFAULT)
+    if args.backend:
+        names = [f"fused_rnn/{args.backend}" if name == "fused_rnn" else name for name in names]
+    reasons = {name: PROVIDERS[name].unavailable() for name in dict.fromkeys(names)}
+    absent = {name: reason for name, reason in reasons.items() if reason}
+    return [PROVIDERS[name] for name in reasons if name not in absent], absent
+
+
+def saved_to(args: argparse.Namespace) -> list[Path]:
+    return [path for path in (args.json, RESULTS if args.save else None) if path]
+
+
+def run_benchmark(
+    console: Console,
+    groups: list[tuple[str, Group]],
+    providers: list[Provider],
+    args: argparse.Namespace,
+    run: Run,
+) -> None:
+    """Fills the run; prints the table of each set and saves what is there when it is complete."""
+    ceiling = Ceiling(args.threads)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(groups))
+        for number, (name, group) in enumerate(groups):
+            progress.update(task, description=str(group[-1]))
+            ceiling.measure()
+            run.ceiling = ceiling.as_json()
+            everyone = name not in SETS or SETS[name].peers
+            taking_part = [p for p in providers if everyone or is_ours(p.name)]
+            rows = measure(name, number, group, taking_part, args.seconds, args.threads)
+            run.rows += rows
+            progress.advance(task)
+            if number + 1 == len(groups) or groups[number + 1][0] != name:
+                run.summary = [outcome.as_json() for outcome in judge(run)]
+                print_rows(console, run, name)
+                for path in saved_to(args):
+                    run.save(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    if args.compare:
+        old, new = map(Run.load, args.compare)
+        print_comparison(console, old, new)
+        return
+    torch.set_num_threads(args.threads)
+    providers, absent = chosen_providers(args)
+    groups = chosen_groups(args)
+    if not groups or not providers:
+        raise SystemExit("nothing to measure: no case or no provider is left")
+    run = Run(describe_run(args.threads, args.seconds, absent))
+    print_setting(console, run)
+    run_benchmark(console, groups, providers, args, run)
+    print_ceiling(console, run)
+    print_noise(console, run)
+    if not args.shape:
+        print_outcomes(console, judge(run), absent)
+    for path in saved_to(args):
+        console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
