@@ -2,12 +2,9 @@
 # make test            the fast tests
 # make test-reference  the fast tests as if the C++ library had not been built
 # make test-all        all tests, then test-reference
-<<<<<<< HEAD
 # make test-asan       tests of the CPU library built with gcc's address and undefined-behaviour
 #                      sanitizers, in build/asan; not part of the others
-=======
 # make bench-cpu       the CPU benchmark with its peers, and whether the targets are met
->>>>>>> bench-cpu
 # make lint            ruff and clang-format
 # make clean           remove what was built; .venv stays (git clean -xdf removes that too)
 #
@@ -38,11 +35,7 @@ BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 # Tests that need a team ask for one with torch.set_num_threads.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-<<<<<<< HEAD
-.PHONY: demo test test-all test-reference test-asan lint clean
-=======
-.PHONY: demo test test-all test-reference bench-cpu lint clean
->>>>>>> bench-cpu
+.PHONY: demo test test-all test-reference test-asan bench-cpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
@@ -58,7 +51,6 @@ test-all: $(INSTALLED)
 	$(PYTEST) $(PYTEST_ARGS)
 	$(MAKE) test-reference
 
-<<<<<<< HEAD
 # A copy of the package with a build of its own. The sanitizer's library has to be the first in
 # the process, and the C++ library beside it, or it misses how exceptions are thrown. A library
 # that does not load would only make the tests skip; a report written while pytest captures the
@@ -80,10 +72,9 @@ test-asan: $(INSTALLED)
 		sys.exit(native.cpu_library_error())'
 	cd build/asan && $(ASAN_ENV) $(PYTEST) --capture=sys --max-worker-restart=0 -m "not slow" \
 		$(PYTEST_ARGS) $(ASAN_TESTS)
-=======
+
 bench-cpu: $(INSTALLED) .venv/.peers
 	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
->>>>>>> bench-cpu
 
 lint: .venv/.linters
 	$(BIN)/ruff check
