@@ -122,6 +122,8 @@ def test_saturation(cell):
     expected = run(testing.run_oracle, inputs.leaves(torch.float64), cotangents)
     testing.assert_accurate(actual, expected, torch_own, case)
     saturated = x.abs() >= 110
-    # LSTM's h is the tanh of a c that two saturated gates leave anywhere.
-    for name in ("c_n" if CELLS[cell].has_c else "y", "grad x"):
+    # LSTM's h is the tanh of a c that two saturated gates leave anywhere. Relu's gradient does not
+    # vanish, so that grad x is a sum, which rounds as it may.
+    names = ["c_n" if CELLS[cell].has_c else "y", *(["grad x"] if cell != "rnn_relu" else [])]
+    for name in names:
         assert torch.equal(actual[name][:, saturated], torch_own[name][:, saturated]), name

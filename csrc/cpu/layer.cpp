@@ -22,8 +22,11 @@ constexpr double kFlopsPerMeeting = 2e4;
 constexpr int64_t kRowsPerThread = 8;
 // One timestep of up to so many rows is computed from unpacked weights.
 constexpr int64_t kStepRows = 16;
-// The input side of so many bytes is computed at a time: half of a usual L2 cache per thread.
+// The input side of so many bytes is computed at a time: half of a usual L2 cache per thread. But
+// of so many rows at least: W_ih is read once for them, and at H=1024 the weights exceed the L3
+// cache, where 256 rows instead of 64 made LSTM 1.2 times faster.
 constexpr int64_t kInputSideBytes = 512 << 10;
+constexpr int64_t kInputSideRows = 256;
 // And the gradients of so many bytes of gates before they become those of x and the weights.
 constexpr int64_t kGradGatesBytes = 8 << 20;
 
@@ -199,7 +202,7 @@ void layer_forward(const Kernels& isa, const ForwardCall& call, const Threads& t
   }
   ForwardParams p{call, {}, {}, {}, {}, {}, 0};
   p.chunk_rows = std::min(s.count, rows_for(kInputSideBytes * (work.plan().parallel ? 2 : 1),
-                                            sizes.gates * s.hidden, 64));
+                                            sizes.gates * s.hidden, kInputSideRows));
   const bool in_place = sizes.saved_gates == 0 || call.gates;
   for (int64_t d = 0; d < s.directions; d++) {
     const Weights& w = call.weights[d];

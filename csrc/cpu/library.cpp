@@ -214,7 +214,7 @@ void forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights, cons
   }
   if (gates.dim() == 3 && gates.size(2) > 0) {
     call.gates = output(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
-    advise_huge_pages(call.gates, static_cast<size_t>(gates.numel()) * sizeof(float));
+    advise_huge_pages_if_fresh(call.gates, static_cast<size_t>(gates.numel()) * sizeof(float));
     if (sizes.has_c) call.cells = output(cells, "cells", {s.directions, s.count, s.hidden});
   }
   layer_forward(kernels(), call, torch_threads());

@@ -12,7 +12,7 @@ namespace {
 constexpr int kSpins = 1000;
 // How long to wait for the other threads of a region to start. They are being woken at the same
 // moment; one that takes longer is not coming, or the machine is too crowded for a barrier.
-constexpr auto kPatience = std::chrono::milliseconds(20);
+constexpr auto kPatience = std::chrono::microseconds(500);
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
