@@ -94,10 +94,13 @@ struct InputSide {
 };
 
 template <class Cell>
-static InputSide input_side(const ForwardParams& p, int64_t d) {
+static InputSide input_side(const ForwardParams& p, const Share& share) {
   constexpr int G = Cell::kGates, S = Cell::kSavedGates;
-  const int64_t hidden = p.shape.hidden;
-  if (p.scratch[d]) return {p.scratch[d], G * hidden};
+  const int64_t hidden = p.shape.hidden, d = share.direction;
+  // Shares of interleaved rows have one each: where steps differ in size, another share's rows of
+  // a later chunk may lie where this one's still are.
+  const int64_t copy = share.first % share.stride;
+  if (p.scratch[d]) return {p.scratch[d] + copy * p.scratch_rows * G * hidden, G * hidden};
   // In place: each element is read before the same step writes there.
   if constexpr (S == 0) return {p.y + d * hidden, p.shape.directions * hidden};
   return {p.gates + d * p.shape.count * S * hidden + (S - G) * hidden, S * hidden};
@@ -161,7 +164,7 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
   const Units units(share, w_hh);
   const Share outputs = PROJECTED ? share_of(w_hr, share, w_hh) : share;
   const Units output_units(outputs, PROJECTED ? w_hr : w_hh);
-  const InputSide side = input_side<Cell>(p, d);
+  const InputSide side = input_side<Cell>(p, share);
   float* y = p.y + d * output;
   float* gates = S > 0 && p.gates ? p.gates + d * shape.count * S * hidden : nullptr;
   float* cells = p.cells ? p.cells + d * shape.count * hidden : nullptr;

@@ -92,7 +92,9 @@ struct ForwardParams : ForwardCall {
   const float* bias[2];         // [G*H] all that adds to the input side, or null
   const float* hidden_bias[2];  // [H] GRU's b_hn, or null
   float* unprojected[2];        // [B, H] what a step's cells gave, projected only
-  float* scratch[2];   // [chunk_rows, G*H] input side of a few steps; null: kept in y or gates
+  // [row shares if packed][scratch_rows, G*H] input side of a few steps; null: kept in y or gates.
+  float* scratch[2];
+  int64_t scratch_rows;
   int64_t chunk_rows;  // the input side is computed for so many rows at a time, or one step
 };
 

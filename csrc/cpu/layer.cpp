@@ -108,6 +108,11 @@ class Call {
     return p.packed;
   }
 
+  // How many shares of a direction take turns among the batch rows.
+  int64_t interleaved_shares() const {
+    return shape_.rows.batch_sizes && !plan_.units ? row_shares() : 1;
+  }
+
   // Runs `scan` on shares that together are all rows and units of all directions. `units` is the
   // packed matrix whose columns the units are.
   template <class Scan>
@@ -121,10 +126,13 @@ class Call {
   }
 
  private:
+  int64_t row_shares() const {
+    return std::max<int64_t>(1, std::min(plan_.members, shape_.rows.batch));
+  }
+
   template <class Scan>
   void split_rows(int64_t panels, const Scan& scan) const {
-    const int64_t batch = shape_.rows.batch;
-    const int64_t members = std::max<int64_t>(1, std::min(plan_.members, batch));
+    const int64_t batch = shape_.rows.batch, members = row_shares();
     run(shape_.directions * members, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t d = i / members, m = i % members;
@@ -204,9 +212,10 @@ void layer_forward(const Kernels& isa, const ForwardCall& call, const Threads& t
              [&](int64_t begin, int64_t end) { isa.step(call, begin, end); });
     return;
   }
-  ForwardParams p{call, {}, {}, {}, {}, {}, {}, {}, 0};
+  ForwardParams p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0};
   p.chunk_rows = std::min(s.count, rows_for(kInputSideBytes * (work.plan().parallel ? 2 : 1),
                                             sizes.gates * s.hidden, 64));
+  p.scratch_rows = std::max(p.chunk_rows, s.rows.batch);
   const bool in_place = sizes.saved_gates == 0 || call.gates;
   for (int64_t d = 0; d < s.directions; d++) {
     const Weights& w = call.weights[d];
@@ -219,8 +228,8 @@ void layer_forward(const Kernels& isa, const ForwardCall& call, const Threads& t
     p.bias[d] = input_bias(s, w, work.workspace());
     if (s.cell == CellKind::gru && w.b_hh) p.hidden_bias[d] = w.b_hh + 2 * s.hidden;
     if (!in_place) {
-      const int64_t rows = std::max(p.chunk_rows, s.rows.batch);
-      p.scratch[d] = work.workspace().take(rows * sizes.gates * s.hidden);
+      p.scratch[d] = work.workspace().take(work.interleaved_shares() * p.scratch_rows *
+                                           sizes.gates * s.hidden);
     }
   }
   work.for_each_share(
