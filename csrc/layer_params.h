@@ -1,7 +1,8 @@
 // What every kernel knows of a layer call: plain structs, filled once at the operator's border.
 //
-// D directions, T timesteps, B batch, N rows, I input_size, H hidden_size, G gates of the cell,
-// S gates it saves for backward, Q gradients it returns per unit. Arrays are dense, row-major.
+// D directions, T timesteps, B batch, N rows, I input_size, H hidden_size, P width of h (below H in
+// a projected LSTM, else H), G gates of the cell, S gates it saves for backward, Q gradients it
+// returns per unit. Arrays are dense, row-major.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +25,12 @@ struct LayerShape {
   int64_t directions;  // D
   int64_t input;       // I
   int64_t hidden;      // H
+  int64_t output;      // P
   int64_t count;       // N
   RowLayout rows;
 };
+
+static constexpr bool projected(const LayerShape& s) { return s.output != s.hidden; }
 
 // The facts of cells.h that sizes depend on.
 struct CellSizes {

@@ -80,6 +80,7 @@ def _small_batches(cell: str) -> list[LayerCase]:
         case(19, 2, 16, 100, directions=2),
         case(9, 5, 3, 130, directions=2),
         packed([19, 19, 7, 1], 3, 100),
+        *([case(19, 2, 16, 130, proj_size=100)] if CELLS[cell].has_c else []),
     ]
 
 

@@ -36,7 +36,7 @@ Results = dict[str, Tensor]
 def _cases(cell: str) -> list[LayerCase]:
     """Small and large batches, padded and packed, large enough for several threads."""
     case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
-    return [
+    cases = [
         case(19, 1, 45, 130),
         case(19, 3, 16, 100, directions=2),
         case(9, 33, 16, 100, directions=2),
@@ -44,6 +44,13 @@ def _cases(cell: str) -> list[LayerCase]:
         packed([9] * 9 + [5] * 20 + [1] * 4, 45, 100),
         case(2000, 1, 1, 4),
     ]
+    if CELLS[cell].has_c:
+        cases += [
+            case(19, 1, 45, 130, proj_size=1),
+            case(19, 3, 16, 130, proj_size=100, directions=2),
+            packed([9] * 9 + [5] * 20 + [1] * 4, 45, 100, proj_size=33),
+        ]
+    return cases
 
 
 every_case = pytest.mark.parametrize(
@@ -73,6 +80,23 @@ def test_any_number_of_threads(case, num_threads):
         _assert_same_bits(results, alone, OF_THE_SCAN)
         _assert_same_bits(_results(case), results)
         testing.assert_same_numbers(results, alone, roundings=64)
+
+
+@pytest.mark.parametrize("proj_size", [0, 77])
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_inference_in_chunks(cell, proj_size, num_threads):
+    """Threads share out the rows and go through the chunks of the input side on their own."""
+    if proj_size and not CELLS[cell].has_c:
+        pytest.skip("only an LSTM has a projection")
+    inputs = testing.make_inputs(
+        LayerCase.packed(cell, range(60, 0, -1), 9, 300, proj_size=proj_size)
+    )
+    num_threads(1)
+    alone = testing.run_layer(inputs)
+    for count in (2, 5):
+        num_threads(count)
+        for actual, expected in zip(testing.run_layer(inputs), alone, strict=True):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -3,21 +3,23 @@
 // Rows of one step that have the same neighbours.
 struct BackwardRows {
   RowsOf<const float> grad_next;  // [Q*H] grad_gates of the next step, or null: h went no further
-  RowsOf<const float> grad_y;     // [H] or null
+  RowsOf<const float> grad_y;     // [P] or null
   RowsOf<const float> gates;      // [S*H]
-  RowsOf<const float> y;          // [H]
-  RowsOf<const float> h_prev;     // [H]
+  RowsOf<const float> y;          // [P]
+  RowsOf<const float> h_prev;     // [P]
   RowsOf<const float> cells;      // [H]
   RowsOf<const float> c_prev;     // [H]
   RowsOf<float> grad_gates;       // [Q*H]
-  RowsOf<float> grad_h;           // [H] in: grad_h_n, or what carry left (GRU); out: carry (GRU)
+  RowsOf<float> grad_h;           // [P] in: grad_h_n, or what carry left (GRU); out: carry (GRU)
   RowsOf<float> grad_c;           // [H] in and out: the gradient of c
 };
 
+// `weights` [depth, H] makes the gradient of the cell's output from grad_next: W_hh, or where h is
+// projected W_hr, grad_next being the gradient of h then and the other sources null.
 template <class Cell>
 static void backward_tile(const BackwardRows& r, int64_t first, int rows, const Panel& panel,
-                          const PackedMatrix& w_hh) {
-  const int64_t hidden = w_hh.columns;
+                          const PackedMatrix& weights) {
+  const int64_t hidden = weights.columns;
   Vector tile[kMaxRows * kMaxColumns];
   if (r.grad_next.base) {
     const auto ask = [&](RowsOf<const float> from, int64_t column) {
@@ -27,7 +29,7 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
     ask(r.grad_y, panel.column);
     if (Cell::kHasC) ask(r.c_prev, panel.column);
     if (!Cell::kHasC) ask(Cell::kUsesPreviousH ? r.h_prev : r.y, panel.column);
-    multiply(panel.vectors, rows, w_hh.depth, r.grad_next[first], r.grad_next.stride, panel.data,
+    multiply(panel.vectors, rows, weights.depth, r.grad_next[first], r.grad_next.stride, panel.data,
              tile);
   }
   // A row's own grad_h_n, once; and for GRU whatever went round W_hh.
@@ -66,6 +68,30 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
   }
 }
 
+// Gradient of h where it is projected, for the rows of one step.
+static void output_grad_tile(const BackwardRows& r, RowsOf<float> to, int64_t first, int rows,
+                             const Panel& panel, const PackedMatrix& w_hh) {
+  Vector tile[kMaxRows * kMaxColumns];
+  if (r.grad_next.base) {
+    if (r.grad_y.base) {
+      prefetch(r.grad_y[first] + panel.column, r.grad_y.stride, rows, panel.vectors);
+    }
+    multiply(panel.vectors, rows, w_hh.depth, r.grad_next[first], r.grad_next.stride, panel.data,
+             tile);
+  }
+  for (int m = 0; m < rows; m++) {
+    const int64_t row = first + m;
+    for (int v = 0; v < panel.vectors; v++) {
+      const int64_t column = panel.column + v * kWidth;
+      const int valid = valid_lanes(column, w_hh.columns);
+      Vector sum =
+          r.grad_next.base ? tile[m * panel.vectors + v] : load(r.grad_h[row] + column, valid);
+      if (r.grad_y.base) sum += load(r.grad_y[row] + column, valid);
+      store(to[row] + column, sum, valid);
+    }
+  }
+}
+
 // Gradient of the state that rows [begin, end) started from.
 template <class Cell>
 static void initial_state_grad(RowsOf<const float> grad_gates, RowsOf<float> grad_h, int64_t begin,
@@ -90,26 +116,30 @@ static void initial_state_grad(RowsOf<const float> grad_gates, RowsOf<float> gra
   }
 }
 
-template <class Cell>
+template <class Cell, bool PROJECTED = false>
 static void backward_share(const BackwardParams& p, const Share& share, Meeting* meeting) {
   constexpr int S = Cell::kSavedGates, Q = Cell::kGradGates;
   const LayerShape& shape = p.shape;
-  const int64_t hidden = shape.hidden, d = share.direction, y_width = shape.directions * hidden;
+  const int64_t hidden = shape.hidden, output = PROJECTED ? shape.output : hidden;
+  const int64_t d = share.direction, y_width = shape.directions * output;
   const int64_t last = shape.rows.timesteps - 1;
   const Chunk& chunk = p.chunk[d];
   const PackedMatrix& w_hh = p.w_hh[d];
-  const Units units(share, w_hh);
+  const PackedMatrix& to_units = PROJECTED ? p.w_hr[d] : w_hh;
+  const Units units(share, to_units);
+  const Share outputs = PROJECTED ? share_of(w_hh, share, to_units) : share;
+  const Units output_units(outputs, w_hh);
   const float* gates = S > 0 ? p.gates + d * shape.count * S * hidden : nullptr;
   const float* cells = Cell::kHasC ? p.cells + d * shape.count * hidden : nullptr;
-  const float* y = p.y + d * hidden;
-  const float* grad_y = p.grad_y ? p.grad_y + d * hidden : nullptr;
+  const float* y = p.y + d * output;
+  const float* grad_y = p.grad_y ? p.grad_y + d * output : nullptr;
   float* grad_gates = p.grad_gates[d];
   const int64_t state = d * shape.rows.batch;
-  const auto h0 = rows_of(p.h0, state, hidden, share);
+  const auto h0 = rows_of(p.h0, state, output, share);
   const auto c0 = rows_of_or_null(p.c0, state, hidden, share);
-  const auto grad_h_n = rows_of_or_null(p.grad_h_n, state, hidden, share);
+  const auto grad_h_n = rows_of_or_null(p.grad_h_n, state, output, share);
   const auto grad_c_n = rows_of_or_null(p.grad_c_n, state, hidden, share);
-  const auto grad_h = rows_of(p.grad_h0, state, hidden, share);
+  const auto grad_h = rows_of(p.grad_h0, state, output, share);
   const auto grad_c = rows_of_or_null(p.grad_c0, state, hidden, share);
   const auto carried = rows_of(p.carried[d], 0, Q * hidden, share);
 
@@ -118,7 +148,7 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
   const int64_t index_end = d == 1 ? last + 1 - chunk.begin : chunk.end;
   if (index_end == last + 1) {
     for (int64_t i = 0; i < rows_below(share, share.limit); i++) {
-      copy_row(grad_h_n.base ? grad_h_n[i] : nullptr, grad_h[i], units);
+      copy_row(grad_h_n.base ? grad_h_n[i] : nullptr, grad_h[i], output_units);
       if (Cell::kHasC) copy_row(grad_c_n.base ? grad_c_n[i] : nullptr, grad_c[i], units);
     }
   }
@@ -141,10 +171,12 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
     const int64_t low = smaller(step.from_previous, step.into_next);
     const int64_t high = step.from_previous + step.into_next - low;
     const int64_t bounds[] = {0, low, high, step.rows};
+    BackwardRows kinds[3];
     for (int kind = 0; kind < 3; kind++) {
       const int64_t begin = bounds[kind], end = bounds[kind + 1];
       if (begin == end) continue;
-      BackwardRows rows_here = r;
+      BackwardRows& rows_here = kinds[kind];
+      rows_here = r;
       if (begin < step.into_next) {
         if (index + 1 < index_end) {
           const int64_t next_row = offset(shape.rows, step.next) - chunk.first_row;
@@ -158,16 +190,36 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
         rows_here.h_prev = rows_of(y, before, y_width, share);
         rows_here.c_prev = rows_of_or_null(cells, before, hidden, share);
       }
-      for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
-        const Panel panel(w_hh, zigzag(j, share, index), 1);
-        for_each_tile(begin, end, panel.vectors, [&](int64_t first, int rows) {
-          backward_tile<Cell>(rows_here, first, rows, panel, w_hh);
-        });
-      }
     }
+    const auto for_each = [&](const Share& columns, const PackedMatrix& m, auto body) {
+      for (int kind = 0; kind < 3; kind++) {
+        const int64_t begin = bounds[kind], end = bounds[kind + 1];
+        for (int64_t j = columns.panel_begin; begin < end && j < columns.panel_end; j++) {
+          const Panel panel(m, zigzag(j, columns, index), 1);
+          for_each_tile(begin, end, panel.vectors,
+                        [&](int64_t first, int rows) { body(kinds[kind], first, rows, panel); });
+        }
+      }
+    };
+    if constexpr (PROJECTED) {
+      const auto grad_output = rows_of(p.grad_h[d], row - chunk.first_row, output, share);
+      for_each(outputs, w_hh,
+               [&](const BackwardRows& from, int64_t first, int rows, const Panel& panel) {
+                 output_grad_tile(from, grad_output, first, rows, panel, w_hh);
+               });
+      for (BackwardRows& kind : kinds) {
+        kind.grad_next = {grad_output.base, grad_output.stride};
+        kind.grad_y = {nullptr, 0};
+      }
+      if (meeting) meeting->wait();
+    }
+    for_each(share, to_units,
+             [&](const BackwardRows& from, int64_t first, int rows, const Panel& panel) {
+               backward_tile<Cell>(from, first, rows, panel, to_units);
+             });
     if (meeting) meeting->wait();
     initial_state_grad<Cell>({grads.base, grads.stride}, grad_h, step.from_previous, step.rows,
-                             share, w_hh);
+                             outputs, w_hh);
     // The next chunk goes on from here, after grad_gates has been given to other steps.
     for (int64_t i = 0; index == index_begin && i < step.rows; i++) {
       for (int gate = 0; gate < Q; gate++) {
@@ -186,6 +238,7 @@ static void backward(const BackwardParams& p, const Share& share, Meeting* meeti
     case CellKind::gru:
       return backward_share<GruCell<Math>>(p, share, meeting);
     case CellKind::lstm:
+      if (projected(p.shape)) return backward_share<LstmCell<Math>, true>(p, share, meeting);
       return backward_share<LstmCell<Math>>(p, share, meeting);
   }
 }

@@ -1,6 +1,7 @@
 // The forward pass: the input side of a few steps at a time, then those steps.
 
-// Rows of the input side, x times W_ih, with every bias that adds to it.
+// Rows of the input side, x times W_ih, with every bias that adds to it. Or of h where it is
+// projected, W_hr being a single gate.
 struct InputRows {
   RowsOf<const float> x;  // [I]
   RowsOf<float> gx;       // [G*H]
@@ -31,9 +32,9 @@ static void project_panel(const InputRows& r, int64_t count, const Panel& panel,
 // Rows of one step that all start from the same kind of state.
 struct ForwardRows {
   RowsOf<const float> gx;      // [G*H]
-  RowsOf<const float> h_prev;  // [H]
+  RowsOf<const float> h_prev;  // [P]
   RowsOf<const float> c_prev;  // [H]
-  RowsOf<float> y;             // [H]
+  RowsOf<float> y;             // [H] what the cell gives: h, if not yet projected
   RowsOf<float> c;             // [H] the running c
   RowsOf<float> gates;         // [S*H] or null
   RowsOf<float> cells;         // [H] or null
@@ -68,7 +69,7 @@ static void forward_tile(const ForwardRows& r, int64_t first, int rows, const Pa
   const int64_t hidden = w_hh.columns;
   const int columns = G * panel.vectors;
   Vector tile[kMaxRows * kMaxColumns];
-  multiply(columns, rows, hidden, r.h_prev[first], r.h_prev.stride, panel.data, tile);
+  multiply(columns, rows, w_hh.depth, r.h_prev[first], r.h_prev.stride, panel.data, tile);
   for (int v = 0; v < panel.vectors; v++) {
     const int64_t unit = panel.column + v * kWidth;
     const int valid = valid_lanes(unit, hidden);
@@ -93,10 +94,13 @@ struct InputSide {
 };
 
 template <class Cell>
-static InputSide input_side(const ForwardParams& p, int64_t d) {
+static InputSide input_side(const ForwardParams& p, const Share& share) {
   constexpr int G = Cell::kGates, S = Cell::kSavedGates;
-  const int64_t hidden = p.shape.hidden;
-  if (p.scratch[d]) return {p.scratch[d], G * hidden};
+  const int64_t hidden = p.shape.hidden, d = share.direction;
+  // Shares of interleaved rows have one each: where steps differ in size, another share's rows of
+  // a later chunk may lie where this one's still are.
+  const int64_t copy = share.first % share.stride;
+  if (p.scratch[d]) return {p.scratch[d] + copy * p.scratch_rows * G * hidden, G * hidden};
   // In place: each element is read before the same step writes there.
   if constexpr (S == 0) return {p.y + d * hidden, p.shape.directions * hidden};
   return {p.gates + d * p.shape.count * S * hidden + (S - G) * hidden, S * hidden};
@@ -148,27 +152,31 @@ static void project(const ForwardParams& p, const Share& share, const Span& span
   }
 }
 
-template <class Cell>
+template <class Cell, bool PROJECTED = false>
 static void forward_share(const ForwardParams& p, const Share& share, Meeting* meeting) {
   constexpr int G = Cell::kGates, S = Cell::kSavedGates;
   const LayerShape& shape = p.shape;
-  const int64_t hidden = shape.hidden, d = share.direction, y_width = shape.directions * hidden;
+  const int64_t hidden = shape.hidden, output = PROJECTED ? shape.output : hidden;
+  const int64_t d = share.direction, y_width = shape.directions * output;
   const int64_t timesteps = shape.rows.timesteps;
   const PackedMatrix& w_hh = p.w_hh[d];
+  const PackedMatrix& w_hr = p.w_hr[d];
   const Units units(share, w_hh);
-  const InputSide side = input_side<Cell>(p, d);
-  float* y = p.y + d * hidden;
+  const Share outputs = PROJECTED ? share_of(w_hr, share, w_hh) : share;
+  const Units output_units(outputs, PROJECTED ? w_hr : w_hh);
+  const InputSide side = input_side<Cell>(p, share);
+  float* y = p.y + d * output;
   float* gates = S > 0 && p.gates ? p.gates + d * shape.count * S * hidden : nullptr;
   float* cells = p.cells ? p.cells + d * shape.count * hidden : nullptr;
   const int64_t state = d * shape.rows.batch;
-  const auto h0 = rows_of(p.h0, state, hidden, share);
+  const auto h0 = rows_of(p.h0, state, output, share);
   const auto c0 = rows_of_or_null(p.c0, state, hidden, share);
-  const auto h_n = rows_of(p.h_n, state, hidden, share);
+  const auto h_n = rows_of(p.h_n, state, output, share);
   const auto c_n = rows_of_or_null(p.c_n, state, hidden, share);
 
   const int64_t started = timesteps > 0 ? rows_below(share, batch_size(shape.rows, 0)) : 0;
   for (int64_t i = started; i < rows_below(share, share.limit); i++) {
-    copy_row(h0[i], h_n[i], units);
+    copy_row(h0[i], h_n[i], output_units);
     if (Cell::kHasC) copy_row(c0[i], c_n[i], units);
   }
 
@@ -185,10 +193,11 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
                     side.stride);
     }
     const float* gx = side.base + (row - first_row) * side.stride;
+    const auto y_here = rows_of(y, row, y_width, share);
     ForwardRows joining{rows_of(gx, 0, side.stride, share),
                         h0,
                         c0,
-                        rows_of(y, row, y_width, share),
+                        PROJECTED ? rows_of(p.unprojected[d], 0, hidden, share) : y_here,
                         c_n,
                         rows_of_or_null(gates, row, S * hidden, share),
                         rows_of_or_null(cells, row, hidden, share)};
@@ -208,7 +217,15 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
         forward_tile<Cell>(joining, first, rows, panel, w_hh, p.hidden_bias[d]);
       });
     }
-    for (int64_t i = step.into_next; i < step.rows; i++) copy_row(joining.y[i], h_n[i], units);
+    if constexpr (PROJECTED) {
+      if (meeting) meeting->wait();
+      for (int64_t j = outputs.panel_begin; j < outputs.panel_end; j++) {
+        const Panel panel(w_hr, zigzag(j, outputs, index), 1);
+        const InputRows rows{{joining.y.base, joining.y.stride}, y_here};
+        project_panel<1>(rows, step.rows, panel, w_hr, nullptr);
+      }
+    }
+    for (int64_t i = step.into_next; i < step.rows; i++) copy_row(y_here[i], h_n[i], output_units);
     if (meeting) meeting->wait();
   }
 }
@@ -222,6 +239,7 @@ static void forward(const ForwardParams& p, const Share& share, Meeting* meeting
     case CellKind::gru:
       return forward_share<GruCell<Math>>(p, share, meeting);
     case CellKind::lstm:
+      if (projected(p.shape)) return forward_share<LstmCell<Math>, true>(p, share, meeting);
       return forward_share<LstmCell<Math>>(p, share, meeting);
   }
 }

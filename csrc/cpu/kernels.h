@@ -11,9 +11,10 @@ namespace fused_rnn {
 // One direction's parameters as torch lays them out.
 struct Weights {
   const float* w_ih;  // [G*H, I]
-  const float* w_hh;  // [G*H, H]
+  const float* w_hh;  // [G*H, P]
   const float* b_ih;  // [G*H], or null
   const float* b_hh;  // [G*H], or null
+  const float* w_hr;  // [P, H] where projected, else null
 };
 
 // A forward call as it comes from outside.
@@ -21,10 +22,10 @@ struct ForwardCall {
   LayerShape shape;
   Weights weights[2];  // per direction
   const float* x;      // [N, I]
-  const float* h0;     // [D, B, H]
+  const float* h0;     // [D, B, P]
   const float* c0;     // [D, B, H], LSTM only
-  float* y;            // [N, D*H]
-  float* h_n;          // [D, B, H]
+  float* y;            // [N, D*P]
+  float* h_n;          // [D, B, P]
   float* c_n;          // [D, B, H], LSTM only
   float* gates;        // [D, N, S*H] or null: not saved
   float* cells;        // [D, N, H] or null: not saved
@@ -36,25 +37,26 @@ struct WeightGrads {
   float* w_hh;
   float* b_ih;
   float* b_hh;
+  float* w_hr;
 
-  bool any() const { return w_ih || w_hh || b_ih || b_hh; }
+  bool any() const { return w_ih || w_hh || b_ih || b_hh || w_hr; }
 };
 
 // A backward call as it comes from outside.
 struct BackwardCall {
   LayerShape shape;
   Weights weights[2];     // per direction
-  const float* grad_y;    // [N, D*H] or null: zero
-  const float* grad_h_n;  // [D, B, H] or null: zero
+  const float* grad_y;    // [N, D*P] or null: zero
+  const float* grad_h_n;  // [D, B, P] or null: zero
   const float* grad_c_n;  // [D, B, H] or null: zero
   const float* x;         // [N, I]
-  const float* h0;        // [D, B, H]
+  const float* h0;        // [D, B, P]
   const float* c0;        // [D, B, H], LSTM only
-  const float* y;         // [N, D*H]
+  const float* y;         // [N, D*P]
   const float* gates;     // [D, N, S*H]
   const float* cells;     // [D, N, H], LSTM only
   float* grad_x;          // [N, I], or null: not wanted
-  float* grad_h0;         // [D, B, H]
+  float* grad_h0;         // [D, B, P]
   float* grad_c0;         // [D, B, H], LSTM only
   WeightGrads grads[2];   // per direction
 };
@@ -86,9 +88,13 @@ struct PackColumnsParams {
 struct ForwardParams : ForwardCall {
   PackedMatrix w_ih[2];  // per direction, packed gates
   PackedMatrix w_hh[2];
+  PackedMatrix w_hr[2];         // packed as one gate, projected only
   const float* bias[2];         // [G*H] all that adds to the input side, or null
   const float* hidden_bias[2];  // [H] GRU's b_hn, or null
-  float* scratch[2];   // [chunk_rows, G*H] input side of a few steps; null: kept in y or gates
+  float* unprojected[2];        // [B, H] what a step's cells gave, projected only
+  // [row shares if packed][scratch_rows, G*H] input side of a few steps; null: kept in y or gates.
+  float* scratch[2];
+  int64_t scratch_rows;
   int64_t chunk_rows;  // the input side is computed for so many rows at a time, or one step
 };
 
@@ -101,7 +107,9 @@ struct Chunk {
 
 struct BackwardParams : BackwardCall {
   PackedMatrix w_hh[2];  // per direction, packed columns in the order of grad_gates
+  PackedMatrix w_hr[2];  // packed columns, projected only
   float* grad_gates[2];  // per direction [rows of the chunk, Q*H]
+  float* grad_h[2];      // per direction [rows of the chunk, P] gradient of h, projected only
   float* carried[2];     // per direction [B, Q*H] grad_gates of the step done just before the chunk
   Chunk chunk[2];        // per direction
 };
@@ -115,26 +123,29 @@ struct InputGradParams {
   bool accumulate;
 };
 
-// transposed [Q*H][stride] from grad_gates [rows, Q*H]; sums [Q*H] = or += its row sums.
+// transposed [width][stride] from grads [rows, width]; sums [width] = or += its row sums.
 struct TransposeParams {
-  const float* grad_gates;
+  const float* grads;
   int64_t rows;
-  int64_t width;  // Q*H
+  int64_t width;
   float* transposed;
   int64_t stride;
   float* sums;
   bool accumulate;
 };
 
-// The rows of a chunk as a packed matrix of depth chunk.rows: either x, or the state each row
-// started from.
+// The rows of a chunk as a packed matrix of depth chunk.rows.
+enum class RowSource {
+  x,
+  states,      // h that each row started from
+  unprojected  // o * tanh(c), which W_hr has made into h
+};
+
 struct PackRowsParams {
-  const LayerShape* shape;
+  const BackwardCall* call;
+  RowSource source;
   Chunk chunk;
   int64_t direction;
-  const float* x;   // [N, I], or null for the states
-  const float* y;   // [N, D*H]
-  const float* h0;  // [D, B, H]
   PackedMatrix packed;
 };
 
@@ -151,7 +162,8 @@ struct WeightGradParams {
 };
 
 // One thread's part of a direction: batch rows first, first + stride, ... below limit, and the
-// panels [panel_begin, panel_end) of hidden units.
+// panels [panel_begin, panel_end) of hidden units, of which the kernel derives those of h where
+// that is projected.
 struct Share {
   int64_t direction;
   int64_t first;
@@ -180,7 +192,7 @@ struct Kernels {
   void (*step)(const ForwardCall&, int64_t begin, int64_t end);
 
   void (*input_grad)(const InputGradParams&, int64_t row_begin, int64_t row_end);
-  // Columns [begin, end) of grad_gates, in vectors.
+  // Columns [begin, end) of grads, in vectors.
   void (*transpose)(const TransposeParams&, int64_t begin, int64_t end);
   // Blocks [begin, end) of grad_rows rows.
   void (*weight_grad)(const WeightGradParams&, int64_t begin, int64_t end);

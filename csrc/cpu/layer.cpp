@@ -34,10 +34,16 @@ int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
   return std::max(least, bytes / (floats_per_row * static_cast<int64_t>(sizeof(float))));
 }
 
+// Of one step: W_hh's and W_hr's.
+double recurrent_flops_per_row(const LayerShape& s) {
+  const int64_t gates = cell_sizes(s.cell).gates + (projected(s) ? 1 : 0);
+  return 2.0 * static_cast<double>(gates * s.hidden) * static_cast<double>(s.output);
+}
+
 double recurrent_flops(const LayerShape& s) {
-  return 2.0 * static_cast<double>(s.directions * s.count) *
-         static_cast<double>(cell_sizes(s.cell).gates * s.hidden) *
-         static_cast<double>(s.hidden + s.input);
+  return static_cast<double>(s.directions * s.count) *
+         (recurrent_flops_per_row(s) +
+          2.0 * static_cast<double>(cell_sizes(s.cell).gates * s.hidden * s.input));
 }
 
 // How a call is divided.
@@ -52,9 +58,9 @@ struct Plan {
     members = std::max<int64_t>(1, count / s.directions);
     units = members > 1 && s.rows.batch < kRowsPerThread * members;
     if (!units) return;
-    const double step = 2.0 * static_cast<double>(s.rows.batch * s.hidden) *
-                        static_cast<double>(cell_sizes(s.cell).gates * s.hidden);
-    const auto worth = static_cast<int64_t>(step / kFlopsPerMeeting);
+    const double step = static_cast<double>(s.rows.batch) * recurrent_flops_per_row(s);
+    const double meetings = projected(s) ? 2.0 : 1.0;
+    const auto worth = static_cast<int64_t>(step / (meetings * kFlopsPerMeeting));
     if (worth < 2) {
       // Rows need no meeting, however few they are.
       units = false;
@@ -90,8 +96,8 @@ class Call {
     return {workspace_.take(padded * gates * depth), depth, columns, vectors};
   }
 
-  PackedMatrix pack_gates(const float* weights, int64_t depth, int gates) {
-    const PackGatesParams p{weights, gates, packed(depth, shape_.hidden, gates, true)};
+  PackedMatrix pack_gates(const float* weights, int64_t depth, int64_t columns, int gates) {
+    const PackGatesParams p{weights, gates, packed(depth, columns, gates, true)};
     run(panel_count(p.packed, isa_.width),
         [&](int64_t begin, int64_t end) { isa_.pack_gates(p, begin, end); });
     return p.packed;
@@ -105,10 +111,16 @@ class Call {
     return p.packed;
   }
 
-  // Runs `scan` on shares that together are all rows and units of all directions.
+  // How many shares of a direction take turns among the batch rows.
+  int64_t interleaved_shares() const {
+    return shape_.rows.batch_sizes && !plan_.units ? row_shares() : 1;
+  }
+
+  // Runs `scan` on shares that together are all rows and units of all directions. `units` is the
+  // packed matrix whose columns the units are.
   template <class Scan>
-  void for_each_share(const PackedMatrix& w_hh, const Scan& scan) const {
-    const int64_t panels = panel_count(w_hh, isa_.width);
+  void for_each_share(const PackedMatrix& units, const Scan& scan) const {
+    const int64_t panels = panel_count(units, isa_.width);
     if (plan_.units) {
       split_units(panels, scan);
     } else {
@@ -117,10 +129,13 @@ class Call {
   }
 
  private:
+  int64_t row_shares() const {
+    return std::max<int64_t>(1, std::min(plan_.members, shape_.rows.batch));
+  }
+
   template <class Scan>
   void split_rows(int64_t panels, const Scan& scan) const {
-    const int64_t batch = shape_.rows.batch;
-    const int64_t members = std::max<int64_t>(1, std::min(plan_.members, batch));
+    const int64_t batch = shape_.rows.batch, members = row_shares();
     run(shape_.directions * members, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t d = i / members, m = i % members;
@@ -195,24 +210,29 @@ void layer_forward(const Kernels& isa, const ForwardCall& call, const Threads& t
   const CellSizes sizes = cell_sizes(s.cell);
   const int gates = static_cast<int>(sizes.gates);
   Call work(isa, s, threads);
-  if (s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows) {
+  if (s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows && !projected(s)) {
     work.run(s.directions * ceil_div(s.hidden, isa.width),
              [&](int64_t begin, int64_t end) { isa.step(call, begin, end); });
     return;
   }
-  ForwardParams p{call, {}, {}, {}, {}, {}, 0};
+  ForwardParams p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0};
   p.chunk_rows = std::min(s.count, rows_for(kInputSideBytes * (work.plan().parallel ? 2 : 1),
                                             sizes.gates * s.hidden, kInputSideRows));
+  p.scratch_rows = std::max(p.chunk_rows, s.rows.batch);
   const bool in_place = sizes.saved_gates == 0 || call.gates;
   for (int64_t d = 0; d < s.directions; d++) {
     const Weights& w = call.weights[d];
-    p.w_ih[d] = work.pack_gates(w.w_ih, s.input, gates);
-    p.w_hh[d] = work.pack_gates(w.w_hh, s.hidden, gates);
+    p.w_ih[d] = work.pack_gates(w.w_ih, s.input, s.hidden, gates);
+    p.w_hh[d] = work.pack_gates(w.w_hh, s.output, s.hidden, gates);
+    if (projected(s)) {
+      p.w_hr[d] = work.pack_gates(w.w_hr, s.hidden, s.output, 1);
+      p.unprojected[d] = work.workspace().take(s.rows.batch * s.hidden);
+    }
     p.bias[d] = input_bias(s, w, work.workspace());
     if (s.cell == CellKind::gru && w.b_hh) p.hidden_bias[d] = w.b_hh + 2 * s.hidden;
     if (!in_place) {
-      const int64_t rows = std::max(p.chunk_rows, s.rows.batch);
-      p.scratch[d] = work.workspace().take(rows * sizes.gates * s.hidden);
+      p.scratch[d] = work.workspace().take(work.interleaved_shares() * p.scratch_rows *
+                                           sizes.gates * s.hidden);
     }
   }
   work.for_each_share(
@@ -221,7 +241,8 @@ void layer_forward(const Kernels& isa, const ForwardCall& call, const Threads& t
 
 namespace {
 
-// Turns the gradients of a chunk's gates, one direction at a time, into those of x and weights.
+// Turns the gradients of a chunk's gates, and of its h where that is projected, into those of x and
+// weights, one direction at a time.
 class Products {
  public:
   Products(Call& work, const Kernels& isa, const BackwardCall& call, int64_t rows)
@@ -231,12 +252,13 @@ class Products {
     // GRU's grad_gates are (hn, r, z, n): the last three face W_ih, the first three W_hh.
     input_side_ = (sizes_.grad_gates - sizes_.gates) * s.hidden;
     rotate_ = s.cell == CellKind::gru ? 2 * s.hidden : 0;
-    bool any = false, any_ih = false, any_hh = false;
+    bool any = false, any_ih = false, any_hh = false, any_hr = false;
     for (int64_t d = 0; d < s.directions; d++) {
       const WeightGrads& g = call.grads[d];
       any |= g.any();
       any_ih |= g.w_ih != nullptr;
       any_hh |= g.w_hh != nullptr;
+      any_hr |= g.w_hr != nullptr;
       if (call.grad_x) {
         w_ih_[d] = work.pack_columns(call.weights[d].w_ih, sizes_.gates * s.hidden, s.input, 0);
       }
@@ -246,7 +268,11 @@ class Products {
     stride_ = ceil_div(rows, 16) * 16 + 16;
     if (any) transposed_ = work.workspace().take(width_ * stride_);
     if (any_ih) x_ = work.packed(rows, s.input, 1);
-    if (any_hh) states_ = work.packed(rows, s.hidden, 1);
+    if (any_hh) states_ = work.packed(rows, s.output, 1);
+    if (any_hr) {
+      unprojected_ = work.packed(rows, s.hidden, 1);
+      unwanted_sums_ = work.workspace().take(s.output);
+    }
   }
 
   int64_t rotate() const { return rotate_; }
@@ -258,17 +284,28 @@ class Products {
     work_.run(chunk.rows, [&](int64_t begin, int64_t end) { isa_.input_grad(p, begin, end); }, 16);
   }
 
-  void grad_weights(int64_t d, const Chunk& chunk, const float* grad_gates, bool accumulate) {
+  void grad_weights(int64_t d, const Chunk& chunk, const float* grad_gates, const float* grad_h,
+                    bool accumulate) const {
     const WeightGrads& g = call_.grads[d];
     if (!g.any()) return;
-    const TransposeParams transpose{grad_gates, chunk.rows, width_,    transposed_,
-                                    stride_,    sums_[d],   accumulate};
-    work_.run(ceil_div(width_, isa_.width),
-              [&](int64_t begin, int64_t end) { isa_.transpose(transpose, begin, end); });
-    if (g.w_ih) {
-      product(x_, call_.x, d, chunk, transposed_ + input_side_ * stride_, g.w_ih, 0, accumulate);
+    const int64_t gate_rows = sizes_.gates * call_.shape.hidden;
+    if (g.w_ih || g.w_hh || g.b_ih || g.b_hh) {
+      transpose({grad_gates, chunk.rows, width_, transposed_, stride_, sums_[d], accumulate});
     }
-    if (g.w_hh) product(states_, nullptr, d, chunk, transposed_, g.w_hh, rotate_, accumulate);
+    if (g.w_ih) {
+      product({&call_, RowSource::x, chunk, d, x_},
+              {transposed_ + input_side_ * stride_, stride_, gate_rows, {}, g.w_ih, 0, accumulate});
+    }
+    if (g.w_hh) {
+      product({&call_, RowSource::states, chunk, d, states_},
+              {transposed_, stride_, gate_rows, {}, g.w_hh, rotate_, accumulate});
+    }
+    if (g.w_hr) {
+      const int64_t output = call_.shape.output;
+      transpose({grad_h, chunk.rows, output, transposed_, stride_, unwanted_sums_, false});
+      product({&call_, RowSource::unprojected, chunk, d, unprojected_},
+              {transposed_, stride_, output, {}, g.w_hr, 0, accumulate});
+    }
   }
 
   void grad_biases(int64_t d) const {
@@ -279,15 +316,18 @@ class Products {
   }
 
  private:
-  void product(PackedMatrix packed, const float* x, int64_t d, const Chunk& chunk,
-               const float* transposed, float* grad, int64_t rotate, bool accumulate) const {
-    packed.depth = chunk.rows;
-    const PackRowsParams rows{&call_.shape, chunk, d, x, call_.y, call_.h0, packed};
-    work_.run(panel_count(packed, isa_.width),
+  void transpose(const TransposeParams& p) const {
+    work_.run(ceil_div(p.width, isa_.width),
+              [&](int64_t begin, int64_t end) { isa_.transpose(p, begin, end); });
+  }
+
+  // Packs the chunk's rows and multiplies by them.
+  void product(PackRowsParams rows, WeightGradParams p) const {
+    rows.packed.depth = rows.chunk.rows;
+    work_.run(panel_count(rows.packed, isa_.width),
               [&](int64_t begin, int64_t end) { isa_.pack_rows(rows, begin, end); });
-    const int64_t grad_rows = sizes_.gates * call_.shape.hidden;
-    const WeightGradParams p{transposed, stride_, grad_rows, packed, grad, rotate, accumulate};
-    work_.run(ceil_div(grad_rows, isa_.grad_rows),
+    p.packed = rows.packed;
+    work_.run(ceil_div(p.rows, isa_.grad_rows),
               [&](int64_t begin, int64_t end) { isa_.weight_grad(p, begin, end); });
   }
 
@@ -299,11 +339,13 @@ class Products {
   int64_t input_side_ = 0;  // first column of grad_gates that faces W_ih
   int64_t rotate_ = 0;      // from the order of grad_gates' hidden side to that of W_hh
   int64_t stride_ = 0;
-  float* transposed_ = nullptr;  // [Q*H, stride]
-  float* sums_[2] = {};          // [Q*H]
+  float* transposed_ = nullptr;     // [Q*H, stride]
+  float* sums_[2] = {};             // [Q*H]
+  float* unwanted_sums_ = nullptr;  // [P]
   PackedMatrix w_ih_[2] = {};
   PackedMatrix x_ = {};
   PackedMatrix states_ = {};
+  PackedMatrix unprojected_ = {};
 };
 
 }  // namespace
@@ -317,10 +359,14 @@ void layer_backward(const Kernels& isa, const BackwardCall& call, const Threads&
   int64_t most_rows = 0;
   for (const Chunk& chunk : chunks) most_rows = std::max(most_rows, chunk.rows);
   Products products(work, isa, call, most_rows);
-  BackwardParams p{call, {}, {}, {}, {}};
+  BackwardParams p{call, {}, {}, {}, {}, {}, {}};
   for (int64_t d = 0; d < s.directions; d++) {
-    p.w_hh[d] = work.pack_columns(call.weights[d].w_hh, sizes.gates * s.hidden, s.hidden,
+    p.w_hh[d] = work.pack_columns(call.weights[d].w_hh, sizes.gates * s.hidden, s.output,
                                   products.rotate(), true);
+    if (projected(s)) {
+      p.w_hr[d] = work.pack_columns(call.weights[d].w_hr, s.output, s.hidden, 0, true);
+      p.grad_h[d] = work.workspace().take(most_rows * s.output);
+    }
     p.grad_gates[d] = work.workspace().take(most_rows * width);
     p.carried[d] = work.workspace().take(s.rows.batch * width);
   }
@@ -329,13 +375,14 @@ void layer_backward(const Kernels& isa, const BackwardCall& call, const Threads&
     const int64_t at[] = {rounds - 1 - round, round};  // the directions come from opposite ends
     for (int64_t d = 0; d < s.directions; d++) p.chunk[d] = chunks[static_cast<size_t>(at[d])];
     work.for_each_share(
-        p.w_hh[0], [&](const Share& share, Meeting* meeting) { isa.backward(p, share, meeting); });
+        projected(s) ? p.w_hr[0] : p.w_hh[0],
+        [&](const Share& share, Meeting* meeting) { isa.backward(p, share, meeting); });
     for (int64_t d = 0; d < s.directions; d++) {
       // The direction that comes to a chunk second adds to what the first has left in grad_x.
       const bool second =
           s.directions == 2 && (d == 0 ? 2 * round >= rounds : 2 * round + 1 >= rounds);
       products.grad_x(d, p.chunk[d], p.grad_gates[d], second);
-      products.grad_weights(d, p.chunk[d], p.grad_gates[d], round > 0);
+      products.grad_weights(d, p.chunk[d], p.grad_gates[d], p.grad_h[d], round > 0);
     }
   }
   for (int64_t d = 0; d < s.directions; d++) products.grad_biases(d);

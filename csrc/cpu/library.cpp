@@ -95,10 +95,12 @@ CellKind cell_kind(int64_t index) {
   return static_cast<CellKind>(index);
 }
 
-// Sizes of a call, from arguments that other checks will confirm.
-LayerShape layer_shape(int64_t cell, const Tensor& x, const Tensor& h0) {
+// Sizes of a call, from arguments that other checks will confirm. An LSTM whose c is wider than h
+// is projected.
+LayerShape layer_shape(int64_t cell, const Tensor& x, const Tensor& h0,
+                       const std::optional<Tensor>& c0) {
   STD_TORCH_CHECK(x.dim() == 2, "x: expected [N, I], got shape ", shape_text(x.sizes()));
-  STD_TORCH_CHECK(h0.dim() == 3, "h0: expected [D, B, H], got shape ", shape_text(h0.sizes()));
+  STD_TORCH_CHECK(h0.dim() == 3, "h0: expected [D, B, P], got shape ", shape_text(h0.sizes()));
   STD_TORCH_CHECK(h0.size(0) == 1 || h0.size(0) == 2, "h0: expected 1 or 2 directions, got ",
                   h0.size(0));
   STD_TORCH_CHECK(h0.size(2) > 0, "h0: expected at least one hidden unit, got shape ",
@@ -107,7 +109,16 @@ LayerShape layer_shape(int64_t cell, const Tensor& x, const Tensor& h0) {
   s.cell = cell_kind(cell);
   s.directions = h0.size(0);
   s.input = x.size(1);
-  s.hidden = h0.size(2);
+  s.output = h0.size(2);
+  s.hidden = s.output;
+  STD_TORCH_CHECK(c0.has_value() == cell_sizes(s.cell).has_c, "c0: expected ",
+                  c0 ? "None for this cell" : "a tensor for lstm");
+  if (c0) {
+    STD_TORCH_CHECK(c0->dim() == 3 && c0->size(2) >= s.output,
+                    "c0: expected [D, B, H] with H >= ", s.output, ", the width of h0, got shape ",
+                    shape_text(c0->sizes()));
+    s.hidden = c0->size(2);
+  }
   s.count = x.size(0);
   s.rows.batch = h0.size(1);
   return s;
@@ -144,21 +155,29 @@ RowLayout row_layout(const LayerShape& s, const std::optional<Tensor>& batch_siz
   return {timesteps, batch, at, offsets.data()};
 }
 
-// Calls function(direction, number of the tensor within it, shape it must have) for a flat list of
-// w_ih, w_hh[, b_ih, b_hh] per direction.
+// The place of w_hr among the fields of Weights.
+constexpr size_t kProjection = 4;
+
+// Calls function(number in the list, direction, field of Weights, shape it must have) for a flat
+// list of w_ih, w_hh[, b_ih, b_hh][, w_hr] per direction.
 template <class F>
 void for_each_weight(const LayerShape& s, size_t given, const char* name, const F& function) {
   const auto directions = static_cast<size_t>(s.directions);
-  STD_TORCH_CHECK(given == 2 * directions || given == 4 * directions, name,
-                  ": expected 2 tensors, or 4 with biases, for each of ", s.directions,
-                  " directions, got ", given);
+  const size_t least = projected(s) ? 3 : 2;
+  STD_TORCH_CHECK(given == least * directions || given == (least + 2) * directions, name,
+                  ": expected ", least, " tensors, or ", least + 2, " with biases, for each of ",
+                  s.directions, " directions, got ", given);
   const int64_t rows = cell_sizes(s.cell).gates * s.hidden;
   const size_t per_direction = given / directions;
   for (size_t i = 0; i < given; i++) {
-    const size_t which = i % per_direction;
-    const std::initializer_list<int64_t> matrix = {rows, which == 0 ? s.input : s.hidden};
-    const std::initializer_list<int64_t> vector = {rows};
-    function(i, i / per_direction, which, which < 2 ? matrix : vector);
+    const size_t d = i / per_direction, which = i % per_direction;
+    if (projected(s) && which == per_direction - 1) {
+      function(i, d, kProjection, {s.output, s.hidden});
+    } else if (which < 2) {
+      function(i, d, which, {rows, which == 0 ? s.input : s.output});
+    } else {
+      function(i, d, which, {rows});
+    }
   }
 }
 
@@ -166,8 +185,8 @@ void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors, Weigh
   for_each_weight(s, tensors.size(), "weights",
                   [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
                     const float* data = input(tensors[i], "weights", shape);
-                    const float** fields[] = {&weights[d].w_ih, &weights[d].w_hh, &weights[d].b_ih,
-                                              &weights[d].b_hh};
+                    Weights& w = weights[d];
+                    const float** fields[] = {&w.w_ih, &w.w_hh, &w.b_ih, &w.b_hh, &w.w_hr};
                     *fields[which] = data;
                   });
 }
@@ -176,8 +195,8 @@ void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors, Weigh
 void read_grads(const LayerShape& s, const std::vector<Tensor>& tensors, WeightGrads grads[2]) {
   for_each_weight(s, tensors.size(), "grad_weights",
                   [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
-                    float** fields[] = {&grads[d].w_ih, &grads[d].w_hh, &grads[d].b_ih,
-                                        &grads[d].b_hh};
+                    WeightGrads& g = grads[d];
+                    float** fields[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr};
                     const bool wanted = tensors[i].dim() == static_cast<int64_t>(shape.size());
                     *fields[which] = wanted ? output(tensors[i], "grad_weights", shape) : nullptr;
                   });
@@ -198,16 +217,14 @@ void forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights, cons
   std::vector<int64_t> offsets;
   ForwardCall call{};
   LayerShape& s = call.shape;
-  s = layer_shape(cell, x, h0);
+  s = layer_shape(cell, x, h0, c0);
   s.rows = row_layout(s, batch_sizes, offsets);
   const CellSizes sizes = cell_sizes(s.cell);
   read_weights(s, weights, call.weights);
   call.x = input(x, "x", {s.count, s.input});
-  call.h0 = input(h0, "h0", {s.directions, s.rows.batch, s.hidden});
-  call.y = output(y, "y", {s.count, s.directions * s.hidden});
-  call.h_n = output(h_n, "h_n", {s.directions, s.rows.batch, s.hidden});
-  STD_TORCH_CHECK(c0.has_value() == sizes.has_c, "c0: expected ",
-                  sizes.has_c ? "a tensor for lstm" : "None for this cell");
+  call.h0 = input(h0, "h0", {s.directions, s.rows.batch, s.output});
+  call.y = output(y, "y", {s.count, s.directions * s.output});
+  call.h_n = output(h_n, "h_n", {s.directions, s.rows.batch, s.output});
   if (sizes.has_c) {
     call.c0 = input(c0, "c0", {s.directions, s.rows.batch, s.hidden});
     call.c_n = output(c_n, "c_n", {s.directions, s.rows.batch, s.hidden});
@@ -228,21 +245,19 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
   std::vector<int64_t> offsets;
   BackwardCall call{};
   LayerShape& s = call.shape;
-  s = layer_shape(cell, x, h0);
+  s = layer_shape(cell, x, h0, c0);
   s.rows = row_layout(s, batch_sizes, offsets);
   const CellSizes sizes = cell_sizes(s.cell);
   read_weights(s, weights, call.weights);
-  call.grad_y = input(grad_y, "grad_y", {s.count, s.directions * s.hidden});
-  call.grad_h_n = input(grad_h_n, "grad_h_n", {s.directions, s.rows.batch, s.hidden});
+  call.grad_y = input(grad_y, "grad_y", {s.count, s.directions * s.output});
+  call.grad_h_n = input(grad_h_n, "grad_h_n", {s.directions, s.rows.batch, s.output});
   call.x = input(x, "x", {s.count, s.input});
-  call.h0 = input(h0, "h0", {s.directions, s.rows.batch, s.hidden});
-  call.y = input(y, "y", {s.count, s.directions * s.hidden});
+  call.h0 = input(h0, "h0", {s.directions, s.rows.batch, s.output});
+  call.y = input(y, "y", {s.count, s.directions * s.output});
   if (sizes.saved_gates > 0) {
     call.gates = input(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
   }
-  call.grad_h0 = output(grad_h0, "grad_h0", {s.directions, s.rows.batch, s.hidden});
-  STD_TORCH_CHECK(c0.has_value() == sizes.has_c, "c0: expected ",
-                  sizes.has_c ? "a tensor for lstm" : "None for this cell");
+  call.grad_h0 = output(grad_h0, "grad_h0", {s.directions, s.rows.batch, s.output});
   if (sizes.has_c) {
     call.grad_c_n = input(grad_c_n, "grad_c_n", {s.directions, s.rows.batch, s.hidden});
     call.c0 = input(c0, "c0", {s.directions, s.rows.batch, s.hidden});
@@ -258,9 +273,9 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
 }  // namespace fused_rnn
 
 // The shapes of all arguments are in kernels.h, ForwardCall and BackwardCall; `weights` is the flat
-// list w_ih, w_hh[, b_ih, b_hh] of each direction. Outputs are written in place. Zero columns in
-// `gates` mean that nothing is saved; a gradient that is not wanted comes as an empty 0-d or 3-d
-// tensor.
+// list w_ih, w_hh[, b_ih, b_hh][, w_hr] of each direction. Outputs are written in place. Zero
+// columns in `gates` mean that nothing is saved; a gradient that is not wanted comes as an empty
+// 0-d or 3-d tensor.
 STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
   m.def(
       "layer_forward(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0, "

@@ -64,28 +64,51 @@ static void pack_columns(const PackColumnsParams& p, int64_t begin, int64_t end)
   }
 }
 
+// The same with o * tanh(c) of a projected LSTM, computed anew from what is saved.
+FUSED_RNN_INLINE float* pack_unprojected_row(const BackwardCall& call, int64_t row,
+                                             const Panel& panel, float* to) {
+  const int64_t hidden = call.shape.hidden;
+  const float* o = call.gates + (row * LstmCell<Math>::kSavedGates + 3) * hidden;
+  const float* c = call.cells + row * hidden;
+  for (int v = 0; v < panel.vectors; v++) {
+    const int64_t unit = panel.column + v * kWidth;
+    const int valid = valid_lanes(unit, hidden);
+    store(to, load(o + unit, valid) * Math::tanh(load(c + unit, valid)));
+    to += kWidth;
+  }
+  return to;
+}
+
 static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
-  const LayerShape& shape = *p.shape;
-  const int64_t d = p.direction, width = shape.directions * shape.hidden;
-  const float* y = p.y + d * shape.hidden;
-  const float* h0 = p.h0 + d * shape.rows.batch * shape.hidden;
+  const BackwardCall& call = *p.call;
+  const LayerShape& shape = call.shape;
+  const int64_t d = p.direction, output = shape.output, width = shape.directions * output;
+  const float* y = call.y + d * output;
+  const float* h0 = call.h0 + d * shape.rows.batch * output;
+  const int64_t row_end = p.chunk.first_row + p.chunk.rows;
   const Share all{d, 0, 1, shape.rows.batch, 0, 0};
   for (int64_t index = begin; index < end; index++) {
     const Panel panel(p.packed, index, 1);
     float* to = const_cast<float*>(panel.data);
-    if (p.x) {
-      for (int64_t row = p.chunk.first_row; row < p.chunk.first_row + p.chunk.rows; row++) {
-        to = pack_row(p.x + row * shape.input, panel, shape.input, to);
+    if (p.source == RowSource::x) {
+      for (int64_t row = p.chunk.first_row; row < row_end; row++) {
+        to = pack_row(call.x + row * shape.input, panel, shape.input, to);
+      }
+      continue;
+    }
+    if (p.source == RowSource::unprojected) {
+      for (int64_t row = p.chunk.first_row; row < row_end; row++) {
+        to = pack_unprojected_row(call, d * shape.count + row, panel, to);
       }
       continue;
     }
     for (int64_t t = p.chunk.begin; t < p.chunk.end; t++) {
       const Step step(shape.rows, all, d == 1 ? shape.rows.timesteps - 1 - t : t);
       for (int64_t i = 0; i < step.from_previous; i++) {
-        to = pack_row(y + (offset(shape.rows, step.previous) + i) * width, panel, shape.hidden, to);
+        to = pack_row(y + (offset(shape.rows, step.previous) + i) * width, panel, output, to);
       }
       for (int64_t i = step.from_previous; i < step.rows; i++) {
-        to = pack_row(h0 + i * shape.hidden, panel, shape.hidden, to);
+        to = pack_row(h0 + i * output, panel, output, to);
       }
     }
   }

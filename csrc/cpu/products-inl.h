@@ -33,7 +33,7 @@ static void transpose_grads(const TransposeParams& p, int64_t begin, int64_t end
       Vector block[kWidth], sum{};
       FUSED_RNN_UNROLL
       for (int i = 0; i < kWidth; i++) {
-        block[i] = i < rows ? load(p.grad_gates + (row + i) * p.width + column, valid) : Vector{};
+        block[i] = i < rows ? load(p.grads + (row + i) * p.width + column, valid) : Vector{};
         sum += block[i];
       }
       store(p.sums + column, load(p.sums + column, valid) + sum, valid);

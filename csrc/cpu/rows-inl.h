@@ -57,7 +57,7 @@ FUSED_RNN_INLINE RowsOf<T> rows_of_or_null(T* array, int64_t row, int64_t width,
   return array ? rows_of(array, row, width, share) : RowsOf<T>{nullptr, 0};
 }
 
-// The hidden units of a share.
+// The columns of a matrix, hidden units or elements of h, that belong to a share.
 struct Units {
   int64_t begin, end;
 
@@ -69,6 +69,17 @@ struct Units {
 // Those units of a row; a null source is a row of zeros.
 FUSED_RNN_INLINE void copy_row(const float* from, float* to, const Units& units) {
   for (int64_t i = units.begin; i < units.end; i++) to[i] = from ? from[i] : 0.0f;
+}
+
+// The share's part of a matrix other than the one with panels of hidden units: of as many of its
+// panels, in proportion. Together the shares have all of them, but one may have none.
+FUSED_RNN_INLINE Share share_of(const PackedMatrix& m, const Share& share,
+                                const PackedMatrix& units) {
+  const int64_t panels = panel_count(m, kWidth), all = panel_count(units, kWidth);
+  Share part = share;
+  part.panel_begin = panels * share.panel_begin / all;
+  part.panel_end = panels * share.panel_end / all;
+  return part;
 }
 
 // Odd steps take the panels backwards: the last ones are still in the cache. Measured on a

@@ -21,8 +21,6 @@ class CpuBackend(Backend):
             return f"needs dtype torch.float32, got {problem.dtype}"
         if problem.hidden_size == 0:
             return "needs at least one hidden unit, got hidden_size=0"
-        if problem.proj_size:
-            return f"has no projection, got proj_size={problem.proj_size}"
         return cpu_library_error()
 
     def describe(self, problem: Problem) -> str:
@@ -38,11 +36,11 @@ class CpuBackend(Backend):
         rows: Rows,
         save: bool,
     ) -> LayerOutput:
-        cell, hidden, count = problem.cell, problem.hidden_size, x.shape[0]
-        directions, batch = problem.directions, problem.batch_size
+        cell, hidden, output = problem.cell, problem.hidden_size, problem.output_size
+        directions, batch, count = problem.directions, problem.batch_size, x.shape[0]
         out = LayerOutput(
-            y=x.new_empty((count, directions * hidden)),
-            h_n=x.new_empty((directions, batch, hidden)),
+            y=x.new_empty((count, directions * output)),
+            h_n=x.new_empty((directions, batch, output)),
             c_n=x.new_empty((directions, batch, hidden * cell.has_c)),
             gates=x.new_empty((directions, count, hidden * cell.saved_gates * save)),
             cells=x.new_empty((directions, count, hidden * (cell.has_c and save))),
@@ -75,7 +73,7 @@ class CpuBackend(Backend):
         unwanted = x.new_empty(())
         grad_x = x.new_empty(x.shape) if needs.x else unwanted
         grad_h0 = h0.new_empty(h0.shape)
-        grad_c0 = h0.new_empty(h0.shape) if cell.has_c else unwanted
+        grad_c0 = c0.new_empty(c0.shape) if cell.has_c else unwanted
         grad_weights = [
             w.new_empty(w.shape) if need else unwanted
             for w, need in zip(flat, needs.weights, strict=True)
