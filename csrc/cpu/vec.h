@@ -1,7 +1,7 @@
 // A vector of floats through the compiler's vector extensions, and the functions cells need.
 //
 // Included once per instruction set, inside that set's namespace, with FUSED_RNN_VECTOR_WIDTH
-// defined. Intrinsics only for masked loads and stores: the same text
+// defined. Intrinsics only where the compiler does not find the instruction by itself: the rest
 // serves x86, ARM and whatever else.
 
 typedef float Vector __attribute__((vector_size(FUSED_RNN_VECTOR_WIDTH * 4)));
@@ -130,10 +130,18 @@ FUSED_RNN_INLINE void split_exp(Vector x, Vector& scale, Vector& fraction) {
   fraction = r * r * q + r;
 }
 
-// Comparisons with NaN are false, so NaN passes through.
+// x between two bounds; a NaN stays one.
 FUSED_RNN_INLINE Vector clamp(Vector x, float low, float high) {
+#if FUSED_RNN_VECTOR_WIDTH == 16
+  // Of these instructions' operands, the second is the result where either is NaN.
+  return (Vector)_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)x));
+#elif FUSED_RNN_VECTOR_WIDTH == 8
+  return (Vector)_mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), (__m256)x));
+#else
+  // Comparisons with NaN are false.
   x = x < broadcast(low) ? broadcast(low) : x;
   return x > broadcast(high) ? broadcast(high) : x;
+#endif
 }
 
 // What csrc/cells.h asks for. Both functions stay within 2.5 ulp where FMA exists.
