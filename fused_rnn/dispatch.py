@@ -74,6 +74,11 @@ def requested() -> str:
     return _check_name(os.environ.get("FUSED_RNN_BACKEND", ""), "FUSED_RNN_BACKEND")
 
 
+def is_redirected(name: str) -> bool:
+    """Whether a `with` block asks for another backend than `name`, or for a record of choices."""
+    return _recorder.get() is not None or _forced.get() not in ("", "auto", name)
+
+
 def reasons(problem: Problem) -> list[tuple[str, str | None]]:
     """Every backend in order of preference, with why it cannot take the problem (None: it can)."""
     return [(b.name, b.unsupported(problem)) for b in BACKENDS.values()]

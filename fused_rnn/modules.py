@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, functional
+from . import checks, direct, functional
 from .cells import CELLS, Cell
 
 
@@ -27,6 +27,8 @@ class _RecurrentLayers(torch.nn.RNNBase):
         """Does nothing: weights are read where they lie. Here because torch.nn has it."""
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None):
+        if (result := direct.layers(self, input, hx)) is not None:
+            return result
         cell = CELLS[self.mode.lower()]
         checks.layer_input(input, self._get_name())
         if isinstance(input, PackedSequence):
@@ -245,6 +247,8 @@ class _RecurrentCell(torch.nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None):
         cell = self._cell()
+        if (result := direct.step(self, cell, input, hx)) is not None:
+            return result
         states = checks.cell_arguments(
             self._get_name(), cell, input, hx, self.weight_ih, self.hidden_size
         )

@@ -25,7 +25,7 @@ LAYERS = [
     {"problem", "checks"},
     {"backends"},
     {"dispatch"},
-    {"ops"},
+    {"ops", "direct"},
     {"functional"},
     {"modules"},
     {"convert", "explain", "testing"},

@@ -9,8 +9,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "features.h"
@@ -37,20 +39,18 @@ const Kernels& kernels() {
   };
   const char* wanted = std::getenv("FUSED_RNN_CPU_CAPABILITY");
   const bool automatic = wanted == nullptr || *wanted == '\0';
-  const Kernels* chosen = nullptr;
   std::string known;
   for (const Candidate& candidate : candidates) {
     const char* name = candidate.kernels->name;
-    known += (known.empty() ? "" : ", ") + std::string(name);
-    if (automatic ? chosen == nullptr && candidate.runs : std::strcmp(wanted, name) == 0) {
+    if (automatic ? candidate.runs : std::strcmp(wanted, name) == 0) {
       STD_TORCH_CHECK(candidate.runs, "FUSED_RNN_CPU_CAPABILITY=", name,
                       ": this CPU does not have it");
-      chosen = candidate.kernels;
+      return *candidate.kernels;
     }
+    known += (known.empty() ? "" : ", ") + std::string(name);
   }
-  STD_TORCH_CHECK(chosen != nullptr, "FUSED_RNN_CPU_CAPABILITY: expected one of ", known, "; got '",
-                  automatic ? "" : wanted, "'");
-  return *chosen;
+  STD_TORCH_CHECK(false, "FUSED_RNN_CPU_CAPABILITY: expected one of ", known, "; got '", wanted,
+                  "'");
 }
 
 std::string capability() { return kernels().name; }
@@ -181,13 +181,16 @@ void for_each_weight(const LayerShape& s, size_t given, const char* name, const 
   }
 }
 
+void set_weight(Weights& w, size_t which, const Tensor& tensor) {
+  const float** fields[] = {&w.w_ih, &w.w_hh, &w.b_ih, &w.b_hh, &w.w_hr};
+  *fields[which] = tensor.const_data_ptr<float>();
+}
+
 void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors, Weights weights[2]) {
   for_each_weight(s, tensors.size(), "weights",
                   [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
-                    const float* data = input(tensors[i], "weights", shape);
-                    Weights& w = weights[d];
-                    const float** fields[] = {&w.w_ih, &w.w_hh, &w.b_ih, &w.b_hh, &w.w_hr};
-                    *fields[which] = data;
+                    check(tensors[i], "weights", shape);
+                    set_weight(weights[d], which, tensors[i]);
                   });
 }
 
@@ -269,6 +272,182 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
   layer_backward(kernels(), call, torch_threads());
 }
 
+// Inference on the CPU in one call, for what needs neither a choice nor an error message: every
+// call that is not plain gets no outputs, and Python takes the general way (fused_rnn/direct.py).
+
+using Outputs = std::vector<Tensor>;
+using Shape = std::initializer_list<int64_t>;
+
+// Not scalar_type() and layout(), which throw for kinds they do not know.
+bool is_plain(const Tensor& tensor) {
+  int32_t dtype = 0, layout = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  return dtype == aoti_torch_dtype_float32() && layout == aoti_torch_layout_strided() &&
+         tensor.is_cpu() && tensor.is_contiguous();
+}
+
+bool is_plain(const Tensor& tensor, Shape shape) {
+  if (!is_plain(tensor)) return false;
+  const auto sizes = tensor.sizes();
+  return sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
+}
+
+bool cpu_is_welcome() {
+  const char* name = std::getenv("FUSED_RNN_BACKEND");
+  return name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0 ||
+         std::strcmp(name, "cpu") == 0;
+}
+
+// Of the first layer, padded, from arguments that other checks will confirm.
+LayerShape stack_shape(int64_t cell, int64_t directions, int64_t timesteps, int64_t batch,
+                       int64_t input, const std::vector<Tensor>& weights) {
+  LayerShape s{};
+  s.cell = cell_kind(cell);
+  s.directions = directions;
+  s.input = input;
+  s.count = timesteps * batch;
+  s.rows = {timesteps, batch, nullptr, nullptr};
+  if (weights.size() >= 2 && weights[1].dim() == 2) {
+    s.hidden = weights[1].size(0) / cell_sizes(s.cell).gates;
+    s.output = weights[1].size(1);
+  }
+  return s;
+}
+
+// A call per layer with its shape and weights, or none where these do not fit.
+std::vector<ForwardCall> stack_calls(const LayerShape& first, int64_t layers,
+                                     const std::vector<Tensor>& weights) {
+  const bool is_projected = projected(first);
+  if (first.count < 1 || first.input < 1 || first.output < 1 || first.output > first.hidden ||
+      (is_projected && !cell_sizes(first.cell).has_c)) {
+    return {};
+  }
+  const size_t parts = static_cast<size_t>(layers * first.directions), least = is_projected ? 3 : 2;
+  if (weights.size() != least * parts && weights.size() != (least + 2) * parts) return {};
+  const size_t per_layer = weights.size() / static_cast<size_t>(layers);
+  std::vector<ForwardCall> calls(static_cast<size_t>(layers));
+  bool fit = true;
+  for (size_t layer = 0; layer < calls.size(); layer++) {
+    ForwardCall& call = calls[layer];
+    call.shape = first;
+    if (layer > 0) call.shape.input = first.directions * first.output;
+    const Tensor* tensors = &weights[layer * per_layer];
+    for_each_weight(call.shape, per_layer, "weights",
+                    [&](size_t i, size_t d, size_t which, Shape shape) {
+                      fit = fit && is_plain(tensors[i], shape);
+                      if (fit) set_weight(call.weights[d], which, tensors[i]);
+                    });
+  }
+  if (!fit) calls.clear();
+  return calls;
+}
+
+// torch.empty past the dispatcher, which has nothing to choose here.
+Tensor empty(Shape shape) {
+  int64_t strides[3] = {1, 1, 1};
+  for (size_t i = shape.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * shape.begin()[i];
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.begin(), strides, aoti_torch_dtype_float32(),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+using Memory = std::unique_ptr<float[]>;
+
+Memory memory(int64_t count) { return Memory(new float[static_cast<size_t>(count)]); }
+
+// h0, c0, h_n and c_n as in kernels.h, one layer after the other. Initial states that are null
+// stand for zeros; y may be null.
+void run_stack(std::vector<ForwardCall>& calls, const float* x, const float* h0, const float* c0,
+               float* y, float* h_n, float* c_n) {
+  const LayerShape& first = calls[0].shape;
+  const int64_t rows = first.directions * first.rows.batch;
+  const int64_t h_size = rows * first.output, c_size = rows * first.hidden;  // of a layer
+  Memory zeros;
+  if (h0 == nullptr) {
+    zeros = memory(c_size);
+    std::fill_n(zeros.get(), c_size, 0.0f);
+  }
+  const Kernels& isa = kernels();
+  const Threads threads = torch_threads();
+  Memory input;  // keeps a layer's output until the next has read it
+  for (size_t i = 0; i < calls.size(); i++) {
+    const auto layer = static_cast<int64_t>(i);
+    ForwardCall& call = calls[i];
+    Memory output;
+    call.x = i == 0 ? x : input.get();
+    call.y = y;
+    if (y == nullptr || i + 1 < calls.size()) {
+      output = memory(first.count * first.directions * first.output);
+      call.y = output.get();
+    }
+    call.h0 = h0 ? h0 + layer * h_size : zeros.get();
+    call.h_n = h_n + layer * h_size;
+    if (c_n) {
+      call.c0 = c0 ? c0 + layer * c_size : zeros.get();
+      call.c_n = c_n + layer * c_size;
+    }
+    layer_forward(isa, call, threads);
+    input = std::move(output);
+  }
+}
+
+// y, where y_shape is not empty, h_n and, where the cell has it, c_n; or nothing.
+Outputs infer(const LayerShape& first, int64_t layers, const Tensor& x,
+              const std::vector<Tensor>& weights, const std::optional<Tensor>& h0,
+              const std::optional<Tensor>& c0, Shape y_shape, Shape h_shape, Shape c_shape) {
+  const bool has_c = cell_sizes(first.cell).has_c;
+  const bool states_fit = (!h0 || is_plain(*h0, h_shape)) && (!c0 || is_plain(*c0, c_shape)) &&
+                          c0.has_value() == (has_c && h0.has_value());
+  if (!states_fit) return {};
+  std::vector<ForwardCall> calls = stack_calls(first, layers, weights);
+  if (calls.empty()) return {};
+  Outputs outputs;
+  outputs.reserve(3);
+  float* data[3] = {};
+  const Shape shapes[] = {y_shape, h_shape, has_c ? c_shape : Shape{}};
+  for (size_t i = 0; i < 3; i++) {
+    if (shapes[i].size() == 0) continue;
+    outputs.push_back(empty(shapes[i]));
+    data[i] = outputs.back().mutable_data_ptr<float>();
+  }
+  run_stack(calls, x.const_data_ptr<float>(), h0 ? h0->const_data_ptr<float>() : nullptr,
+            c0 ? c0->const_data_ptr<float>() : nullptr, data[0], data[1], data[2]);
+  return outputs;
+}
+
+Outputs infer_layers_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights,
+                        std::optional<Tensor> h0, std::optional<Tensor> c0, int64_t layers,
+                        int64_t directions, bool time_first) {
+  if (!cpu_is_welcome() || !is_plain(x) || x.dim() < 2 || x.dim() > 3) return {};
+  if (layers < 1 || directions < 1 || directions > 2) return {};
+  const bool batched = x.dim() == 3;
+  const int64_t timesteps = x.size(batched && !time_first ? 1 : 0);
+  const int64_t batch = batched ? x.size(time_first ? 1 : 0) : 1;
+  // Rows must lie in the order of time.
+  if (!time_first && timesteps > 1 && batch > 1) return {};
+  const LayerShape s =
+      stack_shape(cell, directions, timesteps, batch, x.size(x.dim() - 1), weights);
+  const int64_t parts = layers * directions, width = directions * s.output;
+  return batched ? infer(s, layers, x, weights, h0, c0, {x.size(0), x.size(1), width},
+                         {parts, batch, s.output}, {parts, batch, s.hidden})
+                 : infer(s, layers, x, weights, h0, c0, {timesteps, width}, {parts, s.output},
+                         {parts, s.hidden});
+}
+
+Outputs infer_cell_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights,
+                      std::optional<Tensor> h0, std::optional<Tensor> c0, int64_t hidden_size) {
+  if (!cpu_is_welcome() || !is_plain(x) || x.dim() < 1 || x.dim() > 2) return {};
+  const bool batched = x.dim() == 2;
+  const int64_t batch = batched ? x.size(0) : 1;
+  const LayerShape s = stack_shape(cell, 1, 1, batch, x.size(x.dim() - 1), weights);
+  if (s.output != hidden_size || projected(s)) return {};
+  return batched ? infer(s, 1, x, weights, h0, c0, {}, {batch, s.output}, {batch, s.hidden})
+                 : infer(s, 1, x, weights, h0, c0, {}, {s.output}, {s.hidden});
+}
+
 }  // namespace
 }  // namespace fused_rnn
 
@@ -276,6 +455,8 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
 // list w_ih, w_hh[, b_ih, b_hh][, w_hr] of each direction. Outputs are written in place. Zero
 // columns in `gates` mean that nothing is saved; a gradient that is not wanted comes as an empty
 // 0-d or 3-d tensor.
+// The operators of inference take x and states as torch.nn's modules do and return y, h_n and c_n,
+// those that the module has; or nothing, when the call is not for them.
 STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
   m.def(
       "layer_forward(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0, "
@@ -286,6 +467,12 @@ STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
       "Tensor[] weights, Tensor h0, Tensor? c0, Tensor? batch_sizes, Tensor y, Tensor gates, "
       "Tensor cells, Tensor(a!) grad_x, Tensor(b!) grad_h0, Tensor(c!) grad_c0, "
       "Tensor(d!)[] grad_weights) -> ()");
+  m.def(
+      "infer_layers(int cell, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, int layers, "
+      "int directions, bool time_first) -> Tensor[]");
+  m.def(
+      "infer_cell(int cell, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, int hidden_size) "
+      "-> Tensor[]");
   m.def("capability() -> str");
 }
 
@@ -294,6 +481,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CPU, m) {
   m.impl("layer_backward", TORCH_BOX(&fused_rnn::backward_op));
 }
 
+// For tensors of every kind, most of which the operators of inference then decline.
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CompositeExplicitAutograd, m) {
+  m.impl("infer_layers", TORCH_BOX(&fused_rnn::infer_layers_op));
+  m.impl("infer_cell", TORCH_BOX(&fused_rnn::infer_cell_op));
   m.impl("capability", TORCH_BOX(&fused_rnn::capability));
 }
