@@ -75,6 +75,21 @@ FUSED_RNN_INLINE void store(float* p, Vector v, int valid) {
   }
 }
 
+// The lanes of a and b in turns: a0 b0 a1 b1 ..., the first half and the second.
+FUSED_RNN_INLINE void interleave(Vector a, Vector b, Vector& low, Vector& high) {
+#if FUSED_RNN_VECTOR_WIDTH == 16
+  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  high =
+      __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif FUSED_RNN_VECTOR_WIDTH == 8
+  low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
 // rows[i][j] <-> rows[j][i], by log2(kWidth) perfect shuffles of the whole block.
 FUSED_RNN_INLINE void transpose(Vector (&rows)[kWidth]) {
   FUSED_RNN_UNROLL
@@ -82,34 +97,28 @@ FUSED_RNN_INLINE void transpose(Vector (&rows)[kWidth]) {
     Vector shuffled[kWidth];
     FUSED_RNN_UNROLL
     for (int i = 0; i < kWidth / 2; i++) {
-      const Vector a = rows[i], b = rows[i + kWidth / 2];
-#if FUSED_RNN_VECTOR_WIDTH == 16
-      shuffled[2 * i] =
-          __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      shuffled[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
-                                                    29, 14, 30, 15, 31);
-#elif FUSED_RNN_VECTOR_WIDTH == 8
-      shuffled[2 * i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-      shuffled[2 * i + 1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-      shuffled[2 * i] = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-      shuffled[2 * i + 1] = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-#endif
+      interleave(rows[i], rows[i + kWidth / 2], shuffled[2 * i], shuffled[2 * i + 1]);
     }
     FUSED_RNN_UNROLL
     for (int i = 0; i < kWidth; i++) rows[i] = shuffled[i];
   }
 }
 
-// The sum of each row's lanes, in the lane of the row's number: one round of adding per halving.
+// The sum of each row's lanes, in the lane of the row's number: the same shuffles, adding on the
+// way, so that each round has half as many rows as the one before.
+template <int HALF = kWidth / 2>
 FUSED_RNN_INLINE Vector sum_rows(Vector (&rows)[kWidth]) {
-  transpose(rows);
   FUSED_RNN_UNROLL
-  for (int half = kWidth / 2; half > 0; half /= 2) {
-    FUSED_RNN_UNROLL
-    for (int i = 0; i < half; i++) rows[i] += rows[i + half];
+  for (int i = 0; i < HALF; i++) {
+    Vector low, high;
+    interleave(rows[i], rows[i + HALF], low, high);
+    rows[i] = low + high;
   }
-  return rows[0];
+  if constexpr (HALF > 1) {
+    return sum_rows<HALF / 2>(rows);
+  } else {
+    return rows[0];
+  }
 }
 
 // exp(x) = scale * (1 + fraction) with scale a power of two and |fraction| < 0.42; Cephes'
