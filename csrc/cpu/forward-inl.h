@@ -7,9 +7,10 @@ struct InputRows {
   RowsOf<float> gx;       // [G*H]
 };
 
+// Inlined, with `project`, into every scan: 2.5% of an LSTM's inference at (T, B, H) = (32, 8, 64).
 template <int GATES>
-static void project_panel(const InputRows& r, int64_t count, const Panel& panel,
-                          const PackedMatrix& w_ih, const float* bias) {
+FUSED_RNN_INLINE void project_panel(const InputRows& r, int64_t count, const Panel& panel,
+                                    const PackedMatrix& w_ih, const float* bias) {
   const int64_t hidden = w_ih.columns;
   const int columns = GATES * panel.vectors;
   for_each_tile(0, count, columns, [&](int64_t first, int rows) {
@@ -130,8 +131,8 @@ static int64_t span_end(const RowLayout& layout, bool reverse, int64_t index, in
 }
 
 template <class Cell>
-static void project(const ForwardParams& p, const Share& share, const Span& span, float* gx,
-                    int64_t gx_stride) {
+FUSED_RNN_INLINE void project(const ForwardParams& p, const Share& share, const Span& span,
+                              float* gx, int64_t gx_stride) {
   const int64_t d = share.direction, input = p.shape.input;
   const bool whole_batch =
       share.first == 0 && share.stride == 1 && share.limit >= p.shape.rows.batch;
