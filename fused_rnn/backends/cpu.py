@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cells import DirectionWeights
+from ..cells import DirectionWeights, is_half
 from ..native import cpu_capability, cpu_library_error
 from ..problem import Problem, Rows
-from .base import Backend, InputGrads, LayerOutput, Needs, OutputGrads
+from .base import (
+    Backend,
+    InputGrads,
+    LayerOutput,
+    Needs,
+    OutputGrads,
+    backward_in_float32,
+    forward_in_float32,
+)
 
 
 class CpuBackend(Backend):
@@ -17,16 +25,27 @@ class CpuBackend(Backend):
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":
             return f"needs tensors on the cpu, got {problem.device_type}"
-        if problem.dtype != torch.float32:
-            return f"needs dtype torch.float32, got {problem.dtype}"
+        if problem.dtype != torch.float32 and not is_half(problem.dtype):
+            return f"needs dtype float32, bfloat16 or float16, got {problem.dtype}"
         if problem.hidden_size == 0:
             return "needs at least one hidden unit, got hidden_size=0"
         return cpu_library_error()
 
     def describe(self, problem: Problem) -> str:
-        return f"cpu/{cpu_capability()} layer"
+        through = " in float32" if is_half(problem.dtype) else ""
+        return f"cpu/{cpu_capability()} layer{through}"
 
-    def layer_forward(
+    def layer_forward(self, problem, *args) -> LayerOutput:
+        if is_half(problem.dtype):
+            return forward_in_float32(self._forward, problem, *args)
+        return self._forward(problem, *args)
+
+    def layer_backward(self, problem, *args) -> InputGrads:
+        if is_half(problem.dtype):
+            return backward_in_float32(self._backward, problem, *args)
+        return self._backward(problem, *args)
+
+    def _forward(
         self,
         problem: Problem,
         x: Tensor,
@@ -56,7 +75,7 @@ class CpuBackend(Backend):
         )
         return out
 
-    def layer_backward(
+    def _backward(
         self,
         problem: Problem,
         grads: OutputGrads,
