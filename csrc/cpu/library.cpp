@@ -23,9 +23,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const Kernels& kernels() {
+const KernelsOf<float>& kernels() {
   struct Candidate {
-    const Kernels* kernels;
+    const KernelsOf<float>* kernels;
     bool runs;
   };
   const Candidate candidates[] = {
@@ -37,7 +37,7 @@ const Kernels& kernels() {
   };
   const char* wanted = std::getenv("FUSED_RNN_CPU_CAPABILITY");
   const bool automatic = wanted == nullptr || *wanted == '\0';
-  const Kernels* chosen = nullptr;
+  const KernelsOf<float>* chosen = nullptr;
   std::string known;
   for (const Candidate& candidate : candidates) {
     const char* name = candidate.kernels->name;
@@ -53,7 +53,38 @@ const Kernels& kernels() {
   return *chosen;
 }
 
+// Where the chosen instruction set has none of its own for bfloat16, null.
+const KernelsOf<BFloat16>* bfloat16_kernels() {
+#if defined(FUSED_RNN_X86)
+  if (&kernels() == &avx512_kernels && cpu_has_avx512bf16()) return &avx512bf16_kernels;
+#endif
+  return nullptr;
+}
+
+// The kernels for an element type.
+template <class E>
+const KernelsOf<E>& kernels_of();
+
+template <>
+const KernelsOf<float>& kernels_of() {
+  return kernels();
+}
+
+template <>
+const KernelsOf<BFloat16>& kernels_of() {
+  const KernelsOf<BFloat16>* found = bfloat16_kernels();
+  STD_TORCH_CHECK(found != nullptr, "x: expected dtype Float, got BFloat16, for which ",
+                  kernels().name, " has no kernels on this CPU");
+  return *found;
+}
+
 std::string capability() { return kernels().name; }
+
+// Empty where there are no kernels for bfloat16.
+std::string bfloat16_capability() {
+  const KernelsOf<BFloat16>* found = bfloat16_kernels();
+  return found ? found->name : "";
+}
 
 template <class Sizes>
 std::string shape_text(const Sizes& sizes) {
@@ -62,10 +93,17 @@ std::string shape_text(const Sizes& sizes) {
   return text + "]";
 }
 
-// A dense float32 CPU tensor of just this shape.
-void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+template <class E>
+constexpr ScalarType kScalarType = ScalarType::Float;
+template <>
+constexpr ScalarType kScalarType<BFloat16> = ScalarType::BFloat16;
+
+// A dense CPU tensor of just this type and shape.
+void check(const Tensor& tensor, const char* name, ScalarType type,
+           std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, ": expected dtype Float, got ",
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected dtype ",
+                  torch::headeronly::toString(type), ", got ",
                   torch::headeronly::toString(tensor.scalar_type()));
   const auto sizes = tensor.sizes();
   STD_TORCH_CHECK(
@@ -75,19 +113,22 @@ void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t
                   shape_text(tensor.strides()));
 }
 
-const float* input(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  check(tensor, name, shape);
-  return tensor.const_data_ptr<float>();
+template <class E = float>
+const E* input(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  check(tensor, name, kScalarType<E>, shape);
+  return static_cast<const E*>(tensor.const_data_ptr());
 }
 
-const float* input(const std::optional<Tensor>& tensor, const char* name,
-                   std::initializer_list<int64_t> shape) {
-  return tensor ? input(*tensor, name, shape) : nullptr;
+template <class E = float>
+const E* input(const std::optional<Tensor>& tensor, const char* name,
+               std::initializer_list<int64_t> shape) {
+  return tensor ? input<E>(*tensor, name, shape) : nullptr;
 }
 
-float* output(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  check(tensor, name, shape);
-  return tensor.mutable_data_ptr<float>();
+template <class E = float>
+E* output(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  check(tensor, name, kScalarType<E>, shape);
+  return static_cast<E*>(tensor.mutable_data_ptr());
 }
 
 CellKind cell_kind(int64_t index) {
@@ -181,13 +222,19 @@ void for_each_weight(const LayerShape& s, size_t given, const char* name, const 
   }
 }
 
-void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors, Weights weights[2]) {
+template <class E>
+void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors,
+                  WeightsOf<E> weights[2]) {
   for_each_weight(s, tensors.size(), "weights",
                   [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
-                    const float* data = input(tensors[i], "weights", shape);
-                    Weights& w = weights[d];
-                    const float** fields[] = {&w.w_ih, &w.w_hh, &w.b_ih, &w.b_hh, &w.w_hr};
-                    *fields[which] = data;
+                    WeightsOf<E>& w = weights[d];
+                    if (shape.size() == 1) {
+                      (which == 2 ? w.b_ih : w.b_hh) = input(tensors[i], "weights", shape);
+                    } else {
+                      (which == 0   ? w.w_ih
+                       : which == 1 ? w.w_hh
+                                    : w.w_hr) = input<E>(tensors[i], "weights", shape);
+                    }
                   });
 }
 
@@ -211,51 +258,64 @@ Threads torch_threads() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()), run_in_parallel};
 }
 
-void forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights, const Tensor& h0,
-                std::optional<Tensor> c0, std::optional<Tensor> batch_sizes, Tensor y, Tensor h_n,
-                Tensor c_n, Tensor gates, Tensor cells) {
+template <class E>
+void forward_of(int64_t cell, const Tensor& x, const std::vector<Tensor>& weights, const Tensor& h0,
+                const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
+                const Tensor& y, const Tensor& h_n, const Tensor& c_n, const Tensor& gates,
+                const Tensor& cells) {
   std::vector<int64_t> offsets;
-  ForwardCall call{};
+  ForwardCallOf<E> call{};
   LayerShape& s = call.shape;
   s = layer_shape(cell, x, h0, c0);
   s.rows = row_layout(s, batch_sizes, offsets);
   const CellSizes sizes = cell_sizes(s.cell);
   read_weights(s, weights, call.weights);
-  call.x = input(x, "x", {s.count, s.input});
-  call.h0 = input(h0, "h0", {s.directions, s.rows.batch, s.output});
-  call.y = output(y, "y", {s.count, s.directions * s.output});
+  call.x = input<E>(x, "x", {s.count, s.input});
+  call.h0 = input<E>(h0, "h0", {s.directions, s.rows.batch, s.output});
+  call.y = output<E>(y, "y", {s.count, s.directions * s.output});
   call.h_n = output(h_n, "h_n", {s.directions, s.rows.batch, s.output});
   if (sizes.has_c) {
     call.c0 = input(c0, "c0", {s.directions, s.rows.batch, s.hidden});
     call.c_n = output(c_n, "c_n", {s.directions, s.rows.batch, s.hidden});
   }
   if (gates.dim() == 3 && gates.size(2) > 0) {
-    call.gates = output(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
-    advise_huge_pages_if_fresh(call.gates, static_cast<size_t>(gates.numel()) * sizeof(float));
+    call.gates = output<E>(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
+    advise_huge_pages_if_fresh(call.gates, static_cast<size_t>(gates.numel()) * sizeof(E));
     if (sizes.has_c) call.cells = output(cells, "cells", {s.directions, s.count, s.hidden});
   }
-  layer_forward(kernels(), call, torch_threads());
+  layer_forward(kernels_of<E>(), call, torch_threads());
 }
 
-void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
-                 std::optional<Tensor> grad_c_n, const Tensor& x, std::vector<Tensor> weights,
-                 const Tensor& h0, std::optional<Tensor> c0, std::optional<Tensor> batch_sizes,
-                 const Tensor& y, const Tensor& gates, const Tensor& cells, Tensor grad_x,
-                 Tensor grad_h0, Tensor grad_c0, std::vector<Tensor> grad_weights) {
+void forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights, const Tensor& h0,
+                std::optional<Tensor> c0, std::optional<Tensor> batch_sizes, Tensor y, Tensor h_n,
+                Tensor c_n, Tensor gates, Tensor cells) {
+  const bool half = x.scalar_type() == ScalarType::BFloat16;
+  (half ? forward_of<BFloat16> : forward_of<float>)(cell, x, weights, h0, c0, batch_sizes, y, h_n,
+                                                    c_n, gates, cells);
+}
+
+template <class E>
+void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
+                 const std::optional<Tensor>& grad_h_n, const std::optional<Tensor>& grad_c_n,
+                 const Tensor& x, const std::vector<Tensor>& weights, const Tensor& h0,
+                 const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
+                 const Tensor& y, const Tensor& gates, const Tensor& cells, const Tensor& grad_x,
+                 const Tensor& grad_h0, const Tensor& grad_c0,
+                 const std::vector<Tensor>& grad_weights) {
   std::vector<int64_t> offsets;
-  BackwardCall call{};
+  BackwardCallOf<E> call{};
   LayerShape& s = call.shape;
   s = layer_shape(cell, x, h0, c0);
   s.rows = row_layout(s, batch_sizes, offsets);
   const CellSizes sizes = cell_sizes(s.cell);
   read_weights(s, weights, call.weights);
-  call.grad_y = input(grad_y, "grad_y", {s.count, s.directions * s.output});
+  call.grad_y = input<E>(grad_y, "grad_y", {s.count, s.directions * s.output});
   call.grad_h_n = input(grad_h_n, "grad_h_n", {s.directions, s.rows.batch, s.output});
-  call.x = input(x, "x", {s.count, s.input});
-  call.h0 = input(h0, "h0", {s.directions, s.rows.batch, s.output});
-  call.y = input(y, "y", {s.count, s.directions * s.output});
+  call.x = input<E>(x, "x", {s.count, s.input});
+  call.h0 = input<E>(h0, "h0", {s.directions, s.rows.batch, s.output});
+  call.y = input<E>(y, "y", {s.count, s.directions * s.output});
   if (sizes.saved_gates > 0) {
-    call.gates = input(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
+    call.gates = input<E>(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
   }
   call.grad_h0 = output(grad_h0, "grad_h0", {s.directions, s.rows.batch, s.output});
   if (sizes.has_c) {
@@ -264,9 +324,20 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
     call.cells = input(cells, "cells", {s.directions, s.count, s.hidden});
     call.grad_c0 = output(grad_c0, "grad_c0", {s.directions, s.rows.batch, s.hidden});
   }
-  if (grad_x.dim() == 2) call.grad_x = output(grad_x, "grad_x", {s.count, s.input});
+  if (grad_x.dim() == 2) call.grad_x = output<E>(grad_x, "grad_x", {s.count, s.input});
   read_grads(s, grad_weights, call.grads);
-  layer_backward(kernels(), call, torch_threads());
+  layer_backward(kernels_of<E>(), call, torch_threads());
+}
+
+void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
+                 std::optional<Tensor> grad_c_n, const Tensor& x, std::vector<Tensor> weights,
+                 const Tensor& h0, std::optional<Tensor> c0, std::optional<Tensor> batch_sizes,
+                 const Tensor& y, const Tensor& gates, const Tensor& cells, Tensor grad_x,
+                 Tensor grad_h0, Tensor grad_c0, std::vector<Tensor> grad_weights) {
+  const bool half = x.scalar_type() == ScalarType::BFloat16;
+  (half ? backward_of<BFloat16> : backward_of<float>)(cell, grad_y, grad_h_n, grad_c_n, x, weights,
+                                                      h0, c0, batch_sizes, y, gates, cells, grad_x,
+                                                      grad_h0, grad_c0, grad_weights);
 }
 
 }  // namespace
@@ -275,7 +346,7 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
 // The shapes of all arguments are in kernels.h, ForwardCall and BackwardCall; `weights` is the flat
 // list w_ih, w_hh[, b_ih, b_hh][, w_hr] of each direction. Outputs are written in place. Zero
 // columns in `gates` mean that nothing is saved; a gradient that is not wanted comes as an empty
-// 0-d or 3-d tensor.
+// 0-d or 3-d tensor. Elements have the dtype of x, Float or BFloat16, all others are Float.
 STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
   m.def(
       "layer_forward(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0, "
@@ -287,6 +358,7 @@ STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
       "Tensor cells, Tensor(a!) grad_x, Tensor(b!) grad_h0, Tensor(c!) grad_c0, "
       "Tensor(d!)[] grad_weights) -> ()");
   m.def("capability() -> str");
+  m.def("bfloat16_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CPU, m) {
@@ -296,4 +368,5 @@ STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CompositeExplicitAutograd, m) {
   m.impl("capability", TORCH_BOX(&fused_rnn::capability));
+  m.impl("bfloat16_capability", TORCH_BOX(&fused_rnn::bfloat16_capability));
 }
