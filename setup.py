@@ -41,6 +41,9 @@ ISA_FLAGS = {
     "csrc/cpu/kernels_portable.cpp": [],
     "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/kernels_avx512.cpp": ["-mavx512f", "-mavx2", "-mfma"],
+    "csrc/cpu/kernels_avx512bf16.cpp": [
+        *("-mavx512f", "-mavx512bf16", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
+    ],
 }
 
 

@@ -105,6 +105,11 @@ CELLS = {
 }
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether `dtype` is one of the 16-bit types, whose sums and states are kept in float32."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the states run through time: float32 for half types, else `dtype`."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if is_half(dtype) else dtype

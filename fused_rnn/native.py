@@ -46,6 +46,15 @@ def cpu_capability() -> str:
     return torch.ops.fused_rnn_cpu.capability()
 
 
+def bfloat16_capability() -> str:
+    """The instruction set the CPU library runs bfloat16 with, "" where it has none of its own.
+
+    Raises:
+        RuntimeError: as `cpu_capability`.
+    """
+    return torch.ops.fused_rnn_cpu.bfloat16_capability()
+
+
 def build_facts() -> dict[str, object]:
     """What the doctor prints: how the compiled parts were built, or why they are absent."""
     facts: dict[str, object] = {"cpu_library": cpu_library_error() or str(_LIBRARY)}

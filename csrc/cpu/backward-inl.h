@@ -2,16 +2,16 @@
 
 // Rows of one step that have the same neighbours.
 struct BackwardRows {
-  RowsOf<const float> grad_next;  // [Q*H] grad_gates of the next step, or null: h went no further
-  RowsOf<const float> grad_y;     // [P] or null
-  RowsOf<const float> gates;      // [S*H]
-  RowsOf<const float> y;          // [P]
-  RowsOf<const float> h_prev;     // [P]
-  RowsOf<const float> cells;      // [H]
-  RowsOf<const float> c_prev;     // [H]
-  RowsOf<float> grad_gates;       // [Q*H]
-  RowsOf<float> grad_h;           // [P] in: grad_h_n, or what carry left (GRU); out: carry (GRU)
-  RowsOf<float> grad_c;           // [H] in and out: the gradient of c
+  RowsOf<const Element> grad_next;  // [Q*H] grad_gates of the next step, or null: h went no further
+  RowsOf<const Element> grad_y;     // [P] or null
+  RowsOf<const Element> gates;      // [S*H]
+  RowsOf<const Element> y;          // [P]
+  RowsOf<const Element> h_prev;     // [P]
+  RowsOf<const float> cells;        // [H]
+  RowsOf<const float> c_prev;       // [H]
+  RowsOf<Element> grad_gates;       // [Q*H]
+  RowsOf<float> grad_h;             // [P] in: grad_h_n, or what carry left (GRU); out: carry (GRU)
+  RowsOf<float> grad_c;             // [H] in and out: the gradient of c
 };
 
 // `weights` [depth, H] makes the gradient of the cell's output from grad_next: W_hh, or where h is
@@ -22,7 +22,7 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
   const int64_t hidden = weights.columns;
   Vector tile[kMaxRows * kMaxColumns];
   if (r.grad_next.base) {
-    const auto ask = [&](RowsOf<const float> from, int64_t column) {
+    const auto ask = [&](auto from, int64_t column) {
       if (from.base) prefetch(from[first] + column, from.stride, rows, panel.vectors);
     };
     for (int i = 0; i < Cell::kSavedGates; i++) ask(r.gates, i * hidden + panel.column);
@@ -69,7 +69,7 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
 }
 
 // Gradient of h where it is projected, for the rows of one step.
-static void output_grad_tile(const BackwardRows& r, RowsOf<float> to, int64_t first, int rows,
+static void output_grad_tile(const BackwardRows& r, RowsOf<Element> to, int64_t first, int rows,
                              const Panel& panel, const PackedMatrix& w_hh) {
   Vector tile[kMaxRows * kMaxColumns];
   if (r.grad_next.base) {
@@ -94,8 +94,9 @@ static void output_grad_tile(const BackwardRows& r, RowsOf<float> to, int64_t fi
 
 // Gradient of the state that rows [begin, end) started from.
 template <class Cell>
-static void initial_state_grad(RowsOf<const float> grad_gates, RowsOf<float> grad_h, int64_t begin,
-                               int64_t end, const Share& share, const PackedMatrix& w_hh) {
+static void initial_state_grad(RowsOf<const Element> grad_gates, RowsOf<float> grad_h,
+                               int64_t begin, int64_t end, const Share& share,
+                               const PackedMatrix& w_hh) {
   for (int64_t j = share.panel_begin; begin < end && j < share.panel_end; j++) {
     const Panel panel(w_hh, j, 1);
     for_each_tile(begin, end, panel.vectors, [&](int64_t first, int rows) {
@@ -129,11 +130,11 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
   const Units units(share, to_units);
   const Share outputs = PROJECTED ? share_of(w_hh, share, to_units) : share;
   const Units output_units(outputs, w_hh);
-  const float* gates = S > 0 ? p.gates + d * shape.count * S * hidden : nullptr;
+  const Element* gates = S > 0 ? p.gates + d * shape.count * S * hidden : nullptr;
   const float* cells = Cell::kHasC ? p.cells + d * shape.count * hidden : nullptr;
-  const float* y = p.y + d * output;
-  const float* grad_y = p.grad_y ? p.grad_y + d * output : nullptr;
-  float* grad_gates = p.grad_gates[d];
+  const Element* y = p.y + d * output;
+  const Element* grad_y = p.grad_y ? p.grad_y + d * output : nullptr;
+  Element* grad_gates = p.grad_gates[d];
   const int64_t state = d * shape.rows.batch;
   const auto h0 = rows_of(p.h0, state, output, share);
   const auto c0 = rows_of_or_null(p.c0, state, hidden, share);
@@ -180,7 +181,7 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
       if (begin < step.into_next) {
         if (index + 1 < index_end) {
           const int64_t next_row = offset(shape.rows, step.next) - chunk.first_row;
-          rows_here.grad_next = rows_of<const float>(grad_gates, next_row, Q * hidden, share);
+          rows_here.grad_next = rows_of<const Element>(grad_gates, next_row, Q * hidden, share);
         } else {
           rows_here.grad_next = {carried.base, carried.stride};
         }

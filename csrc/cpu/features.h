@@ -20,4 +20,13 @@ static inline bool cpu_has_avx512() {
 #endif
 }
 
+static inline bool cpu_has_avx512bf16() {
+#if defined(FUSED_RNN_X86)
+  return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
 }  // namespace fused_rnn

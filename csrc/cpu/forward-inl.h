@@ -2,14 +2,15 @@
 
 // Rows of the input side, x times W_ih, with every bias that adds to it. Or of h where it is
 // projected, W_hr being a single gate.
+template <class To>
 struct InputRows {
-  RowsOf<const float> x;  // [I]
-  RowsOf<float> gx;       // [G*H]
+  RowsOf<const Element> x;  // [I]
+  RowsOf<To> gx;            // [G*H]
 };
 
 // Inlined, with `project`, into every scan: 2.5% of an LSTM's inference at (T, B, H) = (32, 8, 64).
-template <int GATES>
-FUSED_RNN_INLINE void project_panel(const InputRows& r, int64_t count, const Panel& panel,
+template <int GATES, class To>
+FUSED_RNN_INLINE void project_panel(const InputRows<To>& r, int64_t count, const Panel& panel,
                                     const PackedMatrix& w_ih, const float* bias) {
   const int64_t hidden = w_ih.columns;
   const int columns = GATES * panel.vectors;
@@ -32,14 +33,19 @@ FUSED_RNN_INLINE void project_panel(const InputRows& r, int64_t count, const Pan
 
 // Rows of one step that all start from the same kind of state.
 struct ForwardRows {
-  RowsOf<const float> gx;      // [G*H]
-  RowsOf<const float> h_prev;  // [P]
-  RowsOf<const float> c_prev;  // [H]
-  RowsOf<float> y;             // [H] what the cell gives: h, if not yet projected
-  RowsOf<float> c;             // [H] the running c
-  RowsOf<float> gates;         // [S*H] or null
-  RowsOf<float> cells;         // [H] or null
+  RowsOf<const float> gx;        // [G*H]
+  RowsOf<const Element> h_prev;  // [P]
+  RowsOf<float> h;               // [H] the running h, where kRunningH, or null in a single step
+  RowsOf<const float> c_prev;    // [H]
+  RowsOf<Element> y;             // [H] what the cell gives: h, if not yet projected
+  RowsOf<float> c;               // [H] the running c
+  RowsOf<Element> gates;         // [S*H] or null
+  RowsOf<float> cells;           // [H] or null
 };
+
+// GRU's h is a running sum: where elements are not floats, it is kept beside y.
+template <class Cell>
+constexpr bool kRunningH = Cell::kUsesPreviousH && kPairs > 1;
 
 // The pointwise part of `valid` units from `unit` on of one row, gh being the hidden side.
 template <class Cell>
@@ -47,8 +53,15 @@ FUSED_RNN_INLINE void forward_units(const ForwardRows& r, int64_t row, int64_t u
                                     int valid, const Vector* gx, const Vector* gh) {
   Vector saved[4], h_prev{}, c{};
   if constexpr (Cell::kUsesPreviousH) h_prev = load(r.h_prev[row] + unit, valid);
+  if constexpr (kRunningH<Cell>) {
+    if (r.h.base) h_prev = load(r.h[row] + unit, valid);
+  }
   if constexpr (Cell::kHasC) c = load(r.c_prev[row] + unit, valid);
-  store(r.y[row] + unit, Cell::forward(gx, gh, h_prev, c, saved), valid);
+  const Vector h = Cell::forward(gx, gh, h_prev, c, saved);
+  store(r.y[row] + unit, h, valid);
+  if constexpr (kRunningH<Cell>) {
+    if (r.h.base) store(r.h[row] + unit, h, valid);
+  }
   if constexpr (Cell::kHasC) {
     store(r.c[row] + unit, c, valid);
     if (r.cells.base) store(r.cells[row] + unit, c, valid);
@@ -96,15 +109,20 @@ struct InputSide {
 
 template <class Cell>
 static InputSide input_side(const ForwardParams& p, const Share& share) {
-  constexpr int G = Cell::kGates, S = Cell::kSavedGates;
+  constexpr int G = Cell::kGates;
   const int64_t hidden = p.shape.hidden, d = share.direction;
   // Shares of interleaved rows have one each: where steps differ in size, another share's rows of
   // a later chunk may lie where this one's still are.
   const int64_t copy = share.first % share.stride;
   if (p.scratch[d]) return {p.scratch[d] + copy * p.scratch_rows * G * hidden, G * hidden};
+#if defined(FUSED_RNN_BFLOAT16)
+  return {nullptr, 0};
+#else
   // In place: each element is read before the same step writes there.
+  constexpr int S = Cell::kSavedGates;
   if constexpr (S == 0) return {p.y + d * hidden, p.shape.directions * hidden};
   return {p.gates + d * p.shape.count * S * hidden + (S - G) * hidden, S * hidden};
+#endif
 }
 
 // Where steps [begin, end) of the order in which the scan takes them lie in memory.
@@ -139,14 +157,14 @@ FUSED_RNN_INLINE void project(const ForwardParams& p, const Share& share, const 
   for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
     const Panel panel(p.w_ih[d], j, Cell::kGates);
     if (whole_batch) {
-      const InputRows rows{{p.x + span.first_row * input, input}, {gx, gx_stride}};
+      const InputRows<float> rows{{p.x + span.first_row * input, input}, {gx, gx_stride}};
       project_panel<Cell::kGates>(rows, span.rows, panel, p.w_ih[d], p.bias[d]);
       continue;
     }
     for (int64_t t = span.begin; t < span.end; t++) {
       const int64_t row = offset(p.shape.rows, t);
-      const InputRows rows{rows_of(p.x, row, input, share),
-                           rows_of(gx, row - span.first_row, gx_stride, share)};
+      const InputRows<float> rows{rows_of(p.x, row, input, share),
+                                  rows_of(gx, row - span.first_row, gx_stride, share)};
       project_panel<Cell::kGates>(rows, rows_below(share, batch_size(p.shape.rows, t)), panel,
                                   p.w_ih[d], p.bias[d]);
     }
@@ -166,8 +184,8 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
   const Share outputs = PROJECTED ? share_of(w_hr, share, w_hh) : share;
   const Units output_units(outputs, PROJECTED ? w_hr : w_hh);
   const InputSide side = input_side<Cell>(p, share);
-  float* y = p.y + d * output;
-  float* gates = S > 0 && p.gates ? p.gates + d * shape.count * S * hidden : nullptr;
+  Element* y = p.y + d * output;
+  Element* gates = S > 0 && p.gates ? p.gates + d * shape.count * S * hidden : nullptr;
   float* cells = p.cells ? p.cells + d * shape.count * hidden : nullptr;
   const int64_t state = d * shape.rows.batch;
   const auto h0 = rows_of(p.h0, state, output, share);
@@ -175,11 +193,14 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
   const auto h_n = rows_of(p.h_n, state, output, share);
   const auto c_n = rows_of_or_null(p.c_n, state, hidden, share);
 
-  const int64_t started = timesteps > 0 ? rows_below(share, batch_size(shape.rows, 0)) : 0;
+  // With a running h, h_n holds it: all rows start as those that have no steps end.
+  const int64_t started =
+      timesteps > 0 && !kRunningH<Cell> ? rows_below(share, batch_size(shape.rows, 0)) : 0;
   for (int64_t i = started; i < rows_below(share, share.limit); i++) {
     copy_row(h0[i], h_n[i], output_units);
     if (Cell::kHasC) copy_row(c0[i], c_n[i], units);
   }
+  const RowsOf<float> running_h = kRunningH<Cell> ? h_n : RowsOf<float>{nullptr, 0};
 
   int64_t projected = 0;  // steps whose input side is there
   int64_t first_row = 0;  // the one at side.base
@@ -197,6 +218,7 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
     const auto y_here = rows_of(y, row, y_width, share);
     ForwardRows joining{rows_of(gx, 0, side.stride, share),
                         h0,
+                        running_h,
                         c0,
                         PROJECTED ? rows_of(p.unprojected[d], 0, hidden, share) : y_here,
                         c_n,
@@ -205,7 +227,7 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
     ForwardRows carrying_on = joining;
     if (step.previous >= 0) {
       carrying_on.h_prev =
-          rows_of<const float>(y, offset(shape.rows, step.previous), y_width, share);
+          rows_of<const Element>(y, offset(shape.rows, step.previous), y_width, share);
       carrying_on.c_prev = {c_n.base, c_n.stride};
     }
     for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
@@ -222,11 +244,13 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
       if (meeting) meeting->wait();
       for (int64_t j = outputs.panel_begin; j < outputs.panel_end; j++) {
         const Panel panel(w_hr, zigzag(j, outputs, index), 1);
-        const InputRows rows{{joining.y.base, joining.y.stride}, y_here};
+        const InputRows<Element> rows{{joining.y.base, joining.y.stride}, y_here};
         project_panel<1>(rows, step.rows, panel, w_hr, nullptr);
       }
     }
-    for (int64_t i = step.into_next; i < step.rows; i++) copy_row(y_here[i], h_n[i], output_units);
+    for (int64_t i = step.into_next; !kRunningH<Cell> && i < step.rows; i++) {
+      copy_row(y_here[i], h_n[i], output_units);
+    }
     if (meeting) meeting->wait();
   }
 }

@@ -8,27 +8,37 @@
 
 namespace fused_rnn {
 
+// A bfloat16, the upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Elements, of type E, are what matrix products take, and what is saved of them: float or BFloat16.
+// All sums, the states' gradients and c are float.
+
 // One direction's parameters as torch lays them out.
-struct Weights {
-  const float* w_ih;  // [G*H, I]
-  const float* w_hh;  // [G*H, P]
+template <class E>
+struct WeightsOf {
+  const E* w_ih;      // [G*H, I]
+  const E* w_hh;      // [G*H, P]
   const float* b_ih;  // [G*H], or null
   const float* b_hh;  // [G*H], or null
-  const float* w_hr;  // [P, H] where projected, else null
+  const E* w_hr;      // [P, H] where projected, else null
 };
 
 // A forward call as it comes from outside.
-struct ForwardCall {
+template <class E>
+struct ForwardCallOf {
   LayerShape shape;
-  Weights weights[2];  // per direction
-  const float* x;      // [N, I]
-  const float* h0;     // [D, B, P]
-  const float* c0;     // [D, B, H], LSTM only
-  float* y;            // [N, D*P]
-  float* h_n;          // [D, B, P]
-  float* c_n;          // [D, B, H], LSTM only
-  float* gates;        // [D, N, S*H] or null: not saved
-  float* cells;        // [D, N, H] or null: not saved
+  WeightsOf<E> weights[2];  // per direction
+  const E* x;               // [N, I]
+  const E* h0;              // [D, B, P]
+  const float* c0;          // [D, B, H], LSTM only
+  E* y;                     // [N, D*P]
+  float* h_n;               // [D, B, P]
+  float* c_n;               // [D, B, H], LSTM only
+  E* gates;                 // [D, N, S*H] or null: not saved
+  float* cells;             // [D, N, H] or null: not saved
 };
 
 // Gradients of one direction's parameters, each null where not wanted.
@@ -43,26 +53,29 @@ struct WeightGrads {
 };
 
 // A backward call as it comes from outside.
-struct BackwardCall {
+template <class E>
+struct BackwardCallOf {
   LayerShape shape;
-  Weights weights[2];     // per direction
-  const float* grad_y;    // [N, D*P] or null: zero
-  const float* grad_h_n;  // [D, B, P] or null: zero
-  const float* grad_c_n;  // [D, B, H] or null: zero
-  const float* x;         // [N, I]
-  const float* h0;        // [D, B, P]
-  const float* c0;        // [D, B, H], LSTM only
-  const float* y;         // [N, D*P]
-  const float* gates;     // [D, N, S*H]
-  const float* cells;     // [D, N, H], LSTM only
-  float* grad_x;          // [N, I], or null: not wanted
-  float* grad_h0;         // [D, B, P]
-  float* grad_c0;         // [D, B, H], LSTM only
-  WeightGrads grads[2];   // per direction
+  WeightsOf<E> weights[2];  // per direction
+  const E* grad_y;          // [N, D*P] or null: zero
+  const float* grad_h_n;    // [D, B, P] or null: zero
+  const float* grad_c_n;    // [D, B, H] or null: zero
+  const E* x;               // [N, I]
+  const E* h0;              // [D, B, P]
+  const float* c0;          // [D, B, H], LSTM only
+  const E* y;               // [N, D*P]
+  const E* gates;           // [D, N, S*H]
+  const float* cells;       // [D, N, H], LSTM only
+  E* grad_x;                // [N, I], or null: not wanted
+  float* grad_h0;           // [D, B, P]
+  float* grad_c0;           // [D, B, H], LSTM only
+  WeightGrads grads[2];     // per direction
 };
 
 // A matrix in the kernels' own layout: panels of up to `vectors` vectors of columns (units), each
-// [depth][gate][vector][width], zero beyond the last column. A panel's depth is that of the matrix.
+// [words][gate][vector][width], zero beyond the last column. A word is 32 bits: a float, or two
+// BFloat16 that follow one another in depth, the last one zero where depth is odd. A panel's depth
+// is that of the matrix.
 struct PackedMatrix {
   float* data;
   int64_t depth;
@@ -71,28 +84,32 @@ struct PackedMatrix {
 };
 
 // W [gates*columns, depth] -> packed, for products a [rows, depth] times W transposed.
-struct PackGatesParams {
-  const float* weights;
+template <class E>
+struct PackGatesParamsOf {
+  const E* weights;
   int gates;
   PackedMatrix packed;
 };
 
 // M [depth, columns] -> packed, for products a [rows, depth] times M. Row k of the packed matrix
 // is row (k + rotate) % depth of M.
-struct PackColumnsParams {
-  const float* matrix;
+template <class E>
+struct PackColumnsParamsOf {
+  const E* matrix;
   int64_t rotate;
   PackedMatrix packed;
 };
 
-struct ForwardParams : ForwardCall {
+template <class E>
+struct ForwardParamsOf : ForwardCallOf<E> {
   PackedMatrix w_ih[2];  // per direction, packed gates
   PackedMatrix w_hh[2];
   PackedMatrix w_hr[2];         // packed as one gate, projected only
   const float* bias[2];         // [G*H] all that adds to the input side, or null
   const float* hidden_bias[2];  // [H] GRU's b_hn, or null
-  float* unprojected[2];        // [B, H] what a step's cells gave, projected only
-  // [row shares if packed][scratch_rows, G*H] input side of a few steps; null: kept in y or gates.
+  E* unprojected[2];            // [B, H] what a step's cells gave, projected only
+  // [row shares if packed][scratch_rows, G*H] input side of a few steps; null: kept in y or gates,
+  // which has to be float.
   float* scratch[2];
   int64_t scratch_rows;
   int64_t chunk_rows;  // the input side is computed for so many rows at a time, or one step
@@ -105,30 +122,33 @@ struct Chunk {
   int64_t rows;
 };
 
-struct BackwardParams : BackwardCall {
+template <class E>
+struct BackwardParamsOf : BackwardCallOf<E> {
   PackedMatrix w_hh[2];  // per direction, packed columns in the order of grad_gates
   PackedMatrix w_hr[2];  // packed columns, projected only
-  float* grad_gates[2];  // per direction [rows of the chunk, Q*H]
-  float* grad_h[2];      // per direction [rows of the chunk, P] gradient of h, projected only
-  float* carried[2];     // per direction [B, Q*H] grad_gates of the step done just before the chunk
+  E* grad_gates[2];      // per direction [rows of the chunk, Q*H]
+  E* grad_h[2];          // per direction [rows of the chunk, P] gradient of h, projected only
+  E* carried[2];         // per direction [B, Q*H] grad_gates of the step done just before the chunk
   Chunk chunk[2];        // per direction
 };
 
 // grad_x [rows, I] = or += the input side of grad_gates [rows, G*H] times W_ih.
-struct InputGradParams {
-  const float* grad_gates;
+template <class E>
+struct InputGradParamsOf {
+  const E* grad_gates;
   int64_t grad_gates_stride;
   PackedMatrix w_ih;  // packed columns
-  float* grad_x;
+  E* grad_x;
   bool accumulate;
 };
 
 // transposed [width][stride] from grads [rows, width]; sums [width] = or += its row sums.
-struct TransposeParams {
-  const float* grads;
+template <class E>
+struct TransposeParamsOf {
+  const E* grads;
   int64_t rows;
   int64_t width;
-  float* transposed;
+  E* transposed;
   int64_t stride;
   float* sums;
   bool accumulate;
@@ -141,8 +161,9 @@ enum class RowSource {
   unprojected  // o * tanh(c), which W_hr has made into h
 };
 
-struct PackRowsParams {
-  const BackwardCall* call;
+template <class E>
+struct PackRowsParamsOf {
+  const BackwardCallOf<E>* call;
   RowSource source;
   Chunk chunk;
   int64_t direction;
@@ -151,8 +172,9 @@ struct PackRowsParams {
 
 // grad [rows, columns] = or += transposed [rows][depth] times packed; row i goes to row
 // (i + rotate) % rows.
-struct WeightGradParams {
-  const float* transposed;
+template <class E>
+struct WeightGradParamsOf {
+  const E* transposed;
   int64_t stride;
   int64_t rows;
   PackedMatrix packed;
@@ -173,29 +195,30 @@ struct Share {
   int64_t panel_end;
 };
 
-struct Kernels {
+template <class E>
+struct KernelsOf {
   const char* name;
   int64_t width;      // floats per vector
   int64_t grad_rows;  // rows that weight_grad takes at a time
 
   // Each does panels [begin, end) of its packed matrix.
-  void (*pack_gates)(const PackGatesParams&, int64_t begin, int64_t end);
-  void (*pack_columns)(const PackColumnsParams&, int64_t begin, int64_t end);
-  void (*pack_rows)(const PackRowsParams&, int64_t begin, int64_t end);
+  void (*pack_gates)(const PackGatesParamsOf<E>&, int64_t begin, int64_t end);
+  void (*pack_columns)(const PackColumnsParamsOf<E>&, int64_t begin, int64_t end);
+  void (*pack_rows)(const PackRowsParamsOf<E>&, int64_t begin, int64_t end);
 
   // Run all timesteps (of the chunk) for one share. Shares of rows are independent of each
   // other; those of units meet after every timestep.
-  void (*forward)(const ForwardParams&, const Share&, Meeting*);
-  void (*backward)(const BackwardParams&, const Share&, Meeting*);
+  void (*forward)(const ForwardParamsOf<E>&, const Share&, Meeting*);
+  void (*backward)(const BackwardParamsOf<E>&, const Share&, Meeting*);
 
   // One timestep, vectors [begin, end) of the units of both directions.
-  void (*step)(const ForwardCall&, int64_t begin, int64_t end);
+  void (*step)(const ForwardCallOf<E>&, int64_t begin, int64_t end);
 
-  void (*input_grad)(const InputGradParams&, int64_t row_begin, int64_t row_end);
+  void (*input_grad)(const InputGradParamsOf<E>&, int64_t row_begin, int64_t row_end);
   // Columns [begin, end) of grads, in vectors.
-  void (*transpose)(const TransposeParams&, int64_t begin, int64_t end);
+  void (*transpose)(const TransposeParamsOf<E>&, int64_t begin, int64_t end);
   // Blocks [begin, end) of grad_rows rows.
-  void (*weight_grad)(const WeightGradParams&, int64_t begin, int64_t end);
+  void (*weight_grad)(const WeightGradParamsOf<E>&, int64_t begin, int64_t end);
 };
 
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -204,8 +227,9 @@ static inline int64_t panel_count(const PackedMatrix& m, int64_t width) {
   return ceil_div(m.columns, m.vectors * width);
 }
 
-extern const Kernels portable_kernels;
-extern const Kernels avx2_kernels;
-extern const Kernels avx512_kernels;
+extern const KernelsOf<float> portable_kernels;
+extern const KernelsOf<float> avx2_kernels;
+extern const KernelsOf<float> avx512_kernels;
+extern const KernelsOf<BFloat16> avx512bf16_kernels;
 
 }  // namespace fused_rnn

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "workspace.h"
@@ -20,8 +21,8 @@ constexpr double kFlopsPerMeeting = 2e4;
 // Threads share out batch rows where each gets so many, else hidden units. Fewer rows do not fill
 // the register tile, and every thread would stream all weights for them.
 constexpr int64_t kRowsPerThread = 8;
-// One timestep of up to so many rows is computed from unpacked weights. GRU, H=128, 1, 4 and 8 rows:
-// 4, 17 and 33 us, packing included 14, 18 and 25.
+// One timestep of up to so many rows is computed from unpacked weights. GRU, H=128, 1, 4 and 8
+// rows: 4, 17 and 33 us, packing included 14, 18 and 25.
 constexpr int64_t kStepRows = 4;
 // The input side of so many bytes is computed at a time: half of a usual L2 cache per thread. But
 // of so many rows at least: W_ih is read once for them, and at H=1024 the weights exceed the L3
@@ -72,13 +73,15 @@ struct Plan {
   }
 };
 
+template <class E>
 class Call {
  public:
-  Call(const Kernels& isa, const LayerShape& shape, const Threads& threads)
+  Call(const KernelsOf<E>& isa, const LayerShape& shape, const Threads& threads)
       : isa_(isa), shape_(shape), threads_(threads), plan_(shape, threads) {}
 
   const Plan& plan() const { return plan_; }
-  Workspace& workspace() { return workspace_; }
+  float* take(int64_t count) { return workspace_.take(count); }
+  E* take_elements(int64_t count) { return reinterpret_cast<E*>(workspace_.take(words(count))); }
 
   void run(int64_t items, const Body& body, int64_t grain = 1) const {
     if (plan_.parallel && items > grain) {
@@ -94,19 +97,19 @@ class Call {
     const int64_t wanted = split_units && plan_.units ? plan_.members : 1;
     while (vectors > 1 && ceil_div(columns, vectors * isa_.width) < wanted) vectors /= 2;
     const int64_t padded = ceil_div(columns, isa_.width) * isa_.width;
-    return {workspace_.take(padded * gates * depth), depth, columns, vectors};
+    return {workspace_.take(padded * gates * words(depth)), depth, columns, vectors};
   }
 
-  PackedMatrix pack_gates(const float* weights, int64_t depth, int64_t columns, int gates) {
-    const PackGatesParams p{weights, gates, packed(depth, columns, gates, true)};
+  PackedMatrix pack_gates(const E* weights, int64_t depth, int64_t columns, int gates) {
+    const PackGatesParamsOf<E> p{weights, gates, packed(depth, columns, gates, true)};
     run(panel_count(p.packed, isa_.width),
         [&](int64_t begin, int64_t end) { isa_.pack_gates(p, begin, end); });
     return p.packed;
   }
 
-  PackedMatrix pack_columns(const float* matrix, int64_t depth, int64_t columns, int64_t rotate,
+  PackedMatrix pack_columns(const E* matrix, int64_t depth, int64_t columns, int64_t rotate,
                             bool split_units = false) {
-    const PackColumnsParams p{matrix, rotate, packed(depth, columns, 1, split_units)};
+    const PackColumnsParamsOf<E> p{matrix, rotate, packed(depth, columns, 1, split_units)};
     run(panel_count(p.packed, isa_.width),
         [&](int64_t begin, int64_t end) { isa_.pack_columns(p, begin, end); });
     return p.packed;
@@ -130,6 +133,11 @@ class Call {
   }
 
  private:
+  // Words of 32 bits that hold so many elements.
+  static int64_t words(int64_t elements) {
+    return ceil_div(elements, static_cast<int64_t>(sizeof(float) / sizeof(E)));
+  }
+
   int64_t row_shares() const {
     return std::max<int64_t>(1, std::min(plan_.members, shape_.rows.batch));
   }
@@ -171,7 +179,7 @@ class Call {
     if (!team.went_ahead()) part(0, items);
   }
 
-  const Kernels& isa_;
+  const KernelsOf<E>& isa_;
   const LayerShape& shape_;
   const Threads& threads_;
   const Plan plan_;
@@ -179,11 +187,12 @@ class Call {
 };
 
 // [G*H] the biases that add directly to the input side: all but GRU's b_hn, which r multiplies.
-const float* input_bias(const LayerShape& s, const Weights& w, Workspace& workspace) {
+template <class E>
+const float* input_bias(const LayerShape& s, const WeightsOf<E>& w, Call<E>& work) {
   if (w.b_ih == nullptr) return nullptr;
   const int64_t all = cell_sizes(s.cell).gates * s.hidden;
   const int64_t both = s.cell == CellKind::gru ? 2 * s.hidden : all;
-  float* sum = workspace.take(all);
+  float* sum = work.take(all);
   for (int64_t i = 0; i < all; i++) sum[i] = i < both ? w.b_ih[i] + w.b_hh[i] : w.b_ih[i];
   return sum;
 }
@@ -206,34 +215,34 @@ std::vector<Chunk> make_chunks(const RowLayout& rows, int64_t limit) {
 
 }  // namespace
 
-void layer_forward(const Kernels& isa, const ForwardCall& call, const Threads& threads) {
+template <class E>
+void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const Threads& threads) {
   const LayerShape& s = call.shape;
   const CellSizes sizes = cell_sizes(s.cell);
   const int gates = static_cast<int>(sizes.gates);
-  Call work(isa, s, threads);
+  Call<E> work(isa, s, threads);
   if (s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows && !projected(s)) {
     work.run(s.directions * ceil_div(s.hidden, isa.width),
              [&](int64_t begin, int64_t end) { isa.step(call, begin, end); });
     return;
   }
-  ForwardParams p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0};
+  ForwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0};
   p.chunk_rows = std::min(s.count, rows_for(kInputSideBytes * (work.plan().parallel ? 2 : 1),
                                             sizes.gates * s.hidden, kInputSideRows));
   p.scratch_rows = std::max(p.chunk_rows, s.rows.batch);
-  const bool in_place = sizes.saved_gates == 0 || call.gates;
+  const bool in_place = std::is_same_v<E, float> && (sizes.saved_gates == 0 || call.gates);
   for (int64_t d = 0; d < s.directions; d++) {
-    const Weights& w = call.weights[d];
+    const WeightsOf<E>& w = call.weights[d];
     p.w_ih[d] = work.pack_gates(w.w_ih, s.input, s.hidden, gates);
     p.w_hh[d] = work.pack_gates(w.w_hh, s.output, s.hidden, gates);
     if (projected(s)) {
       p.w_hr[d] = work.pack_gates(w.w_hr, s.hidden, s.output, 1);
-      p.unprojected[d] = work.workspace().take(s.rows.batch * s.hidden);
+      p.unprojected[d] = work.take_elements(s.rows.batch * s.hidden);
     }
-    p.bias[d] = input_bias(s, w, work.workspace());
+    p.bias[d] = input_bias(s, w, work);
     if (s.cell == CellKind::gru && w.b_hh) p.hidden_bias[d] = w.b_hh + 2 * s.hidden;
     if (!in_place) {
-      p.scratch[d] = work.workspace().take(work.interleaved_shares() * p.scratch_rows *
-                                           sizes.gates * s.hidden);
+      p.scratch[d] = work.take(work.interleaved_shares() * p.scratch_rows * sizes.gates * s.hidden);
     }
   }
   work.for_each_share(
@@ -244,9 +253,10 @@ namespace {
 
 // Turns the gradients of a chunk's gates, and of its h where that is projected, into those of x and
 // weights, one direction at a time.
+template <class E>
 class Products {
  public:
-  Products(Call& work, const Kernels& isa, const BackwardCall& call, int64_t rows)
+  Products(Call<E>& work, const KernelsOf<E>& isa, const BackwardCallOf<E>& call, int64_t rows)
       : work_(work), isa_(isa), call_(call), sizes_(cell_sizes(call.shape.cell)) {
     const LayerShape& s = call.shape;
     width_ = sizes_.grad_gates * s.hidden;
@@ -263,29 +273,29 @@ class Products {
       if (call.grad_x) {
         w_ih_[d] = work.pack_columns(call.weights[d].w_ih, sizes_.gates * s.hidden, s.input, 0);
       }
-      if (g.any()) sums_[d] = work.workspace().take(width_);
+      if (g.any()) sums_[d] = work.take(width_);
     }
     // Rows apart by a power of two would share a few sets of the cache.
     stride_ = ceil_div(rows, 16) * 16 + 16;
-    if (any) transposed_ = work.workspace().take(width_ * stride_);
+    if (any) transposed_ = work.take_elements(width_ * stride_);
     if (any_ih) x_ = work.packed(rows, s.input, 1);
     if (any_hh) states_ = work.packed(rows, s.output, 1);
     if (any_hr) {
       unprojected_ = work.packed(rows, s.hidden, 1);
-      unwanted_sums_ = work.workspace().take(s.output);
+      unwanted_sums_ = work.take(s.output);
     }
   }
 
   int64_t rotate() const { return rotate_; }
 
-  void grad_x(int64_t d, const Chunk& chunk, const float* grad_gates, bool accumulate) const {
+  void grad_x(int64_t d, const Chunk& chunk, const E* grad_gates, bool accumulate) const {
     if (!call_.grad_x) return;
-    const InputGradParams p{grad_gates + input_side_, width_, w_ih_[d],
-                            call_.grad_x + chunk.first_row * call_.shape.input, accumulate};
+    const InputGradParamsOf<E> p{grad_gates + input_side_, width_, w_ih_[d],
+                                 call_.grad_x + chunk.first_row * call_.shape.input, accumulate};
     work_.run(chunk.rows, [&](int64_t begin, int64_t end) { isa_.input_grad(p, begin, end); }, 16);
   }
 
-  void grad_weights(int64_t d, const Chunk& chunk, const float* grad_gates, const float* grad_h,
+  void grad_weights(int64_t d, const Chunk& chunk, const E* grad_gates, const E* grad_h,
                     bool accumulate) const {
     const WeightGrads& g = call_.grads[d];
     if (!g.any()) return;
@@ -317,13 +327,13 @@ class Products {
   }
 
  private:
-  void transpose(const TransposeParams& p) const {
+  void transpose(const TransposeParamsOf<E>& p) const {
     work_.run(ceil_div(p.width, isa_.width),
               [&](int64_t begin, int64_t end) { isa_.transpose(p, begin, end); });
   }
 
   // Packs the chunk's rows and multiplies by them.
-  void product(PackRowsParams rows, WeightGradParams p) const {
+  void product(PackRowsParamsOf<E> rows, WeightGradParamsOf<E> p) const {
     rows.packed.depth = rows.chunk.rows;
     work_.run(panel_count(rows.packed, isa_.width),
               [&](int64_t begin, int64_t end) { isa_.pack_rows(rows, begin, end); });
@@ -332,15 +342,15 @@ class Products {
               [&](int64_t begin, int64_t end) { isa_.weight_grad(p, begin, end); });
   }
 
-  Call& work_;
-  const Kernels& isa_;
-  const BackwardCall& call_;
+  Call<E>& work_;
+  const KernelsOf<E>& isa_;
+  const BackwardCallOf<E>& call_;
   const CellSizes sizes_;
   int64_t width_ = 0;       // Q*H
   int64_t input_side_ = 0;  // first column of grad_gates that faces W_ih
   int64_t rotate_ = 0;      // from the order of grad_gates' hidden side to that of W_hh
   int64_t stride_ = 0;
-  float* transposed_ = nullptr;     // [Q*H, stride]
+  E* transposed_ = nullptr;         // [Q*H, stride]
   float* sums_[2] = {};             // [Q*H]
   float* unwanted_sums_ = nullptr;  // [P]
   PackedMatrix w_ih_[2] = {};
@@ -351,25 +361,27 @@ class Products {
 
 }  // namespace
 
-void layer_backward(const Kernels& isa, const BackwardCall& call, const Threads& threads) {
+template <class E>
+void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
+                    const Threads& threads) {
   const LayerShape& s = call.shape;
   const CellSizes sizes = cell_sizes(s.cell);
   const int64_t width = sizes.grad_gates * s.hidden;
-  Call work(isa, s, threads);
+  Call<E> work(isa, s, threads);
   const std::vector<Chunk> chunks = make_chunks(s.rows, rows_for(kGradGatesBytes, width, 64));
   int64_t most_rows = 0;
   for (const Chunk& chunk : chunks) most_rows = std::max(most_rows, chunk.rows);
-  Products products(work, isa, call, most_rows);
-  BackwardParams p{call, {}, {}, {}, {}, {}, {}};
+  Products<E> products(work, isa, call, most_rows);
+  BackwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}};
   for (int64_t d = 0; d < s.directions; d++) {
     p.w_hh[d] = work.pack_columns(call.weights[d].w_hh, sizes.gates * s.hidden, s.output,
                                   products.rotate(), true);
     if (projected(s)) {
       p.w_hr[d] = work.pack_columns(call.weights[d].w_hr, s.output, s.hidden, 0, true);
-      p.grad_h[d] = work.workspace().take(most_rows * s.output);
+      p.grad_h[d] = work.take_elements(most_rows * s.output);
     }
-    p.grad_gates[d] = work.workspace().take(most_rows * width);
-    p.carried[d] = work.workspace().take(s.rows.batch * width);
+    p.grad_gates[d] = work.take_elements(most_rows * width);
+    p.carried[d] = work.take_elements(s.rows.batch * width);
   }
   const auto rounds = static_cast<int64_t>(chunks.size());
   for (int64_t round = 0; round < rounds; round++) {
@@ -388,5 +400,12 @@ void layer_backward(const Kernels& isa, const BackwardCall& call, const Threads&
   }
   for (int64_t d = 0; d < s.directions; d++) products.grad_biases(d);
 }
+
+template void layer_forward(const KernelsOf<float>&, const ForwardCallOf<float>&, const Threads&);
+template void layer_backward(const KernelsOf<float>&, const BackwardCallOf<float>&, const Threads&);
+template void layer_forward(const KernelsOf<BFloat16>&, const ForwardCallOf<BFloat16>&,
+                            const Threads&);
+template void layer_backward(const KernelsOf<BFloat16>&, const BackwardCallOf<BFloat16>&,
+                             const Threads&);
 
 }  // namespace fused_rnn

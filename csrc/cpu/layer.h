@@ -16,7 +16,10 @@ struct Threads {
   void (*run)(int64_t items, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 };
 
-void layer_forward(const Kernels& isa, const ForwardCall& call, const Threads& threads);
-void layer_backward(const Kernels& isa, const BackwardCall& call, const Threads& threads);
+// E is float or BFloat16.
+template <class E>
+void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const Threads& threads);
+template <class E>
+void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call, const Threads& threads);
 
 }  // namespace fused_rnn

@@ -25,9 +25,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const Kernels& kernels() {
+const KernelsOf<float>& kernels() {
   struct Candidate {
-    const Kernels* kernels;
+    const KernelsOf<float>* kernels;
     bool runs;
   };
   const Candidate candidates[] = {
@@ -53,7 +53,38 @@ const Kernels& kernels() {
                   "'");
 }
 
+// Where the chosen instruction set has none of its own for bfloat16, null.
+const KernelsOf<BFloat16>* bfloat16_kernels() {
+#if defined(FUSED_RNN_X86)
+  if (&kernels() == &avx512_kernels && cpu_has_avx512bf16()) return &avx512bf16_kernels;
+#endif
+  return nullptr;
+}
+
+// The kernels for an element type.
+template <class E>
+const KernelsOf<E>& kernels_of();
+
+template <>
+const KernelsOf<float>& kernels_of() {
+  return kernels();
+}
+
+template <>
+const KernelsOf<BFloat16>& kernels_of() {
+  const KernelsOf<BFloat16>* found = bfloat16_kernels();
+  STD_TORCH_CHECK(found != nullptr, "x: expected dtype Float, got BFloat16, for which ",
+                  kernels().name, " has no kernels on this CPU");
+  return *found;
+}
+
 std::string capability() { return kernels().name; }
+
+// Empty where there are no kernels for bfloat16.
+std::string bfloat16_capability() {
+  const KernelsOf<BFloat16>* found = bfloat16_kernels();
+  return found ? found->name : "";
+}
 
 template <class Sizes>
 std::string shape_text(const Sizes& sizes) {
@@ -62,10 +93,17 @@ std::string shape_text(const Sizes& sizes) {
   return text + "]";
 }
 
-// A dense float32 CPU tensor of just this shape.
-void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+template <class E>
+constexpr ScalarType kScalarType = ScalarType::Float;
+template <>
+constexpr ScalarType kScalarType<BFloat16> = ScalarType::BFloat16;
+
+// A dense CPU tensor of just this type and shape.
+void check(const Tensor& tensor, const char* name, ScalarType type,
+           std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, ": expected dtype Float, got ",
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected dtype ",
+                  torch::headeronly::toString(type), ", got ",
                   torch::headeronly::toString(tensor.scalar_type()));
   const auto sizes = tensor.sizes();
   STD_TORCH_CHECK(
@@ -75,19 +113,22 @@ void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t
                   shape_text(tensor.strides()));
 }
 
-const float* input(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  check(tensor, name, shape);
-  return tensor.const_data_ptr<float>();
+template <class E = float>
+const E* input(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  check(tensor, name, kScalarType<E>, shape);
+  return static_cast<const E*>(tensor.const_data_ptr());
 }
 
-const float* input(const std::optional<Tensor>& tensor, const char* name,
-                   std::initializer_list<int64_t> shape) {
-  return tensor ? input(*tensor, name, shape) : nullptr;
+template <class E = float>
+const E* input(const std::optional<Tensor>& tensor, const char* name,
+               std::initializer_list<int64_t> shape) {
+  return tensor ? input<E>(*tensor, name, shape) : nullptr;
 }
 
-float* output(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  check(tensor, name, shape);
-  return tensor.mutable_data_ptr<float>();
+template <class E = float>
+E* output(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  check(tensor, name, kScalarType<E>, shape);
+  return static_cast<E*>(tensor.mutable_data_ptr());
 }
 
 CellKind cell_kind(int64_t index) {
@@ -181,15 +222,33 @@ void for_each_weight(const LayerShape& s, size_t given, const char* name, const 
   }
 }
 
-void set_weight(Weights& w, size_t which, const Tensor& tensor) {
-  const float** fields[] = {&w.w_ih, &w.w_hh, &w.b_ih, &w.b_hh, &w.w_hr};
-  *fields[which] = tensor.const_data_ptr<float>();
+template <class E>
+void set_weight(WeightsOf<E>& w, size_t which, const Tensor& tensor) {
+  switch (which) {
+    case 0:
+      w.w_ih = static_cast<const E*>(tensor.const_data_ptr());
+      break;
+    case 1:
+      w.w_hh = static_cast<const E*>(tensor.const_data_ptr());
+      break;
+    case 2:
+      w.b_ih = tensor.const_data_ptr<float>();
+      break;
+    case 3:
+      w.b_hh = tensor.const_data_ptr<float>();
+      break;
+    default:
+      w.w_hr = static_cast<const E*>(tensor.const_data_ptr());
+  }
 }
 
-void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors, Weights weights[2]) {
+template <class E>
+void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors,
+                  WeightsOf<E> weights[2]) {
   for_each_weight(s, tensors.size(), "weights",
                   [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
-                    check(tensors[i], "weights", shape);
+                    const ScalarType type = shape.size() == 1 ? ScalarType::Float : kScalarType<E>;
+                    check(tensors[i], "weights", type, shape);
                     set_weight(weights[d], which, tensors[i]);
                   });
 }
@@ -214,51 +273,64 @@ Threads torch_threads() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()), run_in_parallel};
 }
 
-void forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights, const Tensor& h0,
-                std::optional<Tensor> c0, std::optional<Tensor> batch_sizes, Tensor y, Tensor h_n,
-                Tensor c_n, Tensor gates, Tensor cells) {
+template <class E>
+void forward_of(int64_t cell, const Tensor& x, const std::vector<Tensor>& weights, const Tensor& h0,
+                const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
+                const Tensor& y, const Tensor& h_n, const Tensor& c_n, const Tensor& gates,
+                const Tensor& cells) {
   std::vector<int64_t> offsets;
-  ForwardCall call{};
+  ForwardCallOf<E> call{};
   LayerShape& s = call.shape;
   s = layer_shape(cell, x, h0, c0);
   s.rows = row_layout(s, batch_sizes, offsets);
   const CellSizes sizes = cell_sizes(s.cell);
   read_weights(s, weights, call.weights);
-  call.x = input(x, "x", {s.count, s.input});
-  call.h0 = input(h0, "h0", {s.directions, s.rows.batch, s.output});
-  call.y = output(y, "y", {s.count, s.directions * s.output});
+  call.x = input<E>(x, "x", {s.count, s.input});
+  call.h0 = input<E>(h0, "h0", {s.directions, s.rows.batch, s.output});
+  call.y = output<E>(y, "y", {s.count, s.directions * s.output});
   call.h_n = output(h_n, "h_n", {s.directions, s.rows.batch, s.output});
   if (sizes.has_c) {
     call.c0 = input(c0, "c0", {s.directions, s.rows.batch, s.hidden});
     call.c_n = output(c_n, "c_n", {s.directions, s.rows.batch, s.hidden});
   }
   if (gates.dim() == 3 && gates.size(2) > 0) {
-    call.gates = output(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
-    advise_huge_pages_if_fresh(call.gates, static_cast<size_t>(gates.numel()) * sizeof(float));
+    call.gates = output<E>(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
+    advise_huge_pages_if_fresh(call.gates, static_cast<size_t>(gates.numel()) * sizeof(E));
     if (sizes.has_c) call.cells = output(cells, "cells", {s.directions, s.count, s.hidden});
   }
-  layer_forward(kernels(), call, torch_threads());
+  layer_forward(kernels_of<E>(), call, torch_threads());
 }
 
-void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
-                 std::optional<Tensor> grad_c_n, const Tensor& x, std::vector<Tensor> weights,
-                 const Tensor& h0, std::optional<Tensor> c0, std::optional<Tensor> batch_sizes,
-                 const Tensor& y, const Tensor& gates, const Tensor& cells, Tensor grad_x,
-                 Tensor grad_h0, Tensor grad_c0, std::vector<Tensor> grad_weights) {
+void forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights, const Tensor& h0,
+                std::optional<Tensor> c0, std::optional<Tensor> batch_sizes, Tensor y, Tensor h_n,
+                Tensor c_n, Tensor gates, Tensor cells) {
+  const bool half = x.scalar_type() == ScalarType::BFloat16;
+  (half ? forward_of<BFloat16> : forward_of<float>)(cell, x, weights, h0, c0, batch_sizes, y, h_n,
+                                                    c_n, gates, cells);
+}
+
+template <class E>
+void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
+                 const std::optional<Tensor>& grad_h_n, const std::optional<Tensor>& grad_c_n,
+                 const Tensor& x, const std::vector<Tensor>& weights, const Tensor& h0,
+                 const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
+                 const Tensor& y, const Tensor& gates, const Tensor& cells, const Tensor& grad_x,
+                 const Tensor& grad_h0, const Tensor& grad_c0,
+                 const std::vector<Tensor>& grad_weights) {
   std::vector<int64_t> offsets;
-  BackwardCall call{};
+  BackwardCallOf<E> call{};
   LayerShape& s = call.shape;
   s = layer_shape(cell, x, h0, c0);
   s.rows = row_layout(s, batch_sizes, offsets);
   const CellSizes sizes = cell_sizes(s.cell);
   read_weights(s, weights, call.weights);
-  call.grad_y = input(grad_y, "grad_y", {s.count, s.directions * s.output});
+  call.grad_y = input<E>(grad_y, "grad_y", {s.count, s.directions * s.output});
   call.grad_h_n = input(grad_h_n, "grad_h_n", {s.directions, s.rows.batch, s.output});
-  call.x = input(x, "x", {s.count, s.input});
-  call.h0 = input(h0, "h0", {s.directions, s.rows.batch, s.output});
-  call.y = input(y, "y", {s.count, s.directions * s.output});
+  call.x = input<E>(x, "x", {s.count, s.input});
+  call.h0 = input<E>(h0, "h0", {s.directions, s.rows.batch, s.output});
+  call.y = input<E>(y, "y", {s.count, s.directions * s.output});
   if (sizes.saved_gates > 0) {
-    call.gates = input(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
+    call.gates = input<E>(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
   }
   call.grad_h0 = output(grad_h0, "grad_h0", {s.directions, s.rows.batch, s.output});
   if (sizes.has_c) {
@@ -267,9 +339,20 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
     call.cells = input(cells, "cells", {s.directions, s.count, s.hidden});
     call.grad_c0 = output(grad_c0, "grad_c0", {s.directions, s.rows.batch, s.hidden});
   }
-  if (grad_x.dim() == 2) call.grad_x = output(grad_x, "grad_x", {s.count, s.input});
+  if (grad_x.dim() == 2) call.grad_x = output<E>(grad_x, "grad_x", {s.count, s.input});
   read_grads(s, grad_weights, call.grads);
-  layer_backward(kernels(), call, torch_threads());
+  layer_backward(kernels_of<E>(), call, torch_threads());
+}
+
+void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
+                 std::optional<Tensor> grad_c_n, const Tensor& x, std::vector<Tensor> weights,
+                 const Tensor& h0, std::optional<Tensor> c0, std::optional<Tensor> batch_sizes,
+                 const Tensor& y, const Tensor& gates, const Tensor& cells, Tensor grad_x,
+                 Tensor grad_h0, Tensor grad_c0, std::vector<Tensor> grad_weights) {
+  const bool half = x.scalar_type() == ScalarType::BFloat16;
+  (half ? backward_of<BFloat16> : backward_of<float>)(cell, grad_y, grad_h_n, grad_c_n, x, weights,
+                                                      h0, c0, batch_sizes, y, gates, cells, grad_x,
+                                                      grad_h0, grad_c0, grad_weights);
 }
 
 // Inference on the CPU in one call, for what needs neither a choice nor an error message: every
@@ -316,8 +399,8 @@ LayerShape stack_shape(int64_t cell, int64_t directions, int64_t timesteps, int6
 }
 
 // A call per layer with its shape and weights, or none where these do not fit.
-std::vector<ForwardCall> stack_calls(const LayerShape& first, int64_t layers,
-                                     const std::vector<Tensor>& weights) {
+std::vector<ForwardCallOf<float>> stack_calls(const LayerShape& first, int64_t layers,
+                                              const std::vector<Tensor>& weights) {
   const bool is_projected = projected(first);
   if (first.count < 1 || first.input < 1 || first.output < 1 || first.output > first.hidden ||
       (is_projected && !cell_sizes(first.cell).has_c)) {
@@ -326,10 +409,10 @@ std::vector<ForwardCall> stack_calls(const LayerShape& first, int64_t layers,
   const size_t parts = static_cast<size_t>(layers * first.directions), least = is_projected ? 3 : 2;
   if (weights.size() != least * parts && weights.size() != (least + 2) * parts) return {};
   const size_t per_layer = weights.size() / static_cast<size_t>(layers);
-  std::vector<ForwardCall> calls(static_cast<size_t>(layers));
+  std::vector<ForwardCallOf<float>> calls(static_cast<size_t>(layers));
   bool fit = true;
   for (size_t layer = 0; layer < calls.size(); layer++) {
-    ForwardCall& call = calls[layer];
+    ForwardCallOf<float>& call = calls[layer];
     call.shape = first;
     if (layer > 0) call.shape.input = first.directions * first.output;
     const Tensor* tensors = &weights[layer * per_layer];
@@ -360,8 +443,8 @@ Memory memory(int64_t count) { return Memory(new float[static_cast<size_t>(count
 
 // h0, c0, h_n and c_n as in kernels.h, one layer after the other. Initial states that are null
 // stand for zeros; y may be null.
-void run_stack(std::vector<ForwardCall>& calls, const float* x, const float* h0, const float* c0,
-               float* y, float* h_n, float* c_n) {
+void run_stack(std::vector<ForwardCallOf<float>>& calls, const float* x, const float* h0,
+               const float* c0, float* y, float* h_n, float* c_n) {
   const LayerShape& first = calls[0].shape;
   const int64_t rows = first.directions * first.rows.batch;
   const int64_t h_size = rows * first.output, c_size = rows * first.hidden;  // of a layer
@@ -370,12 +453,12 @@ void run_stack(std::vector<ForwardCall>& calls, const float* x, const float* h0,
     zeros = memory(c_size);
     std::fill_n(zeros.get(), c_size, 0.0f);
   }
-  const Kernels& isa = kernels();
+  const KernelsOf<float>& isa = kernels();
   const Threads threads = torch_threads();
   Memory input;  // keeps a layer's output until the next has read it
   for (size_t i = 0; i < calls.size(); i++) {
     const auto layer = static_cast<int64_t>(i);
-    ForwardCall& call = calls[i];
+    ForwardCallOf<float>& call = calls[i];
     Memory output;
     call.x = i == 0 ? x : input.get();
     call.y = y;
@@ -402,7 +485,7 @@ Outputs infer(const LayerShape& first, int64_t layers, const Tensor& x,
   const bool states_fit = (!h0 || is_plain(*h0, h_shape)) && (!c0 || is_plain(*c0, c_shape)) &&
                           c0.has_value() == (has_c && h0.has_value());
   if (!states_fit) return {};
-  std::vector<ForwardCall> calls = stack_calls(first, layers, weights);
+  std::vector<ForwardCallOf<float>> calls = stack_calls(first, layers, weights);
   if (calls.empty()) return {};
   Outputs outputs;
   outputs.reserve(3);
@@ -451,12 +534,12 @@ Outputs infer_cell_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights
 }  // namespace
 }  // namespace fused_rnn
 
-// The shapes of all arguments are in kernels.h, ForwardCall and BackwardCall; `weights` is the flat
-// list w_ih, w_hh[, b_ih, b_hh][, w_hr] of each direction. Outputs are written in place. Zero
+// The shapes of all arguments are in kernels.h, ForwardCallOf and BackwardCallOf; `weights` is the
+// flat list w_ih, w_hh[, b_ih, b_hh][, w_hr] of each direction. Outputs are written in place. Zero
 // columns in `gates` mean that nothing is saved; a gradient that is not wanted comes as an empty
-// 0-d or 3-d tensor.
-// The operators of inference take x and states as torch.nn's modules do and return y, h_n and c_n,
-// those that the module has; or nothing, when the call is not for them.
+// 0-d or 3-d tensor. Elements have the dtype of x, Float or BFloat16, all others are Float.
+// The operators of inference take x and states as torch.nn's modules do, in Float, and return y,
+// h_n and c_n, those that the module has; or nothing, when the call is not for them.
 STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
   m.def(
       "layer_forward(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0, "
@@ -474,6 +557,7 @@ STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
       "infer_cell(int cell, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, int hidden_size) "
       "-> Tensor[]");
   m.def("capability() -> str");
+  m.def("bfloat16_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CPU, m) {
@@ -486,4 +570,5 @@ STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CompositeExplicitAutograd, m) {
   m.impl("infer_layers", TORCH_BOX(&fused_rnn::infer_layers_op));
   m.impl("infer_cell", TORCH_BOX(&fused_rnn::infer_cell_op));
   m.impl("capability", TORCH_BOX(&fused_rnn::capability));
+  m.impl("bfloat16_capability", TORCH_BOX(&fused_rnn::bfloat16_capability));
 }

@@ -1,26 +1,27 @@
 // Matrices into the layout of PackedMatrix.
 
 template <int GATES>
-static void pack_gates_panel(const float* weights, const PackedMatrix& m, int64_t index) {
+static void pack_gates_panel(const Element* weights, const PackedMatrix& m, int64_t index) {
   const Panel panel(m, index, GATES);
   const int64_t k_stride = (int64_t)GATES * panel.vectors * kWidth;
   for (int gate = 0; gate < GATES; gate++) {
     for (int v = 0; v < panel.vectors; v++) {
       const int64_t unit = panel.column + v * kWidth;
       const int valid = valid_lanes(unit, m.columns);
-      const float* from = weights + (gate * m.columns + unit) * m.depth;
+      const Element* from = weights + (gate * m.columns + unit) * m.depth;
       float* to = const_cast<float*>(panel.data) + (gate * panel.vectors + v) * kWidth;
-      for (int64_t k = 0; k < m.depth; k += kWidth) {
-        const int depth = valid_lanes(k, m.depth);
+      for (int64_t word = 0; word < words(m.depth); word += kWidth) {
+        const int count = valid_lanes(word, words(m.depth));
+        const int64_t k = word * kPairs;
         Vector block[kWidth];
         FUSED_RNN_UNROLL
         for (int i = 0; i < kWidth; i++) {
-          block[i] = i < valid ? load(from + i * m.depth + k, depth) : Vector{};
+          block[i] = i < valid ? load_words(from + i * m.depth + k, m.depth - k) : Vector{};
         }
         transpose(block);
         FUSED_RNN_UNROLL
         for (int i = 0; i < kWidth; i++) {
-          if (i < depth) store(to + (k + i) * k_stride, block[i]);
+          if (i < count) store(to + (word + i) * k_stride, block[i]);
         }
       }
     }
@@ -42,74 +43,106 @@ static void pack_gates(const PackGatesParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Columns of one row into a panel; returns where the next row goes.
-FUSED_RNN_INLINE float* pack_row(const float* row, const Panel& panel, int64_t columns, float* to) {
-  for (int v = 0; v < panel.vectors; v++) {
-    const int64_t column = panel.column + v * kWidth;
-    store(to, load(row + column, valid_lanes(column, columns)));
-    to += kWidth;
+// Takes a matrix row by row and writes a panel's columns of it. A Source gives `valid` elements of
+// a row from a column on: source(row, column, valid).
+template <class Row>
+struct RowPacker {
+  const Panel& panel;
+  const int64_t columns;
+  float* to;
+  Row rows[kPairs];  // that wait for what they are paired with
+  int waiting = 0;
+
+  RowPacker(const Panel& panel, int64_t columns)
+      : panel(panel), columns(columns), to(const_cast<float*>(panel.data)) {}
+
+  template <class Source>
+  void add(Row row, const Source& source) {
+    rows[waiting++] = row;
+    if (waiting == kPairs) write(source);
   }
-  return to;
+
+  // The last of an odd number of rows is paired with zeros.
+  template <class Source>
+  void finish(const Source& source) {
+    if (waiting > 0) write(source);
+  }
+
+  template <class Source>
+  void write(const Source& source) {
+    for (int v = 0; v < panel.vectors; v++) {
+      const int64_t column = panel.column + v * kWidth;
+      const int valid = valid_lanes(column, columns);
+      Elements elements[kPairs];
+      for (int i = 0; i < kPairs; i++) {
+        elements[i] = i < waiting ? source(rows[i], column, valid) : Elements{};
+      }
+      store(to, pair(elements));
+      to += kWidth;
+    }
+    waiting = 0;
+  }
+};
+
+// Elements of a row that lies in memory.
+FUSED_RNN_INLINE Elements elements_of(const Element* row, int64_t column, int valid) {
+  return load_elements(row + column, valid);
 }
 
 static void pack_columns(const PackColumnsParams& p, int64_t begin, int64_t end) {
   const int64_t depth = p.packed.depth, columns = p.packed.columns;
   for (int64_t index = begin; index < end; index++) {
     const Panel panel(p.packed, index, 1);
-    float* to = const_cast<float*>(panel.data);
+    RowPacker<const Element*> packer(panel, columns);
     for (int64_t k = 0; k < depth; k++) {
       const int64_t row = k + p.rotate < depth ? k + p.rotate : k + p.rotate - depth;
-      to = pack_row(p.matrix + row * columns, panel, columns, to);
+      packer.add(p.matrix + row * columns, elements_of);
     }
+    packer.finish(elements_of);
   }
-}
-
-// The same with o * tanh(c) of a projected LSTM, computed anew from what is saved.
-FUSED_RNN_INLINE float* pack_unprojected_row(const BackwardCall& call, int64_t row,
-                                             const Panel& panel, float* to) {
-  const int64_t hidden = call.shape.hidden;
-  const float* o = call.gates + (row * LstmCell<Math>::kSavedGates + 3) * hidden;
-  const float* c = call.cells + row * hidden;
-  for (int v = 0; v < panel.vectors; v++) {
-    const int64_t unit = panel.column + v * kWidth;
-    const int valid = valid_lanes(unit, hidden);
-    store(to, load(o + unit, valid) * Math::tanh(load(c + unit, valid)));
-    to += kWidth;
-  }
-  return to;
 }
 
 static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
   const BackwardCall& call = *p.call;
   const LayerShape& shape = call.shape;
   const int64_t d = p.direction, output = shape.output, width = shape.directions * output;
-  const float* y = call.y + d * output;
-  const float* h0 = call.h0 + d * shape.rows.batch * output;
+  const Element* y = call.y + d * output;
+  const Element* h0 = call.h0 + d * shape.rows.batch * output;
   const int64_t row_end = p.chunk.first_row + p.chunk.rows;
   const Share all{d, 0, 1, shape.rows.batch, 0, 0};
+  // o * tanh(c) of a projected LSTM, computed anew from what is saved.
+  const auto unprojected = [&](int64_t row, int64_t unit, int valid) {
+    const int64_t hidden = shape.hidden;
+    const Element* o = call.gates + (row * LstmCell<Math>::kSavedGates + 3) * hidden;
+    return narrow(load(o + unit, valid) *
+                  Math::tanh(load(call.cells + row * hidden + unit, valid)));
+  };
   for (int64_t index = begin; index < end; index++) {
     const Panel panel(p.packed, index, 1);
-    float* to = const_cast<float*>(panel.data);
+    if (p.source == RowSource::unprojected) {
+      RowPacker<int64_t> packer(panel, shape.hidden);
+      for (int64_t row = p.chunk.first_row; row < row_end; row++) {
+        packer.add(d * shape.count + row, unprojected);
+      }
+      packer.finish(unprojected);
+      continue;
+    }
+    RowPacker<const Element*> packer(panel, p.packed.columns);
     if (p.source == RowSource::x) {
       for (int64_t row = p.chunk.first_row; row < row_end; row++) {
-        to = pack_row(call.x + row * shape.input, panel, shape.input, to);
+        packer.add(call.x + row * shape.input, elements_of);
       }
-      continue;
-    }
-    if (p.source == RowSource::unprojected) {
-      for (int64_t row = p.chunk.first_row; row < row_end; row++) {
-        to = pack_unprojected_row(call, d * shape.count + row, panel, to);
-      }
-      continue;
-    }
-    for (int64_t t = p.chunk.begin; t < p.chunk.end; t++) {
-      const Step step(shape.rows, all, d == 1 ? shape.rows.timesteps - 1 - t : t);
-      for (int64_t i = 0; i < step.from_previous; i++) {
-        to = pack_row(y + (offset(shape.rows, step.previous) + i) * width, panel, output, to);
-      }
-      for (int64_t i = step.from_previous; i < step.rows; i++) {
-        to = pack_row(h0 + i * output, panel, output, to);
+    } else {
+      for (int64_t t = p.chunk.begin; t < p.chunk.end; t++) {
+        const Step step(shape.rows, all, d == 1 ? shape.rows.timesteps - 1 - t : t);
+        for (int64_t i = 0; i < step.from_previous; i++) {
+          packer.add(y + (offset(shape.rows, step.previous) + i) * width, elements_of);
+        }
+        for (int64_t i = step.from_previous; i < step.rows; i++) {
+          packer.add(h0 + i * output, elements_of);
+        }
       }
     }
+    packer.finish(elements_of);
   }
 }

@@ -12,7 +12,7 @@ static void input_grad(const InputGradParams& p, int64_t row_begin, int64_t row_
         for (int v = 0; v < panel.vectors; v++) {
           const int64_t column = panel.column + v * kWidth;
           const int valid = valid_lanes(column, input);
-          float* to = p.grad_x + (first + m) * input + column;
+          Element* to = p.grad_x + (first + m) * input + column;
           Vector sum = tile[m * panel.vectors + v];
           if (p.accumulate) sum += load(to, valid);
           store(to, sum, valid);

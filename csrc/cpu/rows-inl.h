@@ -67,8 +67,9 @@ struct Units {
 };
 
 // Those units of a row; a null source is a row of zeros.
-FUSED_RNN_INLINE void copy_row(const float* from, float* to, const Units& units) {
-  for (int64_t i = units.begin; i < units.end; i++) to[i] = from ? from[i] : 0.0f;
+template <class From, class To>
+FUSED_RNN_INLINE void copy_row(const From* from, To* to, const Units& units) {
+  for (int64_t i = units.begin; i < units.end; i++) convert(from ? from[i] : From{}, to[i]);
 }
 
 // The share's part of a matrix other than the one with panels of hidden units: of as many of its

@@ -2,22 +2,26 @@
 // where they lie, as rows for dot products.
 
 // sums[i] += the products of row i of `weights` [kWidth, depth] and `a`, lane by lane.
-FUSED_RNN_INLINE void add_products(const float* weights, int64_t depth, int valid, const float* a,
-                                   Vector (&sums)[kWidth]) {
+FUSED_RNN_INLINE void add_products(const Element* weights, int64_t depth, int valid,
+                                   const Element* a, Vector (&sums)[kWidth]) {
+  constexpr int kStep = kWidth * kPairs;
   int64_t k = 0;
   if (valid == kWidth) {
-    for (; k + kWidth <= depth; k += kWidth) {
-      const Vector value = load(a + k);
+    for (; k + kStep <= depth; k += kStep) {
+      const Vector value = load_words(a + k, kStep);
       FUSED_RNN_UNROLL
-      for (int i = 0; i < kWidth; i++) sums[i] += load(weights + i * depth + k) * value;
+      for (int i = 0; i < kWidth; i++) {
+        sums[i] = multiply_add(sums[i], load_words(weights + i * depth + k, kStep), value);
+      }
     }
   }
-  for (; k < depth; k += kWidth) {
-    const int lanes = valid_lanes(k, depth);
-    const Vector value = load(a + k, lanes);
+  for (; k < depth; k += kStep) {
+    const Vector value = load_words(a + k, depth - k);
     FUSED_RNN_UNROLL
     for (int i = 0; i < kWidth; i++) {
-      if (i < valid) sums[i] += load(weights + i * depth + k, lanes) * value;
+      if (i < valid) {
+        sums[i] = multiply_add(sums[i], load_words(weights + i * depth + k, depth - k), value);
+      }
     }
   }
 }
@@ -34,6 +38,7 @@ static void step_units(const ForwardCall& p, int64_t d, int64_t unit) {
   const ForwardRows r{
       {},
       rows_of(p.h0, d * batch, hidden, all),
+      {},
       rows_of_or_null(p.c0, d * batch, hidden, all),
       rows_of(p.y + d * hidden, 0, y_width, all),
       rows_of_or_null(p.c_n, d * batch, hidden, all),

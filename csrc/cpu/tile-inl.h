@@ -22,7 +22,7 @@ FUSED_RNN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // tile [ROWS, COLUMNS] = a [ROWS, depth] times panel [depth, COLUMNS].
 template <int COLUMNS, int ROWS>
-__attribute__((noinline)) void multiply_tile(int64_t depth, const float* a, int64_t a_stride,
+__attribute__((noinline)) void multiply_tile(int64_t depth, const Element* a, int64_t a_stride,
                                              const float* panel, Vector* tile) {
   Vector sum[ROWS][COLUMNS];
   FUSED_RNN_UNROLL
@@ -30,18 +30,25 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const float* a, int6
     FUSED_RNN_UNROLL
     for (int column = 0; column < COLUMNS; column++) sum[row][column] = Vector{};
   }
-  for (int64_t k = 0; k < depth; k++) {
+  const auto advance = [&](int64_t k, auto value_at) __attribute__((always_inline)) {
     Vector b[COLUMNS];
     FUSED_RNN_UNROLL
     for (int column = 0; column < COLUMNS; column++) b[column] = load(panel + column * kWidth);
     FUSED_RNN_UNROLL
     for (int row = 0; row < ROWS; row++) {
-      const Vector value = broadcast(a[row * a_stride + k]);
+      const Vector value = value_at(a + row * a_stride + k);
       FUSED_RNN_UNROLL
-      for (int column = 0; column < COLUMNS; column++) sum[row][column] += value * b[column];
+      for (int column = 0; column < COLUMNS; column++) {
+        sum[row][column] = multiply_add(sum[row][column], value, b[column]);
+      }
     }
     panel += COLUMNS * kWidth;
-  }
+  };
+  int64_t k = 0;
+  for (; k + kPairs <= depth; k += kPairs) advance(k, broadcast_word);
+#if defined(FUSED_RNN_BFLOAT16)
+  if (k < depth) advance(k, broadcast_last);
+#endif
   FUSED_RNN_UNROLL
   for (int row = 0; row < ROWS; row++) {
     FUSED_RNN_UNROLL
@@ -51,7 +58,7 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const float* a, int6
 }
 
 template <int COLUMNS, int ROWS = tile_rows(COLUMNS)>
-void multiply_rows(int rows, int64_t depth, const float* a, int64_t a_stride, const float* panel,
+void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, const float* panel,
                    Vector* tile) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
@@ -62,7 +69,7 @@ void multiply_rows(int rows, int64_t depth, const float* a, int64_t a_stride, co
   multiply_tile<COLUMNS, ROWS>(depth, a, a_stride, panel, tile);
 }
 
-static void multiply(int columns, int rows, int64_t depth, const float* a, int64_t a_stride,
+static void multiply(int columns, int rows, int64_t depth, const Element* a, int64_t a_stride,
                      const float* panel, Vector* tile) {
   switch (columns) {
     case 1:
@@ -96,14 +103,15 @@ struct Panel {
   Panel(const PackedMatrix& m, int64_t index, int gates) {
     column = index * m.vectors * kWidth;
     vectors = (int)smaller(m.vectors, ceil_div(m.columns - column, kWidth));
-    data = m.data + column * gates * m.depth;
+    data = m.data + column * gates * words(m.depth);
   }
 };
 
 // Asks for `vectors` vectors of each row of a tile, which the end of a product will want: short
 // pieces far apart are not foreseen by the hardware.
-FUSED_RNN_INLINE void prefetch(const float* first, int64_t stride, int rows, int vectors) {
-  constexpr int kLine = 16;  // floats
+template <class T>
+FUSED_RNN_INLINE void prefetch(const T* first, int64_t stride, int rows, int vectors) {
+  constexpr int kLine = 64 / sizeof(T);
   for (int m = 0; m < rows; m++) {
     for (int i = 0; i < vectors * kWidth; i += kLine) __builtin_prefetch(first + m * stride + i);
   }

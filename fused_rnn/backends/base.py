@@ -10,6 +10,8 @@ H hidden_size, P output size, G gates, S = cell.saved_gates, Q = cell.grad_gates
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -194,6 +196,63 @@ class Backend:
             scan.c0 if needs.c0 else None,
             grad_weights,
         )
+
+
+def forward_in_float32(
+    forward: Callable[..., LayerOutput],  # a layer_forward that takes float32
+    problem: Problem,
+    x: Tensor,
+    weights: list[DirectionWeights],
+    h0: Tensor,
+    c0: Tensor | None,
+    rows: Rows,
+    save: bool,
+) -> LayerOutput:
+    """A half type's layer, rounded where it leaves `forward`; c stays as it is."""
+    wide = torch.float32
+    out = forward(replace(problem, dtype=wide), *_cast(wide, x, weights, h0, c0), rows, save)
+    y, h_n, c_n, gates = _cast(problem.dtype, out.y, out.h_n, out.c_n, out.gates)
+    return LayerOutput(y, h_n, c_n, gates, out.cells)
+
+
+def backward_in_float32(
+    backward: Callable[..., InputGrads],  # a layer_backward that takes float32
+    problem: Problem,
+    grads: OutputGrads,
+    x: Tensor,
+    weights: list[DirectionWeights],
+    h0: Tensor,
+    c0: Tensor | None,
+    rows: Rows,
+    saved: LayerOutput,
+    needs: Needs,
+) -> InputGrads:
+    """The backward of `forward_in_float32`."""
+    wide = torch.float32
+    result = backward(
+        replace(problem, dtype=wide),
+        OutputGrads(*_cast(wide, *grads)),
+        *_cast(wide, x, weights, h0, c0),
+        rows,
+        LayerOutput(*_cast(wide, *saved)),
+        needs,
+    )
+    return InputGrads(*_cast(problem.dtype, *result))
+
+
+def _cast(dtype: torch.dtype, *values):
+    """The same nest of lists and tuples with every tensor in `dtype`."""
+    return tuple(_cast_one(dtype, value) for value in values)
+
+
+def _cast_one(dtype: torch.dtype, value):
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if isinstance(value, DirectionWeights):
+        return DirectionWeights(*_cast(dtype, *value))
+    if isinstance(value, list):
+        return [_cast_one(dtype, item) for item in value]
+    return value
 
 
 def gate_bias(cell: Cell, w: DirectionWeights) -> Tensor | None:

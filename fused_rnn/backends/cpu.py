@@ -1,14 +1,25 @@
-"""The CPU backend: whole layers in C++ (csrc/cpu)."""
+"""The CPU backend: whole layers in C++ (csrc/cpu).
+
+bfloat16 runs natively where the CPU multiplies it; else half types run through float32.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..cells import DirectionWeights
-from ..native import cpu_capability, cpu_library_error
+from ..cells import DirectionWeights, is_half, state_dtype
+from ..native import bfloat16_capability, cpu_capability, cpu_library_error
 from ..problem import Problem, Rows
-from .base import Backend, InputGrads, LayerOutput, Needs, OutputGrads
+from .base import (
+    Backend,
+    InputGrads,
+    LayerOutput,
+    Needs,
+    OutputGrads,
+    backward_in_float32,
+    forward_in_float32,
+)
 
 
 class CpuBackend(Backend):
@@ -17,16 +28,30 @@ class CpuBackend(Backend):
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":
             return f"needs tensors on the cpu, got {problem.device_type}"
-        if problem.dtype != torch.float32:
-            return f"needs dtype torch.float32, got {problem.dtype}"
+        if problem.dtype != torch.float32 and not is_half(problem.dtype):
+            return f"needs dtype float32, bfloat16 or float16, got {problem.dtype}"
         if problem.hidden_size == 0:
             return "needs at least one hidden unit, got hidden_size=0"
         return cpu_library_error()
 
     def describe(self, problem: Problem) -> str:
-        return f"cpu/{cpu_capability()} layer"
+        if not is_half(problem.dtype):
+            return f"cpu/{cpu_capability()} layer"
+        if _through_float32(problem.dtype):
+            return f"cpu/{cpu_capability()} layer in float32"
+        return f"cpu/{bfloat16_capability()} layer"
 
-    def layer_forward(
+    def layer_forward(self, problem, *args) -> LayerOutput:
+        if _through_float32(problem.dtype):
+            return forward_in_float32(self._forward, problem, *args)
+        return self._forward(problem, *args)
+
+    def layer_backward(self, problem, *args) -> InputGrads:
+        if _through_float32(problem.dtype):
+            return backward_in_float32(self._backward, problem, *args)
+        return self._backward(problem, *args)
+
+    def _forward(
         self,
         problem: Problem,
         x: Tensor,
@@ -38,25 +63,28 @@ class CpuBackend(Backend):
     ) -> LayerOutput:
         cell, hidden, output = problem.cell, problem.hidden_size, problem.output_size
         directions, batch, count = problem.directions, problem.batch_size, x.shape[0]
+        wide = state_dtype(problem.dtype)
         out = LayerOutput(
             y=x.new_empty((count, directions * output)),
-            h_n=x.new_empty((directions, batch, output)),
-            c_n=x.new_empty((directions, batch, hidden * cell.has_c)),
+            h_n=x.new_empty((directions, batch, output), dtype=wide),
+            c_n=x.new_empty((directions, batch, hidden * cell.has_c), dtype=wide),
             gates=x.new_empty((directions, count, hidden * cell.saved_gates * save)),
-            cells=x.new_empty((directions, count, hidden * (cell.has_c and save))),
+            cells=x.new_empty((directions, count, hidden * (cell.has_c and save)), dtype=wide),
         )
         torch.ops.fused_rnn_cpu.layer_forward(
             cell.index,
             x.contiguous(),
             _flat(weights),
             h0.contiguous(),
-            c0.contiguous() if cell.has_c else None,
+            c0.to(wide).contiguous() if cell.has_c else None,
             rows.batch_sizes_tensor if rows.packed else None,
             *out,
         )
-        return out
+        if wide == problem.dtype:
+            return out
+        return out._replace(h_n=out.h_n.to(problem.dtype), c_n=out.c_n.to(problem.dtype))
 
-    def layer_backward(
+    def _backward(
         self,
         problem: Problem,
         grads: OutputGrads,
@@ -69,22 +97,25 @@ class CpuBackend(Backend):
         needs: Needs,
     ) -> InputGrads:
         cell = problem.cell
+        dtype, wide = problem.dtype, state_dtype(problem.dtype)
         flat = _flat(weights)
         unwanted = x.new_empty(())
         grad_x = x.new_empty(x.shape) if needs.x else unwanted
-        grad_h0 = h0.new_empty(h0.shape)
-        grad_c0 = c0.new_empty(c0.shape) if cell.has_c else unwanted
+        grad_h0 = h0.new_empty(h0.shape, dtype=wide)
+        grad_c0 = c0.new_empty(c0.shape, dtype=wide) if cell.has_c else unwanted
         grad_weights = [
-            w.new_empty(w.shape) if need else unwanted
+            w.new_empty(w.shape, dtype=wide) if need else unwanted
             for w, need in zip(flat, needs.weights, strict=True)
         ]
         torch.ops.fused_rnn_cpu.layer_backward(
             cell.index,
-            *(None if grad is None else grad.contiguous() for grad in grads),
+            None if grads.y is None else grads.y.contiguous(),
+            None if grads.h_n is None else grads.h_n.to(wide).contiguous(),
+            None if grads.c_n is None else grads.c_n.to(wide).contiguous(),
             x.contiguous(),
             flat,
             h0.contiguous(),
-            c0.contiguous() if cell.has_c else None,
+            c0.to(wide).contiguous() if cell.has_c else None,
             rows.batch_sizes_tensor if rows.packed else None,
             saved.y,
             saved.gates,
@@ -96,11 +127,21 @@ class CpuBackend(Backend):
         )
         return InputGrads(
             grad_x if needs.x else None,
-            grad_h0 if needs.h0 else None,
-            grad_c0 if needs.c0 and cell.has_c else None,
-            [g if need else None for g, need in zip(grad_weights, needs.weights, strict=True)],
+            grad_h0.to(dtype) if needs.h0 else None,
+            grad_c0.to(dtype) if needs.c0 and cell.has_c else None,
+            [
+                g.to(dtype) if need else None
+                for g, need in zip(grad_weights, needs.weights, strict=True)
+            ],
         )
 
 
+def _through_float32(dtype: torch.dtype) -> bool:
+    return is_half(dtype) and not (dtype == torch.bfloat16 and bfloat16_capability())
+
+
 def _flat(weights: list[DirectionWeights]) -> list[Tensor]:
-    return [w.contiguous() for direction in weights for w in direction if w is not None]
+    """The parameters as the library takes them: matrices in their dtype, biases in the states'."""
+    flat = [w.contiguous() for direction in weights for w in direction if w is not None]
+    wide = state_dtype(flat[0].dtype)
+    return flat if wide == flat[0].dtype else [w.to(wide) if w.dim() == 1 else w for w in flat]

@@ -11,22 +11,21 @@ Half types run through time in float32 and are rounded where they leave the laye
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cells import DirectionWeights, state_dtype
+from ..cells import DirectionWeights, is_half
 from ..problem import Problem, Rows
 from .base import (
     Backend,
-    InputGrads,
     LayerOutput,
-    Needs,
     OutputGrads,
     ScanGrads,
     allocate_output,
+    backward_in_float32,
+    forward_in_float32,
 )
 
 States = tuple[Tensor, ...]
@@ -42,30 +41,17 @@ class ReferenceBackend(Backend):
             return f"needs a floating-point dtype of 16 bits or more, got {dtype}"
         return None
 
-    def layer_forward(self, problem, x, weights, h0, c0, rows, save):
-        wide = state_dtype(problem.dtype)
-        if wide == problem.dtype:
-            return super().layer_forward(problem, x, weights, h0, c0, rows, save)
-        out = super().layer_forward(
-            replace(problem, dtype=wide), *_cast(wide, x, weights, h0, c0), rows, save
-        )
-        y, h_n, c_n, gates = _cast(problem.dtype, out.y, out.h_n, out.c_n, out.gates)
-        return LayerOutput(y, h_n, c_n, gates, out.cells)
+    def layer_forward(self, problem, *args):
+        forward = super().layer_forward
+        if is_half(problem.dtype):
+            return forward_in_float32(forward, problem, *args)
+        return forward(problem, *args)
 
-    def layer_backward(self, problem, grads, x, weights, h0, c0, rows, saved, needs: Needs):
-        args = (x, weights, h0, c0)
-        wide = state_dtype(problem.dtype)
-        if wide == problem.dtype:
-            return super().layer_backward(problem, grads, *args, rows, saved, needs)
-        result = super().layer_backward(
-            replace(problem, dtype=wide),
-            OutputGrads(*_cast(wide, *grads)),
-            *_cast(wide, *args),
-            rows,
-            LayerOutput(*_cast(wide, *saved)),
-            needs,
-        )
-        return InputGrads(*_cast(problem.dtype, *result))
+    def layer_backward(self, problem, *args):
+        backward = super().layer_backward
+        if is_half(problem.dtype):
+            return backward_in_float32(backward, problem, *args)
+        return backward(problem, *args)
 
     def scan_forward(
         self,
@@ -132,21 +118,6 @@ class ReferenceBackend(Backend):
             # Gradients run through time against the direction of the states.
             _run(_BACKWARD[cell.name](pieces), initial, final, rows, backwards=not reverse)
         return ScanGrads(grad_gates, grad_h0, grad_c0, grad_h)
-
-
-def _cast(dtype: torch.dtype, *values):
-    """The same nest of lists and tuples with every tensor in `dtype`."""
-    return tuple(_cast_one(dtype, value) for value in values)
-
-
-def _cast_one(dtype: torch.dtype, value):
-    if isinstance(value, Tensor):
-        return value.to(dtype)
-    if isinstance(value, DirectionWeights):
-        return DirectionWeights(*_cast(dtype, *value))
-    if isinstance(value, list):
-        return [_cast_one(dtype, item) for item in value]
-    return value
 
 
 def _run(step: Step, initial: States, final: States, rows: Rows, backwards: bool) -> None:
