@@ -85,9 +85,9 @@ struct RowPacker {
 };
 
 // Elements of a row that lies in memory.
-FUSED_RNN_INLINE Elements elements_of(const Element* row, int64_t column, int valid) {
+constexpr auto elements_of = [](const Element* row, int64_t column, int valid) {
   return load_elements(row + column, valid);
-}
+};
 
 static void pack_columns(const PackColumnsParams& p, int64_t begin, int64_t end) {
   const int64_t depth = p.packed.depth, columns = p.packed.columns;
