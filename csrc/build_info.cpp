@@ -38,6 +38,7 @@ py::dict build_facts() {
 
 py::dict cpu_features() {
   py::dict features;
+  features["avx512bf16"] = fused_rnn::cpu_has_avx512bf16();
   features["avx512"] = fused_rnn::cpu_has_avx512();
   features["avx2"] = fused_rnn::cpu_has_avx2();
   return features;

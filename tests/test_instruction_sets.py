@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fused_rnn import native, testing
+from fused_rnn import dispatch, native, ops, testing
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase
 
@@ -41,14 +41,17 @@ def _fast_cases(cell: str) -> list[LayerCase]:
         packed([19, 7, 1], 1, 130),
         packed([2, 1], 45, 7, bias=False, directions=2),
         packed(range(9, 0, -1), 3, 100, directions=2),
-        replace(case(3, 5, 16, 33, directions=2), dtype=torch.bfloat16),
     ]
     if CELLS[cell].has_c:
         cases += [
             case(5, 3, 16, 33, proj_size=17, directions=2),
             packed([19, 7, 1], 3, 100, proj_size=7, bias=False),
         ]
-    return cases
+    return [*cases, *_in_bfloat16(cases[1::3]), *_in_bfloat16(cases[-1:])]
+
+
+def _in_bfloat16(cases: list[LayerCase]) -> list[LayerCase]:
+    return [replace(case, dtype=torch.bfloat16) for case in cases]
 
 
 def _slow_cases(cell: str) -> list[LayerCase]:
@@ -118,7 +121,11 @@ def test_accuracy(case, instruction_set):
     _check(case)
 
 
-@pytest.mark.parametrize("case", _params(_small_batches))
+def _small_batches_of_every_dtype(cell: str) -> list[LayerCase]:
+    return [*_small_batches(cell), *_in_bfloat16(_small_batches(cell))]
+
+
+@pytest.mark.parametrize("case", _params(_small_batches_of_every_dtype))
 def test_accuracy_of_small_batches_on_several_threads(case, instruction_set, num_threads):
     num_threads(3)
     _check(case)
@@ -135,12 +142,40 @@ def test_instruction_sets_agree(case, instruction_set, monkeypatch):
     testing.assert_same_numbers(*results, roundings=32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_tell_what_runs_them(dtype, instruction_set):
+    inputs = testing.make_inputs(LayerCase("gru", 3, 2, 4, 5, dtype=dtype))
+    problem = ops.make_problem(*inputs.args, True)
+    description = dispatch.BACKENDS["cpu"].describe(problem)
+    if dtype == torch.bfloat16 and native.bfloat16_capability():
+        assert instruction_set == "avx512"
+        assert description == "cpu/avx512bf16 layer"
+    else:
+        assert description == f"cpu/{instruction_set} layer in float32"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_slow_state_of_half_type_arrives(dtype, instruction_set):
+    """h creeps towards 1 by less than what the type could add to it."""
+    hidden, timesteps = 17, 3000
+    x, h0 = torch.zeros(timesteps, 1, 3, dtype=dtype), torch.zeros(1, 1, hidden, dtype=dtype)
+    biases = torch.tensor([0.0, 7.0, 9.0]).repeat_interleave(hidden).to(dtype)
+    weights = [
+        torch.zeros(3 * hidden, 3, dtype=dtype), torch.zeros(3 * hidden, hidden, dtype=dtype),
+        biases, torch.zeros_like(biases),
+    ]  # fmt: skip
+    _, h_n, _ = ops.layer("gru", x, h0, None, weights)
+    exact = 1 - torch.sigmoid(torch.tensor(7.0, dtype=torch.float64)) ** timesteps
+    assert testing.relative_error(h_n, exact.expand_as(h_n)) < torch.finfo(dtype).eps
+
+
 @st.composite
 def _any_case(draw) -> LayerCase:
     cell = draw(st.sampled_from(sorted(CELLS)))
     hidden = draw(st.integers(1, 140))
     sizes = draw(st.integers(1, min(50, _most_inputs(hidden)))), hidden
     options = {"directions": draw(st.integers(1, 2)), "bias": draw(st.booleans())}
+    options["dtype"] = draw(st.sampled_from((torch.float32, torch.bfloat16)))
     if draw(st.booleans()):
         lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=20))
         return LayerCase.packed(cell, sorted(lengths, reverse=True), *sizes, **options)

@@ -3,7 +3,7 @@
 
 namespace fused_rnn {
 
-// The names are those of FUSED_RNN_CPU_CAPABILITY.
+// The names are those of FUSED_RNN_CPU_CAPABILITY; avx512bf16 is what avx512 takes bfloat16 with.
 static inline bool cpu_has_avx2() {
 #if defined(FUSED_RNN_X86)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -45,9 +45,10 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const Element* a, in
     panel += COLUMNS * kWidth;
   };
   int64_t k = 0;
-  for (; k + kPairs <= depth; k += kPairs) advance(k, broadcast_word);
+  for (; k + kPairs <= depth; k += kPairs)
+    advance(k, [](const Element* p) { return broadcast_word(p); });
 #if defined(FUSED_RNN_BFLOAT16)
-  if (k < depth) advance(k, broadcast_last);
+  if (k < depth) advance(k, [](const Element* p) { return broadcast_last(p); });
 #endif
   FUSED_RNN_UNROLL
   for (int row = 0; row < ROWS; row++) {
