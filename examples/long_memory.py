@@ -62,7 +62,7 @@ class Run:
 def train(args, task: str, length: int, cell: str) -> Run:
     torch.manual_seed(args.seed)
     model = Reader(cell, 1 + (task == "adding"), args.hidden).to(args.device)
-    trainer = common.Trainer(model, args.steps, lr=1e-2)
+    trainer = common.Trainer(model, args.steps, lr=2e-2)
     losses = []
     steps = common.Steps(args.steps, f"{task:10} {length:3} {cell:4}")
     for _ in steps:
@@ -91,7 +91,7 @@ def draw(args, runs: dict[tuple[str, int, str], Run], lengths: dict[str, list[in
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = common.Parser(__doc__, cell="gru", steps=(1500, 150), hidden=(48, 24))
+    parser = common.Parser(__doc__, cell="gru", steps=(1500, 400), hidden=(64, 32))
     args = parser.parse(argv)
     lengths = {task: list(all_[: 1 if args.small else 4]) for task, all_ in LENGTHS.items()}
     runs = {
