@@ -5,13 +5,16 @@
 # make test-asan       tests of the CPU library built with gcc's address and undefined-behaviour
 #                      sanitizers, in build/asan; not part of the others
 # make bench-cpu       the CPU benchmark with its peers, and whether the targets are met
+# make examples        the seventeen examples, each at the size of the tests
+# make examples-full   each at full size (an hour or so); the docs keep the results
+# make docs            the documentation, in build/site
 # make lint            ruff and clang-format
 # make clean           remove what was built; .venv stays (git clean -xdf removes that too)
 #
 # Each installs what it needs into .venv first. With FUSED_RNN_SKIP_BUILD=1 in the environment
 # nothing is compiled. Variables: PYTHON, PIP_ARGS, TORCH_INDEX (one more package index, as
 # https://download.pytorch.org/whl/cpu for the small build without CUDA), WORKERS, PYTEST_ARGS,
-# DEMO_ARGS, BENCH_ARGS.
+# DEMO_ARGS, BENCH_ARGS, EXAMPLES (names, as "names online"; all when empty).
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -20,6 +23,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+EXAMPLES ?=
 
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
@@ -35,7 +39,7 @@ BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 # Tests that need a team ask for one with torch.set_num_threads.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-reference test-asan bench-cpu lint clean
+.PHONY: demo test test-all test-reference test-asan bench-cpu examples examples-full docs lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
@@ -76,6 +80,16 @@ test-asan: $(INSTALLED)
 bench-cpu: $(INSTALLED) .venv/.peers
 	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
 
+# One thread each: at these sizes a team of threads mostly waits.
+examples: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/run_all.py --small $(EXAMPLES)
+
+examples-full: $(INSTALLED)
+	$(BIN)/python examples/run_all.py --publish $(EXAMPLES)
+
+docs: $(INSTALLED) .venv/.docs
+	$(BIN)/python -m mkdocs build --strict
+
 lint: .venv/.linters
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -91,7 +105,7 @@ clean:
 # Editable, so that a change to a Python file needs no new installation. Without build isolation,
 # so that the extension is built against the torch that it will run with, and torch comes once.
 $(INSTALLED): .venv/.dependencies $(BUILT_FROM)
-	$(PIP) --no-build-isolation -e '.[test,demo]'
+	$(PIP) --no-build-isolation -e '.[test,examples]'
 	@$(BIN)/python -c 'from fused_rnn import native; \
 		print("fused_rnn:", native.cpu_library_error() or "the CPU library is built")'
 	@touch $@
@@ -106,6 +120,10 @@ $(INSTALLED): .venv/.dependencies $(BUILT_FROM)
 # Every name of the extra "bench", without installing the package itself again.
 .venv/.peers: .venv/.created constraints.txt
 	$(PIP) onnx onnxruntime openvino rich
+	@touch $@
+
+.venv/.docs: .venv/.created constraints.txt
+	$(PIP) mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 .venv/.linters: .venv/.created constraints.txt

@@ -5,9 +5,9 @@ flipped back, and both are joined. With the weights of a bidirectional layer of 
 the same numbers.
 
 Then a task that needs the future: at each step of a series of random numbers, tell whether the sum
-of the three before and the three after it is positive. Past and future count alike, so a model
-that knows only the past is right in 3 of 4 cases at best: for two independent normal numbers
-a and b of equal variance, a and a + b have the same sign with probability 3/4.
+of the three before and the three after it is positive. Past and future count alike, so a model that
+knows only the past is right in 3 of 4 cases at best: for two independent normal numbers a and b of
+equal variance, a and a + b have the same sign with probability 3/4.
 """
 
 from __future__ import annotations

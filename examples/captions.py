@@ -1,9 +1,9 @@
 """Caption generator, one to many: a picture of handwritten digits in, a sentence about them out.
 
-A small network turns the picture into a feature, which is the first state of a
-recurrent cell. The cell then emits a word at a time, reading the word before, until it emits the
-stop word: "a seven", or "a three above a seven". So the sentences differ in length, and only
-the cell decides where they end.
+A small network turns the picture into a feature, which is the first state of a recurrent cell. The
+cell then emits a word at a time, reading the word before, until it emits the stop word: "a seven",
+or "a three above a seven". So the sentences differ in length, and only the cell decides where they
+end.
 
 The digits are real, from scikit-learn's `load_digits` (1,797 pictures of 8 by 8 pixels); one or two
 of them are put on a canvas. Digits of the test pictures never occur in training.

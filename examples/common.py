@@ -1,8 +1,8 @@
 """What the examples share: arguments, a progress bar, pictures, and a result that is judged.
 
 Every example states what it measures, the baseline it compares with and the goal it has to reach,
-prints them as a table, writes them to `<out>/<name>.json` and exits with 1 when it fell short.
-With `--small` an example is the size that the tests run: fewer steps, smaller models, lower goals.
+prints them as a table, writes them to `<out>/<name>.json` and exits with 1 when it fell short. With
+`--small` an example is the size that the tests run: fewer steps, smaller models, lower goals.
 """
 
 from __future__ import annotations

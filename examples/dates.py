@@ -1,12 +1,12 @@
 """Date translator, sequence to sequence: "January 15, 2023" in, "2023-01-15" out.
 
 An encoder reads the date character by character; its final state starts a decoder that writes the
-answer character by character. In training the decoder is shown the right character before each
-one that it has to predict (teacher forcing), so a whole answer is one call of the layer. In use it
+answer character by character. In training the decoder is shown the right character before each one
+that it has to predict (teacher forcing), so a whole answer is one call of the layer. In use it
 reads its own output: the likeliest character, one call per character (greedy decoding).
 
-Dates are drawn from the 73,049 days of 1900 to 2099, written in one of seven ways. Days of the
-test set never occur in training, in any format; an answer counts when all ten characters are right.
+Dates are drawn from the 73,049 days of 1900 to 2099, written in one of seven ways. Days of the test
+set never occur in training, in any format; an answer counts when all ten characters are right.
 """
 
 from __future__ import annotations

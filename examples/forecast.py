@@ -2,12 +2,12 @@
 
 The series is real: 1,461 days of weather from 2012 to 2015, shipped by the package vega_datasets.
 The model reads 30 days (highest and lowest temperature, rain, wind, season) and gives the highest
-temperature of each of the next seven days. It trains on three years; the fourth is the test.
-There are two baselines: naive, which repeats the last day's temperature, and a linear
-autoregression on the last 30 days' temperatures, fitted to the same three years.
+temperature of each of the next seven days. It trains on three years; the fourth is the test. There
+are two baselines: naive, which repeats the last day's temperature, and a linear autoregression on
+the last 30 days' temperatures, fitted to the same three years.
 
-`Encoder` is the block that many systems for text and speech have in their middle: two
-bidirectional layers with dropout between them, by default from vectors of 300 to states of 128.
+`Encoder` is the block that many systems for text and speech have in their middle: two bidirectional
+layers with dropout between them, by default from vectors of 300 to states of 128.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Gradient flow: how much of a gradient reaches the first input, and what clipping does.
 
-An output t steps after the first input depends on it through t products with the recurrent
-matrix, so its gradient there shrinks or grows like a power of that matrix's spectral radius. Four
-pictures show it, with no training at all:
+An output t steps after the first input depends on it through t products with the recurrent matrix,
+so its gradient there shrinks or grows like a power of that matrix's spectral radius. Four pictures
+show it, with no training at all:
 
 - the gradient of every output y_t back to the first input, in RNN, GRU and LSTM as torch
-  initialises them, and in an LSTM whose forget gates start open. It takes one forward pass and a backward pass per output, over one graph that is
-  retained;
-- the same for a simple RNN whose recurrent matrix is scaled to spectral radii from 0.5 to 1.5.
-  With inputs near zero tanh is the identity, and the slope of each line must be the logarithm of
-  the radius: that is the number reported here. With large inputs tanh saturates and even a
-  radius of 1.5 vanishes;
+  initialises them, and in an LSTM whose forget gates start open. It takes one forward pass and a
+  backward pass per output, over one graph that is retained;
+- the same for a simple RNN whose recurrent matrix is scaled to spectral radii from 0.5 to 1.5. With
+  inputs near zero tanh is the identity, and the slope of each line must be the logarithm of the
+  radius: that is the number reported here. With large inputs tanh saturates and even a radius of
+  1.5 vanishes;
 - the state of those networks, and the norms of the parameters' gradients before and after
   `clip_grad_norm_`.
 """

@@ -1,4 +1,4 @@
-"""Character language model: carried state, a checkpoint to resume from, and text written at the end.
+"""Character language model: carried state, checkpoints to resume from, and text at the end.
 
 The model of `char_lm.py` (which trains it twice to compare speeds) trained in earnest, once:
 
@@ -6,9 +6,9 @@ The model of `char_lm.py` (which trains it twice to compare speeds) trained in e
   each window starts from the state that the one before ended with, detached;
 - after each tenth of the steps it writes a checkpoint: weights, optimizer, schedule, carried state
   and the number of the step. `--resume` goes on from there, and comes out as if never stopped;
-- what counts is a text that was held out: the last tenth of the source of Python's standard library.
-  Its perplexity is given in bits per character, log2 of the number of characters that the model
-  hesitates between. The baseline hesitates without looking at context: the unigram entropy;
+- what counts is a text that was held out: the last tenth of the source of Python's standard
+  library. Its perplexity is given in bits per character, log2 of the number of characters that the
+  model hesitates between. The baseline hesitates without looking at context: the unigram entropy;
 - at the end it writes, at three temperatures: low ones repeat themselves, high ones invent.
 """
 
@@ -17,10 +17,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import char_lm
 import torch
 import torch.nn.functional as F
 
+import char_lm
 import common
 
 BATCH, WINDOW = 32, 64

@@ -7,11 +7,10 @@ Schmidhuber, 1997, https://doi.org/10.1162/neco.1997.9.8.1735, introduced the se
 - adding: T such numbers, each with a mark, which is 1 at one place in each half and else 0; after
   the last, give the sum of the two marked numbers.
 
-A model that has understood nothing answers with the mean, and its squared error is the variance
-of the answer: 1/12 for copying, 1/6 for adding. Those are the dotted lines. The picture has
-the losses of RNN, GRU and LSTM side by side at every length. What is reported is the error of
-`--cell` on new sequences, at the shortest length and at the longest that it brought below a fifth
-of the baseline.
+A model that has understood nothing answers with the mean, and its squared error is the variance of
+the answer: 1/12 for copying, 1/6 for adding. Those are the dotted lines. The picture has the losses
+of RNN, GRU and LSTM side by side at every length. What is reported is the error of `--cell` on new
+sequences, at the shortest length and at the longest that it brought below a fifth of the baseline.
 """
 
 from __future__ import annotations

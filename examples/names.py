@@ -1,10 +1,10 @@
 """Where a name is from: a recurrent network reads a family name character by character.
 
 The names are the lists of family names that the package Faker ships for its locales, without their
-accents; those of more than one country are left out, since nothing could tell their origin. Names of
-the test set never occur in training. Countries differ in how many names they have, so accuracy is
-reported as the mean over the countries, and the picture is the confusion matrix: which
-languages are taken for which.
+accents; those of more than one country are left out, since nothing could tell their origin. Names
+of the test set never occur in training. Countries differ in how many names they have, so accuracy
+is reported as the mean over the countries, and the picture is the confusion matrix: which languages
+are taken for which.
 
 The baseline has the same names and knows the same characters but not their order: logistic
 regression on how often each character occurs.
@@ -47,9 +47,7 @@ def names(languages: list[str]) -> list[tuple[str, int]]:
         for name in map(plain, module.Provider.last_names):
             origins.setdefault(name, set()).add(index)
     return sorted(
-        (name, *origin)
-        for name, origin in origins.items()
-        if len(origin) == 1 and name.isalpha()
+        (name, *origin) for name, origin in origins.items() if len(origin) == 1 and name.isalpha()
     )
 
 

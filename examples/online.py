@@ -1,14 +1,14 @@
-"""Online learning: a stateful GRU learns from one bit at a time, and predicts the one before, negated.
+"""Online learning: a stateful GRU learns from one bit at a time.
 
 Bits come in one by one. After each, the model says what the bit before it was, negated; then it is
 told the answer, and makes one update: batch 1, one timestep, the state carried on.
 
 What makes this hard is not the memory of a single bit but who teaches it. With one step of
 backpropagation the gradient stops at the carried state, so nothing ever tells the step before what
-it should have kept; the read-out can only use what the state happens to hold (with four units
-that is little; with 16 or more, some unit echoes the last input by chance, and all is easy). With a window of a
-few steps the gradient reaches the step that saw the bit. The picture has the accuracy over the
-last 200 updates for windows of 1, 2 and 4 steps; what is reported is how many updates each
+it should have kept; the read-out can only use what the state happens to hold (with four units that
+is little; with 16 or more, some unit echoes the last input by chance, and all is easy). With a
+window of a few steps the gradient reaches the step that saw the bit. The picture has the accuracy
+over the last 200 updates for windows of 1, 2 and 4 steps; what is reported is how many updates each
 took to be right 95 times in 100.
 
 A convolution over time can do without the carried state where the answer lies a fixed number of

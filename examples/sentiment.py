@@ -12,8 +12,8 @@ up with:
     opinion = "the" subject "was" [ "not" | "hardly" | degree ] adjective
     aside   = who "went" "there" when
 
-So a model that counts words (logistic regression on a bag of words, the baseline) cannot tell.
-No review of the test set occurs in training.
+So a model that counts words (logistic regression on a bag of words, the baseline) cannot tell. No
+review of the test set occurs in training.
 """
 
 from __future__ import annotations
