@@ -1,0 +1,67 @@
+"""What mkdocs puts into pages while it builds them: the gallery of examples."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from run_all import EXAMPLES, RESULTS  # noqa: E402
+
+TABLE_MARK = "<!-- results of the examples -->"
+GALLERY_MARK = "<!-- the examples -->"
+
+
+def on_page_markdown(markdown: str, page, **_) -> str:
+    if page.file.src_uri == "examples.md":
+        markdown = markdown.replace(TABLE_MARK, results_table())
+        markdown = markdown.replace(GALLERY_MARK, gallery())
+    return markdown
+
+
+def published(name: str) -> dict:
+    """What the last full-size run of an example wrote, {} where there is none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def row(result: dict) -> list[str]:
+    sign = "at least" if result["higher_is_better"] else "at most"
+    return [
+        result["measure"],
+        f"{result['value']:.4g}",
+        f"{result['baseline']:.4g} ({result['baseline_name']})",
+        f"{sign} {result['goal']:.4g}" + ("" if result["reached"] else ", **not reached**"),
+    ]
+
+
+def results_table() -> str:
+    lines = ["| example | cell | measured | result | baseline | goal |", "|---|---|---|---|---|---|"]
+    for name, title in EXAMPLES.items():
+        facts = published(name)
+        for result in facts.get("results", []):
+            cells = [f"[{title}](#{name})", facts["cell"] or "all", *row(result)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gallery() -> str:
+    """A section for each example: its docstring, how it was run, its picture."""
+    parts = []
+    for name, title in EXAMPLES.items():
+        source = (ROOT / "examples" / f"{name}.py").read_text()
+        text = ast.get_docstring(ast.parse(source)).partition("\n\n")[2]
+        facts = published(name)
+        parts.append(f"## {title} {{: #{name} }}\n\n`python examples/{name}.py`\n\n{text}")
+        if facts:
+            parts.append(
+                f"*The run above: {facts['steps']:,} steps, seed {facts['seed']}, "
+                f"{facts['threads']} thread(s), {facts['device']}.*"
+            )
+        if (ROOT / "docs" / "pictures" / f"{name}.png").exists():
+            parts.append(f"![{title}](pictures/{name}.png)")
+    return "\n\n".join(parts)
