@@ -40,7 +40,10 @@ def row(result: dict) -> list[str]:
 
 
 def results_table() -> str:
-    lines = ["| example | cell | measured | result | baseline | goal |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| example | cell | measured | result | baseline | goal |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, title in EXAMPLES.items():
         facts = published(name)
         for result in facts.get("results", []):

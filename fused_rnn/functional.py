@@ -1,8 +1,9 @@
 """Recurrent networks as functions of tensors: stacks of layers, dropout, projections, packed rows.
 
 Weights come as one flat list in the order of torch.nn's `_flat_weights`: layer after layer,
-forward direction before reverse, each w_ih [G*H, I], w_hh [G*H, P][, b_ih, b_hh [G*H]]
-[, w_hr [P, H]]; G gates, H hidden_size, P proj_size or H.
+forward direction before reverse, each w_ih [G*H, I], w_hh [G*H, P], then b_ih and b_hh [G*H] if
+there are biases, then w_hr [P, H] if there is a projection; G gates, H hidden_size, P proj_size or
+H.
 """
 
 from __future__ import annotations
