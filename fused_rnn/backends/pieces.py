@@ -31,10 +31,7 @@ class Pieces:
     def _cut(self, masks: Masks) -> None:
         """Where each piece lies. Row by row and from left to right first, then sorted."""
         steps, batch = self.timesteps, self.batch_size
-        if masks.lengths is None:
-            lengths = torch.full((batch,), steps)
-        else:
-            lengths = masks.lengths.cpu()
+        lengths = torch.full((batch,), steps) if masks.lengths is None else masks.lengths.cpu()
         starts = torch.zeros((batch, steps), dtype=torch.bool)
         if masks.resets is not None:
             starts |= masks.resets.t().cpu()
