@@ -106,10 +106,10 @@ def compare_rnn(x: Tensor, num_layers: int) -> float:
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
-def compare_gru(x: Tensor) -> float:
-    ours = fused_rnn.GRU(x.shape[2], 20).to(x)
+def compare_gru(x: Tensor, reset_after: bool) -> float:
+    ours = fused_rnn.GRU(x.shape[2], 20, reset_after=reset_after).to(x)
     weights = {name: p.detach().cpu().numpy() for name, p in ours.named_parameters()}
-    by_hand = torch.from_numpy(numpy_gru(x.cpu().numpy(), weights, reset_after=True))
+    by_hand = torch.from_numpy(numpy_gru(x.cpu().numpy(), weights, reset_after))
     return (ours(x)[0].cpu() - by_hand).abs().max().item()
 
 
@@ -120,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     differences = {
         "RNN cell of two linear layers": compare_rnn(x, num_layers=1),
         "3-layer RNN of such cells": compare_rnn(x, num_layers=3),
-        "GRU in NumPy, reset after the product": compare_gru(x),
+        "GRU in NumPy, reset after the product": compare_gru(x, reset_after=True),
+        "GRU in NumPy, reset before the product": compare_gru(x, reset_after=False),
     }
     results = [
         common.Result(

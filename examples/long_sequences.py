@@ -1,16 +1,19 @@
 """Long sequences: up to 100,000 steps forward and backward, and what they cost.
 
-A sequence of T steps saves T states for backward, and a simple RNN multiplies T matrices. This runs
-one at T = 1,000, 10,000 and 100,000, in three forms: eager, compiled (torch.compile) and exported
-(torch.export). All must give the same outputs and gradients, finite, with the same types and
-shapes. Then two ways to spend less memory on the longest one, each beside the peak of the plain
-way:
+First the simple RNN at T = 1,000, 10,000 and 100,000, in three forms: eager, compiled
+(torch.compile) and exported (torch.export). All must give the same outputs and gradients, finite,
+with the same types and shapes.
 
-- recompute: the sequence goes through in pieces under `torch.utils.checkpoint`, which keeps the
-  state at the start of each piece and runs the piece again in backward. Gradients are the same;
+Then three ways to spend less memory on the longest sequence with `--cell`, each beside the peak of
+the plain way:
+
+- `recompute=True`: the layer keeps its output and computes the gates again in backward. Gradients
+  are the same;
+- pieces under `torch.utils.checkpoint`: only the state at the start of each piece is kept, and the
+  piece runs again in backward. Gradients are the same;
 - truncated backpropagation: each piece's gradient is taken at once and stops at the piece's start.
-  Gradients differ by what would have come across the boundaries: little here, where the recurrent
-  matrix has a spectral radius of 0.9 and forgets in some dozens of steps.
+  Gradients differ by what would have come across the boundaries: little, in layers that forget in
+  some dozens of steps.
 """
 
 from __future__ import annotations
@@ -46,9 +49,14 @@ def gradients(run: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor) -> t
     return y.detach(), *grads
 
 
+def initial(layer: nn.Module, x: Tensor):
+    zeros = x.new_zeros(1, x.shape[1], SIZE)
+    return (zeros, zeros) if isinstance(layer, fused_rnn.LSTM) else zeros
+
+
 def in_pieces(layer: nn.Module, x: Tensor) -> Tensor:
     """The same outputs, saving for backward one piece at a time."""
-    state, outputs = x.new_zeros(1, x.shape[1], SIZE), []
+    state, outputs = initial(layer, x), []
     for piece in x.split(PIECE):
         y, state = checkpoint(layer, piece, state, use_reentrant=False)
         outputs.append(y)
@@ -57,7 +65,7 @@ def in_pieces(layer: nn.Module, x: Tensor) -> Tensor:
 
 def truncated(layer: nn.Module, x: Tensor) -> tuple:
     """As `gradients`, with each piece's gradient stopping where the piece starts."""
-    state, outputs, sums = x.new_zeros(1, x.shape[1], SIZE), [], None
+    state, outputs, sums = initial(layer, x), [], None
     grad_x = torch.empty_like(x)
     for number, piece in enumerate(x.split(PIECE)):
         piece = piece.clone().requires_grad_()
@@ -66,7 +74,7 @@ def truncated(layer: nn.Module, x: Tensor) -> tuple:
         grad, *grads = torch.autograd.grad(loss, [piece, *layer.parameters()])
         grad_x[number * PIECE :][: len(piece)] = grad
         sums = grads if sums is None else [a.add_(b) for a, b in zip(sums, grads, strict=True)]
-        state = state.detach()
+        state = common.detach(state)
         outputs.append(y.detach())
     return torch.cat(outputs), grad_x, *sums
 
@@ -115,7 +123,7 @@ def with_peak(function: Callable, device: torch.device):
 
 def main(argv: list[str] | None = None) -> int:
     parser = common.Parser(
-        __doc__, cell=None, steps=(100_000, 4000), steps_help="timesteps of the longest sequence"
+        __doc__, cell="lstm", steps=(100_000, 4000), steps_help="timesteps of the longest sequence"
     )
     args = parser.parse(argv)
     layer = make_layer(args)
@@ -139,13 +147,19 @@ def main(argv: list[str] | None = None) -> int:
             table.add_row(f"{length:,}", name, f"{seconds:.3f}", f"{difference:.1e}")
     common.console.print(table)
 
+    layer = common.LAYERS[args.cell](SIZE, SIZE).to(args.device)
+    again = common.LAYERS[args.cell](SIZE, SIZE, recompute=True).to(args.device)
+    again.load_state_dict(layer.state_dict())
     ways = {
         "plain": lambda: gradients(lambda x: layer(x)[0], layer, x),
-        "recompute": lambda: gradients(lambda x: in_pieces(layer, x), layer, x),
+        "recompute=True": lambda: gradients(lambda x: again(x)[0], again, x),
+        "in pieces": lambda: gradients(lambda x: in_pieces(layer, x), layer, x),
         "truncated": lambda: truncated(layer, x),
     }
-    table = common.Table("", "peak, MiB", "difference of gradients", title=f"{len(x):,} timesteps")
+    title = f"{args.cell}, {len(x):,} timesteps"
+    table = common.Table("", "peak, MiB", "difference of gradients", title=title)
     differences = {}
+    expected = ways["plain"]()
     for name, way in ways.items():
         results, peak = with_peak(way, args.device)
         differences[name] = relative_difference(results, expected)
@@ -158,7 +172,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         for name, value, goal in (
             ("eager, compiled and exported", apart, 1e-4),
-            ("recompute", differences["recompute"], 1e-4),
+            ("recompute=True", differences["recompute=True"], 1e-4),
+            ("in pieces", differences["in pieces"], 1e-4),
             (f"truncated after {PIECE} steps", differences["truncated"], 0.1),
         )
     ]  # fmt: skip

@@ -8,7 +8,8 @@ Proximal policy optimisation (Schulman et al., 2017, https://arxiv.org/abs/1707.
 and critic that share one recurrent layer. Environments run side by side and episodes end at any
 time, so a piece of experience [T, B] has several episodes in a row, and the state has to become
 zero between them: in the policy's own steps and again, exactly there, when the update runs over the
-piece. `run` does that. The time of an update is printed for fused_rnn and for torch.nn.
+piece. Our layers do that when told the `resets`; with torch.nn, `by_hand` cuts the piece up. The
+time of an update is printed for fused_rnn and for torch.nn.
 """
 
 from __future__ import annotations
@@ -74,11 +75,14 @@ class Policy(nn.Module):
 
     def forward(self, seen: Tensor, state, resets: Tensor):
         # seen [T, B, 4], resets [T, B] bool -> logits [T, B, 3], values [T, B], state
-        y, state = run(self.rnn, seen, state, resets)
+        if isinstance(self.rnn, (nn.GRU, nn.LSTM, nn.RNN)):
+            y, state = by_hand(self.rnn, seen, state, resets)
+        else:
+            y, state = self.rnn(seen, state, resets=resets)
         return self.actor(y), self.critic(y).squeeze(-1), state
 
 
-def run(layer: nn.RNNBase, x: Tensor, state, resets: Tensor):
+def by_hand(layer: nn.RNNBase, x: Tensor, state, resets: Tensor):
     """The layer over x [T, B, I], a row's state zero before each step where `resets` is set.
 
     One call for each run of steps without a reset in any row.

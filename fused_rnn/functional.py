@@ -46,7 +46,7 @@ def rnn_tanh(
         input: [T, B, I], [B, T, I] with `batch_first`, or packed rows [N, I] with `batch_sizes`.
         hx: [num_layers*D, B, H], or None for zeros; D is 2 when bidirectional, else 1.
         weights: see the module's docstring.
-        options: see `Options`; what they mean is told at :class:`fused_rnn.RNN`.
+        options: see `Options`; what they mean is told at `fused_rnn.RNN`.
 
     Returns:
         output [T, B, D*H] (laid out as `input` is) and h_n [num_layers*D, B, H]. With
