@@ -1,4 +1,4 @@
-"""What mkdocs puts into pages while it builds them: the gallery of examples."""
+"""What mkdocs adds while it builds: the gallery of examples, and pages the navigation lacks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,25 @@ from run_all import EXAMPLES, RESULTS  # noqa: E402
 
 TABLE_MARK = "<!-- results of the examples -->"
 GALLERY_MARK = "<!-- the examples -->"
+
+
+def on_config(config, **_):
+    config.nav = complete(config.nav)
+    return config
+
+
+def complete(nav: list[dict]) -> list[dict]:
+    """The navigation with every page of docs: one that nobody listed comes at the end of Inside."""
+    listed = str(nav)
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    names = [page.relative_to(ROOT / "docs").as_posix() for page in pages]
+    missing = [name for name in names if f"'{name}'" not in listed]
+    nav = [dict(entry) for entry in nav]
+    nav[-1]["Inside"] = [*nav[-1]["Inside"], *(n for n in missing if n != "performance.md")]
+    if "performance.md" in missing:
+        before = next(n for n, entry in enumerate(nav) if "Troubleshooting" in entry)
+        nav.insert(before, {"Performance": "performance.md"})
+    return nav
 
 
 def on_page_markdown(markdown: str, page, **_) -> str:
