@@ -104,13 +104,15 @@ def forward_and_backward() -> None:
         d.arrow((x + 36, 278), (x + 36, 306))
         if t:
             d.arrow((x, 326), (x - 20, 326))
-    d.arrow((380, 326), (340, 326))
-    d.box(290, 310, 50, 32, "dh0", GREY)
-    d.box(20, 292, 230, 34, "dx = d_gates W_ih", BLUE)
-    d.box(20, 346, 230, 34, "dW_ih, dW_hh, db: sums over rows", BLUE)
-    d.arrow((555, 346), (555, 364), (250, 364))
-    d.arrow((270, 364), (270, 309), (250, 309))
-    d.words(570, 374, "gradients of the gates")
+    d.arrow((380, 326), (350, 326))
+    d.box(300, 310, 50, 32, "dh0", GREY)
+    d.box(20, 292, 250, 34, "dx = d_gates W_ih", BLUE)
+    d.box(20, 346, 250, 34, "dW_ih, dW_hh, db: sums over rows", BLUE)
+    for t in range(4):
+        d.arrow((416 + 92 * t, 346), (416 + 92 * t, 364))
+    d.box(380, 364, 348, 26, "gradients of the gates", GREY)
+    d.arrow((380, 377), (285, 377), (285, 363), (270, 363))
+    d.arrow((285, 377), (285, 309), (270, 309))
     d.save("forward_and_backward")
 
 
@@ -120,7 +122,7 @@ def chunks_and_threads() -> None:
     for row in range(2):
         for chunk in range(3):
             x, y = 60 + 220 * chunk, 42 + 40 * row
-            d.box(x, y, 100, 30, "x W_ih, a chunk", BLUE)
+            d.box(x, y, 100, 30, "x W_ih: chunk", BLUE)
             d.box(x + 104, y, 100, 30, "its steps", ORANGE)
         d.words(20, 62 + 40 * row, f"{row}:")
     d.words(20, 162, "few rows: each thread has hidden units of its own; all meet after every step")

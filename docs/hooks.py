@@ -65,8 +65,9 @@ def results_table() -> str:
     ]
     for name, title in EXAMPLES.items():
         facts = published(name)
-        for result in facts.get("results", []):
-            cells = [f"[{title}](#{name})", facts["cell"] or "all", *row(result)]
+        for number, result in enumerate(facts.get("results", [])):
+            first = ["", ""] if number else [f"[{title}](#{name})", facts["cell"] or "all"]
+            cells = [*first, *row(result)]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -81,8 +82,8 @@ def gallery() -> str:
         parts.append(f"## {title} {{: #{name} }}\n\n`python examples/{name}.py`\n\n{text}")
         if facts:
             parts.append(
-                f"*The run above: {facts['steps']:,} steps, seed {facts['seed']}, "
-                f"{facts['threads']} thread(s), {facts['device']}.*"
+                f"*The published run: {facts['steps']:,} steps, seed {facts['seed']}, "
+                f"on {facts['device']}.*"
             )
         if (ROOT / "docs" / "pictures" / f"{name}.png").exists():
             parts.append(f"![{title}](pictures/{name}.png)")

@@ -11,8 +11,7 @@ show it, with no training at all:
   inputs near zero tanh is the identity, and the slope of each line must be the logarithm of the
   radius: that is the number reported here. With large inputs tanh saturates and even a radius of
   1.5 vanishes;
-- the state of those networks, and the norms of the parameters' gradients before and after
-  `clip_grad_norm_`.
+- the norms of the parameters' gradients of those networks, before and after `clip_grad_norm_`.
 """
 
 from __future__ import annotations

@@ -156,7 +156,8 @@ def test_results_in_the_docs_are_those_of_runs(hooks):
         assert facts["size"] == "full"
         for result in facts["results"]:
             assert result["reached"], f"{name}: {result['measure']}"
-            assert any(f"(#{name})" in line and result["measure"] in line for line in table)
+            assert any(result["measure"] in line for line in table)
+        assert any(f"(#{name})" in line for line in table)
 
 
 def test_gallery_has_a_section_for_every_example(hooks):
