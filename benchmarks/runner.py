@@ -149,7 +149,7 @@ def measure(
             if not provider.wants(case):
                 continue
             row = Row(set_name, number, variant, case, provider.name, **counts)
-            entrants.append(_entrant(provider, row, data, expected, own))
+            entrants.append(entrant_of(provider, row, data, expected, own))
         del expected, data
     gc.collect()
     gc.disable()  # a collection would fall into one call of many
@@ -164,7 +164,7 @@ class _WrongError(Exception):
     """A provider's results are not the expected ones."""
 
 
-def _entrant(
+def entrant_of(
     provider: Provider, row: Row, data: Data, expected: Results, setting: Setting
 ) -> Contender | Row:
     """The provider ready to be timed, or its row with the reason why it is not."""

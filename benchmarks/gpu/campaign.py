@@ -1,0 +1,384 @@
+"""All that needs a GPU, in one command under nine minutes.
+
+python benchmarks/gpu/campaign.py OUT                        every step
+python benchmarks/gpu/campaign.py OUT --only bench,profile
+python benchmarks/gpu/campaign.py OUT --dry-run              on the CPU, tiny, no GPU tools
+
+Needs Python and torch; fused_rnn is taken from the tree that this file lies in, with the libraries
+built in it, and wheels from a folder (--wheels), since there may be no network. Every step is a
+process with a time limit of its own; OUT/campaign.json says after each what came of it, so that a
+kill at any moment leaves valid results. What is missing is skipped by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+STEPS = ("tests", "sanitize", "tune", "bench", "profile")
+HEADLINE = ("gpu-headline", "gpu-standing")
+TOOLS = ("memcheck", "racecheck", "synccheck")
+CELLS = ("lstm", "gru", "rnn")
+BENCH_AGAIN = 3  # gpu/bench.py: a provider brought the process down, the rest is still to do
+LONGEST_LOG = 1 << 20  # bytes kept of one process' output: its end
+GRACE = 5.0  # seconds between asking a process to end and killing it
+
+
+@dataclass
+class Result:
+    """What came of one process, or why there was none."""
+
+    step: str
+    name: str
+    status: str  # "done", "failed", "stopped" (its time was over), "skipped" or "running"
+    reason: str = ""
+    command: str = ""
+    seconds: float = 0.0
+    returncode: int | None = None
+    figures: dict = field(default_factory=dict)
+
+
+class Campaign:
+    """The folder of results, the clock, and everything that was run."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, args.out.resolve()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.end = time.monotonic() + args.seconds
+        self.results: list[Result] = []
+        self.site = self.out / ".site"
+        self.facts = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", "benchmarks/gpu/campaign.py", *sys.argv[2:]]),
+            "python": platform.python_version(),
+            "dry_run": args.dry_run,
+            "limit_seconds": args.seconds,
+        }
+        (self.out / "campaign.log").write_text("")
+
+    @property
+    def dry(self) -> bool:
+        return self.args.dry_run
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def environment(self, **more: str) -> dict[str, str]:
+        paths = [str(ROOT), str(ROOT / "benchmarks"), str(self.site)]
+        paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+        ours = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        return os.environ | ours | more
+
+    def python(self, *arguments: str | Path) -> list[str]:
+        return [sys.executable, *map(str, arguments)]
+
+    def save(self) -> None:
+        content = self.facts | {"results": [asdict(result) for result in self.results]}
+        part = self.out / "campaign.json.part"
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(self.out / "campaign.json")
+
+    def skip(self, step: str, name: str, reason: str) -> Result:
+        return self._record(Result(step, name, "skipped", reason))
+
+    def run(self, step: str, name: str, command: list[str], limit: float, **env: str) -> Result:
+        """Runs a process for at most `limit` seconds and what is left of the campaign's time."""
+        limit = min(limit, self.left - GRACE)
+        shown = shlex.join(command).replace(str(ROOT) + os.sep, "").replace(str(self.out), "OUT")
+        if limit <= 0:
+            return self._record(Result(step, name, "skipped", "no time was left", shown))
+        result = Result(step, name, "running", command=shown)
+        self.results.append(result)
+        self.save()
+        started = time.monotonic()
+        output = self.out / ".output"
+        with output.open("wb") as stream:
+            process = subprocess.Popen(
+                command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=self.environment(**env),
+                start_new_session=True,  # so that its children end with it
+            )
+            try:
+                result.returncode = process.wait(limit)
+                result.status = "failed" if result.returncode else "done"
+            except subprocess.TimeoutExpired:
+                result.status, result.reason = "stopped", f"after {limit:.0f} s"
+            finally:
+                _end(process)
+        result.seconds = round(time.monotonic() - started, 1)
+        self._log(result, output)
+        self.save()
+        print(f"{step:9} {name:28} {result.status} {result.reason} {result.seconds} s", flush=True)
+        return result
+
+    def _record(self, result: Result) -> Result:
+        self.results.append(result)
+        self.save()
+        print(f"{result.step:9} {result.name:28} {result.status}: {result.reason}", flush=True)
+        return result
+
+    def _log(self, result: Result, output: Path) -> None:
+        size = output.stat().st_size
+        with output.open("rb") as stream, (self.out / "campaign.log").open("ab") as log:
+            title = f"\n=== {result.step} {result.name}: {result.status}: {result.command}\n"
+            log.write(title.encode())
+            if size > LONGEST_LOG:
+                stream.seek(size - LONGEST_LOG)
+                log.write(f"[{size - LONGEST_LOG} bytes left out]\n".encode())
+            shutil.copyfileobj(stream, log)
+        output.unlink()
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the process and all that it started."""
+    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which(name) or shutil.which(name, path=str(Path(home) / "bin"))
+    nsight = sorted(Path("/opt/nvidia/nsight-compute").glob(f"*/{name}"))
+    return found or (str(nsight[-1]) if nsight else None)
+
+
+def install(campaign: Campaign) -> None:
+    """Wheels, then archives of source, into a folder that only the campaign's processes see."""
+    folder = campaign.args.wheels
+    if folder is None:
+        return
+    pip = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    into = ["--target", str(campaign.site), "--upgrade"]
+    wheels = [str(path.resolve()) for path in sorted(folder.glob("*.whl"))]
+    if wheels:
+        campaign.run("install", "wheels", campaign.python(*pip, *into, *wheels), 60)
+    # haste's makefile asks for GPUs that CUDA 13 has given up; with -e the environment overrides.
+    settings = {
+        "MAKEFLAGS": "e",
+        "GPU_ARCH_FLAGS": "-gencode arch=compute_90,code=sm_90",
+        "MAX_JOBS": str(os.cpu_count()),
+    }
+    for archive in sorted(folder.glob("*.tar.gz")):
+        command = campaign.python(*pip, "--no-build-isolation", *into, archive.resolve())
+        campaign.run("install", archive.name, command, 60, **settings)
+
+
+def describe(campaign: Campaign) -> None:
+    """Versions and devices, into campaign.json."""
+    code = (
+        "import json, torch; n = torch.cuda.device_count(); print(json.dumps({"
+        "'torch': torch.__version__, 'cuda': torch.version.cuda, 'available': n > 0,"
+        "'gpus': [torch.cuda.get_device_name(i) for i in range(n)]}))"
+    )
+    command = campaign.python("-c", code)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=campaign.environment()
+    )
+    if done.returncode:
+        raise SystemExit(f"torch does not run here:\n{done.stderr}")
+    campaign.facts |= json.loads(done.stdout.splitlines()[-1])
+    doctor = campaign.python("-m", "fused_rnn", "doctor")
+    campaign.run("setup", "doctor", doctor, 60)
+
+
+def run_tests(campaign: Campaign) -> None:
+    paths = os.pathsep.join([str(campaign.site), *sys.path])
+    if not _has_module("pytest", paths) or not _has_module("hypothesis", paths):
+        campaign.skip("tests", "pytest", "pytest or hypothesis is not installed, nor in the wheels")
+        return
+    report = campaign.out / "tests.xml"
+    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    tests = [ROOT / "tests"]
+    if campaign.dry:
+        tests, options = [ROOT / "tests" / "test_scan.py"], [*options, "-k", "cuda"]
+    command = campaign.python("-m", "pytest", *options, *tests)
+    result = campaign.run("tests", "gpu tests", command, campaign.args.seconds * 0.22)
+    if report.exists():
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+        names = ("tests", "failures", "errors", "skipped")
+        result.figures = {name: int(suite.get(name, 0)) for name in names}
+    if result.returncode == 5:  # pytest: no test was selected
+        result.status, result.reason = "skipped", "no test carries the marker gpu here"
+    campaign.save()
+
+
+def _has_module(name: str, paths: str) -> bool:
+    folders = paths.split(os.pathsep)
+    return any((Path(folder) / name).is_dir() for folder in folders if folder) or (
+        importlib.util.find_spec(name) is not None
+    )
+
+
+def run_sanitizers(campaign: Campaign) -> None:
+    workload = campaign.python(HERE / "workload.py", "--small")
+    if campaign.dry:
+        campaign.run("sanitize", "workload", [*workload, "--device", "cpu"], 120)
+        for name in TOOLS:
+            campaign.skip("sanitize", name, "dry run: needs a GPU")
+        return
+    sanitizer = tool("compute-sanitizer")
+    if sanitizer is None:
+        for name in TOOLS:
+            campaign.skip("sanitize", name, "compute-sanitizer is not on PATH")
+        return
+    for name in TOOLS:
+        options = ["--tool", name, "--error-exitcode", "9", "--print-limit", "20"]
+        options += ["--target-processes", "application-only"]
+        # torch's caching allocator hides what is written past the end of a tensor.
+        settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name == "memcheck" else {}
+        limit = campaign.args.seconds * 0.07
+        campaign.run("sanitize", name, [sanitizer, *options, *workload], limit, **settings)
+
+
+def run_tune(campaign: Campaign) -> None:
+    """What it writes is used by the steps after it, where `fused_rnn tune` puts it by itself."""
+    command = campaign.python("-m", "fused_rnn", "tune")
+    asked = subprocess.run(
+        [*command, "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=campaign.environment(),
+    )
+    if asked.returncode:
+        campaign.skip("tune", "tune", "this version has no `python -m fused_rnn tune`")
+        return
+    if campaign.dry:
+        campaign.skip("tune", "tune", "dry run: needs a GPU")
+        return
+    result = campaign.run("tune", "tune", command, campaign.args.seconds * 0.12)
+    result.figures["help"] = asked.stdout[-2000:]
+
+
+def bench_sets(campaign: Campaign, name: str, sets: tuple[str, ...], share: float) -> None:
+    """gpu/bench.py, again and again while a provider ends it before its time."""
+    until = time.monotonic() + min(campaign.args.seconds * share, campaign.left - 2 * GRACE)
+    options = [option for set_name in sets for option in ("--set", set_name)]
+    if campaign.dry:
+        options += ["--dry-run", "--seconds", "0"]
+    returncode: int | None = BENCH_AGAIN
+    # The watchdog of gpu/bench.py ends it with 1, a crash with the negative of a signal.
+    while returncode not in (0, 2, None) and (left := until - time.monotonic()) > GRACE:
+        command = campaign.python(
+            HERE / "bench.py", campaign.out / "bench.json", *options, "--limit", str(int(left))
+        )
+        result = campaign.run("bench", name, command, left + 3 * GRACE)
+        started_and_died = result.seconds < 2 * GRACE and result.returncode not in (BENCH_AGAIN, 0)
+        returncode = None if started_and_died else result.returncode
+
+
+def run_bench_headline(campaign: Campaign) -> None:
+    bench_sets(campaign, "headline", HEADLINE, 0.2)
+
+
+def run_bench_rest(campaign: Campaign) -> None:
+    bench_sets(campaign, "all sets", (), 0.32)
+
+
+def run_profiles(campaign: Campaign) -> None:
+    """One profile per cell and backend, of everything that a training call launches."""
+    device = "cpu" if campaign.dry else "cuda"
+    ncu = None if campaign.dry else tool("ncu")
+    log = campaign.out / "profile.log"
+    for backend, cell in _profiled(campaign):
+        name = f"{backend} {cell}"
+        workload = campaign.python(HERE / "workload.py", "--device", device)
+        workload += ["--profile", backend, cell]
+        if campaign.dry:
+            campaign.run("profile", name, workload, 120)
+        elif ncu is None:
+            campaign.skip("profile", name, "ncu is not on PATH")
+        else:
+            options = ["--profile-from-start", "off", "--launch-count", "40", "--set", "basic"]
+            options += ["--section", "WarpStateStats", "--section", "MemoryWorkloadAnalysis"]
+            options += ["--log-file", str(log.with_suffix(".part"))]
+            campaign.run("profile", name, [ncu, *options, *workload], campaign.args.seconds * 0.05)
+            _append(log, f"\n=== {name}\n", log.with_suffix(".part"))
+
+
+def _profiled(campaign: Campaign) -> Iterator[tuple[str, str]]:
+    backends = ("cpu",) if campaign.dry else ("cuda", "triton")
+    cells = CELLS[:1] if campaign.dry else CELLS
+    yield from ((backend, cell) for backend in backends for cell in cells)
+
+
+def _append(log: Path, title: str, part: Path) -> None:
+    if part.exists():
+        with log.open("a") as stream:
+            stream.write(title + part.read_text(errors="replace")[:LONGEST_LOG])
+        part.unlink()
+
+
+# In the order of what matters most; bench comes in two parts, the rest of it after the sanitizers.
+PLAN: tuple[tuple[str, Callable[[Campaign], None]], ...] = (
+    ("tests", run_tests),
+    ("tune", run_tune),
+    ("bench", run_bench_headline),
+    ("sanitize", run_sanitizers),
+    ("bench", run_bench_rest),
+    ("profile", run_profiles),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="the folder for results")
+    parser.add_argument("--only", default=",".join(STEPS), help=f"of {','.join(STEPS)}")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels and archives to install")
+    parser.add_argument("--seconds", type=float, default=530, help="of everything together")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
+    args = parser.parse_args(argv)
+    only = args.only.split(",")
+    if unknown := set(only) - set(STEPS):
+        parser.error(f"--only: expected names of {', '.join(STEPS)}; got {', '.join(unknown)}")
+    campaign = Campaign(args)
+    install(campaign)
+    describe(campaign)
+    if not campaign.dry and not campaign.facts["available"]:
+        campaign.skip("setup", "device", "torch finds no GPU; --dry-run goes through all steps")
+        return 1
+    for step, function in PLAN:
+        if step in only:
+            function(campaign)
+    shutil.rmtree(campaign.site, ignore_errors=True)
+    campaign.facts["finished"] = True
+    campaign.save()
+    failed = [f"{r.step} {r.name}" for r in campaign.results if r.status == "failed"]
+    print(f"written: {campaign.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
