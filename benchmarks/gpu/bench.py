@@ -50,11 +50,10 @@ def chosen_groups(names: list[str], dry: bool) -> list[tuple[str, Group]]:
     groups = [(name, group) for name in names for group in SETS[name].groups]
     if not dry:
         return groups
-    first = {}  # of every kind, by all but the sizes
+    first: dict[str, Group] = {}
     for name, group in groups:
-        small = tuple(_small(case) for case in group)
-        first.setdefault((name, small[0].cell, small[0].mode, small[0].heads > 1), (name, small))
-    return list(first.values())
+        first.setdefault(name, tuple(_small(case) for case in group))
+    return list(first.items())
 
 
 def _small(case: Case) -> Case:
@@ -90,12 +89,14 @@ def main(argv: list[str] | None = None) -> int:
         print("no CUDA device: nothing is measured (--dry-run goes through it on the CPU)")
         return 2
     setting = Setting(device, torch.get_num_threads())
-    named = default(device)
+    named = [name for name in default("cuda") if device in PROVIDERS[name].devices]
     reasons = {name: PROVIDERS[name].unavailable() for name in named}
     absent = {name: reason for name, reason in reasons.items() if reason}
     for name, reason in absent.items():
         print(f"left out: {name}: {reason}")
     providers = [PROVIDERS[name] for name in named if name not in absent]
+    if args.dry_run:  # compiling takes longer than all the rest
+        providers = [provider for provider in providers if provider.name != "compiled loop"]
 
     journal = Journal(args.out.with_name(args.out.stem + "-journal.json"))
     if args.out.exists():

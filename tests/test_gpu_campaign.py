@@ -1,0 +1,111 @@
+"""The GPU campaign goes through all its steps on a CPU, and a kill leaves valid results."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CAMPAIGN = ROOT / "benchmarks" / "gpu" / "campaign.py"
+
+
+def command(out, *arguments):
+    return [sys.executable, str(CAMPAIGN), str(out), "--dry-run", *map(str, arguments)]
+
+
+def results_of(out):
+    return json.loads((out / "campaign.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("campaign")
+    done = subprocess.run(command(out), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr + (out / "campaign.log").read_text()
+    return out
+
+
+def test_every_step_ran_or_says_why_not(finished):
+    content = results_of(finished)
+    assert content["finished"]
+    steps = {result["step"] for result in content["results"]}
+    assert {"tests", "sanitize", "tune", "bench", "profile"} <= steps
+    for result in content["results"]:
+        assert result["status"] in ("done", "skipped")
+        assert result["status"] == "done" or result["reason"]
+
+
+def test_benchmark_measured_every_set(finished):
+    rows = json.loads((finished / "bench.json").read_text())["rows"]
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from sets import SETS
+    finally:
+        sys.path.pop(0)
+    expected = {name for name, case_set in SETS.items() if case_set.device == "cuda"}
+    timed = {row["set"] for row in rows if row["provider"] == "torch.nn" and row["ms"]}
+    resets_only = {"gpu-torchrl", "gpu-torchrl-512"}
+    assert expected - resets_only <= timed
+    assert not [row["note"] for row in rows if row["note"].startswith(("wrong", "failed"))]
+
+
+def test_a_second_run_goes_on_where_the_first_ended(finished):
+    """The journal knows what is done, so nothing is measured twice."""
+    before = (finished / "bench.json").read_text()
+    again = [sys.executable, str(CAMPAIGN.with_name("bench.py")), str(finished / "bench.json")]
+    done = subprocess.run([*again, "--dry-run"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (finished / "bench.json").read_text() == before
+
+
+def test_killed_campaign_leaves_valid_results(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, "--only", "sanitize"), stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        process.stdout.readline()  # the doctor has run
+        deadline = time.monotonic() + 60
+        while "sanitize" not in (tmp_path / "campaign.json").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    status = {result["step"]: result["status"] for result in results_of(tmp_path)["results"]}
+    assert status == {"setup": "done", "sanitize": "running"}
+
+
+def test_unknown_step():
+    done = subprocess.run(
+        command("unused", "--only", "teste"), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "teste" in done.stderr
+
+
+def test_device_error_is_blamed_and_the_rest_goes_on(tmp_path, monkeypatch):
+    """A provider that brings the device down ends the process; the next one leaves it out."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench
+    from providers import PROVIDERS, Provider
+
+    def broken(case, data, setting):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    kept = {name: PROVIDERS[name] for name in ("fused_rnn", "torch.nn")}
+    monkeypatch.setattr(bench, "PROVIDERS", kept | {"broken": Provider("broken", broken)})
+    monkeypatch.setattr(bench, "default", lambda device: ["fused_rnn", "broken", "torch.nn"])
+    arguments = [
+        str(tmp_path / "bench.json"), "--dry-run", "--seconds", "0", "--set", "gpu-headline"
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
+    assert bench.main(arguments) == bench.AGAIN
+    assert bench.main(arguments) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    notes = {row["provider"]: row["note"] for row in rows}
+    assert "illegal memory access" in notes["broken"]
+    assert notes["fused_rnn"] == notes["torch.nn"] == ""
