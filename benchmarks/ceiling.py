@@ -125,7 +125,7 @@ class Ceiling:
             self.barrier[count] = min(self.barrier[count], _barrier_time(count))
 
     def as_json(self) -> dict:
-        """Rates by the number of threads or bytes (a string, as JSON has it), and the peak's kind."""
+        """Figures by the number of threads or bytes, which JSON wants as strings."""
         compiled = _library() is not None
         peak = self.fma if compiled else self.gemm
         return {

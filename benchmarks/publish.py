@@ -172,7 +172,9 @@ def _set(run: Run, name: str) -> str:
                     *(_time(rows.get(provider)) for provider in providers),
                     number(over_torch(list(rows.values()), run)),
                     number(over_best(list(rows.values()), run)),
-                    percent(ours.bound_ms / ours.ms if ours and ours.ms and ours.bound_ms else None),
+                    percent(
+                        ours.bound_ms / ours.ms if ours and ours.ms and ours.bound_ms else None
+                    ),
                     number(ours.peak_mib, 1) if ours else "",
                     ours.kernel if ours else "",
                 ]

@@ -28,7 +28,11 @@ def number(value: float | None, digits: int = 2) -> str:
 def milliseconds(row: Row) -> str:
     """The median and the spread, or in a word why there is none."""
     if row.ms is None:
-        return f"[red]{row.note.partition(':')[0]}[/]" if row.note.startswith(("wrong", "failed")) else NOTHING
+        return (
+            f"[red]{row.note.partition(':')[0]}[/]"
+            if row.note.startswith(("wrong", "failed"))
+            else NOTHING
+        )
     digits = 4 if row.ms < 0.1 else 3 if row.ms < 10 else 1
     return f"{row.ms:.{digits}f} ±{100 * row.spread:.0f}%"
 

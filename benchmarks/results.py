@@ -127,7 +127,7 @@ class Run:
         floors, case = self.ceiling.get("step_us", {}), row.case
         if not self.on_gpu:
             threads = case.threads or self.meta["threads"]
-            return floors.get(str(threads), 0.0) if case.B < threads else 0.0
+            return floors.get(str(threads), 0.0) if threads > case.B else 0.0
         multiprocessors = case.recurrent_bytes / ON_CHIP_BYTES
         scope = "block" if multiprocessors <= 1 else "cluster" if multiprocessors <= 16 else "grid"
         return floors.get(scope, 0.0)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 
@@ -99,7 +100,7 @@ class Contender:
                 call()
             event.record()
         events[-1].synchronize()
-        for before, after in zip(events[:-1], events[1:], strict=True):
+        for before, after in pairwise(events):
             self.samples.append(before.elapsed_time(after) / 1e3 / self.bundle)
 
     def _call_for(self, seconds: float) -> float:

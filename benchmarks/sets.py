@@ -94,9 +94,7 @@ def models(device: str) -> Iterator[Case]:
             yield case("DeepSpeech", "gru", speech, mode, layers=5, bidirectional=True)
         for mode in both:
             yield case("AWD-LSTM", "lstm", (70, 80 if gpu else 4, 400, 1150), mode, layers=3)
-            yield case(
-                "tagger", "lstm", (50, 32, 300, 128), mode, layers=2, bidirectional=True
-            )
+            yield case("tagger", "lstm", (50, 32, 300, 128), mode, layers=2, bidirectional=True)
             yield case("char-LM 2x128", "lstm", (100, 50, 128, 128), mode, layers=2)
             yield case("char-LM 3x512", "lstm", (50, 20, 512, 512), mode, layers=3)
         for timesteps in (16, 64, 128) if gpu else (16,):
@@ -119,9 +117,7 @@ def flashrnn(heads, batches=(16,), lengths=(1024,), dtypes=("bfloat16",)) -> Ite
 
 def haste_grid(batches: Iterable[int], sizes: Iterable[int]) -> Iterator[Case]:
     """The grid of haste's own benchmark, 50 timesteps; large sizes last."""
-    for size, batch, cell, mode in product(
-        sizes, batches, ("lstm", "gru"), INFERENCE_AND_TRAINING
-    ):
+    for size, batch, cell, mode in product(sizes, batches, ("lstm", "gru"), INFERENCE_AND_TRAINING):
         yield Case(cell, 50, batch, 256, size, mode)
 
 
@@ -158,6 +154,19 @@ ALL_SETS = (
         alone(cases_of([(100, 32, h) for h in (8, 16, 32, 64)], INFERENCE_AND_TRAINING)),
     ),
     CaseSet("models", "How fast are the layers of known models?", alone(models("cpu"))),
+    CaseSet(
+        "scaling",
+        "How does the rate grow with timesteps, batch rows and hidden size?",
+        alone(
+            case
+            for shapes in (
+                [(t, 32, 128) for t in (8, 32, 128)],
+                [(32, b, 128) for b in (1, 4, 8, 16, 64)],
+                [(32, 32, h) for h in (64, 256, 512, 1024)],
+            )
+            for case in cases_of(shapes, ["inference"], ["gru", "lstm"])
+        ),
+    ),
     CaseSet(
         "odd",
         "What does a size cost that no vector and no tile divides?",
@@ -223,7 +232,9 @@ ALL_SETS = (
         ),
         "cuda",
     ),
-    CaseSet("gpu-models", "How fast are the layers of known models?", alone(models("cuda")), "cuda"),
+    CaseSet(
+        "gpu-models", "How fast are the layers of known models?", alone(models("cuda")), "cuda"
+    ),
     CaseSet(
         "gpu-flashrnn",
         "The FlashRNN figure: 768 units in 48 to 1 heads",

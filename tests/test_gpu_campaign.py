@@ -91,6 +91,7 @@ def test_device_error_is_blamed_and_the_rest_goes_on(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import bench
+
     from providers import PROVIDERS, Provider
 
     def broken(case, data, setting):

@@ -29,6 +29,7 @@ LAYERS = [
     {"functional"},
     {"modules"},
     {"convert", "explain", "testing"},
+    {"bench"},
     {"__init__"},
     {"__main__"},
 ]

@@ -87,9 +87,9 @@ def _torchrl(case: Case, data: Data, setting: Setting, precision: str) -> Sessio
     def forward(x: Tensor) -> Tensor:
         if case.cell == "gru":
             return functions.gru_triton(x, zeros, *weights, resets, input_precision=precision)[0]
-        return functions.lstm_triton(
-            x, zeros, zeros, *weights, resets, input_precision=precision
-        )[0]
+        return functions.lstm_triton(x, zeros, zeros, *weights, resets, input_precision=precision)[
+            0
+        ]
 
     own = replace(
         data,
