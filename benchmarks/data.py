@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from cases import GATES, Case
 from loop import Loop
+from precision import gpu_precision
 
 LAYERS = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}
 Results = dict[str, Tensor]  # what providers have to agree on, by name
@@ -196,10 +197,7 @@ def expected_results(case: Case, data: Data) -> Results:
     wide = _converted(case, data, dtype)
     module = Loop(wide.layer, case) if wide.resets is not None else wide.layer
     call, results = module_call(module, case, wide)
-    with (
-        torch.set_grad_enabled(case.has_grad),
-        torch.backends.cudnn.flags(enabled=not gpu),
-    ):
+    with torch.set_grad_enabled(case.has_grad), gpu_precision(tf32=False, cudnn=not gpu):
         return masked(case, results(call()))
 
 

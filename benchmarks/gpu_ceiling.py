@@ -8,6 +8,8 @@ from functools import partial
 
 import torch
 
+from precision import gpu_precision
+
 GEMM_SIZE = 8192
 COPY_BYTES = (8 << 20, 1 << 30)  # within the L2 cache, and from memory to memory
 REPEATS = 5
@@ -82,14 +84,10 @@ def gpu_ceiling(device: str = "cuda") -> dict:
 
 def _gemm_rate(name: str, device: str) -> float:
     dtype = torch.float32 if name == "tf32" else getattr(torch, name)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    try:
-        a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, device=device, dtype=dtype)
-        out = torch.empty_like(a)
+    a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    with gpu_precision(tf32=name == "tf32"):
         return 2 * GEMM_SIZE**3 / measured_seconds(lambda: torch.mm(a, b, out=out)) / 1e9
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _copy_rate(size: int, device: str) -> float:

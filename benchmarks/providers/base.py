@@ -12,6 +12,7 @@ import torch
 import fused_rnn
 from cases import Case
 from data import Data, Results
+from precision import gpu_precision
 
 
 class CannotDoError(Exception):
@@ -67,13 +68,12 @@ def torch_settings(
     case: Case, setting: Setting, backend: str | None = None, tf32: bool = False
 ) -> Iterator[None]:
     """Threads, gradient mode, backend and TF32: set once for many calls, as a program would."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
     torch.set_num_threads(setting.threads)
     try:
         with ExitStack() as stack:
             if setting.device != "cpu":
-                torch.set_float32_matmul_precision("high" if tf32 else "highest")
-                stack.enter_context(torch.backends.cudnn.flags(allow_tf32=tf32))
+                stack.enter_context(gpu_precision(tf32))
             if not case.has_grad:
                 stack.enter_context(torch.inference_mode())
             if backend is not None:
@@ -81,8 +81,6 @@ def torch_settings(
             yield
     finally:
         torch.set_num_threads(threads)
-        if setting.device != "cpu":
-            torch.set_float32_matmul_precision(precision)
 
 
 def require_plain(case: Case, *, heads: bool = False, resets: bool = False) -> None:
