@@ -233,33 +233,6 @@ ALL_SETS = (
         "cuda",
     ),
     CaseSet(
-        "gpu-models", "How fast are the layers of known models?", alone(models("cuda")), "cuda"
-    ),
-    CaseSet(
-        "gpu-flashrnn",
-        "The FlashRNN figure: 768 units in 48 to 1 heads",
-        alone(
-            [
-                *flashrnn(FLASHRNN_LARGE_AND_SMALL),
-                *flashrnn(h for h in FLASHRNN_HEADS if h not in FLASHRNN_LARGE_AND_SMALL),
-            ]
-        ),
-        "cuda",
-        rivals="all",
-    ),
-    CaseSet(
-        "gpu-torchrl",
-        "Layers of reinforcement learning, without and with resets",
-        alone(torchrl_grid((256, 1024, 4096), (64, 16), (256, 128))),
-        "cuda",
-    ),
-    CaseSet(
-        "gpu-haste",
-        "haste's grid, its large and its small end",
-        alone(haste_grid((1, 16, 64), (128, 512, 1024))),
-        "cuda",
-    ),
-    CaseSet(
         "gpu-packed",
         "How fast is training on packed sequences?",
         alone(
@@ -275,6 +248,33 @@ ALL_SETS = (
         "gpu-streaming",
         "What does one timestep cost, called through the module?",
         alone(cases_of([(1, 1, h) for h in (128, 512, 1024)], ["step"], ["gru", "lstm"])),
+        "cuda",
+    ),
+    CaseSet(
+        "gpu-flashrnn",
+        "The FlashRNN figure: 768 units in 48 to 1 heads",
+        alone(
+            [
+                *flashrnn(FLASHRNN_LARGE_AND_SMALL),
+                *flashrnn(h for h in FLASHRNN_HEADS if h not in FLASHRNN_LARGE_AND_SMALL),
+            ]
+        ),
+        "cuda",
+        rivals="all",
+    ),
+    CaseSet(
+        "gpu-models", "How fast are the layers of known models?", alone(models("cuda")), "cuda"
+    ),
+    CaseSet(
+        "gpu-torchrl",
+        "Layers of reinforcement learning, without and with resets",
+        alone(torchrl_grid((256, 1024, 4096), (64, 16), (256, 128))),
+        "cuda",
+    ),
+    CaseSet(
+        "gpu-haste",
+        "haste's grid, its large and its small end",
+        alone(haste_grid((1, 16, 64), (128, 512, 1024))),
         "cuda",
     ),
     CaseSet(

@@ -13,156 +13,27 @@ kill at any moment leaves valid results. What is missing is skipped by name.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
-import platform
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
+from processes import GRACE, LONGEST_LOG, ROOT, Campaign, Plan, Result, end
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 STEPS = ("tests", "sanitize", "tune", "bench", "profile")
 HEADLINE = ("gpu-headline", "gpu-standing")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 CELLS = ("lstm", "gru", "rnn")
-BENCH_AGAIN = 3  # gpu/bench.py: a provider brought the process down, the rest is still to do
-LONGEST_LOG = 1 << 20  # bytes kept of one process' output: its end
-GRACE = 5.0  # seconds between asking a process to end and killing it
-
-
-@dataclass
-class Result:
-    """What came of one process, or why there was none."""
-
-    step: str
-    name: str
-    status: str  # "done", "failed", "stopped" (its time was over), "skipped" or "running"
-    reason: str = ""
-    command: str = ""
-    seconds: float = 0.0
-    returncode: int | None = None
-    figures: dict = field(default_factory=dict)
-
-
-class Campaign:
-    """The folder of results, the clock, and everything that was run."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.out = args, args.out.resolve()
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.end = time.monotonic() + args.seconds
-        self.results: list[Result] = []
-        self.site = Path(tempfile.mkdtemp(prefix="fused-rnn-campaign-"))
-        self.facts = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "benchmarks/gpu/campaign.py", *sys.argv[2:]]),
-            "python": platform.python_version(),
-            "dry_run": args.dry_run,
-            "limit_seconds": args.seconds,
-        }
-        (self.out / "campaign.log").write_text("")
-
-    @property
-    def dry(self) -> bool:
-        return self.args.dry_run
-
-    @property
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def environment(self, **more: str) -> dict[str, str]:
-        paths = [str(ROOT), str(ROOT / "benchmarks"), str(self.site)]
-        paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-        ours = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-        return os.environ | ours | more
-
-    def python(self, *arguments: str | Path) -> list[str]:
-        return [sys.executable, *map(str, arguments)]
-
-    def save(self) -> None:
-        content = self.facts | {"results": [asdict(result) for result in self.results]}
-        part = self.out / "campaign.json.part"
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(self.out / "campaign.json")
-
-    def skip(self, step: str, name: str, reason: str) -> Result:
-        return self._record(Result(step, name, "skipped", reason))
-
-    def run(self, step: str, name: str, command: list[str], limit: float, **env: str) -> Result:
-        """Runs a process for at most `limit` seconds and what is left of the campaign's time."""
-        limit = min(limit, self.left - GRACE)
-        shown = shlex.join(command).replace(str(ROOT) + os.sep, "").replace(str(self.out), "OUT")
-        if limit <= 0:
-            return self._record(Result(step, name, "skipped", "no time was left", shown))
-        result = Result(step, name, "running", command=shown)
-        self.results.append(result)
-        self.save()
-        started = time.monotonic()
-        output = self.out / ".output"
-        with output.open("wb") as stream:
-            process = subprocess.Popen(
-                command,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=ROOT,
-                env=self.environment(**env),
-                start_new_session=True,  # so that its children end with it
-            )
-            try:
-                result.returncode = process.wait(limit)
-                result.status = "failed" if result.returncode else "done"
-            except subprocess.TimeoutExpired:
-                result.status, result.reason = "stopped", f"after {limit:.0f} s"
-            finally:
-                _end(process)
-        result.seconds = round(time.monotonic() - started, 1)
-        self._log(result, output)
-        self.save()
-        print(f"{step:9} {name:28} {result.status} {result.reason} {result.seconds} s", flush=True)
-        return result
-
-    def _record(self, result: Result) -> Result:
-        self.results.append(result)
-        self.save()
-        print(f"{result.step:9} {result.name:28} {result.status}: {result.reason}", flush=True)
-        return result
-
-    def _log(self, result: Result, output: Path) -> None:
-        size = output.stat().st_size
-        with output.open("rb") as stream, (self.out / "campaign.log").open("ab") as log:
-            title = f"\n=== {result.step} {result.name}: {result.status}: {result.command}\n"
-            log.write(title.encode())
-            if size > LONGEST_LOG:
-                stream.seek(size - LONGEST_LOG)
-                log.write(f"[{size - LONGEST_LOG} bytes left out]\n".encode())
-            shutil.copyfileobj(stream, log)
-        output.unlink()
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Ends the process and all that it started."""
-    # Interrupted, pytest still writes its report.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            continue
+TUNED_SIZES = ("512", "256", "1024", "128")
 
 
 def tool(name: str) -> str | None:
@@ -217,17 +88,40 @@ def describe(campaign: Campaign) -> None:
     campaign.run("setup", "doctor", doctor, 60)
 
 
+@contextmanager
+def warming(campaign: Campaign) -> Iterator[None]:
+    """While the tests run, other cores compile what compiles for long: FlashRNN and
+    TorchRL's kernels. That has ended before anything is timed."""
+    if "bench" not in campaign.only:
+        yield
+        return
+    command = campaign.python(HERE / "bench.py", campaign.out / "bench.json", "--warm")
+    command += ["--dry-run"] if campaign.dry else []
+    output = campaign.scratch / "warm"
+    started, process = time.monotonic(), campaign.start(command, output)
+    try:
+        yield
+    finally:
+        result = Result(
+            "bench", "warming the caches", "stopped" if process.poll() is None else "done"
+        )
+        end(process)
+        result.seconds = round(time.monotonic() - started, 1)
+        campaign.results.append(result)
+        campaign.keep(result, output)
+
+
 def run_tests(campaign: Campaign) -> None:
     paths = os.pathsep.join([str(campaign.site), *sys.path])
     if not _has_module("pytest", paths) or not _has_module("hypothesis", paths):
         campaign.skip("tests", "pytest", "pytest or hypothesis is not installed, nor in the wheels")
         return
     report = campaign.out / "tests.xml"
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    tests = [ROOT / "tests"]
+    which, tests = "gpu", ROOT / "tests"
     if campaign.dry:
-        tests = [ROOT / "tests" / "test_doctor.py"]
-    command = campaign.python("-m", "pytest", *options, *tests)
+        which, tests = "not gpu", tests / "test_doctor.py"
+    options = ["-q", "-m", which, "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command = campaign.python("-m", "pytest", *options, tests)
     result = campaign.run("tests", "gpu tests", command, campaign.args.seconds * 0.2)
     if report.exists():
         suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -267,7 +161,10 @@ def run_sanitizers(campaign: Campaign) -> None:
 
 
 def run_tune(campaign: Campaign) -> None:
-    """What it writes is used by the steps after it, where `fused_rnn tune` puts it by itself."""
+    """What it writes, OUT/tuning.json, is used by the steps after it.
+
+    A process for each cell and size, since each writes at its end.
+    """
     command = campaign.python("-m", "fused_rnn", "tune")
     asked = subprocess.run(
         [*command, "--help"],
@@ -283,8 +180,10 @@ def run_tune(campaign: Campaign) -> None:
     if campaign.dry:
         campaign.skip("tune", "tune", "dry run: needs a GPU")
         return
-    result = campaign.run("tune", "tune", command, campaign.args.seconds * 0.1)
-    result.figures["help"] = asked.stdout[-2000:]
+    until = time.monotonic() + campaign.args.seconds * 0.1
+    for size, cell in product(TUNED_SIZES, CELLS[:2]):
+        options = ["--cell", cell, "--hidden", size]
+        campaign.run("tune", f"{cell} {size}", [*command, *options], until - time.monotonic())
 
 
 def bench_sets(campaign: Campaign, name: str, sets: tuple[str, ...], share: float) -> None:
@@ -293,15 +192,18 @@ def bench_sets(campaign: Campaign, name: str, sets: tuple[str, ...], share: floa
     options = [option for set_name in sets for option in ("--set", set_name)]
     if campaign.dry:
         options += ["--dry-run", "--seconds", "0"]
-    returncode: int | None = BENCH_AGAIN
-    # The watchdog of gpu/bench.py ends it with 1, a crash with the negative of a signal.
-    while returncode not in (0, 2, None) and (left := until - time.monotonic()) > GRACE:
-        command = campaign.python(
-            HERE / "bench.py", campaign.out / "bench.json", *options, "--limit", str(int(left))
-        )
+    script, out = HERE / "bench.py", campaign.out / "bench.json"
+    journal = campaign.out / "bench-journal.json"
+    while (left := until - time.monotonic()) > GRACE:
+        before = journal.read_bytes() if journal.exists() else b""
+        command = campaign.python(script, out, *options, "--limit", str(int(left)))
         result = campaign.run("bench", name, command, left + 3 * GRACE)
-        started_and_died = result.seconds < 2 * GRACE and result.returncode not in (BENCH_AGAIN, 0)
-        returncode = None if started_and_died else result.returncode
+        # Each run that ends early blames somebody in the journal; else it will end so again.
+        blamed = journal.exists() and journal.read_bytes() != before
+        if result.status != "failed" or not blamed:
+            break
+        result.reason = "a provider ended the process; the next one goes on behind it"
+        result.status = "done"
 
 
 def run_bench_headline(campaign: Campaign) -> None:
@@ -347,8 +249,8 @@ def _append(log: Path, title: str, part: Path) -> None:
 
 
 # In the order of what matters most; bench comes in two parts, the rest of it after the sanitizers.
-PLAN: tuple[tuple[str, Callable[[Campaign], None]], ...] = (
-    ("tests", run_tests),
+FIRST: Plan = (("tests", run_tests),)
+THEN: Plan = (
     ("tune", run_tune),
     ("bench", run_bench_headline),
     ("sanitize", run_sanitizers),
@@ -367,8 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=530, help="of everything together")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     args = parser.parse_args(argv)
-    only = args.only.split(",")
-    if unknown := set(only) - set(STEPS):
+    if unknown := set(args.only.split(",")) - set(STEPS):
         parser.error(f"--only: expected names of {', '.join(STEPS)}; got {', '.join(unknown)}")
     campaign = Campaign(args)
     install(campaign)
@@ -376,10 +277,10 @@ def main(argv: list[str] | None = None) -> int:
     if not campaign.dry and not campaign.facts["available"]:
         campaign.skip("setup", "device", "torch finds no GPU; --dry-run goes through all steps")
         return 1
-    for step, function in PLAN:
-        if step in only:
-            function(campaign)
-    shutil.rmtree(campaign.site, ignore_errors=True)
+    with warming(campaign):
+        campaign.follow(FIRST)
+    campaign.follow(THEN)
+    shutil.rmtree(campaign.scratch, ignore_errors=True)
     campaign.facts["finished"] = True
     campaign.save()
     failed = [f"{r.step} {r.name}" for r in campaign.results if r.status == "failed"]
