@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -63,6 +65,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--provider", action="append", choices=PROVIDERS, help="default: all that are installed")
     add("--backend", choices=BACKENDS, help="force fused_rnn's backend")
     add("--seconds", type=float, default=1.5, help="about how long a group of cases is measured")
+    add("--limit", type=float, default=float("inf"), help="seconds after which no group starts")
     add("--threads", type=int, default=torch.get_num_threads(), help="of every provider")
     add("--json", type=Path, help="write everything that was found to this file")
     add("--save", action="store_true", help="write it to benchmarks/results/cpu.json")
@@ -124,6 +127,7 @@ def run_benchmark(
 ) -> None:
     """Fills the run, saves it after every group and prints the table of every set."""
     ceiling, setting = Ceiling(args.threads), Setting("cpu", args.threads)
+    end = time.monotonic() + args.limit
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -133,6 +137,12 @@ def run_benchmark(
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(groups))
         for number, (name, group) in enumerate(groups):
+            if time.monotonic() > end:
+                late = groups[number:]
+                run.meta["not_reached"] = dict(Counter(name for name, _ in late))
+                if number and groups[number - 1][0] == name:
+                    print_rows(console, run, name)
+                break
             progress.update(task, description=str(group[-1]))
             ceiling.measure()
             run.ceiling = ceiling.as_json()
@@ -144,6 +154,10 @@ def run_benchmark(
             progress.advance(task)
             if number + 1 == len(groups) or groups[number + 1][0] != name:
                 print_rows(console, run, name)
+    for name, count in run.meta.get("not_reached", {}).items():
+        console.print(f"[yellow]no time was left[/] for {count} groups of {name}", highlight=False)
+    for path in saved_to(args):
+        run.save(path)
 
 
 def main(argv: list[str] | None = None) -> None:

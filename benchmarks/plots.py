@@ -93,7 +93,9 @@ def _ratio_bars(axes: Axes, rows: list[Row], colours: dict[str, str]) -> None:
             heights = [value - 1 for value in values]  # up where fused_rnn is faster
             axes.bar(places, heights, width, bottom=1, label=name, color=colours[name])
     axes.axhline(1, color="black", linewidth=0.8)
-    _logarithmic(axes.yaxis, (0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20, 50, 100, 200, 500))
+    _logarithmic(
+        axes.yaxis, (0.5, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.6, 2, 3, 5, 10, 20, 50, 100, 200, 500)
+    )
     axes.set_ylabel("their time / ours")
     axes.set_xticks(range(len(cases)), [_label(case) for case in cases], fontsize=7)
     axes.legend(fontsize=8, ncols=4)

@@ -78,8 +78,12 @@ def setting(run: Run) -> str:
     wild = sum(row.wild for row in timed)
     busy = f", load average {machine['load']:.1f} before the run" if machine["load"] > 0.5 else ""
     versions = ", ".join(f"{n} {v}" for n, v in sorted(meta["versions"].items()) if v)
+    late = ", ".join(
+        f"{count} groups of {name}" for name, count in meta.get("not_reached", {}).items()
+    )
     return (
-        f"{meta['date'][:10]}, {where}{busy}; {len(timed)} medians, {wild} of them with a spread "
+        (f"No time was left for {late}. " if late else "")
+        + f"{meta['date'][:10]}, {where}{busy}; {len(timed)} medians, {wild} of them with a spread "
         f"above {WILD:.0%}; commit {meta['commit'][:12]}; {versions}."
     )
 
@@ -172,9 +176,7 @@ def _set(run: Run, name: str) -> str:
                     *(_time(rows.get(provider)) for provider in providers),
                     number(over_torch(list(rows.values()), run)),
                     number(over_best(list(rows.values()), run)),
-                    percent(
-                        ours.bound_ms / ours.ms if ours and ours.ms and ours.bound_ms else None
-                    ),
+                    percent(ours.of_bound) if ours else "",
                     number(ours.peak_mib, 1) if ours else "",
                     ours.kernel if ours else "",
                 ]

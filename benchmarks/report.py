@@ -82,7 +82,7 @@ def _lines(group: list[Row], run: Run, providers: list[str]) -> Iterator[list[st
             number(second_over_first(group, run)) if ours.variant == 1 else "",
             number(ours.gflops, 1),
             percent(run.of_peak(ours)),
-            percent(of_bound(ours)),
+            percent(ours.of_bound),
             ours.kernel,
         ]
 
@@ -104,7 +104,7 @@ def _long_table(groups: list[list[Row]]) -> tuple[list[str], list[list[str]]]:
                     number(ratio),
                     "" if row.error is None else f"{row.error:.0e}",
                     number(row.gflops, 1),
-                    percent(of_bound(row)),
+                    percent(row.of_bound),
                     number(row.peak_mib, 1),
                     row.kernel,
                 ]
@@ -114,11 +114,6 @@ def _long_table(groups: list[list[Row]]) -> tuple[list[str], list[list[str]]]:
 
 def percent(part: float | None) -> str:
     return "" if part is None else f"{part:.0%}"
-
-
-def of_bound(row: Row) -> float | None:
-    """The least time that the machine's ceilings allow over the time taken."""
-    return row.bound_ms / row.ms if row.ms and row.bound_ms else None
 
 
 def print_setting(console: Console, run: Run) -> None:

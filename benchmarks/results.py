@@ -47,6 +47,7 @@ class Row:
     peak_mib: float | None = None  # of memory, see memory.py
     bound_ms: float | None = None  # the least that the machine's ceilings allow
     bound: str = ""  # by which of them: "compute", "memory" or "steps"
+    of_bound: float | None = None  # bound_ms over ms
 
     @property
     def ours(self) -> bool:
@@ -116,7 +117,8 @@ class Run:
             "steps": row.case.T * row.case.layers * self._step_us(row) / 1e3,
         }
         bound = max(bounds, key=bounds.get)
-        return replace(row, bound=bound, bound_ms=bounds[bound])
+        part = bounds[bound] / row.ms if row.ms else None
+        return replace(row, bound=bound, bound_ms=bounds[bound], of_bound=part)
 
     def _step_us(self, row: Row) -> float:
         """Microseconds that a step of time costs for synchronisation alone.
@@ -208,7 +210,12 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit of the source tree, with "+" behind it when files differ from it."""
+    """The commit of the source tree, with "+" behind it when files differ from it.
+
+    BENCHMARK_COMMIT in the environment says it where the tree was copied without its history.
+    """
+    if named := os.environ.get("BENCHMARK_COMMIT"):
+        return named
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]

@@ -93,7 +93,9 @@ def models(device: str) -> Iterator[Case]:
         for mode in both if gpu else ("inference",):
             yield case("DeepSpeech", "gru", speech, mode, layers=5, bidirectional=True)
         for mode in both:
-            yield case("AWD-LSTM", "lstm", (70, 80 if gpu else 4, 400, 1150), mode, layers=3)
+            yield case(
+                "AWD-LSTM", "lstm", (70 if gpu else 35, 80 if gpu else 4, 400, 1150), mode, layers=3
+            )
             yield case("tagger", "lstm", (50, 32, 300, 128), mode, layers=2, bidirectional=True)
             yield case("char-LM 2x128", "lstm", (100, 50, 128, 128), mode, layers=2)
             yield case("char-LM 3x512", "lstm", (50, 20, 512, 512), mode, layers=3)
@@ -200,8 +202,8 @@ ALL_SETS = (
         "And against loops, compilers and other frameworks?",
         alone(
             [
-                *cases_of([(128, 1, 128)], ["inference"]),
-                *cases_of([(128, 32, 256)], INFERENCE_AND_TRAINING),
+                *cases_of([(128, 1, 128)], ["inference"], ["gru", "lstm"]),
+                *cases_of([(128, 32, 256)], INFERENCE_AND_TRAINING, ["gru", "lstm"]),
             ]
         ),
         rivals="all",

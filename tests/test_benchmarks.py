@@ -272,3 +272,18 @@ def test_plots_are_made_from_a_run(modules, tmp_path):
     written = plots.plot_all(run_of_cpu, tmp_path, "cpu")
     assert {"cpu-ratios.png", "cpu-step.png", "cpu-scaling.png"} <= {p.name for p in written}
     assert all(path.stat().st_size > 5000 for path in written)
+
+
+def test_precision_leaves_cudnn_on_and_puts_everything_back(modules):
+    """torch's own context manager for one of these switches turns cuDNN off."""
+    from precision import gpu_precision
+
+    flags = torch.backends.cudnn
+    before = flags.enabled, flags.allow_tf32, torch.get_float32_matmul_precision()
+    for tf32 in (False, True):
+        with gpu_precision(tf32):
+            assert flags.enabled
+            assert flags.allow_tf32 == tf32 == torch.backends.cuda.matmul.allow_tf32
+    with gpu_precision(tf32=False, cudnn=False):
+        assert not flags.enabled
+    assert before == (flags.enabled, flags.allow_tf32, torch.get_float32_matmul_precision())

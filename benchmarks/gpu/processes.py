@@ -81,6 +81,8 @@ class Campaign:
             "PYTHONUNBUFFERED": "1",
             "FUSED_RNN_TRITON_TUNING": str(self.out / "tuning.json"),
         }
+        if self.args.commit:
+            ours["BENCHMARK_COMMIT"] = self.args.commit
         return os.environ | ours | more
 
     def python(self, *arguments: str | Path) -> list[str]:

@@ -26,6 +26,7 @@ from runner import Contender, entrant_of
 SHAPES = ((3, 2, 16, 16), (5, 9, 24, 40), (4, 17, 64, 128))  # T, B, I, H
 DTYPES = ("float32", "bfloat16")
 PROFILED = (64, 16, 512, 512)
+NOTHING = 4  # exit status: this version has no such backend
 
 
 def backends(device: str) -> list[str]:
@@ -94,6 +95,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="the smallest shape only")
     parser.add_argument("--profile", nargs=2, metavar=("BACKEND", "CELL"))
     args = parser.parse_args(argv)
+    wanted = args.profile[:1] if args.profile else backends(args.device)
+    if not wanted or f"fused_rnn/{wanted[0]}" not in PROVIDERS:
+        print("this version has no such backend")
+        return NOTHING
     if args.profile:
         return profile(*args.profile, args.device)
     return 1 if check(args.device, args.small) else 0
