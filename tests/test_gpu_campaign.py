@@ -20,49 +20,47 @@ def results_of(out):
     return json.loads((out / "campaign.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("campaign")
-    done = subprocess.run(command(out), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr + (out / "campaign.log").read_text()
-    return out
-
-
-def test_every_step_ran_or_says_why_not(finished):
-    content = results_of(finished)
+def test_dry_run(tmp_path):
+    """One test, since the run takes a while: every step ran or says why not, every set was
+    measured, and a second run of the benchmark knows that nothing is left to do."""
+    done = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=500)
+    log = (tmp_path / "campaign.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    content = results_of(tmp_path)
     assert content["finished"]
-    steps = {result["step"] for result in content["results"]}
-    assert {"tests", "sanitize", "tune", "bench", "profile"} <= steps
-    (tests,) = (result for result in content["results"] if result["step"] == "tests")
-    assert tests["figures"]["tests"] > 0 and tests["figures"]["failures"] == 0
+    assert {"tests", "sanitize", "tune", "bench", "profile"} <= {
+        r["step"] for r in content["results"]
+    }
     for result in content["results"]:
         assert result["status"] in ("done", "skipped")
         assert result["status"] == "done" or result["reason"]
+    (tests,) = (result for result in content["results"] if result["step"] == "tests")
+    assert tests["figures"]["tests"] > 0 and tests["figures"]["failures"] == 0
+
+    bench = tmp_path / "bench.json"
+    before = bench.read_text()
+    rows = json.loads(before)["rows"]
+    timed = {row["set"] for row in rows if row["provider"] == "torch.nn" and row["ms"]}
+    assert gpu_sets() <= timed
+    assert [row for row in rows if row["case"]["resets"] and row["ms"]]
+    assert not [row["note"] for row in rows if row["note"].startswith(("wrong", "failed"))]
+
+    again = [sys.executable, str(CAMPAIGN.with_name("bench.py")), str(bench), "--dry-run"]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert bench.read_text() == before
 
 
-def test_benchmark_measured_every_set(finished):
-    rows = json.loads((finished / "bench.json").read_text())["rows"]
+def gpu_sets():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         from sets import SETS
     finally:
         sys.path.pop(0)
-    expected = {name for name, case_set in SETS.items() if case_set.device == "cuda"}
-    timed = {row["set"] for row in rows if row["provider"] == "torch.nn" and row["ms"]}
-    assert expected <= timed
-    assert [row for row in rows if row["case"]["resets"] and row["ms"]]
-    assert not [row["note"] for row in rows if row["note"].startswith(("wrong", "failed"))]
+    return {name for name, case_set in SETS.items() if case_set.device == "cuda"}
 
 
-def test_a_second_run_goes_on_where_the_first_ended(finished):
-    """The journal knows what is done, so nothing is measured twice."""
-    before = (finished / "bench.json").read_text()
-    again = [sys.executable, str(CAMPAIGN.with_name("bench.py")), str(finished / "bench.json")]
-    done = subprocess.run([*again, "--dry-run"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert (finished / "bench.json").read_text() == before
-
-
+@pytest.mark.slow
 def test_killed_campaign_leaves_valid_results(tmp_path):
     process = subprocess.Popen(
         command(tmp_path, "--only", "sanitize"), stdout=subprocess.PIPE, start_new_session=True
