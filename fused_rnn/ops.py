@@ -12,12 +12,13 @@ H), D directions, G gates. Sequences are [T, B, ...], or [N, ...] with `batch_si
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, onnx
 from .backends.base import LayerOutput, Needs, OutputGrads
 from .cells import CELLS, DirectionWeights, state_dtype
 from .problem import Problem, Rows
@@ -68,7 +69,10 @@ def layer(
         y [T, B, D*P] or [N, D*P]; h_n [D, B, P]; c_n [D, B, H] or None.
     """
     if torch.compiler.is_compiling():
-        save = torch.is_grad_enabled()
+        if torch.onnx.is_in_onnx_export():
+            return _onnx_layer(cell, x, h0, c0, weights, batch_sizes)
+        # An exported program is trained through the operator's Autograd kernel, or not at all.
+        save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         y, h_n, c_n, _, _ = torch.ops.fused_rnn.layer_forward(
             x, h0, c0, weights, batch_sizes, cell, save, ""
         )
@@ -79,6 +83,15 @@ def layer(
             x, h0, c0, weights, batch_sizes, cell, False, dispatch.requested() or "auto"
         )[:3]
     return y, h_n, c_n if CELLS[cell].has_c else None
+
+
+def _onnx_layer(cell, x, h0, c0, weights, batch_sizes):
+    if batch_sizes is not None:
+        raise RuntimeError(
+            "torch.onnx.export: input: ONNX's recurrent operators do not take a PackedSequence; "
+            "give the model the padded batch"
+        )
+    return onnx.layer(cell, x, h0, c0, by_direction(h0, c0, weights))
 
 
 def oracle(
@@ -167,7 +180,13 @@ def _layout(
     batch_sizes: Tensor | None,
 ) -> _Layout:
     timesteps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    rows = Rows(timesteps, h0.shape[1], batch_sizes, x.shape[0])
+    return _Layout(
+        Rows(timesteps, h0.shape[1], batch_sizes, x.shape[0]), by_direction(h0, c0, weights)
+    )
+
+
+def by_direction(h0: Tensor, c0: Tensor | None, weights: list[Tensor]) -> list[DirectionWeights]:
+    """The flat list as each direction's parameters."""
     projected = c0 is not None and c0.shape[2] != h0.shape[2]
     per_direction = len(weights) // h0.shape[0]
     split = []
@@ -175,7 +194,7 @@ def _layout(
         one = weights[start : start + per_direction]
         biases = one[2:4] if len(one) >= 4 else (None, None)
         split.append(DirectionWeights(one[0], one[1], *biases, one[-1] if projected else None))
-    return _Layout(rows, split)
+    return split
 
 
 def _rows_of(sequence: Tensor | None, packed: bool) -> Tensor | None:
@@ -191,9 +210,9 @@ def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
 
 def _forward_impl(x, h0, c0, weights, batch_sizes, cell, save, backend):
     problem = make_problem(cell, x, h0, c0, weights, batch_sizes, save)
-    rows, by_direction = _layout(cell, x, h0, c0, weights, batch_sizes)
+    rows, split = _layout(cell, x, h0, c0, weights, batch_sizes)
     out = dispatch.select(problem, backend).layer_forward(
-        problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save
+        problem, _rows_of(x, problem.packed), split, h0, c0, rows, save
     )
     y = out.y if problem.packed else _unflatten(out.y, x)
     return y, out.h_n, out.c_n, out.gates, out.cells
@@ -203,7 +222,7 @@ def _forward_fake(x, h0, c0, weights, batch_sizes, cell, save, backend):
     spec = CELLS[cell]
     directions, batch, out = h0.shape
     hidden = weights[1].shape[0] // spec.gates
-    count = x.shape[:-1].numel()
+    count = math.prod(x.shape[:-1])  # Size.numel would make the sizes constants
     return (
         x.new_empty((*x.shape[:-1], directions * out)),
         x.new_empty((directions, batch, out)),
@@ -232,13 +251,13 @@ def _backward_impl(
     backend,
 ):
     problem = make_problem(cell, x, h0, c0, weights, batch_sizes, True)
-    rows, by_direction = _layout(cell, x, h0, c0, weights, batch_sizes)
+    rows, split = _layout(cell, x, h0, c0, weights, batch_sizes)
     chosen = dispatch.select(problem, backend)
     result = chosen.layer_backward(
         problem,
         OutputGrads(_rows_of(grad_y, problem.packed), grad_h_n, grad_c_n),
         _rows_of(x, problem.packed),
-        by_direction,
+        split,
         h0,
         c0,
         rows,

@@ -21,14 +21,14 @@ PACKAGE = ROOT / "fused_rnn"
 # where that is a package (backends).
 LAYERS = [
     {"_C"},
-    {"cells", "native"},
-    {"problem", "checks"},
+    {"cells", "native", "torchscript"},
+    {"problem", "checks", "onnx"},
     {"backends"},
     {"dispatch"},
     {"ops", "direct"},
     {"functional"},
     {"modules"},
-    {"convert", "explain", "testing"},
+    {"convert", "explain", "export", "testing"},
     {"__init__"},
     {"__main__"},
 ]
