@@ -16,6 +16,13 @@ _GATE_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}  # theirs, i o f c and z 
 _DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether torch.onnx.export traces. Of torch's own function dynamo thinks that it is False,
+    though strict export, the exporter's second attempt, goes through dynamo."""
+    return torch.onnx.is_in_onnx_export()
+
+
 def layer(
     cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[DirectionWeights]
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -69,7 +69,7 @@ def layer(
         y [T, B, D*P] or [N, D*P]; h_n [D, B, P]; c_n [D, B, H] or None.
     """
     if torch.compiler.is_compiling():
-        if torch.onnx.is_in_onnx_export():
+        if onnx.is_exporting():
             return _onnx_layer(cell, x, h0, c0, weights, batch_sizes)
         # An exported program is trained through the operator's Autograd kernel, or not at all.
         save = torch.is_grad_enabled() and not torch.compiler.is_exporting()

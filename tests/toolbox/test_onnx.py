@@ -3,9 +3,11 @@ numbers."""
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
-from conftest import Inputs, leaves, near
+from toolkit import Inputs, leaves, near
 
 import fused_rnn
 from fused_rnn import export
@@ -14,6 +16,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 pytestmark = [
+    pytest.mark.costly,
     pytest.mark.filterwarnings("ignore"),  # the exporter's own deprecations
     pytest.mark.skipif(torch.__version__ < "2.11", reason="the exporter of torch 2.10 was not run"),
 ]
@@ -61,13 +64,21 @@ def same_in_runtime(model, module, with_hx: bool) -> None:
 
 
 OPTIONS = [
-    pytest.param({}, id="plain"),
+    pytest.param({}, id="plain", marks=pytest.mark.slow),
     pytest.param({"num_layers": 2, "bidirectional": True}, id="bidirectional-2"),
-    pytest.param({"bias": False, "batch_first": True, "bidirectional": True}, id="no_bias"),
+    pytest.param(
+        {"bias": False, "batch_first": True, "bidirectional": True},
+        id="no_bias",
+        marks=pytest.mark.slow,
+    ),
 ]
+with_and_without_hx = pytest.mark.parametrize(
+    "with_hx",
+    [pytest.param(False, id="zeros", marks=pytest.mark.slow), pytest.param(True, id="hx")],
+)
 
 
-@pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
+@with_and_without_hx
 @pytest.mark.parametrize("options", OPTIONS)
 def test_layers(layer, options, with_hx, make):
     module = make(layer, **options).eval()
@@ -78,17 +89,15 @@ def test_layers(layer, options, with_hx, make):
     same_in_runtime(model, module, with_hx)
 
 
-def test_weights_are_constants_of_the_node(layer, make):
+def test_weights_are_constants_of_the_node(make):
     """Reordered in advance: nothing but the batch's shape is computed around a node."""
-    if layer == "lstm_proj":
-        pytest.skip("a projection is a product beside the node")
-    model = exported(make(layer), with_hx=True)
+    model = exported(make("lstm"), with_hx=True)
     [node] = recurrent_nodes(model)
     constants = {tensor.name for tensor in model.graph.initializer}
     assert set(node.input[1:4]) <= constants
 
 
-@pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
+@with_and_without_hx
 def test_cells(cell, with_hx, make):
     module = make(cell)
     model = exported(module, with_hx)
@@ -118,6 +127,7 @@ def test_inside_a_model(make):
     near(torch.from_numpy(result), model(tokens).detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_dtypes(dtype):
     """A model of another dtype exports; whether a runtime has kernels for it is its affair."""
@@ -131,12 +141,32 @@ def test_dtypes(dtype):
 def test_program_exported_before():
     """A program that torch.export made, layers still as operators, on its way to ONNX."""
     module = fused_rnn.LSTM(3, 5, 2, bidirectional=True, proj_size=2).eval()
-    shapes = dynamic_shapes(module, False)
+    shapes = ({0: torch.export.Dim("T"), 1: torch.export.Dim("B")},)
     program = torch.export.export(module, Inputs(module).args, dynamic_shapes=shapes)
     program = program.run_decompositions(export.onnx_operators())
     model = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
     assert len(recurrent_nodes(model)) == 2
     same_in_runtime(model, module, False)
+
+
+class Branching(torch.nn.Module):
+    """What only strict export, which reads bytecode, takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = fused_rnn.GRU(3, 5)
+
+    def forward(self, x):
+        if not torch.compiler.is_dynamo_compiling():
+            raise NotImplementedError
+        return self.layer(x)[0]
+
+
+def test_the_exporters_second_attempt():
+    model = torch.onnx.export(
+        Branching(), (torch.randn(6, 4, 3),), dynamo=True, verbose=False
+    ).model_proto
+    assert len(recurrent_nodes(model)) == 1
 
 
 def raised_by(call) -> str:
@@ -181,8 +211,6 @@ def test_legacy_exporter(layer, make):
     """By way of a trace: torch.nn's operators, for which torch has a translation."""
     if layer == "lstm_proj":
         pytest.skip("torch's legacy exporter has no projection")
-    import io
-
     module = make(layer, num_layers=2, bidirectional=True).eval()
     file = io.BytesIO()
     torch.onnx.export(
