@@ -105,19 +105,21 @@ def run_everywhere(kind: str) -> list:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    queue = CONTEXT.SimpleQueue()
+    queue = CONTEXT.Queue()
     processes = [
         CONTEXT.Process(target=work, args=(rank, port, kind, queue)) for rank in range(WORLD)
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(300)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * WORLD
-    results = dict(queue.get() for _ in processes)
+    try:
+        # Taken out before the processes are waited for, which cannot end while they hold results.
+        results = dict(queue.get(timeout=120) for _ in processes)
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * WORLD
+    finally:
+        for process in processes:
+            process.kill()
     return [torch.utils._pytree.tree_map(torch.from_numpy, results[rank]) for rank in range(WORLD)]
 
 

@@ -149,26 +149,6 @@ def test_program_exported_before():
     same_in_runtime(model, module, False)
 
 
-class Branching(torch.nn.Module):
-    """What only strict export, which reads bytecode, takes."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = fused_rnn.GRU(3, 5)
-
-    def forward(self, x):
-        if not torch.compiler.is_dynamo_compiling():
-            raise NotImplementedError
-        return self.layer(x)[0]
-
-
-def test_the_exporters_second_attempt():
-    model = torch.onnx.export(
-        Branching(), (torch.randn(6, 4, 3),), dynamo=True, verbose=False
-    ).model_proto
-    assert len(recurrent_nodes(model)) == 1
-
-
 def raised_by(call) -> str:
     """The messages of what `call` raises, down to the first cause."""
     with pytest.raises(Exception) as caught:
