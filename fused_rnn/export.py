@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import onnx, ops
+from . import dispatch, ops
 from .cells import CELLS, state_dtype
 from .native import cpu_library_error
+from .problem import Masks
 
 Decompositions = dict[torch._ops.OperatorBase, Callable]
 
@@ -94,35 +96,67 @@ def _table(decomposition: Callable) -> Decompositions:
     return table
 
 
-def _steps(x, h0, c0, weights, batch_sizes, cell, save, backend):
-    _padded("core_aten", batch_sizes)
-    if isinstance(x.shape[0], torch.SymInt):
+class _Call(NamedTuple):
+    """The arguments of `fused_rnn::layer_forward`."""
+
+    x: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    weights: list[Tensor]
+    batch_sizes: Tensor | None
+    lengths: Tensor | None
+    resets: Tensor | None
+    reset_h: Tensor | None
+    reset_c: Tensor | None
+    cell: str
+    save: bool
+    states: bool
+    recompute: bool
+    backend: str
+
+    @property
+    def masks(self) -> Masks:
+        return Masks(self.lengths, self.resets, self.reset_h, self.reset_c)
+
+    @property
+    def inputs(self) -> tuple:
+        return self.cell, self.x, self.h0, self.c0, self.weights, self.batch_sizes, self.masks
+
+
+def _steps(*arguments):
+    call = _Call(*arguments)
+    _padded("core_aten", call.batch_sizes)
+    if isinstance(call.x.shape[0], torch.SymInt):
         raise RuntimeError(
             "export.core_aten: input: expected a fixed number of timesteps, since core ATen has "
             "no loop, got a dynamic one; export the model with that dimension static"
         )
-    y, h_n, c_n = ops.oracle(cell, x, h0, c0, weights)
-    return _as_operator(x, y, h_n, c_n)
+    return _as_operator(call, ops.oracle(*call.inputs, states=call.states))
 
 
-def _onnx_node(x, h0, c0, weights, batch_sizes, cell, save, backend):
-    _padded("onnx_operators", batch_sizes)
-    return _as_operator(x, *onnx.layer(cell, x, h0, c0, ops.by_direction(h0, c0, weights)))
+def _onnx_node(*arguments):
+    call = _Call(*arguments)
+    _padded("onnx_operators", call.batch_sizes)
+    return _as_operator(call, ops.onnx_layer(*call.inputs, call.states))
 
 
-def _library_call(x, h0, c0, weights, batch_sizes, cell, save, backend):
-    if batch_sizes is not None or x.dtype != torch.float32 or x.device.type != "cpu":
+def _library_call(*arguments):
+    call = _Call(*arguments)
+    problem = ops.make_problem(*call.inputs, training=False, states=call.states)
+    unlike = problem.packed or problem.lengths or problem.resets or problem.states
+    wanted = call.x.dtype == torch.float32 and not unlike
+    if not wanted or dispatch.BACKENDS["cpu"].unsupported(problem) is not None:
         return NotImplemented
     _register_fake()
     y, h_n, c_n = torch.ops.fused_rnn_cpu.layer(
-        CELLS[cell].index,
-        x.flatten(0, 1).contiguous(),
-        [w.contiguous() for w in weights],
-        h0.contiguous(),
-        None if c0 is None else c0.contiguous(),
+        CELLS[call.cell].index,
+        call.x.flatten(0, 1).contiguous(),
+        [w.contiguous() for w in call.weights],
+        call.h0.contiguous(),
+        None if call.c0 is None else call.c0.contiguous(),
     )
-    y = y.unflatten(0, (x.shape[0], x.shape[1]))
-    return _as_operator(x, y, h_n, None if c0 is None else c_n)
+    y = y.unflatten(0, (call.x.shape[0], call.x.shape[1]))
+    return _as_operator(call, ops.LayerResult(y, h_n, None if call.c0 is None else c_n))
 
 
 @cache
@@ -142,9 +176,11 @@ def _padded(table: str, batch_sizes: Tensor | None) -> None:
         )
 
 
-def _as_operator(x: Tensor, y: Tensor, h_n: Tensor, c_n: Tensor | None) -> tuple[Tensor, ...]:
-    """A layer's results as `fused_rnn::layer_forward` returns them, with nothing saved."""
-    directions, count = h_n.shape[0], x.shape[0] * x.shape[1]
+def _as_operator(call: _Call, out: ops.LayerResult) -> tuple[Tensor, ...]:
+    """A layer's results as `fused_rnn::layer_forward` returns them, with no gates saved."""
+    x, directions = call.x, call.h0.shape[0]
+    count = x.shape[0] * x.shape[1]
     gates = x.new_empty((directions, count, 0))
-    cells = x.new_empty((directions, count, 0), dtype=state_dtype(x.dtype))
-    return y, h_n, x.new_empty((directions, x.shape[1], 0)) if c_n is None else c_n, gates, cells
+    cells = x.new_empty((directions, count, 0)) if out.cells is None else out.cells.flatten(1, 2)
+    c_n = x.new_empty((directions, x.shape[1], 0)) if out.c_n is None else out.c_n
+    return out.y, out.h_n, c_n, gates, cells.to(state_dtype(x.dtype))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .cells import CELLS, DirectionWeights
 
-_GATE_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}  # theirs, i o f c and z r h, out of ours
+# Theirs, i o f c and z r h, out of ours.
+_GATE_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru_reset_before": (1, 0, 2)}
 _DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
@@ -24,7 +25,12 @@ def is_exporting() -> bool:
 
 
 def layer(
-    cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[DirectionWeights]
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[DirectionWeights],
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer of padded rows: y [T, B, D*P], h_n [D, B, P], c_n [D, B, H] or None.
 
@@ -34,6 +40,7 @@ def layer(
         h0: [D, B, P].
         c0: [D, B, H] for LSTM, else None.
         weights: of each direction.
+        lengths: int64 [B], or None: of each row.
 
     Raises:
         RuntimeError: ONNX's operators do not take x's dtype.
@@ -43,18 +50,28 @@ def layer(
             f"torch.onnx.export: input: ONNX's {_operator(cell)} takes float16, float32 and "
             f"float64, got {x.dtype}; export the model in float32"
         )
-    projections = [w.w_hr for w in weights]
+    projections, initial = [w.w_hr for w in weights], (h0, c0)
     if projections[0] is not None:
-        x, h0, weights = _without_projection(x, h0, weights)
-    y, h_n, c_n = _node(cell, x, h0, c0, weights)
+        x, h0, weights = _without_projection(x, h0, weights, lengths)
+    y, h_n, c_n = _node(cell, x, h0, c0, weights, lengths)
     if projections[0] is not None:
         turned = torch.stack([w.t() for w in projections])  # [D, H, P]
         y, h_n = y @ turned, h_n @ turned
+    if lengths is not None:
+        # What the state is where no step is taken, the operator leaves open.
+        empty = (lengths == 0).unsqueeze(-1)
+        h_n = torch.where(empty, initial[0], h_n)
+        c_n = None if c_n is None else torch.where(empty, initial[1], c_n)
     return y.transpose(1, 2).flatten(2), h_n, c_n
 
 
 def _node(
-    cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[DirectionWeights]
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[DirectionWeights],
+    lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operator itself. Its Y is [T, D, B, H]."""
     spec, directions = CELLS[cell], len(weights)
@@ -67,8 +84,8 @@ def _node(
         "hidden_size": hidden,
         "direction": "bidirectional" if directions == 2 else "forward",
     }
-    if cell == "gru":
-        attributes["linear_before_reset"] = 1
+    if cell.startswith("gru"):
+        attributes["linear_before_reset"] = int(cell == "gru")
     if cell.startswith("rnn"):
         attributes["activations"] = [cell.removeprefix("rnn_").capitalize()] * directions
     inputs = [
@@ -76,7 +93,7 @@ def _node(
         torch.stack([_reorder(cell, w.w_ih) for w in weights]),
         torch.stack([_reorder(cell, w.w_hh) for w in weights]),
         biases,
-        None,  # sequence_lens: every row is as long as x
+        None if lengths is None else lengths.to(torch.int32),
         h0,
     ]
     shapes = [(x.shape[0], directions, batch, hidden), (directions, batch, hidden)]
@@ -103,7 +120,7 @@ def _reorder(cell: str, parameter: Tensor) -> Tensor:
 
 
 def _without_projection(
-    x: Tensor, h0: Tensor, weights: list[DirectionWeights]
+    x: Tensor, h0: Tensor, weights: list[DirectionWeights], lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, list[DirectionWeights]]:
     """The LSTM whose state is m = o * tanh(c) [H] instead of h = W_hr m [P].
 
@@ -111,14 +128,15 @@ def _without_projection(
     that enters as further features of the first step's input, which W_hh faces; m starts at zero.
     """
     timesteps, batch = x.shape[:2]
-    directions, out = h0.shape[0], h0.shape[2]
+    directions = h0.shape[0]
     hidden = weights[0].w_hr.shape[1]
+    steps = torch.arange(timesteps, device=x.device).unsqueeze(1)  # [T, 1]
+    last = timesteps - 1 if lengths is None else lengths - 1
     features = [x]
     plain = []
     for d, w in enumerate(weights):
-        rest = h0.new_zeros((timesteps - 1, batch, out))
-        first = h0[d : d + 1]
-        features.append(torch.cat([rest, first] if d else [first, rest]))
+        first = steps == (last if d else 0)  # [T, B], or [T, 1]
+        features.append(torch.where(first.unsqueeze(-1), h0[d], h0.new_zeros(())))
         facing = [torch.zeros_like(w.w_hh)] * directions
         facing[d] = w.w_hh
         plain.append(

@@ -23,6 +23,7 @@ LAYERS = [
     {"_C"},
     {"cells", "native", "torchscript"},
     {"problem", "checks", "onnx"},
+    {"oracle"},
     {"backends"},
     {"dispatch"},
     {"ops", "direct"},

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from toolkit import Inputs, leaves, near
+from toolkit import Inputs, Maker, leaves, near
 
 import fused_rnn
 from fused_rnn import export
@@ -104,6 +104,48 @@ def test_cells(cell, with_hx, make):
     same_in_runtime(model, module, with_hx)
 
 
+class WithLengths(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, lengths, hx):
+        return self.layer(x, hx, lengths=lengths)
+
+
+def test_lengths(layer):
+    """As the operator's sequence_lens, rows of no steps and the reverse direction included."""
+    module = Maker(fused_rnn)(layer, bidirectional=True)
+    time, batch = "T", "B"
+    states = {1: batch}
+    shapes = (
+        {0: time, 1: batch},
+        {0: batch},
+        (states, states) if layer.startswith("lstm") else states,
+    )
+    model = WithLengths(module).eval()
+    x, hx = Inputs(module, True).args
+    args = (x, torch.tensor([3, 6, 0, 1, 6, 2, 5]), hx)
+    program = torch.onnx.export(model, args, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    assert len(recurrent_nodes(program.model_proto)) == 1
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    names = [value.name for value in session.get_inputs()]
+    x, hx = Inputs(module, True, 8, 4).args
+    args = (x, torch.tensor([0, 8, 5, 1]), hx)
+    given = {n: t.numpy() for n, t in zip(names, leaves(args), strict=True)}
+    results = [torch.from_numpy(array) for array in session.run(None, given)]
+    with torch.no_grad():
+        near(results, model(*args))
+
+
+def test_reset_gate_before_the_product():
+    module = fused_rnn.GRU(3, 5, bidirectional=True, reset_after=False).eval()
+    model = exported(module, with_hx=True)
+    [node] = recurrent_nodes(model)
+    assert not [a for a in node.attribute if a.name == "linear_before_reset" and a.i]
+    same_in_runtime(model, module, with_hx=True)
+
+
 class Tagger(torch.nn.Module):
     def __init__(self, make):
         super().__init__()
@@ -177,7 +219,7 @@ def test_what_onnx_does_not_take():
 
     args = (torch.randn(5, 3), torch.tensor([3, 2]))
     message = raised_by(lambda: torch.onnx.export(Packed(), args, dynamo=True, verbose=False))
-    assert "do not take a PackedSequence" in message
+    assert "do not have a PackedSequence" in message
 
 
 def test_bad_input_is_eager_modes_error():
@@ -191,10 +233,22 @@ def test_legacy_exporter(layer, make):
     """By way of a trace: torch.nn's operators, for which torch has a translation."""
     if layer == "lstm_proj":
         pytest.skip("torch's legacy exporter has no projection")
+
+    class Model(torch.nn.Module):
+        """torch's legacy exporter calls the model with every parameter of its forward."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
     module = make(layer, num_layers=2, bidirectional=True).eval()
     file = io.BytesIO()
     torch.onnx.export(
-        module, Inputs(module).args, file, dynamo=False, input_names=["x"],
+        Model(module),
+        Inputs(module).args, file, dynamo=False, input_names=["x"],
         dynamic_axes={"x": {0: "T", 1: "B"}},
     )  # fmt: skip
     model = onnx.load_from_string(file.getvalue())

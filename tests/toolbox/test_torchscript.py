@@ -66,6 +66,17 @@ def test_trace_of_a_model(make):
     near(traced(*args), model(*args))
 
 
+def test_trace_of_what_torch_does_not_have():
+    x, lengths = torch.randn(6, 7, 3), torch.full((7,), 3)
+    for model in (
+        lambda x: fused_rnn.GRU(3, 5)(x, lengths=lengths)[0],
+        lambda x: fused_rnn.GRU(3, 5)(x, return_states=True)[0],
+        lambda x: fused_rnn.GRU(3, 5, reset_after=False)(x)[0],
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace of fused_rnn\.GRU"):
+            torch.jit.trace(model, x)
+
+
 def test_trace_leaves_the_module_as_it_was():
     module = fused_rnn.LSTM(3, 5)
     before = dict(vars(module))
