@@ -5,9 +5,10 @@ at every moment, from what it has heard so far. It learns on whole sequences, in
 samples come one by one; all that is kept from the past is the state, so a step costs the same time
 and memory whether it is the tenth or the millionth. The program measures both.
 
-The exported program is a file that runs without the Python of the model: `torch.export` (default),
-or, with `--form aoti`, compiled ahead of time to a shared library by AOTInductor, which C++ can
-load as well. One graph has one step: (sample, state) in, (answer, new state) out.
+The exported program is a file that runs without the Python of the model: of `torch.export`
+(default); with `--form aoti` compiled ahead of time to a shared library by AOTInductor, which C++
+can load as well; with `--form onnx` for ONNX Runtime and others, with ONNX's own operators. One
+graph has one step: (sample, state) in, (answer, new state) out.
 
 The baseline is the moving average that does best on the same noise.
 """
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 import common
 
 NOISE = 0.7
+SUFFIX = {"export": ".pt2", "aoti": "_aoti.pt2", "onnx": ".onnx"}
 
 
 def sines(length: int, batch: int, device) -> tuple[Tensor, Tensor]:
@@ -51,13 +53,34 @@ class Filter(nn.Module):
 def export(model: Filter, state, path: Path, form: str):
     """One step as a program read back from a file: f(sample [1, 1, 1], state)."""
     sample = torch.zeros(1, 1, 1, device=model.head.weight.device)
+    model.eval()
+    if form == "onnx":
+        with torch.no_grad():
+            torch.onnx.export(model, (sample, state), path, dynamo=True, verbose=False)
+        return onnx_step(path)
     with torch.no_grad():
-        program = torch.export.export(model.eval(), (sample, state))
+        program = torch.export.export(model, (sample, state))
     if form == "aoti":
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         return torch._inductor.aoti_load_package(str(path))
     torch.export.save(program, path)
     return torch.export.load(path).module()
+
+
+def onnx_step(path: Path):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+
+    def step(sample: Tensor, state):
+        states = state if isinstance(state, tuple) else (state,)
+        values = [t.cpu().numpy() for t in (sample, *states)]
+        outputs = session.run(None, dict(zip(names, values, strict=True)))
+        answer, *states = map(torch.from_numpy, outputs)
+        return answer, tuple(states) if len(states) > 1 else states[0]
+
+    return step
 
 
 def resident_kilobytes() -> int:
@@ -92,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.Parser(
         __doc__, cell="gru", steps=(800, 150), hidden=(64, 24), samples=(100_000, 2000)
     )
-    parser.add_argument("--form", choices=("export", "aoti"), default="export")
+    parser.add_argument("--form", choices=SUFFIX, default="export")
     args = parser.parse(argv)
     model = Filter(args.cell, args.hidden).to(args.device)
     trainer = common.Trainer(model, args.steps, lr=1e-2)
@@ -106,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         learned = F.mse_loss(model(heard)[0][20:], clean[20:]).item()
     state = torch.zeros(1, 1, args.hidden, device=args.device)
     state = (state, state.clone()) if args.cell == "lstm" else state
-    step = export(model, state, args.out / f"streaming_{args.form}.pt2", args.form)
+    step = export(model, state, args.out / f"streaming{SUFFIX[args.form]}", args.form)
     one, _ = sines(args.samples, 1, args.device)
     answers, times, memory = stream(step, one, state)
     with torch.inference_mode():
