@@ -115,7 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.Parser(
         __doc__, cell="gru", steps=(800, 150), hidden=(64, 24), samples=(100_000, 2000)
     )
-    parser.add_argument("--form", choices=SUFFIX, default="export")
+    parser.add_argument(
+        "--form", choices=SUFFIX, default="export", help="onnx takes onnxscript and onnxruntime"
+    )
     args = parser.parse(argv)
     model = Filter(args.cell, args.hidden).to(args.device)
     trainer = common.Trainer(model, args.steps, lr=1e-2)
