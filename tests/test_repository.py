@@ -30,6 +30,7 @@ LAYERS = [
     {"functional"},
     {"modules"},
     {"convert", "explain", "export", "testing"},
+    {"bench"},
     {"__init__"},
     {"__main__"},
 ]
