@@ -1,8 +1,9 @@
 """Recurrent networks as functions of tensors: stacks of layers, dropout, projections, packed rows.
 
 Weights come as one flat list in the order of torch.nn's `_flat_weights`: layer after layer,
-forward direction before reverse, each w_ih [G*H, I], w_hh [G*H, P][, b_ih, b_hh [G*H]]
-[, w_hr [P, H]]; G gates, H hidden_size, P proj_size or H.
+forward direction before reverse, each w_ih [G*H, I], w_hh [G*H, P], then b_ih and b_hh [G*H] if
+there are biases, then w_hr [P, H] if there is a projection; G gates, H hidden_size, P proj_size or
+H.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def rnn_tanh(
         input: [T, B, I], [B, T, I] with `batch_first`, or packed rows [N, I] with `batch_sizes`.
         hx: [num_layers*D, B, H], or None for zeros; D is 2 when bidirectional, else 1.
         weights: see the module's docstring.
-        options: see `Options`; what they mean is told at :class:`fused_rnn.RNN`.
+        options: see `Options`; what they mean is told at `fused_rnn.RNN`.
 
     Returns:
         output [T, B, D*H] (laid out as `input` is) and h_n [num_layers*D, B, H]. With

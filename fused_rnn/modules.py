@@ -203,7 +203,7 @@ _NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"
 class RNN(_RecurrentLayers):
     r"""Elman layers, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu for tanh.
 
-    A drop-in replacement for :class:`torch.nn.RNN`: same arguments, parameters, initialisation
+    A drop-in replacement for `torch.nn.RNN`: same arguments, parameters, initialisation
     from the same seed, and results.
 
     Args:
@@ -296,8 +296,8 @@ class GRU(_RecurrentLayers):
     n_t = tanh(W_in x_t + b_in + r_t * (W_hn h_{t-1} + b_hn))
     h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
-    A drop-in replacement for :class:`torch.nn.GRU`. Arguments, inputs, results and errors are
-    those of :class:`RNN`, without `nonlinearity`, and
+    A drop-in replacement for `torch.nn.GRU`. Arguments, inputs, results and errors are
+    those of `RNN`, without `nonlinearity`, and
 
     Args:
         reset_after: without it the reset gate comes before the product, as in the first paper
@@ -361,8 +361,8 @@ class LSTM(_RecurrentLayers):
     c_t = f_t * c_{t-1} + i_t * g_t
     h_t = o_t * tanh(c_t), times W_hr where proj_size > 0
 
-    A drop-in replacement for :class:`torch.nn.LSTM`. Arguments, inputs, results and errors are
-    those of :class:`RNN`, with these differences.
+    A drop-in replacement for `torch.nn.LSTM`. Arguments, inputs, results and errors are
+    those of `RNN`, with these differences.
 
     Args:
         proj_size: if positive, the size P < H of the states h and of the output; else P is H.
@@ -456,9 +456,9 @@ class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
 
 
 class RNNCell(_RecurrentCell):
-    r"""One step of an :class:`RNN`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu.
+    r"""One step of an `RNN`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu.
 
-    A drop-in replacement for :class:`torch.nn.RNNCell`.
+    A drop-in replacement for `torch.nn.RNNCell`.
 
     Args:
         input_size, hidden_size: I and H.
@@ -500,9 +500,9 @@ class RNNCell(_RecurrentCell):
 
 
 class GRUCell(_RecurrentCell):
-    r"""One step of a :class:`GRU`. A drop-in replacement for :class:`torch.nn.GRUCell`.
+    r"""One step of a `GRU`. A drop-in replacement for `torch.nn.GRUCell`.
 
-    Arguments, inputs and results are those of :class:`RNNCell`, without `nonlinearity`.
+    Arguments, inputs and results are those of `RNNCell`, without `nonlinearity`.
 
     Example:
         >>> GRUCell(10, 20)(torch.randn(10)).shape
@@ -519,9 +519,9 @@ class GRUCell(_RecurrentCell):
 
 
 class LSTMCell(_RecurrentCell):
-    r"""One step of an :class:`LSTM`. A drop-in replacement for :class:`torch.nn.LSTMCell`.
+    r"""One step of an `LSTM`. A drop-in replacement for `torch.nn.LSTMCell`.
 
-    Arguments and inputs are those of :class:`GRUCell`, but hx is a pair (h, c), each [B, H] or
+    Arguments and inputs are those of `GRUCell`, but hx is a pair (h, c), each [B, H] or
     [H], and so is the result.
 
     Example:
