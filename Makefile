@@ -61,7 +61,7 @@ test: $(INSTALLED)
 test-reference: $(INSTALLED)
 	FUSED_RNN_SKIP_BUILD=1 $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(INSTALLED)
+test-all: $(INSTALLED) .venv/.toolbox
 	$(PYTEST) $(PYTEST_ARGS)
 	$(MAKE) test-reference
 
@@ -151,6 +151,11 @@ $(INSTALLED): .venv/.dependencies $(BUILT_FROM)
 # Every name of the extra "bench", without installing the package itself again.
 .venv/.peers: .venv/.created constraints.txt
 	$(PIP) jax keras matplotlib onnx onnxruntime openvino rich
+	@touch $@
+
+# Every name of the extra "toolbox", likewise.
+.venv/.toolbox: .venv/.created constraints.txt
+	$(PIP) accelerate lightning onnx onnxruntime onnxscript safetensors
 	@touch $@
 
 .venv/.docs: .venv/.created constraints.txt
