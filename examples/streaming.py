@@ -94,7 +94,7 @@ def resident_kilobytes() -> int:
 def stream(step, heard: Tensor, state) -> tuple[Tensor, array, list[int]]:
     """Answers [T, 1, 1], microseconds of each step, and kilobytes after each tenth of them."""
     # A list of times would grow, and the memory measured with it.
-    answers, times, memory = torch.empty_like(heard), array("d", bytes(8 * len(heard))), []
+    answers, times, memory = heard.clone(), array("d", bytes(8 * len(heard))), []
     with torch.inference_mode():
         for number in range(len(heard)):
             start = time.perf_counter()
