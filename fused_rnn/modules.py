@@ -6,17 +6,26 @@ and torch.nn.RNNCellBase's own; `forward` is ours.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Unpack
 
 from . import checks, direct, functional
 from .cells import CELLS, Cell
+from .regularised import (
+    NAMES,
+    PLAIN,
+    Regularisation,
+    RegularisationOptions,
+    RegularisedLayers,
+)
 
 
-class _RecurrentLayers(torch.nn.RNNBase):
+class _RecurrentLayers(RegularisedLayers, torch.nn.RNNBase):
     """What RNN, GRU and LSTM share: every form of input torch.nn takes.
 
     A subclass of RNNBase and not of nn.LSTM and friends: torch.compile breaks the graph at
@@ -27,11 +36,19 @@ class _RecurrentLayers(torch.nn.RNNBase):
     recompute = False
     stateful = False
 
-    def __init__(self, *args, recompute: bool = False, stateful: bool = False, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        recompute: bool = False,
+        stateful: bool = False,
+        **kwargs,
+    ) -> None:
         for name, value in (("recompute", recompute), ("stateful", stateful)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+        options = Regularisation(**{name: kwargs.pop(name) for name in NAMES if name in kwargs})
         super().__init__(*args, **kwargs)
+        self._regularise(options)
         if recompute:
             self.recompute = True
         if stateful:
@@ -42,7 +59,7 @@ class _RecurrentLayers(torch.nn.RNNBase):
     def extra_repr(self) -> str:
         options = ("recompute", "stateful")
         extras = [f"{name}=True" for name in options if getattr(self, name)]
-        return ", ".join([super().extra_repr(), *extras])
+        return ", ".join([super().extra_repr(), *extras, *self._regularisation.given()])
 
     def flatten_parameters(self) -> None:
         """Does nothing: weights are read where they lie. Here because torch.nn has it."""
@@ -66,6 +83,8 @@ class _RecurrentLayers(torch.nn.RNNBase):
         if self.stateful:
             hx = self._carried(input) if hx is None else hx
         plain = lengths is None and resets is None and reset_hx is None and not return_states
+        options = self._regularisation
+        plain = plain and (options is PLAIN or options.is_idle(self.training))
         result = direct.layers(self, input, hx) if plain else None
         if result is None:
             masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
@@ -125,15 +144,13 @@ class _RecurrentLayers(torch.nn.RNNBase):
         return output, states, *histories
 
     def _run(self, cell, input, hx, masks, return_states, batch_sizes=None):
-        # By name, not from _flat_weights: a parametrization or functional_call may be in place.
-        weights = [getattr(self, name) for name in self._flat_weights_names]
         if hx is not None and not cell.has_c:
             hx = hx[0]
         output, states, *histories = functional.recurrent(
             cell.name,
             input,
             hx,
-            weights,
+            self._weights(),
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             dropout=self.dropout,
@@ -142,6 +159,7 @@ class _RecurrentLayers(torch.nn.RNNBase):
             batch_sizes=batch_sizes,
             return_states=return_states,
             recompute=self.recompute,
+            general=self._general_scan(),
             **masks,
         )
         return output, states if cell.has_c else (states,), *histories
@@ -246,9 +264,9 @@ class RNN(_RecurrentLayers):
         *,
         recompute: bool = False,
         stateful: bool = False,
-        **kwargs,
+        **options: Unpack[RegularisationOptions],
     ) -> None:
-        _reject(kwargs, "RNN")
+        _reject(options, "RNN")
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(
                 f"Unknown nonlinearity {nonlinearity!r}. Select from 'tanh' or 'relu'."
@@ -258,7 +276,7 @@ class RNN(_RecurrentLayers):
         super().__init__(
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first,
             dropout, bidirectional, device=device, dtype=dtype, recompute=recompute,
-            stateful=stateful,
+            stateful=stateful, **options,
         )  # fmt: skip
 
 
@@ -302,14 +320,14 @@ class GRU(_RecurrentLayers):
         reset_after: bool = True,
         recompute: bool = False,
         stateful: bool = False,
-        **kwargs,
+        **options: Unpack[RegularisationOptions],
     ) -> None:
-        _reject(kwargs, "GRU")
+        _reject(options, "GRU")
         if not isinstance(reset_after, bool):
             raise TypeError(f"reset_after: expected a bool, got {type(reset_after).__name__}")
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            device=device, dtype=dtype, recompute=recompute, stateful=stateful,
+            device=device, dtype=dtype, recompute=recompute, stateful=stateful, **options,
         )  # fmt: skip
         if not reset_after:
             self.mode = CELLS["gru_reset_before"].torch_mode
@@ -369,19 +387,23 @@ class LSTM(_RecurrentLayers):
         *,
         recompute: bool = False,
         stateful: bool = False,
+        **options: Unpack[RegularisationOptions],
     ) -> None:
+        _reject(options, "LSTM")
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, proj_size, device=device, dtype=dtype, recompute=recompute,
-            stateful=stateful,
+            stateful=stateful, **options,
         )  # fmt: skip
 
 
-def _reject(kwargs: dict[str, Any], owner: str) -> None:
-    if "proj_size" in kwargs:
+def _reject(options: Mapping[str, Any], owner: str) -> None:
+    """Those that are nobody's."""
+    if "proj_size" in options:
         raise ValueError(_NO_PROJECTION)
-    if kwargs:
-        raise TypeError(f"{owner}: unexpected keyword argument {next(iter(kwargs))!r}")
+    for name in options:
+        if name not in NAMES:
+            raise TypeError(f"{owner}: unexpected keyword argument {name!r}")
 
 
 class _RecurrentCell(torch.nn.RNNCellBase):

@@ -32,6 +32,7 @@ class Problem:
     lengths: bool = False  # whether rows end at lengths of their own
     resets: bool = False  # whether rows start afresh at resets
     states: bool = False  # whether c after every step is an output
+    extras: tuple[str, ...] = ()  # what of its recurrence only `general_scan` has, by name
 
     @property
     def cell(self) -> Cell:
