@@ -215,6 +215,23 @@ class RNN(_RecurrentLayers):
         stateful: whether a call without hx goes on where the call before it ended. The states
             are kept detached, in buffers that move with the module and are not saved with it;
             `reset_states()` forgets them.
+        recurrent_dropout: probability p, in training, of dropping a unit of h from the product
+            W_hh h: W_hh (m * h_{t-1}), m 0 or 1/(1-p), drawn once a call for each row of the
+            batch and unit, the same at all steps and for all gates (Gal and Ghahramani 2016 with
+            tied weights). What goes past the product, as z_t * h_{t-1} of a GRU, is h itself.
+            Keras' argument of that name differs in that each gate has a mask of its own.
+        zoneout: probability p, in training, that a unit keeps its old state instead of taking
+            the new one, drawn for each step (Krueger et al. 2017). In eval mode the expectation,
+            p * h_{t-1} + (1 - p) * h_t.
+        weight_dropout: probability p, in training, of dropping an element of W_hh for a whole
+            call; the others are divided by 1 - p (Merity et al. 2018). Runs on every kernel.
+        init: "uniform" as torch.nn has it, or "orthogonal": W_hh orthogonal (Saxe et al. 2014),
+            W_ih Glorot uniform, both gate by gate, and biases zero.
+
+        All masks are drawn by torch's global generator on the way: weight dropout's for all
+        layers, then layer by layer and direction by direction recurrent dropout's and zoneout's
+        for h and for c, and after each layer that of `dropout`. The three probabilities can be
+        changed later, as attributes.
 
     Inputs:
         input: [T, B, I] (or [B, T, I]), [T, I] unbatched, or a PackedSequence. The dtype is the
@@ -294,6 +311,10 @@ class GRU(_RecurrentLayers):
     Args:
         reset_after: without it the reset gate comes before the product, as in the first paper
             and in much teaching code: n_t = tanh(W_in x_t + b_in + W_hn (r_t * h_{t-1}) + b_hn).
+        layer_norm: whether to normalise the products (Ba et al. 2016): W_ih x by LN(W_ih x), and
+            W_hh h likewise, r and z together, n by itself. LN(v) = g * (v - mean) / sqrt(var +
+            1e-5) over the units, with gains g of its own for each; biases come after it. The
+            gains are the parameters ln_ih_weight_l0 and ln_hh_weight_l0 [3*H], and so on.
 
     z_t keeps the old state, here as in torch.nn. Where a text has h_t = z_t * n_t +
     (1 - z_t) * h_{t-1}, the rows of its z, of both weights and biases, change their sign.
@@ -356,6 +377,16 @@ class LSTM(_RecurrentLayers):
 
     Args:
         proj_size: if positive, the size P < H of the states h and of the output; else P is H.
+        zoneout: also a pair, the probabilities for h and for c. With one number it is that of
+            both. h is made from the new c, whether c keeps its old value or not.
+        layer_norm: as for :class:`GRU`, all gates together, and h_t = o_t * tanh(LN(c_t)), with
+            the parameters ln_ih_weight_l0, ln_hh_weight_l0 [4*H], and ln_c_weight_l0 and (with
+            biases) ln_c_bias_l0 [H].
+        peepholes: whether gates see c (Gers et al. 2002, Graves 2013): p_i * c_{t-1} is added
+            inside i_t, p_f * c_{t-1} inside f_t, p_o * c_t inside o_t. The parameter
+            weight_peephole_l0 [3*H] has p_i, p_f, p_o.
+        forget_bias: what the bias of f starts at, in b_if, with b_hf zero (Gers et al. 2000;
+            1.0 in Jozefowicz et al. 2015).
 
     Inputs:
         hx: a pair (h_0 [D*L, B, P], c_0 [D*L, B, H]), or None for zeros.

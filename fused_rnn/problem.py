@@ -125,6 +125,7 @@ class Rows:
         self.count = count if self.packed else timesteps * batch_size
         self.room = max(room, self.count)
         self._batch_sizes = batch_sizes
+        self._list: list[int] | None = None
         if self.packed:
             self._check(count)
 
@@ -140,11 +141,13 @@ class Rows:
                 f"input, got {_abridged(sizes)}, which add up to {sum(sizes)}"
             )
 
-    @cached_property
+    @property
     def batch_sizes(self) -> list[int]:
-        if self._batch_sizes is None:
-            return [self.batch_size] * self.timesteps
-        return self._batch_sizes.tolist()
+        # Not a cached_property: compilers do not see through its lock.
+        if self._list is None:
+            sizes = self._batch_sizes
+            self._list = [self.batch_size] * self.timesteps if sizes is None else sizes.tolist()
+        return self._list
 
     @cached_property
     def offsets(self) -> list[int]:

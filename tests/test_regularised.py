@@ -204,12 +204,9 @@ def test_nothing_asked_for_is_the_fused_layer(cell):
 
 
 @every_cell
-@both_ways
-def test_derivatives(cell, bidirectional):
+def test_derivatives(cell):
     """First and second, with lengths and resets."""
-    layer = make(
-        cell, 2, 3, bidirectional=bidirectional, dtype=torch.float64, **EVERYTHING
-    )  # fmt: skip
+    layer = make(cell, 2, 3, bidirectional=True, dtype=torch.float64, **EVERYTHING)
     names = [name for name, _ in layer.named_parameters()]
     lengths, resets = torch.tensor([3, 1]), torch.tensor([[0, 1], [1, 0], [0, 0]]).bool()
     hx, reset_hx = initial(layer, 2), initial(layer, 2)
@@ -475,9 +472,6 @@ def test_half_types_run_through_time_in_float32(cell, dtype):
     layer = make(cell, I, H, **EVERYTHING).to(dtype)
     wide = copy.deepcopy(layer).float()
     x = torch.randn(T, B, I, dtype=dtype)
-    torch.manual_seed(1)
-    y, states, _ = layer(x, return_states=True)
-    torch.manual_seed(1)
     # The masked W_hh is rounded to the half type, as W_hh itself is.
     layer.weight_dropout = wide.weight_dropout = 0.0
     torch.manual_seed(1)
@@ -521,23 +515,30 @@ def test_under_vmap(cell):
         assert torch.allclose(ys[0], ys[1], atol=1e-5) == (randomness == "same")
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm_projected"])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param("rnn_tanh", marks=pytest.mark.slow),
+        pytest.param("gru", marks=pytest.mark.slow),
+        "lstm_projected",
+    ],
+)
 def test_compiled(cell):
-    layer = make(cell, I, H, 2, bidirectional=True, **EVERYTHING).eval()
+    layer = make(cell, I, H, bidirectional=True, **EVERYTHING).eval()
 
     def run(x, lengths, resets):
         y, states, history = layer(x, lengths=lengths, resets=resets, return_states=True)
         return (y, *as_tuple(states), *history)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    args = torch.randn(T, B, I), torch.tensor([5, 0, 2]), torch.rand(T, B) < 0.3
+    args = torch.randn(2, B, I), torch.tensor([2, 0, 1]), torch.rand(2, B) < 0.3
     results, expected = compiled(*args), run(*args)
     for ours, theirs in zip(results, expected, strict=True):
         near(ours, theirs, 1e-5)
     inputs = list(layer.parameters())
     for ours, theirs in zip(grads(results, inputs), grads(expected, inputs), strict=True):
         near(ours, theirs, 1e-4)
-    with pytest.raises(RuntimeError, match="lengths: expected values from 0 to 5"):
+    with pytest.raises(RuntimeError, match="lengths: expected values from 0 to 2"):
         compiled(args[0], args[1] + 3, args[2])
     layer.train()
     torch.manual_seed(1)
@@ -666,9 +667,8 @@ def test_initial_values(name, init):
 def test_initial_values_of_half_types_and_without_memory():
     layer = fused_rnn.LSTM(3, 4, init="orthogonal", forget_bias=1, dtype=torch.bfloat16)
     assert layer.weight_hh_l0.dtype == torch.bfloat16
-    layer = fused_rnn.LSTM(
-        3, 4, init="orthogonal", forget_bias=1, device="meta", **EVERYTHING
-    )  # fmt: skip
+    options = {"init": "orthogonal", "forget_bias": 1, **EVERYTHING}
+    layer = fused_rnn.LSTM(3, 4, device="meta", **options)
     assert layer(torch.randn(T, B, 3, device="meta"))[0].shape == (T, B, 4)
 
 
