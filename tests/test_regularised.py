@@ -695,6 +695,22 @@ def test_restore_says_why_not(options):
     assert fused_rnn.replace(model)[0] is layer and type(layer) is fused_rnn.LSTM
 
 
+@every_option
+def test_a_trace_would_be_torch_nns(options):
+    layer = fused_rnn.LSTM(I, H, **options)
+    x = torch.randn(T, B, I)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace .* expected no .*") as found:
+        torch.jit.trace(layer, x)
+    for name, value in options.items():
+        assert f"{name}={value}" in str(found.value)
+
+
+def test_a_trace_of_what_is_idle():
+    layer = fused_rnn.LSTM(I, H, weight_dropout=0.5, recurrent_dropout=0.5).eval()
+    x = torch.randn(T, B, I)
+    near(torch.jit.trace(layer, x)(x)[0], layer(x)[0], 1e-5)
+
+
 def test_explain_says_what_ran():
     layer = fused_rnn.LSTM(I, H, 2, **EVERYTHING)
     x = torch.randn(T, B, I)

@@ -21,8 +21,8 @@ PACKAGE = ROOT / "fused_rnn"
 # where that is a package (backends).
 LAYERS = [
     {"_C"},
-    {"cells", "native"},
-    {"problem", "checks"},
+    {"cells", "native", "torchscript"},
+    {"problem", "checks", "onnx"},
     {"oracle"},
     {"backends"},
     {"dispatch"},
@@ -30,7 +30,8 @@ LAYERS = [
     {"general_scan"},
     {"functional", "regularised"},
     {"modules"},
-    {"convert", "explain", "testing"},
+    {"convert", "explain", "export", "testing"},
+    {"bench"},
     {"__init__"},
     {"__main__"},
 ]
