@@ -123,7 +123,8 @@ class Regularisation:
     def given(self) -> list[str]:
         """ "name=value" of everything that is not as it would be anyway."""
         values = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
-        return [f"{name}={value!r}" for name, value, default in values if value != default]
+        # A pair of zeros is none, too.
+        return [f"{name}={value!r}" for name, value, no in values if value not in (no, (0, 0))]
 
     def changes(self) -> list[str]:
         """Likewise of what makes a module compute something else than torch.nn's."""

@@ -111,6 +111,8 @@ def by_hand(layer, x, hx):
             outputs.append(torch.stack([ys[t] for t in steps]))
             finals.append(state)
         x = torch.cat(outputs, -1)
+        if layer.training and layer.dropout and k < layer.num_layers - 1:
+            x = torch.nn.functional.dropout(x, layer.dropout)
     return x, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
 
@@ -169,7 +171,8 @@ every_option = pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
     ids=["train", "eval", "no bias"],
 )
 def test_by_hand(cell, options, training, bias):
-    layer = make(cell, I, H, 2, bias=bias, bidirectional=True, dtype=torch.float64, **options)
+    options = {"bias": bias, "dropout": 0.2 if options is EVERYTHING else 0.0, **options}
+    layer = make(cell, I, H, 2, bidirectional=True, dtype=torch.float64, **options)
     layer.train(training)
     x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
     hx = initial(layer)
@@ -742,7 +745,9 @@ def test_options_can_be_changed():
     layer(x)
     layer.zoneout = 0.5
     assert fused_rnn.explain(layer, x).layers[0].kernel == "reference: zoneout"
-    layer.zoneout, layer.recurrent_dropout, layer.weight_dropout = (0, 0), 0.5, 0.25
+    layer.zoneout = (0, 0)
+    assert "zoneout" not in repr(layer) and "reference:" not in str(fused_rnn.explain(layer, x))
+    layer.recurrent_dropout, layer.weight_dropout = 0.5, 0.25
     assert layer.weight_dropout == 0.25
     assert fused_rnn.explain(layer, x).layers[0].kernel == "reference: recurrent_dropout"
     with pytest.raises(ValueError, match=r"zoneout: expected a probability in \[0, 1\], got 2"):
