@@ -13,6 +13,7 @@ H), D directions, G gates. Sequences are [T, B, ...], or [N, ...] with `batch_si
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from . import dispatch, onnx
 from .backends.base import LayerOutput, Needs, OutputGrads
 from .cells import CELLS, DirectionWeights, state_dtype
+from .oracle import Recurrence, plain_recurrence
 from .oracle import run as oracle_run
 from .problem import Masks, Problem, Rows
 
@@ -149,12 +151,15 @@ def oracle(
     masks: Masks | None = None,
     *,
     states: bool = False,
+    recurrence: Callable[..., Recurrence] = plain_recurrence,
 ) -> LayerResult:
     """What `layer` computes, by plain torch operations (see `fused_rnn.oracle`)."""
     rows, by_direction = _layout(cell, x, h0, c0, weights, batch_sizes, masks)
     initial = (h0,) if c0 is None else (h0, c0)
     x_rows = _rows_of(x, rows.packed)
-    (y, *cells), (h_n, *c_n) = oracle_run(CELLS[cell], x_rows, initial, by_direction, rows)
+    (y, *cells), (h_n, *c_n) = oracle_run(
+        CELLS[cell], x_rows, initial, by_direction, rows, recurrence
+    )
     if not rows.packed:
         y, *cells = y.unflatten(0, x.shape[:2]), *(c.unflatten(1, x.shape[:2]) for c in cells)
     return LayerResult(y, h_n, c_n[0] if c_n else None, cells[0] if states and cells else None)

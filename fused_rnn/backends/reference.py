@@ -34,6 +34,9 @@ class ReferenceBackend(Backend):
             return f"needs a floating-point dtype of 16 bits or more, got {dtype}"
         return None
 
+    def describe(self, problem: Problem) -> str:
+        return ": ".join(filter(None, (self.name, ", ".join(problem.extras))))
+
     def layer_forward(self, problem, *args):
         forward = super().layer_forward
         if is_half(problem.dtype):
