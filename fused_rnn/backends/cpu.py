@@ -26,8 +26,6 @@ class CpuBackend(Backend):
             return f"needs dtype float32, bfloat16 or float16, got {problem.dtype}"
         if problem.hidden_size == 0:
             return "needs at least one hidden unit, got hidden_size=0"
-        if problem.cell_name == "gru_reset_before":
-            return "has no kernel for a GRU with the reset gate before the product"
         return cpu_library_error()
 
     def describe(self, problem: Problem) -> str:
