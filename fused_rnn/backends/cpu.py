@@ -63,7 +63,7 @@ class CpuBackend(Backend):
             h_n=x.new_empty((directions, batch, output), dtype=wide),
             c_n=x.new_empty((directions, batch, hidden * cell.has_c), dtype=wide),
             gates=allocate_saved(x, rows, directions, hidden * cell.saved_gates * save),
-            cells=allocate_saved(x, rows, directions, hidden * (cell.has_c and save), wide),
+            cells=allocate_saved(x, rows, directions, hidden * problem.keeps_cells(save), wide),
         )
         torch.ops.fused_rnn_cpu.layer_forward(
             cell.index,
