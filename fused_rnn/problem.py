@@ -38,6 +38,10 @@ class Problem:
     def cell(self) -> Cell:
         return CELLS[self.cell_name]
 
+    def keeps_cells(self, save: bool) -> bool:
+        """Whether forward has to keep c after every step, given whether it saves for backward."""
+        return self.cell.has_c and (save or self.states)
+
     @property
     def output_size(self) -> int:
         """P: the width of h, and of y per direction."""

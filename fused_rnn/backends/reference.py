@@ -67,7 +67,7 @@ class ReferenceBackend(Backend):
                 gx[d],
                 out.y[:, d * width : (d + 1) * width],
                 out.gates[d] if save else None,
-                out.cells[d] if save else None,
+                out.cells[d] if problem.keeps_cells(save) else None,
                 rows,
             )
             initial = (h0[d], c0[d]) if cell.has_c else (h0[d],)
@@ -146,7 +146,7 @@ def _run(step: Step, initial: States, final: States, rows: Rows, backwards: bool
 
 
 class _Direction(NamedTuple):
-    """One direction of a forward scan. gates and cells are None when nothing is saved."""
+    """One direction of a forward scan. gates and cells are None when they are not kept."""
 
     w: DirectionWeights
     gx: Tensor  # [N, G*H], may be overwritten
