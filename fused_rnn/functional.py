@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 
 from . import checks, ops
 from .cells import CELLS
+from .general_scan import GeneralScan
 from .problem import Masks
 
 
@@ -121,8 +122,12 @@ def recurrent(
     reset_hx=None,
     return_states: bool = False,
     recompute: bool = False,
+    general: GeneralScan | None = None,
 ):
-    """Layers of the cell of that name in `cells.CELLS`; see the functions above."""
+    """Layers of the cell of that name in `cells.CELLS`; see the functions above.
+
+    `general`: the recurrence where it is not the cell's own, see `fused_rnn.general_scan`.
+    """
     cell, directions = CELLS[cell_name], 2 if bidirectional else 1
     packed = batch_sizes is not None
     checks.is_dense_tensor(input, "input")
@@ -159,7 +164,8 @@ def recurrent(
         layer_weights = list(weights[layer * per_layer : (layer + 1) * per_layer])
         if reset_states is not None:
             masks = Masks(masks.lengths, masks.resets, *(s[span] for s in reset_states))
-        x, *final, cells = ops.layer(
+        run = ops.layer if general is None else general.layer(layer)
+        x, *final, cells = run(
             cell_name, x, h0, c0, layer_weights, batch_sizes, masks,
             states=return_states, recompute=recompute,
         )  # fmt: skip
