@@ -4,6 +4,7 @@ from .convert import from_torch, replace, restore
 from .dispatch import UnsupportedProblemError, backend
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .streaming import Stepper, stepper
 
 __version__ = "0.1.0"
 
@@ -14,10 +15,12 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stepper",
     "UnsupportedProblemError",
     "backend",
     "explain",
     "from_torch",
     "replace",
     "restore",
+    "stepper",
 ]

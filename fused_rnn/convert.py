@@ -114,7 +114,7 @@ def _convert(model: _Module, classes: dict[type, type], strict: bool, verb: str)
 def _target(module: torch.nn.Module, classes: dict[type, type]) -> type | None:
     """The class `module` is to have, or None if it is not one we convert."""
     cls = type(module)
-    if classes is _TO_TORCH and _option_of_ours(module):
+    if classes is _TO_TORCH and option_of_ours(module):
         return None
     if cls in classes:
         return classes[cls]
@@ -136,7 +136,7 @@ def _refusals(
         where = (
             f"{name!r} ({_class_name(module)})" if name else f"the model ({_class_name(module)})"
         )
-        if isinstance(module, tuple(_TO_TORCH)) and (option := _option_of_ours(module)):
+        if isinstance(module, tuple(_TO_TORCH)) and (option := option_of_ours(module)):
             if classes is _TO_TORCH:
                 yield f"{where}: torch.nn has no {option}"
         elif isinstance(module, tuple(classes)):
@@ -152,7 +152,7 @@ def _refusals(
             yield f"{where}: quantized; its weights are not floating-point parameters"
 
 
-def _option_of_ours(module: torch.nn.Module) -> str:
+def option_of_ours(module: torch.nn.Module) -> str:
     """What makes our module compute something no module of torch.nn does, or ""."""
     for option, plain in (("reset_after", True), ("stateful", False)):
         if getattr(module, option, plain) != plain:

@@ -30,6 +30,7 @@ LAYERS = [
     {"functional"},
     {"modules"},
     {"convert", "explain", "testing"},
+    {"streaming"},
     {"__init__"},
     {"__main__"},
 ]
