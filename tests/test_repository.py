@@ -118,11 +118,12 @@ def test_public_names_are_documented(name):
 
 
 def public_modules():
-    return [
+    top = [
         "fused_rnn" if part == "__init__" else f"fused_rnn.{part}"
         for part in (path.stem for path in sorted(PACKAGE.glob("*.py")))
         if part != "__main__"
     ]
+    return [*top, "fused_rnn.interop.keras", "fused_rnn.interop.onnx_weights"]
 
 
 @pytest.mark.parametrize("name", public_modules())

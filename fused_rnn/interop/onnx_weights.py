@@ -128,10 +128,13 @@ def from_onnx(
     directions = 1 + (direction == "bidirectional")
     cell = _cell(operator, linear_before_reset, activations, directions)
     _refuse(others)
+    for name, tensor in (("W", w), ("R", r)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: expected 3 dimensions, got shape {list(tensor.shape)}")
     hidden = r.shape[-1] if hidden_size is None else hidden_size
     rows = cell.gates * hidden
     expected = {
-        "W": (w, [directions, rows, w.shape[-1] if w.dim() else 0]),
+        "W": (w, [directions, rows, w.shape[2]]),
         "R": (r, [directions, rows, hidden]),
         "B": (b, [directions, 2 * rows]),
     }
