@@ -76,9 +76,8 @@ def main() -> None:
         print(json.dumps(measure(args.way, args)))
         return
     shape = ",".join(map(str, args.shape))
-    print(
-        f"{args.cell}, {args.layers} layers, T,B,H = {shape}, window {args.window}, back {args.back}"
-    )
+    windows = f"window {args.window}, back {args.back}"
+    print(f"{args.cell}, {args.layers} layers, T,B,H = {shape}, {windows}")
     for way in WAYS:
         command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
