@@ -201,7 +201,7 @@ def stepper(module: torch.nn.RNNBase) -> Stepper:
         can be called from several threads, copied and pickled.
 
     float32 on the CPU runs from packed weights, in one operator call for all layers, and gives bit
-    for bit what the module gives for a sequence of some length. Every other dtype and device,
+    for bit what the module gives for a sequence of two steps or more. Every other dtype and device,
     `reset_after=False`, subclasses, and a backend other than the CPU's chosen by
     `FUSED_RNN_BACKEND` or `backend`, run through a copy of the module: slower.
 
@@ -241,9 +241,11 @@ def _packs(module: torch.nn.RNNBase, cell: Cell) -> bool:
     if cpu_library_error() is not None or dispatch.requested() not in ("", "cpu"):
         return False
     weights = [getattr(module, name) for name in module._flat_weights_names]
-    # A bound that csrc/cpu/stepper.cpp has too.
-    limit = max(module.input_size, module.hidden_size, module.num_layers)
-    return limit < 2**19 and all(w.is_cpu and w.dtype == torch.float32 for w in weights)
+    # Bounds that csrc/cpu/stepper.cpp has too.
+    sizes = module.input_size, module.hidden_size, module.num_layers
+    return 0 < min(sizes) <= max(sizes) < 2**19 and all(
+        w.is_cpu and w.dtype == torch.float32 for w in weights
+    )
 
 
 def _packed_layer(cell: Cell, weights: list[Tensor]) -> Tensor:
@@ -269,7 +271,7 @@ def _packed_matrix(weight: Tensor, gates: int) -> Tensor:
     """[gates*H, K] in panels of [K][gate][vector][16] with up to 4 vectors of units where there is
     one gate, else 1; zeros beyond the last unit."""
     depth = weight.shape[1]
-    units = weight.view(gates, -1, depth)
+    units = weight.reshape(gates, -1, depth)
     units = F.pad(units, (0, 0, 0, -units.shape[1] % _WIDTH)).view(gates, -1, _WIDTH, depth)
     panels = units.split(4 if gates == 1 else 1, 1)
     return torch.cat([panel.permute(3, 0, 1, 2).flatten() for panel in panels])

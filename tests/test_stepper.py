@@ -158,6 +158,24 @@ def test_options_that_change_nothing_are_packed():
 
 
 @needs_library
+def test_weights_may_lie_in_any_way():
+    module, x = fused_rnn.GRU(5, 7), torch.randn(1, 5)
+    expected, _ = fused_rnn.stepper(module)(x)
+    module.weight_ih_l0.data = module.weight_ih_l0.data.t().contiguous().t()
+    step = fused_rnn.stepper(module)
+    assert step.packed and torch.equal(step(x)[0], expected)
+
+
+@needs_library
+def test_parametrized_weights_are_computed_once():
+    module, xs = fused_rnn.GRU(5, 7), torch.randn(3, 2, 5)
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    with torch.no_grad():
+        expected, _ = module(xs)
+    torch.testing.assert_close(run(fused_rnn.stepper(module), xs)[0], expected)
+
+
+@needs_library
 def test_subclasses_take_the_general_way():
     class Doubling(fused_rnn.GRU):
         def forward(self, input, hx=None):
