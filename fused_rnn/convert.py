@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from . import modules
+from .regularised import PLAIN
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
@@ -190,12 +191,13 @@ def _refusals(
             yield f"{where}: quantized; its weights are not floating-point parameters"
 
 
-def option_of_ours(module: torch.nn.Module) -> str:
-    """What makes our module compute something no module of torch.nn does, or ""."""
+def option_of_ours(module: torch.nn.Module, besides: tuple[str, ...] = ()) -> str:
+    """What makes our module compute something no module of torch.nn does, or "". The options
+    named in `besides` do not count."""
     for option, plain in (("reset_after", True), ("stateful", False)):
-        if getattr(module, option, plain) != plain:
+        if option not in besides and getattr(module, option, plain) != plain:
             return f"{option}={not plain}"
-    return ""
+    return ", ".join(getattr(module, "_regularisation", PLAIN).changes())
 
 
 def _class_name(value: object) -> str:

@@ -236,7 +236,7 @@ def stepper(module: torch.nn.RNNBase) -> Stepper:
 
 
 def _packs(module: torch.nn.RNNBase, cell: Cell) -> bool:
-    if type(module) not in _PLAIN or option_of_ours(module) not in ("", "stateful=True"):
+    if type(module) not in _PLAIN or option_of_ours(module, besides=("stateful",)):
         return False
     if cpu_library_error() is not None or dispatch.requested() not in ("", "cpu"):
         return False

@@ -331,6 +331,8 @@ def test_what_changes_nothing_is_accepted():
 def test_bad_modules_to_onnx():
     with pytest.raises(ValueError, match="no projection"):
         to_onnx(fused_rnn.LSTM(3, 4, proj_size=2))
+    with pytest.raises(ValueError, match=r"none of our own options, got .*peepholes"):
+        to_onnx(fused_rnn.LSTM(3, 4, peepholes=True))
     with pytest.raises(TypeError, match="module: expected"):
         to_onnx(fused_rnn.GRUCell(3, 4))
 

@@ -120,8 +120,13 @@ def test_large_steps_use_threads(cell, threads, num_threads):
         (fused_rnn.GRU(5, 7, 2, batch_first=True, dropout=0.5), torch.float64),
         (fused_rnn.LSTM(5, 7, proj_size=3, bias=False, stateful=True), torch.float64),
         (fused_rnn.RNN(5, 7, 2), torch.bfloat16),
+        (fused_rnn.LSTM(5, 7, layer_norm=True, stateful=True), torch.float32),
+        (fused_rnn.LSTM(5, 7, peepholes=True), torch.float32),
+        (fused_rnn.GRU(5, 7, zoneout=0.3), torch.float32),
     ],
-    ids=["reset_before", "float64", "stateful", "bfloat16"],
+    ids=[
+        *("reset_before", "float64", "stateful", "bfloat16", "layer_norm", "peepholes", "zoneout"),
+    ],
 )
 def test_the_general_way(module, dtype):
     module = module.to(dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS, Cell, DirectionWeights
+from ..convert import option_of_ours
 from ..modules import GRU, LSTM, RNN
 
 _OURS_AND_THEIRS = (RNN, GRU, LSTM, torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM)
@@ -16,7 +17,7 @@ def cell_of(module: object) -> Cell:
 
     Raises:
         TypeError: `module` is not one.
-        ValueError: it has a projection.
+        ValueError: it has a projection, or options that only our modules have.
     """
     if not isinstance(module, _OURS_AND_THEIRS):
         raise TypeError(
@@ -25,6 +26,8 @@ def cell_of(module: object) -> Cell:
         )
     if module.proj_size:
         raise ValueError(f"module: expected no projection, got proj_size={module.proj_size}")
+    if option := option_of_ours(module, besides=("reset_after", "stateful")):
+        raise ValueError(f"module: expected none of our own options, got {option}")
     return next(cell for cell in CELLS.values() if cell.torch_mode == module.mode)
 
 
