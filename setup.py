@@ -65,7 +65,8 @@ def find_compiler() -> list[str] | None:
 
 def library_sources() -> list[str]:
     kernels = list(ISA_FLAGS) if X86 else ["csrc/cpu/kernels_portable.cpp"]
-    return [*(f"csrc/cpu/{name}.cpp" for name in ("library", "layer", "team")), *kernels]
+    names = ("library", "border", "stepper", "layer", "team")
+    return [*(f"csrc/cpu/{name}.cpp" for name in names), *kernels]
 
 
 def extensions() -> list[Extension]:

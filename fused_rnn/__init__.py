@@ -1,9 +1,11 @@
 """Fused recurrent layers and cells: drop-in replacements for torch.nn.RNN, GRU and LSTM."""
 
-from .convert import from_torch, replace, restore
+from .convert import flip_update_gate, from_torch, replace, restore
 from .dispatch import UnsupportedProblemError, backend
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .streaming import Stepper, stepper
+from .truncated import tbptt
 
 __version__ = "0.1.0"
 
@@ -14,10 +16,14 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stepper",
     "UnsupportedProblemError",
     "backend",
     "explain",
+    "flip_update_gate",
     "from_torch",
     "replace",
     "restore",
+    "stepper",
+    "tbptt",
 ]

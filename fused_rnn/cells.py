@@ -124,6 +124,31 @@ CELLS = {
 }
 
 
+# Which of our gates come first, second, ... in another format. Keras' kernels are transposed.
+ONNX_GATES = {
+    "rnn_tanh": (0,),
+    "rnn_relu": (0,),
+    "gru": (1, 0, 2),  # z r h
+    "gru_reset_before": (1, 0, 2),
+    "lstm": (0, 3, 1, 2),  # i o f c
+}
+KERAS_GATES = ONNX_GATES | {"lstm": (0, 1, 2, 3)}  # i f c o
+
+
+def reorder_gates(parameter: Tensor, order: tuple[int, ...]) -> Tensor:
+    """[G*H, ...] with the gates in the given order."""
+    if order == tuple(range(len(order))):
+        return parameter
+    rows = parameter.shape[0] // len(order)
+    # Not chunk: the exporter to ONNX does not compute a Split of constants in advance.
+    return torch.cat([parameter.narrow(0, i * rows, rows) for i in order])
+
+
+def restore_gates(parameter: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The inverse of `reorder_gates`."""
+    return reorder_gates(parameter, tuple(order.index(i) for i in range(len(order))))
+
+
 def is_half(dtype: torch.dtype) -> bool:
     """Whether `dtype` is one of the 16-bit types, whose sums and states are kept in float32."""
     return dtype in (torch.float16, torch.bfloat16)

@@ -96,6 +96,44 @@ def from_torch(module: torch.nn.Module) -> torch.nn.Module:
     return ours
 
 
+def flip_update_gate(module: _Module) -> _Module:
+    """Turns a GRU's weights from the other convention of the update gate into ours, in place, or
+    back.
+
+    Here as in torch.nn, Keras, ONNX and the first paper (Cho et al. 2014) z_t keeps the old state,
+    h_t = (1 - z_t) * n_t + z_t * h_{t-1}. Many texts, after Chung et al. 2014, swap z_t and
+    1 - z_t. Since 1 - sigmoid(a) is sigmoid(-a), the rows of z in weights and biases change sign.
+
+    Args:
+        module: a GRU or GRUCell, of ours or of torch.nn, with any layers, directions and options.
+
+    Returns:
+        `module` itself.
+
+    Raises:
+        TypeError: `module` is not a GRU.
+        ValueError: a weight is parametrized: what it is computed from would have to change.
+
+    Example:
+        >>> module = modules.GRU(3, 4)  # with weights of a text that has h = z * n + (1 - z) * h
+        >>> flip_update_gate(module) is module
+        True
+    """
+    if isinstance(module, (modules.GRU, torch.nn.GRU)):
+        names = module._flat_weights_names
+    elif isinstance(module, (modules.GRUCell, torch.nn.GRUCell)):
+        names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if module.bias else [])]
+    else:
+        raise TypeError(f"module: expected a GRU or GRUCell, got {type(module).__name__}")
+    for name in names:
+        if module._parameters.get(name) is None:
+            raise ValueError(f"module: expected {name} to be a plain Parameter, not a computed one")
+    with torch.no_grad():
+        for name in names:
+            module._parameters[name].chunk(3)[1].neg_()
+    return module
+
+
 def _convert(model: _Module, classes: dict[type, type], strict: bool, verb: str) -> _Module:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -115,7 +153,7 @@ def _convert(model: _Module, classes: dict[type, type], strict: bool, verb: str)
 def _target(module: torch.nn.Module, classes: dict[type, type]) -> type | None:
     """The class `module` is to have, or None if it is not one we convert."""
     cls = type(module)
-    if classes is _TO_TORCH and _option_of_ours(module):
+    if classes is _TO_TORCH and option_of_ours(module):
         return None
     if cls in classes:
         return classes[cls]
@@ -137,7 +175,7 @@ def _refusals(
         where = (
             f"{name!r} ({_class_name(module)})" if name else f"the model ({_class_name(module)})"
         )
-        if isinstance(module, tuple(_TO_TORCH)) and (option := _option_of_ours(module)):
+        if isinstance(module, tuple(_TO_TORCH)) and (option := option_of_ours(module)):
             if classes is _TO_TORCH:
                 yield f"{where}: torch.nn has no {option}"
         elif isinstance(module, tuple(classes)):
@@ -153,10 +191,11 @@ def _refusals(
             yield f"{where}: quantized; its weights are not floating-point parameters"
 
 
-def _option_of_ours(module: torch.nn.Module) -> str:
-    """What makes our module compute something no module of torch.nn does, or ""."""
+def option_of_ours(module: torch.nn.Module, besides: tuple[str, ...] = ()) -> str:
+    """What makes our module compute something no module of torch.nn does, or "". The options
+    named in `besides` do not count."""
     for option, plain in (("reset_after", True), ("stateful", False)):
-        if getattr(module, option, plain) != plain:
+        if option not in besides and getattr(module, option, plain) != plain:
             return f"{option}={not plain}"
     return ", ".join(getattr(module, "_regularisation", PLAIN).changes())
 

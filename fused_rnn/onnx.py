@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cells import CELLS, DirectionWeights
+from .cells import CELLS, ONNX_GATES, DirectionWeights, reorder_gates
 
 # Theirs, i o f c and z r h, out of ours.
-_GATE_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru_reset_before": (1, 0, 2)}
 _DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
@@ -115,11 +114,7 @@ def _operator(cell: str) -> str:
 
 def _reorder(cell: str, parameter: Tensor) -> Tensor:
     """[G*H, ...] with the gates in ONNX's order."""
-    if cell not in _GATE_ORDER:
-        return parameter
-    rows = parameter.shape[0] // CELLS[cell].gates
-    # Not chunk: the exporter does not compute a Split of constants in advance.
-    return torch.cat([parameter.narrow(0, i * rows, rows) for i in _GATE_ORDER[cell]])
+    return reorder_gates(parameter, ONNX_GATES[cell])
 
 
 def _without_projection(

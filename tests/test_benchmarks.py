@@ -67,6 +67,23 @@ def test_program_writes_what_it_measured(modules, tmp_path, capsys):
     assert "x1.00" in capsys.readouterr().out
 
 
+def test_streaming_program(tmp_path):
+    path = tmp_path / "steps.json"
+    result = run("streaming.py", "--cell", "gru", "--hidden", 9, "--rounds", 2, "--json", path)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(path.read_text())
+    assert all(0 < row["least_us"][way] <= row["median_us"][way] for way in row["least_us"])
+    assert {"stepper", "layer", "nn layer", "nn cell"} == row["least_us"].keys()
+
+
+@pytest.mark.slow
+def test_long_sequences_program():
+    sizes = ("--shape", "20,2,8", "--layers", 1, "--window", 5, "--back", 10)
+    result = run("long_sequences.py", *sizes)
+    assert result.returncode == 0, result.stderr
+    assert all(way in result.stdout for way in ("torch.nn", "recompute", "tbptt overlapped"))
+
+
 def test_unknown_provider(modules, capsys):
     import cpu
 

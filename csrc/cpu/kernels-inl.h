@@ -38,11 +38,12 @@ using WeightGradParams = WeightGradParamsOf<Element>;
 #include "backward-inl.h"
 #include "products-inl.h"
 #include "step-inl.h"
+#include "stepper-inl.h"
 // clang-format on
 
 constexpr KernelsOf<Element> table(const char* name) {
-  return {name,    kWidth,   kGradRows, pack_gates, pack_columns,    pack_rows,
-          forward, backward, step,      input_grad, transpose_grads, weight_grad};
+  return {name,     kWidth, kGradRows,   pack_gates,   pack_columns, pack_rows,       forward,
+          backward, step,   packed_step, project_step, input_grad,   transpose_grads, weight_grad};
 }
 
 }  // namespace fused_rnn::FUSED_RNN_ISA

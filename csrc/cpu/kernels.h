@@ -124,6 +124,29 @@ struct ForwardParamsOf : ForwardCallOf<E> {
   int64_t chunk_rows;  // the input side is computed for so many rows at a time, or one step
 };
 
+// The layout of a stepper's matrices is the same for every instruction set: that of PackedMatrix
+// with vectors of so many floats, up to 4 of them in a panel where there is one gate, else 1.
+constexpr int kStepWidth = 16;
+constexpr int64_t step_vectors(int64_t gates) { return gates == 1 ? 4 : 1; }
+
+// One timestep of a layer with weights packed in advance.
+struct PackedStepParams {
+  CellKind cell;
+  int64_t batch, input, hidden, output;
+  const float* x;  // [B, I], its rows x_stride apart
+  int64_t x_stride;
+  const float* h_prev;       // [B, P]
+  const float* c_prev;       // [B, H], LSTM only
+  float* h;                  // [B, P]; where projected, written by project_step
+  float* c;                  // [B, H], LSTM only
+  float* unprojected;        // [B, H] what the cells give, projected only, else null
+  const float* w_ih;         // packed
+  const float* w_hh;         // packed
+  const float* w_hr;         // packed as one gate, projected only
+  const float* bias;         // [G*H] all that adds to the input side, or null
+  const float* hidden_bias;  // [H] GRU's b_hn, or null
+};
+
 // The timesteps [begin, end) that a backward pass takes at a time.
 struct Chunk {
   int64_t begin, end;
@@ -222,6 +245,11 @@ struct KernelsOf {
 
   // One timestep, vectors [begin, end) of the units of both directions.
   void (*step)(const StepParamsOf<E>&, int64_t begin, int64_t end);
+
+  // One timestep from packed weights, panels [begin, end) of the units, and then of h where that is
+  // projected. Null where E is not float.
+  void (*packed_step)(const PackedStepParams&, int64_t begin, int64_t end);
+  void (*project_step)(const PackedStepParams&, int64_t begin, int64_t end);
 
   void (*input_grad)(const InputGradParamsOf<E>&, int64_t row_begin, int64_t row_end);
   // Columns [begin, end) of grads, in vectors.

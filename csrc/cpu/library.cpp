@@ -1,6 +1,5 @@
 // The CPU library's border: checks every argument, fills the plain structs, lends torch's threads.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -9,13 +8,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "border.h"
 #include "features.h"
 #include "layer.h"
 #include "workspace.h"
@@ -24,35 +23,6 @@ namespace fused_rnn {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-const KernelsOf<float>& kernels() {
-  struct Candidate {
-    const KernelsOf<float>* kernels;
-    bool runs;
-  };
-  const Candidate candidates[] = {
-#if defined(FUSED_RNN_X86)
-      {&avx512_kernels, cpu_has_avx512()},
-      {&avx2_kernels, cpu_has_avx2()},
-#endif
-      {&portable_kernels, true},
-  };
-  const char* wanted = std::getenv("FUSED_RNN_CPU_CAPABILITY");
-  const bool automatic = wanted == nullptr || *wanted == '\0';
-  std::string known;
-  for (const Candidate& candidate : candidates) {
-    const char* name = candidate.kernels->name;
-    if (automatic ? candidate.runs : std::strcmp(wanted, name) == 0) {
-      STD_TORCH_CHECK(candidate.runs, "FUSED_RNN_CPU_CAPABILITY=", name,
-                      ": this CPU does not have it");
-      return *candidate.kernels;
-    }
-    known += (known.empty() ? "" : ", ") + std::string(name);
-  }
-  STD_TORCH_CHECK(false, "FUSED_RNN_CPU_CAPABILITY: expected one of ", known, "; got '", wanted,
-                  "'");
-}
 
 // Where the chosen instruction set has none of its own for bfloat16, null.
 const KernelsOf<BFloat16>* bfloat16_kernels() {
@@ -85,13 +55,6 @@ std::string capability() { return kernels().name; }
 std::string bfloat16_capability() {
   const KernelsOf<BFloat16>* found = bfloat16_kernels();
   return found ? found->name : "";
-}
-
-template <class Sizes>
-std::string shape_text(const Sizes& sizes) {
-  std::string text = "[";
-  for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  return text + "]";
 }
 
 template <class E>
@@ -265,15 +228,6 @@ void read_grads(const LayerShape& s, const std::vector<Tensor>& tensors, WeightG
                   });
 }
 
-void run_in_parallel(int64_t items, int64_t grain,
-                     const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(0, items, grain, body);
-}
-
-Threads torch_threads() {
-  return {static_cast<int64_t>(torch::stable::get_num_threads()), run_in_parallel};
-}
-
 template <class E>
 void forward_of(int64_t cell, const Tensor& x, const std::vector<Tensor>& weights, const Tensor& h0,
                 const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
@@ -365,22 +319,6 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
 // call that is not plain gets no outputs, and Python takes the general way (fused_rnn/direct.py).
 
 using Outputs = std::vector<Tensor>;
-using Shape = std::initializer_list<int64_t>;
-
-// Not scalar_type() and layout(), which throw for kinds they do not know.
-bool is_plain(const Tensor& tensor) {
-  int32_t dtype = 0, layout = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
-  return dtype == aoti_torch_dtype_float32() && layout == aoti_torch_layout_strided() &&
-         tensor.is_cpu() && tensor.is_contiguous();
-}
-
-bool is_plain(const Tensor& tensor, Shape shape) {
-  if (!is_plain(tensor)) return false;
-  const auto sizes = tensor.sizes();
-  return sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
-}
 
 bool cpu_is_welcome() {
   const char* name = std::getenv("FUSED_RNN_BACKEND");
@@ -431,21 +369,6 @@ std::vector<ForwardCallOf<float>> stack_calls(const LayerShape& first, int64_t l
   if (!fit) calls.clear();
   return calls;
 }
-
-// torch.empty past the dispatcher, which has nothing to choose here.
-Tensor empty(Shape shape) {
-  int64_t strides[3] = {1, 1, 1};
-  for (size_t i = shape.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * shape.begin()[i];
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.begin(), strides, aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-using Memory = std::unique_ptr<float[]>;
-
-Memory memory(int64_t count) { return Memory(new float[static_cast<size_t>(count)]); }
 
 // h0, c0, h_n and c_n as in kernels.h, one layer after the other. Initial states that are null
 // stand for zeros; y may be null.

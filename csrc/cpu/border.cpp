@@ -1,0 +1,79 @@
+#include "border.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "features.h"
+
+namespace fused_rnn {
+
+const KernelsOf<float>& kernels() {
+  struct Candidate {
+    const KernelsOf<float>* kernels;
+    bool runs;
+  };
+  const Candidate candidates[] = {
+#if defined(FUSED_RNN_X86)
+      {&avx512_kernels, cpu_has_avx512()},
+      {&avx2_kernels, cpu_has_avx2()},
+#endif
+      {&portable_kernels, true},
+  };
+  const char* wanted = std::getenv("FUSED_RNN_CPU_CAPABILITY");
+  const bool automatic = wanted == nullptr || *wanted == '\0';
+  std::string known;
+  for (const Candidate& candidate : candidates) {
+    const char* name = candidate.kernels->name;
+    if (automatic ? candidate.runs : std::strcmp(wanted, name) == 0) {
+      STD_TORCH_CHECK(candidate.runs, "FUSED_RNN_CPU_CAPABILITY=", name,
+                      ": this CPU does not have it");
+      return *candidate.kernels;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(name);
+  }
+  STD_TORCH_CHECK(false, "FUSED_RNN_CPU_CAPABILITY: expected one of ", known, "; got '", wanted,
+                  "'");
+}
+
+namespace {
+
+void run_in_parallel(int64_t items, int64_t grain,
+                     const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, items, grain, body);
+}
+
+}  // namespace
+
+Threads torch_threads() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()), run_in_parallel};
+}
+
+// Not scalar_type() and layout(), which throw for kinds they do not know.
+bool is_plain(const Tensor& tensor) {
+  int32_t dtype = 0, layout = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  return dtype == aoti_torch_dtype_float32() && layout == aoti_torch_layout_strided() &&
+         tensor.is_cpu() && tensor.is_contiguous();
+}
+
+bool is_plain(const Tensor& tensor, Shape shape) {
+  if (!is_plain(tensor)) return false;
+  const auto sizes = tensor.sizes();
+  return sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
+}
+
+Tensor empty(Shape shape) {
+  int64_t strides[3] = {1, 1, 1};
+  for (size_t i = shape.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * shape.begin()[i];
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.begin(), strides, aoti_torch_dtype_float32(),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,1 @@
+"""Weights of other formats: `interop.keras` and `interop.onnx_weights`."""

@@ -1,0 +1,218 @@
+"""Weights of ONNX's LSTM, GRU and RNN nodes: into our modules, and back.
+
+W [D, G*H, I], R [D, G*H, H] and B [D, 2*G*H] as https://onnx.ai/onnx/operators has them: gates
+i, o, f, c for LSTM and z, r, h for GRU, B the biases of input and recurrence one after the other.
+For a whole model, `torch.onnx.export` writes these nodes by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS, ONNX_GATES, Cell, DirectionWeights, reorder_gates, restore_gates
+from ..modules import GRU, LSTM, RNN
+from . import weights as module_weights
+
+_ACTIVATIONS = {
+    "lstm": ("Sigmoid", "Tanh", "Tanh"),
+    "gru": ("Sigmoid", "Tanh"),
+    "gru_reset_before": ("Sigmoid", "Tanh"),
+    "rnn_tanh": ("Tanh",),
+    "rnn_relu": ("Relu",),
+}
+
+
+class OnnxNode(NamedTuple):
+    """What a node of ONNX needs to compute a layer."""
+
+    operator: str  # "LSTM", "GRU" or "RNN"
+    W: Tensor  # [D, G*H, I]
+    R: Tensor  # [D, G*H, H]
+    B: Tensor | None  # [D, 2*G*H]
+    attributes: dict[str, Any]  # of the node: hidden_size, direction, ...
+
+
+def to_onnx(module: torch.nn.RNNBase) -> list[OnnxNode]:
+    """The nodes of ONNX that compute what a module computes, one for each layer.
+
+    Args:
+        module: an RNN, GRU or LSTM without projection; GRU with `reset_after` or without.
+
+    Returns:
+        A node per layer, with copies of the weights. Its X and Y are [T, B, I] and [T, D, B, H]:
+        neither `batch_first` nor dropout is in the node.
+
+    Raises:
+        TypeError, ValueError: `module` is none of these.
+
+    Example:
+        >>> node = to_onnx(GRU(3, 4, bidirectional=True))[0]
+        >>> node.operator, node.W.shape, node.R.shape, node.B.shape
+        ('GRU', torch.Size([2, 12, 3]), torch.Size([2, 12, 4]), torch.Size([2, 24]))
+        >>> node.attributes
+        {'hidden_size': 4, 'direction': 'bidirectional', 'linear_before_reset': 1}
+    """
+    cell = module_weights.cell_of(module)
+    order = ONNX_GATES[cell.name]
+    attributes: dict[str, Any] = {
+        "hidden_size": module.hidden_size,
+        "direction": "bidirectional" if module.bidirectional else "forward",
+    }
+    if cell.gates == 3:
+        attributes["linear_before_reset"] = int(cell.name == "gru")
+    if cell.name == "rnn_relu":
+        attributes["activations"] = ["Relu"] * (1 + module.bidirectional)
+    nodes = []
+    for layer in range(module.num_layers):
+        directions = module_weights.read(module, layer)
+        w, r = (torch.stack([reorder_gates(d[i], order) for d in directions]) for i in (0, 1))
+        b = None
+        if module.bias:
+            b = torch.stack(
+                [torch.cat([reorder_gates(bias, order) for bias in d[2:4]]) for d in directions]
+            )
+        nodes.append(OnnxNode(cell.name.split("_")[0].upper(), w, r, b, dict(attributes)))
+    return nodes
+
+
+def from_onnx(
+    operator: str,
+    W: Any,
+    R: Any,
+    B: Any = None,
+    *,
+    hidden_size: int | None = None,
+    direction: str = "forward",
+    linear_before_reset: int = 0,
+    activations: Sequence[str] | None = None,
+    layout: int = 0,
+    **others: Any,
+) -> RNN | GRU | LSTM:
+    """A module of one layer that computes what a node of ONNX computes.
+
+    Args:
+        operator: "LSTM", "GRU" or "RNN".
+        W, R, B: [D, G*H, I], [D, G*H, H] and [D, 2*G*H], tensors or arrays of numpy; B may be
+            None.
+        hidden_size, direction, linear_before_reset, activations, layout: the node's attributes,
+            with ONNX's defaults. linear_before_reset=0 is our `reset_after=False`, layout=1 our
+            `batch_first`.
+        others: further attributes, which may only have values that change nothing.
+
+    Returns:
+        The module, in the dtype of W. Its output is the node's Y with the directions side by side.
+
+    Raises:
+        TypeError: W, R or B is neither a tensor nor an array.
+        ValueError: no module of ours computes this (the reverse direction alone, other
+            activations, clip, input_forget, peepholes), or the shapes do not fit.
+
+    Example:
+        >>> node = to_onnx(LSTM(3, 4))[0]
+        >>> from_onnx(node.operator, node.W, node.R, node.B, **node.attributes)
+        LSTM(3, 4)
+    """
+    tensors = [_tensor(value, name) for name, value in (("W", W), ("R", R), ("B", B))]
+    w, r, b = tensors
+    if w is None or r is None:
+        raise TypeError(f"{'W' if w is None else 'R'}: expected a Tensor or array, got NoneType")
+    if direction not in ("forward", "bidirectional"):
+        raise ValueError(
+            f"direction: expected 'forward' or 'bidirectional', got {direction!r}; a module "
+            "of ours reads backwards only beside reading forwards"
+        )
+    directions = 1 + (direction == "bidirectional")
+    cell = _cell(operator, linear_before_reset, activations, directions)
+    _refuse(others)
+    for name, tensor in (("W", w), ("R", r)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: expected 3 dimensions, got shape {list(tensor.shape)}")
+    hidden = r.shape[-1] if hidden_size is None else hidden_size
+    rows = cell.gates * hidden
+    expected = {
+        "W": (w, [directions, rows, w.shape[2]]),
+        "R": (r, [directions, rows, hidden]),
+        "B": (b, [directions, 2 * rows]),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
+    if layout not in (0, 1):
+        raise ValueError(f"layout: expected 0 or 1, got {layout!r}")
+    options: dict[str, Any] = {
+        "bias": b is not None,
+        "batch_first": layout == 1,
+        "bidirectional": directions == 2,
+        "dtype": w.dtype,
+    }
+    sizes = w.shape[2], hidden
+    if cell.name == "lstm":
+        module: RNN | GRU | LSTM = LSTM(*sizes, **options)
+    elif cell.gates == 3:
+        module = GRU(*sizes, reset_after=cell.name == "gru", **options)
+    else:
+        module = RNN(*sizes, nonlinearity=cell.name.removeprefix("rnn_"), **options)
+    order = ONNX_GATES[cell.name]
+    module_weights.write(
+        module,
+        [
+            DirectionWeights(
+                *(restore_gates(weight[d], order) for weight in (w, r)),
+                *(() if b is None else (restore_gates(half, order) for half in b[d].chunk(2))),
+            )
+            for d in range(directions)
+        ],
+    )
+    return module
+
+
+def _cell(
+    operator: str, linear_before_reset: int, activations: Sequence[str] | None, directions: int
+) -> Cell:
+    if operator not in ("LSTM", "GRU", "RNN"):
+        raise ValueError(f"operator: expected 'LSTM', 'GRU' or 'RNN', got {operator!r}")
+    if linear_before_reset not in (0, 1):
+        raise ValueError(f"linear_before_reset: expected 0 or 1, got {linear_before_reset!r}")
+    if operator == "GRU":
+        candidates = ["gru" if linear_before_reset else "gru_reset_before"]
+    else:
+        candidates = ["lstm"] if operator == "LSTM" else ["rnn_tanh", "rnn_relu"]
+    if activations is None:
+        return CELLS[candidates[0]]
+    # Their names are case-insensitive.
+    given = [str(name).capitalize() for name in activations]
+    for name in candidates:
+        if given == list(_ACTIVATIONS[name]) * directions:
+            return CELLS[name]
+    expected = " or ".join(str(list(_ACTIVATIONS[name]) * directions) for name in candidates)
+    raise ValueError(f"activations: expected {expected}, got {list(activations)}")
+
+
+def _refuse(others: dict[str, Any]) -> None:
+    neutral = {
+        "clip": (None,),
+        "input_forget": (None, 0),
+        "activation_alpha": (None, [], ()),
+        "activation_beta": (None, [], ()),
+        "P": (None,),
+    }
+    for name, value in others.items():
+        if name not in neutral:
+            raise TypeError(f"from_onnx: unexpected attribute {name!r}")
+        if not any(value is v or (not hasattr(value, "shape") and value == v)
+                   for v in neutral[name]):  # fmt: skip
+            raise ValueError(
+                f"{name}: expected none, since no module of ours has it, got {value!r}"
+            )
+
+
+def _tensor(value: Any, name: str) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else value.detach()
+    if not hasattr(value, "__array__"):
+        raise TypeError(f"{name}: expected a Tensor or array, got {type(value).__name__}")
+    return torch.tensor(value)

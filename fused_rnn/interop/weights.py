@@ -1,0 +1,52 @@
+"""Reading and writing the weights of one layer of a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS, Cell, DirectionWeights
+from ..convert import option_of_ours
+from ..modules import GRU, LSTM, RNN
+
+_OURS_AND_THEIRS = (RNN, GRU, LSTM, torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM)
+
+
+def cell_of(module: object) -> Cell:
+    """The cell of a recurrent module without a projection.
+
+    Raises:
+        TypeError: `module` is not one.
+        ValueError: it has a projection, or options that only our modules have.
+    """
+    if not isinstance(module, _OURS_AND_THEIRS):
+        raise TypeError(
+            "module: expected an RNN, GRU or LSTM of fused_rnn or torch.nn, got "
+            f"{type(module).__name__}"
+        )
+    if module.proj_size:
+        raise ValueError(f"module: expected no projection, got proj_size={module.proj_size}")
+    if option := option_of_ours(module, besides=("reset_after", "stateful")):
+        raise ValueError(f"module: expected none of our own options, got {option}")
+    return next(cell for cell in CELLS.values() if cell.torch_mode == module.mode)
+
+
+def read(module: torch.nn.RNNBase, layer: int) -> list[DirectionWeights]:
+    """Of each direction, detached."""
+    per_direction = 4 if module.bias else 2
+    directions = 1 + module.bidirectional
+    names = module._flat_weights_names[layer * directions * per_direction :]
+    return [
+        DirectionWeights(
+            *(getattr(module, name).detach() for name in names[d * per_direction :][:per_direction])
+        )
+        for d in range(directions)
+    ]
+
+
+def write(module: torch.nn.RNNBase, weights: list[DirectionWeights]) -> None:
+    """Into a module of one layer."""
+    flat: list[Tensor] = [w for direction in weights for w in direction if w is not None]
+    with torch.no_grad():
+        for name, weight in zip(module._flat_weights_names, flat, strict=True):
+            getattr(module, name).copy_(weight)

@@ -1,0 +1,302 @@
+"""One timestep after another of a recurrent module, with as little as possible around the products.
+
+On the CPU in float32 the weights of all layers are packed once into the layout that the kernels
+read fastest, and a step is a single operator call (csrc/cpu/stepper.cpp). Everything else goes
+through a frozen copy of the module.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, dispatch, modules
+from .cells import CELLS, Cell
+from .convert import from_torch, option_of_ours
+from .native import cpu_library_error
+
+# As in csrc/cpu/kernels.h.
+_WIDTH = 16
+_PLAIN = (modules.RNN, modules.GRU, modules.LSTM)
+_TORCH = (torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM)
+
+
+class Stepper:
+    """What `stepper` returns.
+
+    Attributes:
+        input_size, hidden_size, num_layers: those of the module.
+        output_size: P, the features of y: proj_size where there is a projection, else hidden_size.
+        dtype, device: those of the weights, x and states.
+        packed: whether steps run from packed weights, not through a copy of the module.
+    """
+
+    packed = False
+
+    def __init__(self, module: torch.nn.RNNBase, cell: Cell) -> None:
+        weight = getattr(module, module._flat_weights_names[0])
+        self.input_size, self.hidden_size = module.input_size, module.hidden_size
+        self.num_layers, self.output_size = module.num_layers, module.proj_size or self.hidden_size
+        self.dtype, self.device = weight.dtype, weight.device
+        self._cell_name = cell.name
+
+    def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        how = "packed" if self.packed else "through the module"
+        sizes = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+        projected = self.output_size != self.hidden_size
+        projection = f", proj_size={self.output_size}" if projected else ""
+        return f"Stepper({self._cell_name}, {sizes}{projection}, {how})"
+
+    def _checked(self, x: Any, state: Any) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """x and the states, if they fit.
+
+        Raises:
+            TypeError: x or a state is no tensor.
+            RuntimeError: its shape, dtype or device does not fit.
+        """
+        cell = CELLS[self._cell_name]
+        checks.is_dense_tensor(x, "x")
+        if x.dim() != 2 or x.shape[1] != self.input_size or x.shape[0] == 0:
+            raise RuntimeError(
+                f"x: expected shape [B, {self.input_size}] with B of at least 1, "
+                f"got {list(x.shape)}"
+            )
+        self._matches(x, "x")
+        if state is None:
+            return x.detach(), None
+        states = checks.states(state, cell.has_c, "state")
+        for i, (given, size) in enumerate(
+            zip(states, (self.output_size, self.hidden_size), strict=False)
+        ):
+            name = f"state[{i}]" if cell.has_c else "state"
+            expected = [self.num_layers, x.shape[0], size]
+            if list(given.shape) != expected:
+                raise RuntimeError(f"{name}: expected shape {expected}, got {list(given.shape)}")
+            self._matches(given, name)
+        return x.detach(), tuple(given.detach() for given in states)
+
+    def _matches(self, tensor: Tensor, name: str) -> None:
+        for what in ("dtype", "device"):
+            expected, got = getattr(self, what), getattr(tensor, what)
+            if expected != got:
+                raise RuntimeError(f"{name}: expected {what} {expected} as the weights, got {got}")
+
+
+class _Packed(Stepper):
+    """Cells without a c."""
+
+    packed = True
+
+    def __init__(self, module: torch.nn.RNNBase, cell: Cell) -> None:
+        super().__init__(module, cell)
+        weights = [getattr(module, name).detach() for name in module._flat_weights_names]
+        per_layer = len(weights) // self.num_layers
+        layers = [weights[i : i + per_layer] for i in range(0, len(weights), per_layer)]
+        with torch.inference_mode(False), torch.no_grad():
+            self._weights = torch.cat([_packed_layer(cell, layer) for layer in layers])
+        self._bias = bool(module.bias)
+        self._bind()
+
+    def _bind(self) -> None:
+        """The operator with all that stays the same."""
+        cell = CELLS[self._cell_name]
+        operator, sizes = _operator(cell.has_c), [] if cell.has_c else [cell.index]
+        sizes += self.num_layers, self.input_size, self.hidden_size, self.output_size
+        self._step = partial(operator, self._weights, *sizes, self._bias)
+
+    def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        try:
+            if x.requires_grad or (state is not None and state.requires_grad):
+                return self._carefully(x, state)
+            return self._step(x, state)
+        except Exception:
+            # Whoever passed something odd, or something wrong, has the time to hear about it.
+            return self._carefully(x, state)
+
+    def _carefully(self, x: Any, state: Any) -> tuple[Tensor, Any]:
+        x, states = self._checked(x, state)
+        h = None if states is None else states[0].contiguous()
+        return self._step(x.contiguous(), h)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_step"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if (error := cpu_library_error()) is not None:
+            raise RuntimeError(f"a Stepper with packed weights needs the CPU library: {error}")
+        vars(self).update(state)
+        self._bind()
+
+
+class _PackedLSTM(_Packed):
+    """With a c beside h."""
+
+    def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        try:
+            if state is None:
+                h = c = None
+            else:
+                h, c = state
+                if h.requires_grad or c.requires_grad:
+                    return self._carefully(x, state)
+            if x.requires_grad:
+                return self._carefully(x, state)
+            y, h, c = self._step(x, h, c)
+        except Exception:
+            return self._carefully(x, state)
+        return y, (h, c)
+
+    def _carefully(self, x: Any, state: Any) -> tuple[Tensor, Any]:
+        x, states = self._checked(x, state)
+        given = (None, None) if states is None else (s.contiguous() for s in states)
+        y, h, c = self._step(x.contiguous(), *given)
+        return y, (h, c)
+
+
+class _General(Stepper):
+    """Through a frozen copy of the module."""
+
+    def __init__(self, module: torch.nn.RNNBase, cell: Cell) -> None:
+        super().__init__(module, cell)
+        self._module = copy.deepcopy(module).eval().requires_grad_(False)
+        if getattr(module, "stateful", False):
+            self._module.stateful = False  # the state is the caller's here
+
+    def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        x, states = self._checked(x, state)
+        time = 1 if self._module.batch_first else 0
+        if states is not None and not CELLS[self._cell_name].has_c:
+            states = states[0]
+        with torch.no_grad():
+            y, states = self._module(x.unsqueeze(time), states)
+        return y.squeeze(time), states
+
+
+def stepper(module: torch.nn.RNNBase) -> Stepper:
+    """A function of one timestep for a stream: the module's weights, frozen, and nothing else.
+
+    Args:
+        module: an RNN, GRU or LSTM of ours or of torch.nn, in one direction, with any number of
+            layers. Its weights are copied: later changes of the module do not reach the stepper.
+            Nothing is dropped out, as in eval mode, and `batch_first` has no meaning.
+
+    Returns:
+        A callable `y, state = step(x, state)`:
+
+        - x: [B, I].
+        - state: shaped as the module's hx, [L, B, H], for LSTM a pair ([L, B, P], [L, B, H]); None
+          at the start, for zeros. It is not written to: the new state has memory of its own.
+        - y: [B, H], or [B, P] with a projection.
+
+        x and the state have the dtype and device of the weights; no gradients are computed. It
+        can be called from several threads, copied and pickled.
+
+    float32 on the CPU runs from packed weights, in one operator call for all layers, and gives bit
+    for bit what the module gives for a sequence of two steps or more. Every other dtype and device,
+    `reset_after=False`, subclasses, and a backend other than the CPU's chosen by
+    `FUSED_RNN_BACKEND` or `backend`, run through a copy of the module: slower.
+
+    Raises:
+        TypeError: `module` is not a recurrent module.
+        ValueError: it is bidirectional: the reverse direction begins at the end of the sequence.
+
+    Example:
+        >>> step = stepper(torch.nn.GRU(3, 4, num_layers=2))
+        >>> y, state = step(torch.randn(1, 3))
+        >>> for x in torch.randn(5, 1, 3):
+        ...     y, state = step(x, state)
+        >>> y.shape, state.shape
+        (torch.Size([1, 4]), torch.Size([2, 1, 4]))
+    """
+    if not isinstance(module, (*_PLAIN, *_TORCH)):
+        raise TypeError(
+            f"module: expected an RNN, GRU or LSTM of fused_rnn or torch.nn, got "
+            f"{type(module).__name__}"
+        )
+    if module.bidirectional:
+        raise ValueError(
+            "module: expected one direction, got a bidirectional "
+            f"{type(module).__name__}, whose reverse direction begins at the sequence's end"
+        )
+    if type(module) in _TORCH:
+        module = from_torch(module)
+    cell = next(c for c in CELLS.values() if c.torch_mode == module.mode)
+    if not _packs(module, cell):
+        return _General(module, cell)
+    return (_PackedLSTM if cell.has_c else _Packed)(module, cell)
+
+
+def _packs(module: torch.nn.RNNBase, cell: Cell) -> bool:
+    if type(module) not in _PLAIN or option_of_ours(module, besides=("stateful",)):
+        return False
+    if cpu_library_error() is not None or dispatch.requested() not in ("", "cpu"):
+        return False
+    weights = [getattr(module, name) for name in module._flat_weights_names]
+    # Bounds that csrc/cpu/stepper.cpp has too.
+    sizes = module.input_size, module.hidden_size, module.num_layers
+    return 0 < min(sizes) <= max(sizes) < 2**19 and all(
+        w.is_cpu and w.dtype == torch.float32 for w in weights
+    )
+
+
+def _packed_layer(cell: Cell, weights: list[Tensor]) -> Tensor:
+    """Everything of a layer, one after the other, as csrc/cpu/stepper.cpp expects it."""
+    w_ih, w_hh, *rest = weights
+    hidden = w_ih.shape[0] // cell.gates
+    parts = [_packed_matrix(w_ih, cell.gates), _packed_matrix(w_hh, cell.gates)]
+    if len(rest) in (1, 3):
+        parts.append(_packed_matrix(rest[-1], 1))
+    if len(rest) >= 2:
+        b_ih, b_hh = rest[:2]
+        if cell.name == "gru":
+            # r multiplies the hidden side of n with its bias.
+            parts.append(_padded(torch.cat((b_ih[: 2 * hidden] + b_hh[: 2 * hidden],
+                                            b_ih[2 * hidden :]))))  # fmt: skip
+            parts.append(_padded(b_hh[2 * hidden :]))
+        else:
+            parts.append(_padded(b_ih + b_hh))
+    return torch.cat(parts)
+
+
+def _packed_matrix(weight: Tensor, gates: int) -> Tensor:
+    """[gates*H, K] in panels of [K][gate][vector][16] with up to 4 vectors of units where there is
+    one gate, else 1; zeros beyond the last unit."""
+    depth = weight.shape[1]
+    units = weight.reshape(gates, -1, depth)
+    units = F.pad(units, (0, 0, 0, -units.shape[1] % _WIDTH)).view(gates, -1, _WIDTH, depth)
+    panels = units.split(4 if gates == 1 else 1, 1)
+    return torch.cat([panel.permute(3, 0, 1, 2).flatten() for panel in panels])
+
+
+def _padded(bias: Tensor) -> Tensor:
+    return F.pad(bias, (0, -bias.shape[0] % _WIDTH))
+
+
+@cache
+def _operator(has_c: bool) -> Callable[..., Any]:
+    """Of the library, which is there."""
+    ops = torch.ops.fused_rnn_cpu
+
+    @torch.library.register_fake("fused_rnn_cpu::step")
+    def _step(packed, cell, layers, input, hidden, output, bias, x, h):
+        if x.device != packed.device:
+            raise RuntimeError(f"x: expected device {packed.device} as the weights, got {x.device}")
+        batch = x.shape[0]
+        return x.new_empty((batch, output)), x.new_empty((layers, batch, output))
+
+    @torch.library.register_fake("fused_rnn_cpu::step_lstm")
+    def _step_lstm(packed, layers, input, hidden, output, bias, x, h, c):
+        return *_step(packed, 3, layers, input, hidden, output, bias, x, h), x.new_empty(
+            (layers, x.shape[0], hidden)
+        )
+
+    return (ops.step_lstm if has_c else ops.step).default

@@ -1,0 +1,377 @@
+"""A stepper (fused_rnn/streaming.py) gives what its module gives for the whole sequence."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fused_rnn
+from fused_rnn import native
+
+CELLS = {
+    "rnn_tanh": (fused_rnn.RNN, {}),
+    "rnn_relu": (fused_rnn.RNN, {"nonlinearity": "relu"}),
+    "gru": (fused_rnn.GRU, {}),
+    "lstm": (fused_rnn.LSTM, {}),
+    "projected": (fused_rnn.LSTM, {}),
+}
+every_cell = pytest.mark.parametrize("cell", CELLS)
+needs_library = pytest.mark.skipif(
+    native.cpu_library_error() is not None, reason=str(native.cpu_library_error())
+)
+
+
+def make(cell, inputs, hidden, **options):
+    cls, extra = CELLS[cell]
+    if cell == "projected":
+        if hidden == 1:
+            pytest.skip("a projection is smaller than the hidden size")
+        extra = {"proj_size": max(1, hidden // 3)}
+    return cls(inputs, hidden, **extra, **options)
+
+
+def run(step, xs, state=None):
+    ys = []
+    for x in xs:
+        y, state = step(x, state)
+        ys.append(y)
+    return torch.stack(ys), state
+
+
+def flat(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def start(module, batch):
+    h = torch.randn(module.num_layers, batch, module.proj_size or module.hidden_size)
+    if not isinstance(module, (torch.nn.LSTM, fused_rnn.LSTM)):
+        return h
+    return h, torch.randn(module.num_layers, batch, module.hidden_size)
+
+
+SIZES = [(1, 1), (5, 7), (16, 16), (33, 50), (100, 130), (8, 300)]
+
+
+@needs_library
+@every_cell
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("bias", [True, False])
+def test_steps_are_the_sequence_to_the_bit(cell, layers, batch, bias):
+    for inputs, hidden in SIZES:
+        module = make(cell, inputs, hidden, num_layers=layers, bias=bias)
+        step = fused_rnn.stepper(module)
+        assert step.packed
+        xs = torch.randn(6, batch, inputs)
+        for initial in (None, start(module, batch)):
+            with torch.no_grad():
+                expected, final = module(xs, initial)
+            ys, state = run(step, xs, initial)
+            assert torch.equal(ys, expected)
+            for got, want in zip(flat(state), flat(final), strict=True):
+                assert torch.equal(got, want)
+
+
+@every_cell
+def test_steps_are_near_torch(cell):
+    ours = make(cell, 9, 33, num_layers=2)
+    theirs = fused_rnn.restore(copy.deepcopy(ours))
+    xs = torch.randn(5, 2, 9)
+    initial = start(ours, 2)
+    with torch.no_grad():
+        expected, final = theirs(xs, initial)
+    for module in (ours, theirs):
+        ys, state = run(fused_rnn.stepper(module), xs, initial)
+        torch.testing.assert_close(ys, expected, rtol=1e-5, atol=2e-6)
+        for got, want in zip(flat(state), flat(final), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
+
+
+@every_cell
+def test_instruction_sets_agree(cell, instruction_set):
+    module = make(cell, 21, 70, num_layers=2)
+    step, xs = fused_rnn.stepper(module), torch.randn(4, 8, 21)
+    with torch.no_grad():
+        expected, _ = module(xs)
+    assert step.packed and torch.equal(run(step, xs)[0], expected)
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 2])
+@every_cell
+def test_large_steps_use_threads(cell, threads, num_threads):
+    num_threads(threads)
+    module = make(cell, 400, 390)
+    xs = torch.randn(3, 1, 400)
+    with torch.no_grad():
+        expected, _ = module(xs)
+    assert torch.equal(run(fused_rnn.stepper(module), xs)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "dtype"),
+    [
+        (fused_rnn.GRU(5, 7, 2, reset_after=False), torch.float32),
+        (fused_rnn.GRU(5, 7, 2, batch_first=True, dropout=0.5), torch.float64),
+        (fused_rnn.LSTM(5, 7, proj_size=3, bias=False, stateful=True), torch.float64),
+        (fused_rnn.RNN(5, 7, 2), torch.bfloat16),
+        (fused_rnn.LSTM(5, 7, layer_norm=True, stateful=True), torch.float32),
+        (fused_rnn.LSTM(5, 7, peepholes=True), torch.float32),
+        (fused_rnn.GRU(5, 7, zoneout=0.3), torch.float32),
+    ],
+    ids=[
+        *("reset_before", "float64", "stateful", "bfloat16", "layer_norm", "peepholes", "zoneout"),
+    ],
+)
+def test_the_general_way(module, dtype):
+    module = module.to(dtype)
+    step = fused_rnn.stepper(module)
+    assert not step.packed and "through the module" in repr(step)
+    xs = torch.randn(5, 2, 5, dtype=dtype)
+    ys, state = run(step, xs)
+    module.eval()
+    with torch.no_grad():
+        expected, final = module(xs.transpose(0, 1) if module.batch_first else xs)
+    if module.batch_first:
+        expected = expected.transpose(0, 1)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(ys, expected, **tolerance)
+    for got, want in zip(flat(state), flat(final), strict=True):
+        torch.testing.assert_close(got, want, **tolerance)
+    assert not ys.requires_grad
+    again = copy.deepcopy(step)
+    assert torch.equal(again(xs[0])[0], step(xs[0])[0])
+    if module.stateful:
+        module.reset_states()
+
+
+@needs_library
+def test_options_that_change_nothing_are_packed():
+    x = torch.randn(1, 5)
+    for options in ({"stateful": True}, {"recompute": True}, {"dropout": 0.5, "num_layers": 2}):
+        module = fused_rnn.LSTM(5, 7, batch_first=True, **options)
+        step = fused_rnn.stepper(module)
+        assert step.packed
+        with torch.no_grad():
+            expected = module.eval()(x.unsqueeze(1).expand(1, 5, 5))[0][:, -1]
+        torch.testing.assert_close(run(step, x.expand(5, 1, 5))[0][-1], expected)
+
+
+@needs_library
+def test_weights_may_lie_in_any_way():
+    module, x = fused_rnn.GRU(5, 7), torch.randn(1, 5)
+    expected, _ = fused_rnn.stepper(module)(x)
+    module.weight_ih_l0.data = module.weight_ih_l0.data.t().contiguous().t()
+    step = fused_rnn.stepper(module)
+    assert step.packed and torch.equal(step(x)[0], expected)
+
+
+@needs_library
+def test_parametrized_weights_are_computed_once():
+    module, xs = fused_rnn.GRU(5, 7), torch.randn(3, 2, 5)
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    with torch.no_grad():
+        expected, _ = module(xs)
+    torch.testing.assert_close(run(fused_rnn.stepper(module), xs)[0], expected)
+
+
+@needs_library
+def test_subclasses_take_the_general_way():
+    class Doubling(fused_rnn.GRU):
+        def forward(self, input, hx=None):
+            output, state = super().forward(input, hx)
+            return output * 2, state
+
+    step = fused_rnn.stepper(Doubling(3, 4))
+    y, state = step(torch.randn(2, 3))
+    assert not step.packed and torch.equal(y, 2 * state[0])
+
+
+@needs_library
+def test_a_forced_backend_is_respected():
+    module = fused_rnn.GRU(3, 4)
+    with fused_rnn.backend("reference"):
+        assert not fused_rnn.stepper(module).packed
+    with fused_rnn.backend("cpu"):
+        assert fused_rnn.stepper(module).packed
+
+
+@every_cell
+def test_weights_are_frozen(cell):
+    module = make(cell, 5, 7)
+    step, x = fused_rnn.stepper(module), torch.randn(1, 5)
+    before = step(x)[0]
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1)
+    assert torch.equal(step(x)[0], before)
+
+
+@every_cell
+def test_results_have_memory_of_their_own(cell):
+    module = make(cell, 5, 7)
+    step, x, state = fused_rnn.stepper(module), torch.randn(1, 5), start(module, 1)
+    kept = [s.clone() for s in flat(state)]
+    y, after = step(x, state)
+    tensors = [x, y, *flat(state), *flat(after)]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+    y.add_(1)
+    for s, k in zip(flat(state), kept, strict=True):
+        assert torch.equal(s, k)
+
+
+@every_cell
+def test_no_gradients(cell):
+    module = make(cell, 5, 7)
+    step, x = fused_rnn.stepper(module), torch.randn(1, 5, requires_grad=True)
+    initial = start(module, 1)
+    for s in flat(initial):
+        s.requires_grad_()
+    for given in (None, initial):
+        for inputs in (x, x.detach()):
+            y, state = step(inputs, given)
+            assert not any(t.requires_grad for t in (y, *flat(state)))
+
+
+@every_cell
+def test_unusual_layouts(cell):
+    module = make(cell, 5, 7, num_layers=2)
+    step, x, state = fused_rnn.stepper(module), torch.randn(3, 5), start(module, 3)
+    expected, _ = step(x, state)
+    strided = tuple(torch.stack((s, s), -1)[..., 0] for s in flat(state))
+    strided = strided if isinstance(state, tuple) else strided[0]
+    assert torch.equal(step(torch.stack((x, x), 1)[:, 0], strided)[0], expected)
+    assert torch.equal(step(torch._neg_view(-x), state)[0], expected)
+    if isinstance(state, tuple):
+        assert torch.equal(step(x, list(state))[0], expected)
+
+
+@every_cell
+def test_copies_and_pickles(cell):
+    step, x = fused_rnn.stepper(make(cell, 5, 7)), torch.randn(2, 5)
+    expected, _ = step(x)
+    for other in (copy.copy(step), copy.deepcopy(step), pickle.loads(pickle.dumps(step))):
+        assert torch.equal(other(x)[0], expected)
+
+
+@needs_library
+def test_unpickling_without_the_library(tmp_path):
+    path = tmp_path / "step.pkl"
+    path.write_bytes(pickle.dumps(fused_rnn.stepper(fused_rnn.GRU(3, 4))))
+    code = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        env=os.environ | {"FUSED_RNN_SKIP_BUILD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0 and "needs the CPU library" in done.stderr
+
+
+@every_cell
+def test_from_several_threads(cell):
+    step, xs = fused_rnn.stepper(make(cell, 16, 40, num_layers=2)), torch.randn(4, 50, 1, 16)
+    expected = [run(step, x)[0] for x in xs]
+    results = [None] * len(xs)
+
+    def work(i):
+        results[i] = run(step, xs[i])[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(xs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
+
+
+@needs_library
+@every_cell
+def test_compiled_without_a_break(cell):
+    step, x = fused_rnn.stepper(make(cell, 5, 7)), torch.randn(2, 5)
+    compiled = torch.compile(lambda x, state: step(x, state)[0], backend="eager", fullgraph=True)
+    _, state = step(x)
+    assert torch.equal(compiled(x, state), step(x, state)[0])
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize(
+    ("x", "state", "error", "message"),
+    [
+        ("text", None, TypeError, "x: expected a Tensor, got str"),
+        (None, None, TypeError, "x: expected a Tensor, got NoneType"),
+        (torch.ones(5), None, RuntimeError, r"x: expected shape \[B, 5\]"),
+        (torch.ones(1, 2, 5), None, RuntimeError, r"got \[1, 2, 5\]"),
+        (torch.ones(2, 6), None, RuntimeError, r"got \[2, 6\]"),
+        (torch.ones(0, 5), None, RuntimeError, r"got \[0, 5\]"),
+        (torch.ones(2, 5).half(), None, RuntimeError, "x: expected dtype"),
+        (torch.ones(2, 5, device="meta"), None, RuntimeError, "x: expected device cpu"),
+        (torch.ones(2, 5).to_sparse(), None, RuntimeError, "x: expected a dense tensor"),
+        (torch.ones(2, 5), torch.ones(1, 2, 7), TypeError, "state: expected a tuple"),
+        (torch.ones(2, 5), (torch.ones(1, 2, 7),), RuntimeError, "state: expected a tuple"),
+        (torch.ones(2, 5), (torch.ones(1, 2, 7), None), TypeError, r"state\[1\]: expected"),
+        (torch.ones(2, 5), (torch.ones(1, 2, 7), torch.ones(1, 1, 7)), RuntimeError, r"state\[1\]"),
+        (torch.ones(2, 5), (torch.ones(2, 7), torch.ones(2, 7)), RuntimeError, r"state\[0\]"),
+        (torch.ones(2, 5), (torch.ones(1, 2, 7).long(),) * 2, RuntimeError, r"state\[0\]: .*dtype"),
+    ],
+)
+def test_bad_arguments(general, x, state, error, message):
+    module = fused_rnn.LSTM(5, 7)
+    if general:
+        module = module.double()
+        x, state = (
+            t.double() if isinstance(t, torch.Tensor) and t.dtype == torch.float32 else t
+            for t in (x, state)
+        )
+        if isinstance(state, tuple):
+            state = tuple(
+                s.double() if s is not None and s.is_floating_point() else s for s in state
+            )
+    with pytest.raises(error, match=message):
+        fused_rnn.stepper(module)(x, state)
+
+
+def test_bad_state_of_a_cell_without_c():
+    step = fused_rnn.stepper(fused_rnn.GRU(5, 7, 2))
+    for state in ((torch.ones(2, 1, 7),), "zeros", 0):
+        with pytest.raises(TypeError, match="state: expected a Tensor"):
+            step(torch.ones(1, 5), state)
+    with pytest.raises(RuntimeError, match=r"state: expected shape \[2, 1, 7\], got \[1, 1, 7\]"):
+        step(torch.ones(1, 5), torch.ones(1, 1, 7))
+
+
+def test_bad_modules():
+    with pytest.raises(ValueError, match="one direction"):
+        fused_rnn.stepper(fused_rnn.GRU(3, 4, bidirectional=True))
+    for module in (torch.nn.Linear(3, 4), fused_rnn.GRUCell(3, 4), None):
+        with pytest.raises(TypeError, match="expected an RNN, GRU or LSTM"):
+            fused_rnn.stepper(module)
+
+
+@needs_library
+def test_the_operators_refuse_what_does_not_fit():
+    """Called without Python they never read beyond a tensor."""
+    native.cpu_library_error()
+    step, lstm = torch.ops.fused_rnn_cpu.step, torch.ops.fused_rnn_cpu.step_lstm
+    x, weights = torch.ones(1, 5), fused_rnn.stepper(fused_rnn.GRU(5, 7))._weights
+    sizes = [2, 1, 5, 7, 7, True]
+    assert step(weights, *sizes, x, None)[0].shape == (1, 7)
+    with pytest.raises(RuntimeError, match="packed: expected"):
+        step(weights[:-1], *sizes, x, None)
+    for place, value in ((0, 4), (0, -1), (1, 0), (2, 2**40), (3, -7), (4, 2**19)):
+        wrong = [value if i == place else size for i, size in enumerate(sizes)]
+        with pytest.raises(RuntimeError, match="expected"):
+            step(weights, *wrong, x, None)
+    with pytest.raises(RuntimeError, match="h: expected"):
+        step(weights, *sizes, x, torch.ones(1, 2, 7))
+    with pytest.raises(RuntimeError, match="packed: expected"):
+        lstm(weights, *sizes[1:], x, None, None)
+    packed = fused_rnn.stepper(fused_rnn.LSTM(5, 7))._weights
+    with pytest.raises(RuntimeError, match="c: expected"):
+        lstm(packed, *sizes[1:], x, torch.ones(1, 1, 7), None)
