@@ -226,6 +226,11 @@ class RNN(_RecurrentLayers):
     A drop-in replacement for `torch.nn.RNN`: same arguments, parameters, initialisation
     from the same seed, and results.
 
+    All masks of a call are drawn by torch's global generator on the way: weight dropout's for all
+    layers, then layer by layer and direction by direction recurrent dropout's and zoneout's for h
+    and for c, and after each layer that of `dropout`. The three probabilities can be changed later,
+    as attributes.
+
     Args:
         input_size: features of the input, I.
         hidden_size: features of the state, H.
@@ -253,11 +258,6 @@ class RNN(_RecurrentLayers):
             call; the others are divided by 1 - p (Merity et al. 2018). Runs on every kernel.
         init: "uniform" as torch.nn has it, or "orthogonal": W_hh orthogonal (Saxe et al. 2014),
             W_ih Glorot uniform, both gate by gate, and biases zero.
-
-        All masks are drawn by torch's global generator on the way: weight dropout's for all
-        layers, then layer by layer and direction by direction recurrent dropout's and zoneout's
-        for h and for c, and after each layer that of `dropout`. The three probabilities can be
-        changed later, as attributes.
 
     Inputs:
         input: [T, B, I] (or [B, T, I]), [T, I] unbatched, or a PackedSequence. The dtype is the
