@@ -98,6 +98,11 @@ class Backend:
         """Why this backend cannot take the problem, or None if it can."""
         raise NotImplementedError
 
+    def only_by_name(self, problem: Problem) -> str | None:
+        """Why this backend is not chosen for a problem it can take, unless it is asked for by
+        name; None if it may be."""
+        return None
+
     def describe(self, problem: Problem) -> str:
         """Which kernel would run, in a few words."""
         return self.name

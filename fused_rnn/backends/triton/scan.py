@@ -1,0 +1,507 @@
+"""The two kernels: a scan forward and a scan backward, for every cell, layout and regime.
+
+One program owns BLOCK_B batch rows and BLOCK_H hidden units of one direction, with all their
+gates, for the scan's steps [s0, s1). Step s is timestep s, or T-1-s in the second direction.
+h of the step before is all that programs need of each other, and it goes through y, where it is
+an output anyway; backward it is the gradients of the gates. Each timestep has rows of its own
+there, so nothing that somebody may still read is ever overwritten.
+
+EXCHANGE says how a program gets at what the others have written:
+
+    "registers"  there are no others (BLOCK_H >= H) and one tile of the product holds all of h
+    "program"    there are no others, but h is longer than a tile: through memory, with a barrier
+    "grid"       all programs of a batch tile run at once and count arrivals in `counters`
+    "launch"     one step per launch; the launches are the barrier
+
+RESIDENT: W_hh's slice is loaded once and stays on the chip; else it is read in every step.
+
+Shapes: D directions, N rows, T timesteps, B batch, H hidden_size, G gates; S = saved_gates and
+Q = grad_gates of the cell. Arguments that may be None leave no code behind. Row offsets have 64
+bits.
+"""
+
+import triton
+import triton.language as tl
+
+# Sizes that change from batch to batch: no kernel may be compiled anew for one of them.
+VARYING = ["s0", "s1", "T", "B", "N", "tile0"]
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, SOFT_BF16: tl.constexpr):
+    """Rounds float32 to `dtype`, to nearest even."""
+    if SOFT_BF16:  # the interpreter truncates
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(x == x, rounded, 0x7FC0)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def widen(x, SOFT_BF16: tl.constexpr):
+    if SOFT_BF16:  # the same numbers as by the interpreter's own conversion, in a tenth of its time
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, SOFT_BF16: tl.constexpr):
+    if SOFT_BF16:  # the interpreter would multiply the bits as integers
+        a = widen(a, SOFT_BF16)
+        b = widen(b, SOFT_BF16)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def place(t, b, length, offsets, T, B):
+    """Rows of timestep t, int64 [BLOCK_B, 1], and whether each batch row takes the step."""
+    # A tile of its own: the interpreter cannot combine a scalar condition with one of rows.
+    at = tl.where(b < B, t, -1)
+    taken = (at >= 0) & (at < T)
+    if offsets is not None:
+        known = tl.minimum(tl.maximum(t, 0), T - 1)
+        first = tl.load(offsets + known)
+        taken = taken & (b < tl.load(offsets + known + 1) - first)
+    else:
+        first = tl.cast(t, tl.int64) * B
+    if length is not None:
+        taken = taken & (t < length)
+    return first + b, taken
+
+
+@triton.jit
+def restarts(t, b, taken_before, direction, resets, T, B):
+    """Whether the state before step t is replaced, [BLOCK_B, 1]. In the second direction a row
+    comes from timestep t+1, and a reset there separates the two."""
+    at = tl.where(b < B, t + direction, -1)
+    flag = tl.load(resets + tl.cast(at, tl.int64) * B + b, (at >= 0) & (at < T), 0)
+    return (flag != 0) & (taken_before | (tl.zeros_like(b) + direction == 0))
+
+
+@triton.jit
+def load_gates(base, row, mask, u, H, COUNT: tl.constexpr):
+    """The tiles of COUNT gates side by side in rows of `base` [N, COUNT*H]."""
+    tiles = ()
+    for g in tl.static_range(COUNT):
+        tiles = tiles + (tl.load(base + row * (COUNT * H) + g * H + u, mask, 0.0),)
+    return tiles
+
+
+@triton.jit
+def store_gates(
+    base, row, mask, u, H, tiles, COUNT: tl.constexpr, dtype: tl.constexpr, SOFT_BF16: tl.constexpr
+):
+    for g in tl.static_range(COUNT):
+        value = narrow(tiles[g], dtype, SOFT_BF16)
+        tl.store(base + row * (COUNT * H) + g * H + u, value, mask)
+
+
+@triton.jit
+def widen_all(tiles, COUNT: tl.constexpr, SOFT_BF16: tl.constexpr):
+    wide = ()
+    for g in tl.static_range(COUNT):
+        wide = wide + (widen(tiles[g], SOFT_BF16),)
+    return wide
+
+
+@triton.jit
+def wait_for(counter, target):
+    """Until `target` programs of this batch tile have arrived. One thread asks, so that all leave
+    the loop together."""
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < target:
+        pass
+
+
+@triton.jit
+def arrive(counter):
+    # Triton before 3.9 lets the one thread's release overtake the stores of the others.
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def publish(counter, EXCHANGE: tl.constexpr):
+    """Makes what this program has stored visible to those who read it in the next step."""
+    if EXCHANGE == "grid":
+        arrive(counter)
+    elif EXCHANGE == "program":
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=VARYING)
+def scan_forward(
+    gx,  # [D, N, G*H] input side of the gates
+    w,  # [D, G*H, H] W_hh
+    b_hn,  # [D, H] GRU's bias inside the product with r, or None
+    h0,  # [D, B, H]
+    offsets,  # int64 [T+1] where the rows of each timestep begin, when packed, or None
+    lengths,  # int64 [B] or None
+    resets,  # uint8 [T, B] or None
+    reset_h,  # [D, B, H] or None
+    reset_c,  # float32 [D, B, H] or None
+    y,  # [N, D*H] out
+    h,  # float32 [D, B, H] the state, in and out
+    c,  # float32 [D, B, H] the same of LSTM's c, or None
+    gates,  # [D, N, S*H] out, or None; may be gx itself where S == G
+    cells,  # float32 [D, N, H] out, or None
+    counters,  # int32 [D * batch tiles] zeros, or None
+    s0,
+    s1,
+    T,
+    B,
+    N,
+    tile0,  # the first batch tile of this launch
+    H,
+    CELL: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    EXCHANGE: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,  # tiles of BLOCK_K that make H
+    PRECISION: tl.constexpr,
+    SOFT_BF16: tl.constexpr,
+):
+    dtype: tl.constexpr = y.dtype.element_ty
+    direction = tl.program_id(2)
+    sign = 1 - 2 * direction
+    side = tl.cast(direction, tl.int64)
+    b = ((tl.program_id(0) + tile0) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    u = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
+    k = tl.arange(0, BLOCK_K)
+    present = b < B
+    unit = u < H
+    gx += side * N * (G * H)
+    w += side * (G * H) * H
+    state = (side * B + b) * H
+    if counters is not None:
+        counters += direction * tl.num_programs(0) + tl.program_id(0)
+    length = None
+    if lengths is not None:
+        length = tl.load(lengths + b, present, 0)
+    w_rows = tl.cast(u, tl.int64) * H
+    if RESIDENT:
+        slices = ()
+        for g in tl.static_range(G):
+            for i in tl.static_range(CHUNKS):
+                k_w = (i * BLOCK_K + k)[:, None]
+                p_w = w + tl.cast(g * H, tl.int64) * H + w_rows + k_w
+                slices = slices + (tl.load(p_w, unit & (k_w < H), 0.0),)
+    if b_hn is not None:
+        b_own = tl.load(b_hn + direction * H + u, unit, 0.0).to(tl.float32)
+    h_own = tl.load(h + state + u, present & unit, 0.0)
+    c_own = h_own
+    if c is not None:
+        c_own = tl.load(c + state + u, present & unit, 0.0)
+
+    t = direction * (T - 1) + sign * s0
+    row_before, taken_before = place(t - sign, b, length, offsets, T, B)
+    row, taken = place(t, b, length, offsets, T, B)
+    x = load_gates(gx, row, taken & unit, u, H, G)
+    for s in range(s0, s1):
+        t = direction * (T - 1) + sign * s
+        if EXCHANGE == "launch":
+            row_next, taken_next, x_next = row, taken, x
+        else:
+            # Asked for before the wait, so that memory answers meanwhile.
+            row_next, taken_next = place(t + sign, b, length, offsets, T, B)
+            x_next = load_gates(gx, row_next, taken_next & unit, u, H, G)
+        if resets is not None:
+            restart = restarts(t, b, taken_before, direction, resets, T, B) & taken
+            fresh_h = tl.zeros_like(h_own)
+            if reset_h is not None:
+                fresh_h += widen(tl.load(reset_h + state + u, restart & unit, 0.0), SOFT_BF16)
+            h_own = tl.where(restart, fresh_h, h_own)
+            if c is not None:
+                fresh_c = tl.zeros_like(c_own)
+                if reset_c is not None:
+                    fresh_c += tl.load(reset_c + state + u, restart & unit, 0.0)
+                c_own = tl.where(restart, fresh_c, c_own)
+
+        a = ()
+        for _ in tl.static_range(G):
+            a = a + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
+        if EXCHANGE == "registers":
+            h_in = narrow(h_own, dtype, SOFT_BF16)
+            sums = ()
+            for g in tl.static_range(G):
+                sums = sums + (product(h_in, slices[g], a[g], PRECISION, SOFT_BF16),)
+            a = sums
+        else:
+            p_h = tl.where(taken_before, y + (row_before * D + direction) * H, h0 + state)
+            known = present
+            if resets is not None:
+                if reset_h is not None:
+                    p_h = tl.where(restart, reset_h + state, p_h)
+                else:
+                    known = present & (restart == 0)
+            if EXCHANGE == "grid":
+                wait_for(counters, (s - s0) * TILES)
+            if RESIDENT:
+                h_in = ()
+                for i in tl.static_range(CHUNKS):
+                    k_h = (i * BLOCK_K + k)[None, :]
+                    part = tl.load(p_h + k_h, known & (k_h < H), 0.0, cache_modifier=".cg")
+                    h_in = h_in + (part,)
+                sums = ()
+                for g in tl.static_range(G):
+                    total = a[g]
+                    for i in tl.static_range(CHUNKS):
+                        total = product(
+                            h_in[i], slices[g * CHUNKS + i], total, PRECISION, SOFT_BF16
+                        )
+                    sums = sums + (total,)
+                a = sums
+            else:
+                for k0 in range(0, H, BLOCK_K):
+                    k_h = (k0 + k)[None, :]
+                    k_w = (k0 + k)[:, None]
+                    h_part = tl.load(p_h + k_h, known & (k_h < H), 0.0, cache_modifier=".cg")
+                    sums = ()
+                    for g in tl.static_range(G):
+                        p_w = w + tl.cast(g * H, tl.int64) * H + w_rows + k_w
+                        w_part = tl.load(p_w, unit & (k_w < H), 0.0)
+                        sums = sums + (product(h_part, w_part, a[g], PRECISION, SOFT_BF16),)
+                    a = sums
+        if b_hn is not None:
+            a = (a[0], a[1], a[2] + b_own)
+
+        h_new, c_new, saved = CELL(widen_all(x, G, SOFT_BF16), a, h_own, c_own)
+        on = taken & unit
+        written = on
+        h_out = h_new
+        if lengths is not None:  # rows past their length are zero
+            written = present & unit
+            h_out = tl.where(on, h_new, 0.0)
+        p_y = y + (row * D + direction) * H + u
+        tl.store(p_y, narrow(h_out, dtype, SOFT_BF16), written)
+        publish(counters, EXCHANGE)
+        # What nobody waits for comes after.
+        h_own = tl.where(on, h_new, h_own)
+        if c is not None:
+            c_own = tl.where(on, c_new, c_own)
+        if gates is not None:
+            kept = saved
+            if lengths is not None:
+                kept = ()
+                for g in tl.static_range(S):
+                    kept = kept + (tl.where(on, saved[g], 0.0),)
+            p_gates = gates + side * N * (S * H)
+            store_gates(p_gates, row, written, u, H, kept, S, dtype, SOFT_BF16)
+        if cells is not None:
+            c_out = c_new
+            if lengths is not None:
+                c_out = tl.where(on, c_new, 0.0)
+            tl.store(cells + (side * N + row) * H + u, c_out, written)
+        row_before, taken_before = row, taken
+        row, taken, x = row_next, taken_next, x_next
+    tl.store(h + state + u, h_own, present & unit)
+    if c is not None:
+        tl.store(c + state + u, c_own, present & unit)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def scan_backward(
+    y,  # [N, D*H]
+    gates,  # [D, N, S*H], or None where the cell saves none
+    cells,  # float32 [D, N, H], LSTM only, or None
+    w,  # [D, G*H, H] W_hh
+    h0,  # [D, B, H]
+    c0,  # float32 [D, B, H], LSTM only, or None
+    grad_y,  # [N, D*H] or None
+    grad_cells,  # [D, N, H] gradient of each step's c, or None
+    offsets,  # as forward, and so are the next four
+    lengths,
+    resets,
+    reset_h,
+    reset_c,
+    grad_gates,  # [D, N, Q*H] out
+    grad_h,  # float32 [D, B, H] in: of the last state; out: of the state before step s0+1
+    grad_c,  # float32 [D, B, H] the same of LSTM's c, or None
+    grad_reset_h,  # float32 [D, B, H] added to, or None
+    grad_reset_c,  # float32 [D, B, H] added to, or None
+    counters,  # int32 [D * batch tiles] zeros, or None
+    s0,  # -1 for the whole scan: the initial state is what "step -1" ends with
+    s1,
+    T,
+    B,
+    N,
+    tile0,
+    H,
+    CELL: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    Q: tl.constexpr,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    EXCHANGE: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROTATE: tl.constexpr,  # gate g of the hidden side is gate (g + ROTATE) % G of W_hh
+    PRECISION: tl.constexpr,
+    SOFT_BF16: tl.constexpr,
+):
+    """Steps s1-1 down to s0. Each turns what reaches the state after step s, through the gates of
+    step s+1 and directly, into the gradients of the gates of step s."""
+    dtype: tl.constexpr = grad_gates.dtype.element_ty
+    direction = tl.program_id(2)
+    sign = 1 - 2 * direction
+    side = tl.cast(direction, tl.int64)
+    b = ((tl.program_id(0) + tile0) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    u = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
+    k = tl.arange(0, BLOCK_K)
+    present = b < B
+    unit = u < H
+    w += side * (G * H) * H
+    grad_gates += side * N * (Q * H)
+    state = (side * B + b) * H
+    if counters is not None:
+        counters += direction * tl.num_programs(0) + tl.program_id(0)
+    length = None
+    if lengths is not None:
+        length = tl.load(lengths + b, present, 0)
+    if RESIDENT:
+        slices = ()
+        for g in tl.static_range(G):
+            for i in tl.static_range(CHUNKS):
+                k_w = (i * BLOCK_K + k)[:, None]
+                w_rows = tl.cast((g + ROTATE) % G * H, tl.int64) + k_w
+                slices = slices + (tl.load(w + w_rows * H + u, unit & (k_w < H), 0.0),)
+    zero = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    dh_own = tl.load(grad_h + state + u, present & unit, 0.0)
+    dc_own = zero
+    if grad_c is not None:
+        dc_own = tl.load(grad_c + state + u, present & unit, 0.0)
+    reset_dh = zero
+    reset_dc = zero
+
+    t = direction * (T - 1) + sign * (s1 - 1)
+    row_after, taken_after = place(t + sign, b, length, offsets, T, B)
+    row, taken = place(t, b, length, offsets, T, B)
+    if EXCHANGE == "registers":
+        d = ()
+        for g in tl.static_range(G):
+            p_d = grad_gates + row_after * (Q * H) + g * H + u
+            d = d + (tl.load(p_d, taken_after & unit, 0.0),)
+    for j in range(0, s1 - s0):
+        t = direction * (T - 1) + sign * (s1 - 1 - j)
+        on = taken & unit
+        row_before, taken_before = place(t - sign, b, length, offsets, T, B)
+        if resets is not None:
+            restart = restarts(t, b, taken_before, direction, resets, T, B) & taken
+            restart_after = restarts(t + sign, b, taken, direction, resets, T, B) & taken_after
+        # What was saved is asked for before the wait.
+        saved = ()
+        if gates is not None:
+            saved = load_gates(gates + side * N * (S * H), row, on, u, H, S)
+        p_y = y + (row * D + direction) * H + u
+        h_after = zero
+        h_before = zero
+        if S == 0:
+            h_after = widen(tl.load(p_y, on, 0.0), SOFT_BF16)
+        if Q > G:
+            p_h = tl.where(taken_before, y + (row_before * D + direction) * H, h0 + state)
+            known = on
+            if resets is not None:
+                if reset_h is not None:
+                    p_h = tl.where(restart, reset_h + state, p_h)
+                else:
+                    known = on & (restart == 0)
+            h_before = widen(tl.load(p_h + u, known, 0.0), SOFT_BF16)
+        c_after = zero
+        c_before = zero
+        if cells is not None:
+            c_after = tl.load(cells + (side * N + row) * H + u, on, 0.0)
+            p_c = tl.where(taken_before, cells + (side * N + row_before) * H, c0 + state)
+            known = on
+            if resets is not None:
+                if reset_c is not None:
+                    p_c = tl.where(restart, reset_c + state, p_c)
+                else:
+                    known = on & (restart == 0)
+            c_before = tl.load(p_c + u, known, 0.0)
+        dy = zero
+        if grad_y is not None:
+            dy += widen(tl.load(grad_y + (row * D + direction) * H + u, on, 0.0), SOFT_BF16)
+        if grad_cells is not None:
+            dc_here = tl.load(grad_cells + (side * N + row) * H + u, on, 0.0).to(tl.float32)
+
+        through = zero
+        if EXCHANGE == "registers":
+            for g in tl.static_range(G):
+                through = product(d[g], slices[g], through, PRECISION, SOFT_BF16)
+        else:
+            p_d = grad_gates + row_after * (Q * H)
+            if EXCHANGE == "grid":
+                wait_for(counters, j * TILES)
+            if RESIDENT:
+                parts = ()
+                for g in tl.static_range(G):
+                    for i in tl.static_range(CHUNKS):
+                        k_d = (i * BLOCK_K + k)[None, :]
+                        known_d = taken_after & (k_d < H)
+                        part = tl.load(p_d + g * H + k_d, known_d, 0.0, cache_modifier=".cg")
+                        parts = parts + (part,)
+                for i in tl.static_range(G * CHUNKS):
+                    through = product(parts[i], slices[i], through, PRECISION, SOFT_BF16)
+            else:
+                for g in tl.static_range(G):
+                    for k0 in range(0, H, BLOCK_K):
+                        k_d = (k0 + k)[None, :]
+                        k_w = (k0 + k)[:, None]
+                        known_d = taken_after & (k_d < H)
+                        part = tl.load(p_d + g * H + k_d, known_d, 0.0, cache_modifier=".cg")
+                        w_rows = tl.cast((g + ROTATE) % G * H, tl.int64) + k_w
+                        w_part = tl.load(w + w_rows * H + u, unit & (k_w < H), 0.0)
+                        through = product(part, w_part, through, PRECISION, SOFT_BF16)
+        # Added afterwards: as the start of the sum it would cost exactness.
+        dh_own = through + dh_own
+        if resets is not None:
+            reset_dh += tl.where(restart_after, dh_own, 0.0)
+            dh_own = tl.where(restart_after, 0.0, dh_own)
+            reset_dc += tl.where(restart_after, dc_own, 0.0)
+            dc_own = tl.where(restart_after, 0.0, dc_own)
+
+        dc = dc_own
+        if grad_cells is not None:
+            dc = dc_own + dc_here
+        d_new, dh_before, dc_before = CELL(
+            widen_all(saved, S, SOFT_BF16), h_before, h_after, c_before, c_after, dh_own + dy, dc
+        )
+        written = on
+        d_out = d_new
+        if lengths is not None:  # rows past their length have no gradient
+            at = tl.where(present, t, -1)
+            written = (at >= 0) & (at < T) & unit
+            d_out = ()
+            for g in tl.static_range(Q):
+                d_out = d_out + (tl.where(on, d_new[g], 0.0),)
+        store_gates(grad_gates, row, written, u, H, d_out, Q, dtype, SOFT_BF16)
+        publish(counters, EXCHANGE)
+        if EXCHANGE == "registers":
+            d = ()
+            for g in tl.static_range(G):
+                d = d + (narrow(tl.where(on, d_new[g], 0.0), dtype, SOFT_BF16),)
+        dh_own = tl.where(on, dh_before, dh_own)
+        dc_own = tl.where(on, dc_before, dc_own)
+        row_after, taken_after = row, taken
+        row, taken = row_before, taken_before
+    tl.store(grad_h + state + u, dh_own, present & unit)
+    if grad_c is not None:
+        tl.store(grad_c + state + u, dc_own, present & unit)
+    if grad_reset_h is not None:
+        p_reset = grad_reset_h + state + u
+        tl.store(p_reset, tl.load(p_reset, present & unit, 0.0) + reset_dh, present & unit)
+    if grad_reset_c is not None:
+        p_reset = grad_reset_c + state + u
+        tl.store(p_reset, tl.load(p_reset, present & unit, 0.0) + reset_dc, present & unit)
