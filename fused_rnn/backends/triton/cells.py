@@ -2,10 +2,10 @@
 
 Every value is float32, a tile [BLOCK_B, BLOCK_H] of batch rows times hidden units.
 
-forward(x, a, h, c) -> (new h, new c, saved)
-    x, a: tuples of G tiles, the input side and the hidden side of the pre-activations in torch's
-    gate order (GRU's a[2] holds b_hn already). h, c: the state before the step. saved: the tuple
-    of what backward wants, in the order of `cells.Cell.saved_gates`.
+forward(pre, h, c) -> (new h, new c, saved)
+    pre: the tuple of pre-activations, both sides added, in the order of `cells.Cell.saved_gates`:
+    LSTM's i, f, g, o; GRU's hn, r, z, n, where hn has the hidden side only and n the input side
+    only. h, c: the state before the step. saved: what backward wants, in the same order.
 backward(saved, h_before, h_after, c_before, c_after, dh, dc) -> (d, dh before, dc before)
     dh: the whole gradient of the new h; dc: of the new c, but for what comes through h. d: the
     gradients of the pre-activations in the order of `cells.Cell.grad_gates`. dh before: what
@@ -42,8 +42,8 @@ def tanh(x):
 
 
 @triton.jit
-def rnn_tanh_forward(x, a, h, c):
-    return tanh(x[0] + a[0]), c, ()
+def rnn_tanh_forward(pre, h, c):
+    return tanh(pre[0]), c, ()
 
 
 @triton.jit
@@ -52,10 +52,9 @@ def rnn_tanh_backward(saved, h_before, h_after, c_before, c_after, dh, dc):
 
 
 @triton.jit
-def rnn_relu_forward(x, a, h, c):
-    pre = x[0] + a[0]
+def rnn_relu_forward(pre, h, c):
     # This way round a NaN passes, as in torch.
-    return tl.where(pre <= 0.0, 0.0, pre), c, ()
+    return tl.where(pre[0] <= 0.0, 0.0, pre[0]), c, ()
 
 
 @triton.jit
@@ -64,11 +63,11 @@ def rnn_relu_backward(saved, h_before, h_after, c_before, c_after, dh, dc):
 
 
 @triton.jit
-def gru_forward(x, a, h, c):
-    r = sigmoid(x[0] + a[0])
-    z = sigmoid(x[1] + a[1])
-    n = tanh(x[2] + r * a[2])
-    return n + z * (h - n), c, (a[2], r, z, n)
+def gru_forward(pre, h, c):
+    r = sigmoid(pre[1])
+    z = sigmoid(pre[2])
+    n = tanh(pre[3] + r * pre[0])
+    return n + z * (h - n), c, (pre[0], r, z, n)
 
 
 @triton.jit
@@ -82,11 +81,11 @@ def gru_backward(saved, h_before, h_after, c_before, c_after, dh, dc):
 
 
 @triton.jit
-def lstm_forward(x, a, h, c):
-    i = sigmoid(x[0] + a[0])
-    f = sigmoid(x[1] + a[1])
-    g = tanh(x[2] + a[2])
-    o = sigmoid(x[3] + a[3])
+def lstm_forward(pre, h, c):
+    i = sigmoid(pre[0])
+    f = sigmoid(pre[1])
+    g = tanh(pre[2])
+    o = sigmoid(pre[3])
     c = f * c + i * g
     return o * tanh(c), c, (i, f, g, o)
 

@@ -47,7 +47,12 @@ def forward(
         "gates": out.gates if save and cell.saved_gates else None,
         "cells": out.cells if save and cell.has_c else None,
     }
-    constants = {"CELL": FUNCTIONS[cell.name].forward, "G": cell.gates, "S": cell.saved_gates}
+    constants = {
+        "CELL": FUNCTIONS[cell.name].forward,
+        "G": cell.gates,
+        "S": cell.saved_gates,
+        "COLUMNS": cell.saved_gates or 1,
+    }
     _run(
         scan.scan_forward, problem, plan.forward, precision, arguments, constants,
         range(problem.timesteps),
@@ -93,6 +98,7 @@ def backward(
         "G": cell.gates,
         "S": cell.saved_gates,
         "Q": cell.grad_gates,
+        "COLUMNS": cell.grad_gates,
         # The gradients of GRU's gates face W_hh in the order n, r, z.
         "ROTATE": 2 if cell.name == "gru" else 0,
     }

@@ -57,7 +57,7 @@ def product(a, b, acc, PRECISION: tl.constexpr, SOFT_BF16: tl.constexpr):
 
 @triton.jit
 def place(t, b, length, offsets, T, B):
-    """Rows of timestep t, int64 [BLOCK_B, 1], and whether each batch row takes the step."""
+    """The first row of timestep t, int64, and whether each batch row takes the step."""
     # A tile of its own: the interpreter cannot combine a scalar condition with one of rows.
     at = tl.where(b < B, t, -1)
     taken = (at >= 0) & (at < T)
@@ -69,7 +69,7 @@ def place(t, b, length, offsets, T, B):
         first = tl.cast(t, tl.int64) * B
     if length is not None:
         taken = taken & (t < length)
-    return first + b, taken
+    return first, taken
 
 
 @triton.jit
@@ -82,29 +82,25 @@ def restarts(t, b, taken_before, direction, resets, T, B):
 
 
 @triton.jit
-def load_gates(base, row, mask, u, H, COUNT: tl.constexpr):
-    """The tiles of COUNT gates side by side in rows of `base` [N, COUNT*H]."""
-    tiles = ()
-    for g in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(base + row * (COUNT * H) + g * H + u, mask, 0.0),)
-    return tiles
+def apart(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tiles [BLOCK_B, BLOCK_H] of each gate from one with a unit's gates side by side."""
+    if COLUMNS == 4:
+        even, odd = tl.split(tl.reshape(tile, (BLOCK_B, BLOCK_H, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth
+    else:
+        return (tile,)
 
 
 @triton.jit
-def store_gates(
-    base, row, mask, u, H, tiles, COUNT: tl.constexpr, dtype: tl.constexpr, SOFT_BF16: tl.constexpr
-):
-    for g in tl.static_range(COUNT):
-        value = narrow(tiles[g], dtype, SOFT_BF16)
-        tl.store(base + row * (COUNT * H) + g * H + u, value, mask)
-
-
-@triton.jit
-def widen_all(tiles, COUNT: tl.constexpr, SOFT_BF16: tl.constexpr):
-    wide = ()
-    for g in tl.static_range(COUNT):
-        wide = wide + (widen(tiles[g], SOFT_BF16),)
-    return wide
+def together(tiles, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse of `apart`."""
+    if COLUMNS == 4:
+        even, odd = tl.join(tiles[0], tiles[2]), tl.join(tiles[1], tiles[3])
+        return tl.reshape(tl.join(even, odd), (BLOCK_B, BLOCK_H * 4))
+    else:
+        return tiles[0]
 
 
 @triton.jit
@@ -154,10 +150,11 @@ def scan_forward(
     B,
     N,
     tile0,  # the first batch tile of this launch
-    H,
+    H: tl.constexpr,  # a layer has one, and offsets become immediate
     CELL: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
+    COLUMNS: tl.constexpr,  # S, or 1 where nothing is saved: gates side by side in a product
     D: tl.constexpr,
     TILES: tl.constexpr,
     EXCHANGE: tl.constexpr,
@@ -173,38 +170,54 @@ def scan_forward(
     direction = tl.program_id(2)
     sign = 1 - 2 * direction
     side = tl.cast(direction, tl.int64)
-    b = ((tl.program_id(0) + tile0) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    # Within a tile offsets have 32 bits; what they are added to is one number with 64.
+    inner = tl.arange(0, BLOCK_B)[:, None]
+    b0 = tl.cast(tl.program_id(0) + tile0, tl.int64) * BLOCK_B
+    b = tl.cast(b0, tl.int32) + inner
     u = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
     k = tl.arange(0, BLOCK_K)
     present = b < B
     unit = u < H
-    gx += side * N * (G * H)
+    gx += (side * N + b0) * (G * H)
+    y += b0 * (D * H) + direction * H
     w += side * (G * H) * H
-    state = (side * B + b) * H
+    state = (side * B + b0) * H
+    own = inner * H + u
     if counters is not None:
         counters += direction * tl.num_programs(0) + tl.program_id(0)
     length = None
     if lengths is not None:
         length = tl.load(lengths + b, present, 0)
-    w_rows = tl.cast(u, tl.int64) * H
+    # Column j of a product is gate j % COLUMNS of unit j // COLUMNS: one product and one load make
+    # all gates, and they fall apart within the registers of a thread.
+    j = (tl.program_id(1) * (BLOCK_H * COLUMNS) + tl.arange(0, BLOCK_H * COLUMNS))[None, :]
+    gate, unit_j = j % COLUMNS, j // COLUMNS
+    known_j = unit_j < H
+    p_w, p_x = gate * H + unit_j, gate * H + unit_j
+    from_w, from_x = known_j, known_j
+    if G < COLUMNS:  # GRU: hn, r, z, n are gates 2, 0, 1 of W_hh and gates -, 0, 1, 2 of gx
+        p_w = tl.where(gate == 0, 2, gate - 1) * H + unit_j
+        p_x -= H
+        from_w, from_x = known_j & (gate < G), known_j & (gate > 0)
+    p_w = w + tl.cast(p_w, tl.int64) * H
     if RESIDENT:
         slices = ()
-        for g in tl.static_range(G):
-            for i in tl.static_range(CHUNKS):
-                k_w = (i * BLOCK_K + k)[:, None]
-                p_w = w + tl.cast(g * H, tl.int64) * H + w_rows + k_w
-                slices = slices + (tl.load(p_w, unit & (k_w < H), 0.0),)
+        for i in tl.static_range(CHUNKS):
+            k_w = (i * BLOCK_K + k)[:, None]
+            slices = slices + (tl.load(p_w + k_w, from_w & (k_w < H), 0.0),)
     if b_hn is not None:
-        b_own = tl.load(b_hn + direction * H + u, unit, 0.0).to(tl.float32)
-    h_own = tl.load(h + state + u, present & unit, 0.0)
+        b_own = tl.load(b_hn + direction * H + unit_j, known_j & (gate == 0), 0.0)
+        b_own = widen(b_own, SOFT_BF16)
+    h_own = tl.load(h + state + own, present & unit, 0.0)
     c_own = h_own
     if c is not None:
-        c_own = tl.load(c + state + u, present & unit, 0.0)
+        c_own = tl.load(c + state + own, present & unit, 0.0)
 
     t = direction * (T - 1) + sign * s0
     row_before, taken_before = place(t - sign, b, length, offsets, T, B)
     row, taken = place(t, b, length, offsets, T, B)
-    x = load_gates(gx, row, taken & unit, u, H, G)
+    p_x += inner * (G * H)
+    x = tl.load(gx + row * (G * H) + p_x, taken & from_x, 0.0)
     for s in range(s0, s1):
         t = direction * (T - 1) + sign * s
         if EXCHANGE == "launch":
@@ -212,34 +225,31 @@ def scan_forward(
         else:
             # Asked for before the wait, so that memory answers meanwhile.
             row_next, taken_next = place(t + sign, b, length, offsets, T, B)
-            x_next = load_gates(gx, row_next, taken_next & unit, u, H, G)
+            x_next = tl.load(gx + row_next * (G * H) + p_x, taken_next & from_x, 0.0)
         if resets is not None:
             restart = restarts(t, b, taken_before, direction, resets, T, B) & taken
             fresh_h = tl.zeros_like(h_own)
             if reset_h is not None:
-                fresh_h += widen(tl.load(reset_h + state + u, restart & unit, 0.0), SOFT_BF16)
+                fresh_h += widen(tl.load(reset_h + state + own, restart & unit, 0.0), SOFT_BF16)
             h_own = tl.where(restart, fresh_h, h_own)
             if c is not None:
                 fresh_c = tl.zeros_like(c_own)
                 if reset_c is not None:
-                    fresh_c += tl.load(reset_c + state + u, restart & unit, 0.0)
+                    fresh_c += tl.load(reset_c + state + own, restart & unit, 0.0)
                 c_own = tl.where(restart, fresh_c, c_own)
 
-        a = ()
-        for _ in tl.static_range(G):
-            a = a + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
+        total = tl.zeros((BLOCK_B, BLOCK_H * COLUMNS), tl.float32)
         if EXCHANGE == "registers":
             h_in = narrow(h_own, dtype, SOFT_BF16)
-            sums = ()
-            for g in tl.static_range(G):
-                sums = sums + (product(h_in, slices[g], a[g], PRECISION, SOFT_BF16),)
-            a = sums
+            total = product(h_in, slices[0], total, PRECISION, SOFT_BF16)
         else:
-            p_h = tl.where(taken_before, y + (row_before * D + direction) * H, h0 + state)
+            p_h = tl.where(
+                taken_before, y + row_before * (D * H) + inner * (D * H), h0 + state + inner * H
+            )
             known = present
             if resets is not None:
                 if reset_h is not None:
-                    p_h = tl.where(restart, reset_h + state, p_h)
+                    p_h = tl.where(restart, reset_h + state + inner * H, p_h)
                 else:
                     known = present & (restart == 0)
             if EXCHANGE == "grid":
@@ -250,37 +260,28 @@ def scan_forward(
                     k_h = (i * BLOCK_K + k)[None, :]
                     part = tl.load(p_h + k_h, known & (k_h < H), 0.0, cache_modifier=".cg")
                     h_in = h_in + (part,)
-                sums = ()
-                for g in tl.static_range(G):
-                    total = a[g]
-                    for i in tl.static_range(CHUNKS):
-                        total = product(
-                            h_in[i], slices[g * CHUNKS + i], total, PRECISION, SOFT_BF16
-                        )
-                    sums = sums + (total,)
-                a = sums
+                for i in tl.static_range(CHUNKS):
+                    total = product(h_in[i], slices[i], total, PRECISION, SOFT_BF16)
             else:
                 for k0 in range(0, H, BLOCK_K):
                     k_h = (k0 + k)[None, :]
                     k_w = (k0 + k)[:, None]
                     h_part = tl.load(p_h + k_h, known & (k_h < H), 0.0, cache_modifier=".cg")
-                    sums = ()
-                    for g in tl.static_range(G):
-                        p_w = w + tl.cast(g * H, tl.int64) * H + w_rows + k_w
-                        w_part = tl.load(p_w, unit & (k_w < H), 0.0)
-                        sums = sums + (product(h_part, w_part, a[g], PRECISION, SOFT_BF16),)
-                    a = sums
+                    w_part = tl.load(p_w + k_w, from_w & (k_w < H), 0.0)
+                    total = product(h_part, w_part, total, PRECISION, SOFT_BF16)
+        # Added afterwards: as the start of the sum it would cost exactness.
+        pre = total + widen(x, SOFT_BF16)
         if b_hn is not None:
-            a = (a[0], a[1], a[2] + b_own)
+            pre += b_own
 
-        h_new, c_new, saved = CELL(widen_all(x, G, SOFT_BF16), a, h_own, c_own)
+        h_new, c_new, saved = CELL(apart(pre, BLOCK_B, BLOCK_H, COLUMNS), h_own, c_own)
         on = taken & unit
         written = on
         h_out = h_new
         if lengths is not None:  # rows past their length are zero
             written = present & unit
             h_out = tl.where(on, h_new, 0.0)
-        p_y = y + (row * D + direction) * H + u
+        p_y = y + row * (D * H) + (inner * (D * H) + u)
         tl.store(p_y, narrow(h_out, dtype, SOFT_BF16), written)
         publish(counters, EXCHANGE)
         # What nobody waits for comes after.
@@ -288,23 +289,24 @@ def scan_forward(
         if c is not None:
             c_own = tl.where(on, c_new, c_own)
         if gates is not None:
-            kept = saved
+            kept = together(saved, BLOCK_B, BLOCK_H, COLUMNS)
+            from_row = taken
             if lengths is not None:
-                kept = ()
-                for g in tl.static_range(S):
-                    kept = kept + (tl.where(on, saved[g], 0.0),)
-            p_gates = gates + side * N * (S * H)
-            store_gates(p_gates, row, written, u, H, kept, S, dtype, SOFT_BF16)
+                kept = tl.where(taken, kept, 0.0)
+                from_row = present
+            p_gates = gates + (side * N + b0 + row) * (S * H)
+            p_gates += inner * (S * H) + gate * H + unit_j
+            tl.store(p_gates, narrow(kept, dtype, SOFT_BF16), from_row & known_j)
         if cells is not None:
             c_out = c_new
             if lengths is not None:
                 c_out = tl.where(on, c_new, 0.0)
-            tl.store(cells + (side * N + row) * H + u, c_out, written)
+            tl.store(cells + (side * N + b0 + row) * H + own, c_out, written)
         row_before, taken_before = row, taken
         row, taken, x = row_next, taken_next, x_next
-    tl.store(h + state + u, h_own, present & unit)
+    tl.store(h + state + own, h_own, present & unit)
     if c is not None:
-        tl.store(c + state + u, c_own, present & unit)
+        tl.store(c + state + own, c_own, present & unit)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -334,11 +336,12 @@ def scan_backward(
     B,
     N,
     tile0,
-    H,
+    H: tl.constexpr,  # a layer has one, and offsets become immediate
     CELL: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     Q: tl.constexpr,
+    COLUMNS: tl.constexpr,  # Q, and S where anything is saved
     D: tl.constexpr,
     TILES: tl.constexpr,
     EXCHANGE: tl.constexpr,
@@ -357,19 +360,28 @@ def scan_backward(
     direction = tl.program_id(2)
     sign = 1 - 2 * direction
     side = tl.cast(direction, tl.int64)
-    b = ((tl.program_id(0) + tile0) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    # Within a tile offsets have 32 bits; what they are added to is one number with 64.
+    inner = tl.arange(0, BLOCK_B)[:, None]
+    b0 = tl.cast(tl.program_id(0) + tile0, tl.int64) * BLOCK_B
+    b = tl.cast(b0, tl.int32) + inner
     u = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
     k = tl.arange(0, BLOCK_K)
     present = b < B
     unit = u < H
+    y += b0 * (D * H) + direction * H
     w += side * (G * H) * H
-    grad_gates += side * N * (Q * H)
-    state = (side * B + b) * H
+    grad_gates += (side * N + b0) * (Q * H)
+    state = (side * B + b0) * H
+    own = inner * H + u
     if counters is not None:
         counters += direction * tl.num_programs(0) + tl.program_id(0)
     length = None
     if lengths is not None:
         length = tl.load(lengths + b, present, 0)
+    j = (tl.program_id(1) * (BLOCK_H * COLUMNS) + tl.arange(0, BLOCK_H * COLUMNS))[None, :]
+    unit_j = j // COLUMNS
+    # Where S is not zero it is Q.
+    p_gate = inner * (Q * H) + (j % COLUMNS * H + unit_j)
     if RESIDENT:
         slices = ()
         for g in tl.static_range(G):
@@ -378,10 +390,10 @@ def scan_backward(
                 w_rows = tl.cast((g + ROTATE) % G * H, tl.int64) + k_w
                 slices = slices + (tl.load(w + w_rows * H + u, unit & (k_w < H), 0.0),)
     zero = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-    dh_own = tl.load(grad_h + state + u, present & unit, 0.0)
+    dh_own = tl.load(grad_h + state + own, present & unit, 0.0)
     dc_own = zero
     if grad_c is not None:
-        dc_own = tl.load(grad_c + state + u, present & unit, 0.0)
+        dc_own = tl.load(grad_c + state + own, present & unit, 0.0)
     reset_dh = zero
     reset_dc = zero
 
@@ -391,59 +403,66 @@ def scan_backward(
     if EXCHANGE == "registers":
         d = ()
         for g in tl.static_range(G):
-            p_d = grad_gates + row_after * (Q * H) + g * H + u
+            p_d = grad_gates + row_after * (Q * H) + (inner * (Q * H) + g * H + u)
             d = d + (tl.load(p_d, taken_after & unit, 0.0),)
-    for j in range(0, s1 - s0):
-        t = direction * (T - 1) + sign * (s1 - 1 - j)
+    for done in range(0, s1 - s0):
+        t = direction * (T - 1) + sign * (s1 - 1 - done)
         on = taken & unit
         row_before, taken_before = place(t - sign, b, length, offsets, T, B)
         if resets is not None:
             restart = restarts(t, b, taken_before, direction, resets, T, B) & taken
             restart_after = restarts(t + sign, b, taken, direction, resets, T, B) & taken_after
         # What was saved is asked for before the wait.
-        saved = ()
         if gates is not None:
-            saved = load_gates(gates + side * N * (S * H), row, on, u, H, S)
-        p_y = y + (row * D + direction) * H + u
+            p_gates = gates + (side * N + b0 + row) * (S * H) + p_gate
+            saved = tl.load(p_gates, taken & (unit_j < H), 0.0)
+        p_y = y + row * (D * H) + (inner * (D * H) + u)
         h_after = zero
         h_before = zero
         if S == 0:
             h_after = widen(tl.load(p_y, on, 0.0), SOFT_BF16)
         if Q > G:
-            p_h = tl.where(taken_before, y + (row_before * D + direction) * H, h0 + state)
+            p_h = tl.where(
+                taken_before, y + row_before * (D * H) + inner * (D * H), h0 + state + inner * H
+            )
             known = on
             if resets is not None:
                 if reset_h is not None:
-                    p_h = tl.where(restart, reset_h + state, p_h)
+                    p_h = tl.where(restart, reset_h + state + inner * H, p_h)
                 else:
                     known = on & (restart == 0)
             h_before = widen(tl.load(p_h + u, known, 0.0), SOFT_BF16)
         c_after = zero
         c_before = zero
         if cells is not None:
-            c_after = tl.load(cells + (side * N + row) * H + u, on, 0.0)
-            p_c = tl.where(taken_before, cells + (side * N + row_before) * H, c0 + state)
+            p_cells = cells + (side * N + b0) * H
+            c_after = tl.load(p_cells + row * H + own, on, 0.0)
+            p_c = tl.where(
+                taken_before, p_cells + row_before * H + inner * H, c0 + state + inner * H
+            )
             known = on
             if resets is not None:
                 if reset_c is not None:
-                    p_c = tl.where(restart, reset_c + state, p_c)
+                    p_c = tl.where(restart, reset_c + state + inner * H, p_c)
                 else:
                     known = on & (restart == 0)
             c_before = tl.load(p_c + u, known, 0.0)
         dy = zero
         if grad_y is not None:
-            dy += widen(tl.load(grad_y + (row * D + direction) * H + u, on, 0.0), SOFT_BF16)
+            p_dy = grad_y + (b0 + row) * (D * H) + (inner * (D * H) + direction * H + u)
+            dy += widen(tl.load(p_dy, on, 0.0), SOFT_BF16)
         if grad_cells is not None:
-            dc_here = tl.load(grad_cells + (side * N + row) * H + u, on, 0.0).to(tl.float32)
+            p_dc = grad_cells + (side * N + b0 + row) * H + own
+            dc_here = widen(tl.load(p_dc, on, 0.0), SOFT_BF16)
 
         through = zero
         if EXCHANGE == "registers":
             for g in tl.static_range(G):
                 through = product(d[g], slices[g], through, PRECISION, SOFT_BF16)
         else:
-            p_d = grad_gates + row_after * (Q * H)
+            p_d = grad_gates + row_after * (Q * H) + inner * (Q * H)
             if EXCHANGE == "grid":
-                wait_for(counters, j * TILES)
+                wait_for(counters, done * TILES)
             if RESIDENT:
                 parts = ()
                 for g in tl.static_range(G):
@@ -475,18 +494,19 @@ def scan_backward(
         dc = dc_own
         if grad_cells is not None:
             dc = dc_own + dc_here
+        kept = (zero,)
+        if gates is not None:
+            kept = apart(widen(saved, SOFT_BF16), BLOCK_B, BLOCK_H, COLUMNS)
         d_new, dh_before, dc_before = CELL(
-            widen_all(saved, S, SOFT_BF16), h_before, h_after, c_before, c_after, dh_own + dy, dc
+            kept, h_before, h_after, c_before, c_after, dh_own + dy, dc
         )
-        written = on
-        d_out = d_new
+        d_out = together(d_new, BLOCK_B, BLOCK_H, COLUMNS)
+        written = taken & (unit_j < H)
         if lengths is not None:  # rows past their length have no gradient
             at = tl.where(present, t, -1)
-            written = (at >= 0) & (at < T) & unit
-            d_out = ()
-            for g in tl.static_range(Q):
-                d_out = d_out + (tl.where(on, d_new[g], 0.0),)
-        store_gates(grad_gates, row, written, u, H, d_out, Q, dtype, SOFT_BF16)
+            written = (at >= 0) & (at < T) & (unit_j < H)
+            d_out = tl.where(taken, d_out, 0.0)
+        tl.store(grad_gates + row * (Q * H) + p_gate, narrow(d_out, dtype, SOFT_BF16), written)
         publish(counters, EXCHANGE)
         if EXCHANGE == "registers":
             d = ()
@@ -496,12 +516,12 @@ def scan_backward(
         dc_own = tl.where(on, dc_before, dc_own)
         row_after, taken_after = row, taken
         row, taken = row_before, taken_before
-    tl.store(grad_h + state + u, dh_own, present & unit)
+    tl.store(grad_h + state + own, dh_own, present & unit)
     if grad_c is not None:
-        tl.store(grad_c + state + u, dc_own, present & unit)
+        tl.store(grad_c + state + own, dc_own, present & unit)
     if grad_reset_h is not None:
-        p_reset = grad_reset_h + state + u
+        p_reset = grad_reset_h + state + own
         tl.store(p_reset, tl.load(p_reset, present & unit, 0.0) + reset_dh, present & unit)
     if grad_reset_c is not None:
-        p_reset = grad_reset_c + state + u
+        p_reset = grad_reset_c + state + own
         tl.store(p_reset, tl.load(p_reset, present & unit, 0.0) + reset_dc, present & unit)
