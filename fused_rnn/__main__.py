@@ -1,5 +1,5 @@
 """The command line: `python -m fused_rnn doctor` tells what this installation can do, and why not
-more."""
+more; `python -m fused_rnn tune` measures the Triton kernels' configurations on your GPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from importlib.util import find_spec
 import torch
 
 from . import __version__, dispatch, native
+from .backends.triton import tune
 from .cells import CELLS
 from .problem import Problem
 
-_VARIABLES = ("FUSED_RNN_BACKEND", "FUSED_RNN_CPU_CAPABILITY", "FUSED_RNN_SKIP_BUILD")
+_VARIABLES = (
+    "FUSED_RNN_BACKEND",
+    "FUSED_RNN_CPU_CAPABILITY",
+    "FUSED_RNN_SKIP_BUILD",
+    "FUSED_RNN_TRITON_REGIME",
+    "FUSED_RNN_TRITON_TUNING",
+    "TRITON_INTERPRET",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_rnn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="versions, libraries, devices, and what runs where")
-    parser.parse_args(arguments)
+    tuning = commands.add_parser("tune", help="measure the Triton kernels' tiles on this GPU")
+    tune.add_arguments(tuning)
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "tune":
+        return tune.main(parsed)
     for title, lines in _sections():
         print(title)
         print("".join(f"  {line}\n" for line in lines))
@@ -91,8 +103,8 @@ def _advice() -> list[str]:
             "for the CPU kernels install a C++ compiler (Debian: apt-get install g++), unset "
             "FUSED_RNN_SKIP_BUILD and install fused_rnn again"
         )
-    if torch.cuda.is_available():
-        advice.append("GPU tensors run on the reference backend: this version has no GPU kernels")
+    if torch.cuda.is_available() and not find_spec("triton"):
+        advice.append("for the GPU kernels install triton: pip install triton")
     return advice or ["nothing is missing"]
 
 

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import triton
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fused_rnn.backends.base import LayerOutput, OutputGrads
 from fused_rnn.backends.triton import launch
-from fused_rnn.backends.triton.plan import Config, PassPlan, Plan, Row, _shipped_rows
+from fused_rnn.backends.triton.plan import PassPlan, Plan, Row, _shipped_rows
 from fused_rnn.cells import DirectionWeights
 from fused_rnn.problem import Problem, Rows
 

@@ -28,7 +28,7 @@ from ..base import (
     backward_in_float32,
     forward_in_float32,
 )
-from .plan import Device, Plan, UnfitError, plan, requested_regime
+from .plan import Device, Plan, UnfitError, make_plan, requested_regime
 
 _INTERPRETER = Device("interpreter", 1 << 20, 1 << 40, True)
 
@@ -124,7 +124,7 @@ class TritonBackend(Backend):
             device = device_facts(torch.cuda.current_device())
         if _through_float32(problem):
             problem = replace(problem, dtype=torch.float32)
-        return plan(problem, device, _precision(), requested_regime())
+        return make_plan(problem, device, _precision(), requested_regime())
 
 
 def _through_float32(problem: Problem) -> bool:

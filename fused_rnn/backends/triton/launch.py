@@ -134,12 +134,13 @@ def _run(
         "BLOCK_K": config.block_k,
         "CHUNKS": -(-problem.hidden_size // config.block_k),
         "PRECISION": precision if problem.dtype == torch.float32 else "ieee",
-        "SOFT_BF16": INTERPRETED and problem.dtype == torch.bfloat16,
+        "SOFT_BF16": soft_bf16(problem.dtype),
     }
     device = arguments["y"].device
     counters = [None] * plan.launches
     if exchange == "grid":
-        count = problem.directions * plan.tiles_per_launch
+        # Whole 16 bytes for each launch: another alignment would be another kernel.
+        count = -(-problem.directions * plan.tiles_per_launch // 4) * 4
         counters = torch.zeros((plan.launches, count), dtype=torch.int32, device=device)
     options = {} if INTERPRETED else launch_options(config, exchange)
     with torch.cuda.device_of(arguments["y"]):
@@ -170,6 +171,12 @@ def _exchange(plan: PassPlan) -> str:
         # The interpreter runs one program after the other: nobody there could be waited for.
         return "launch" if INTERPRETED else "grid"
     return "registers" if config.block_k == config.block_h and config.resident else "program"
+
+
+def soft_bf16(dtype: torch.dtype) -> bool:
+    """Whether bfloat16 is made of integer operations: the interpreter rounds and multiplies it
+    wrongly."""
+    return INTERPRETED and dtype == torch.bfloat16
 
 
 def launch_options(config, exchange: str) -> dict:

@@ -112,7 +112,7 @@ def requested_regime() -> str:
     return regime
 
 
-def plan(problem: Problem, device: Device, precision: str, regime: str = "") -> Plan:
+def make_plan(problem: Problem, device: Device, precision: str, regime: str = "") -> Plan:
     """How to run a problem. A table is read once per process.
 
     Args:
@@ -147,7 +147,7 @@ def _plan_pass(
         if why := unfit(config, problem, device, which):
             refusals.append(f"{which} {name}: {why}")
             continue
-        found = _place(config, problem, device, which)
+        found = place(config, problem, device, which)
         if best is None or found.microseconds < best.microseconds:
             best = found
     if best is None:
@@ -155,7 +155,8 @@ def _plan_pass(
     return best._replace(refusals=tuple(refusals))
 
 
-def _place(config: Config, problem: Problem, device: Device, which: str) -> PassPlan:
+def place(config: Config, problem: Problem, device: Device, which: str) -> PassPlan:
+    """The tiles of a configuration that fits."""
     hidden_tiles = -(-problem.hidden_size // config.block_h)
     batch_tiles = -(-problem.batch_size // config.block_b)
     at_once = batch_tiles
@@ -233,12 +234,16 @@ def on_chip_bytes(config: Config, problem: Problem, which: str) -> int:
     size, gates = problem.dtype.itemsize, problem.cell.gates
     padded = -(-problem.hidden_size // config.block_k) * config.block_k
     operand = config.block_b * padded * size * (gates if which == "backward" else 1)
+    columns = problem.cell.saved_gates or 1
+    turned = config.block_b * config.block_h * 4 * columns
+    if which == "forward":
+        gates = columns  # GRU's product has four columns per unit
     if not config.resident:
         # Two tiles of each operand are on their way while a third is multiplied.
         stage = (config.block_b + gates * config.block_h) * config.block_k * size
-        return 3 * stage + config.block_b * config.block_h * 4
+        return 3 * stage + turned
     slice_bytes = gates * padded * config.block_h * size
-    return slice_bytes + operand + config.block_b * config.block_h * 4
+    return slice_bytes + max(operand, turned)
 
 
 class StepModel(NamedTuple):
