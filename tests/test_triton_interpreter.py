@@ -12,14 +12,20 @@ from triton_interpreter import interpreter_or_skip
 
 import fused_rnn
 from fused_rnn import testing
+from fused_rnn.backends.triton import plan as planner
+from fused_rnn.backends.triton import tune
 from fused_rnn.cells import CELLS
+from fused_rnn.problem import Problem
 from fused_rnn.testing import LayerCase
 
 interpreter_or_skip()
 
+from fused_rnn.backends.triton import launch  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 HALF = (torch.bfloat16, torch.float16)
+KERNELS = testing.TORCH_CELLS
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +46,23 @@ def _fast_cases(cell):
         ("", case(2, 2, 4, 100)),
         ("", case(1, 18, 40, 3)),
         ("", case(3, 0, 4, 5, directions=2)),
+        *_masked_cases(cell)[:3],
+    ]
+
+
+def _masked_cases(cell):
+    """Lengths, resets, states to start afresh from, and for LSTM every step's c."""
+    case = functools.partial(LayerCase, cell)
+    c = {"states": True} if CELLS[cell].has_c else {}
+    full = {"resets": True, "reset_states": True, **c}
+    return [
+        ("a", case(5, 3, 3, 7, ends=(5, 0, 3), directions=2, **full)),
+        ("b", case(3, 4, 3, 18, ends=(2, 3, 0, 1), directions=2, **full)),
+        ("c", case(4, 2, 3, 5, resets=True, directions=2)),
+        ("a", case(9, 18, 3, 5, ends=tuple(i % 10 for i in range(18)), bias=False)),
+        ("b", case(9, 5, 3, 40, resets=True, **c)),
+        ("c", case(6, 17, 3, 33, ends=tuple(i % 7 for i in range(17)), directions=2, **full)),
+        ("a", case(3, 2, 3, 4, ends=(0, 0), resets=True, reset_states=True, directions=2)),
     ]
 
 
@@ -47,12 +70,13 @@ def _half_cases(cell):
     return [
         ("a", LayerCase(cell, 4, 3, 4, 15)),
         ("b", LayerCase.packed(cell, [3, 1], 3, 20)),
+        ("c", LayerCase(cell, 3, 3, 3, 5, ends=(3, 0, 2), resets=True, reset_states=True)),
     ]
 
 
 def _slow_cases(cell):
     case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
-    shapes = ((1, 129, 17), (2, 3, 100), (33, 1, 17), (9, 33, 5), (20, 3, 31), (4, 4, 64))
+    shapes = ((1, 129, 17), (2, 3, 100), (33, 1, 17), (9, 33, 19), (20, 3, 31), (4, 4, 64))
     cases = [
         (regime, case(t, b, i, h, directions=d, bias=bias))
         for t, b, h in shapes
@@ -65,8 +89,9 @@ def _slow_cases(cell):
         for lengths in ([20] + [1] * 20, list(range(18, 0, -1)), [9, 9, 8, 4, 4, 4, 2, 1])
         for h in (1, 17, 100)
         for regime in ("a", "b", "c")
+        if h > 16 or regime != "b"
     ]
-    return cases
+    return cases + _masked_cases(cell)[3:]
 
 
 def _params(cases, dtypes, losses=("all",), marks=()):
@@ -78,7 +103,7 @@ def _params(cases, dtypes, losses=("all",), marks=()):
             id="-".join((case.cell, regime or "auto", str(dtype)[6:], str(case), loss)),
             marks=marks,
         )
-        for cell in CELLS
+        for cell in KERNELS
         for regime, case in cases(cell)
         for dtype in dtypes
         for loss in losses
@@ -113,7 +138,7 @@ def test_accuracy(regime, case, loss):
 
 @st.composite
 def _random_cases(draw):
-    cell = draw(st.sampled_from(sorted(CELLS)))
+    cell = draw(st.sampled_from(KERNELS))
     sizes = {"input_size": draw(st.integers(1, 9)), "hidden_size": draw(st.integers(8, 36))}
     options = {
         "directions": draw(st.integers(1, 2)),
@@ -121,8 +146,13 @@ def _random_cases(draw):
         "dtype": draw(st.sampled_from((torch.float32, *HALF))),
     }
     lengths = sorted(draw(st.lists(st.integers(1, 3), min_size=1, max_size=18)), reverse=True)
-    if draw(st.booleans()):
+    layout = draw(st.sampled_from(("packed", "padded", "masked")))
+    if layout == "packed":
         return LayerCase.packed(cell, lengths, *sizes.values(), **options)
+    if layout == "masked":
+        options["ends"] = tuple(draw(st.permutations(lengths)))
+        options["resets"] = draw(st.booleans())
+        options["reset_states"] = options["resets"] and draw(st.booleans())
     return LayerCase(cell, lengths[0], len(lengths), **sizes, **options)
 
 
@@ -135,7 +165,7 @@ def test_any_problem(case, regime):
     _check(regime, case)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 def test_inference_gives_the_same_bits_and_saves_nothing(cell):
     case = LayerCase(cell, 3, 2, 4, 20, directions=2)
     inputs = testing.make_inputs(case)
@@ -147,7 +177,7 @@ def test_inference_gives_the_same_bits_and_saves_nothing(cell):
     assert [tensor.numel() for tensor in saved] == [0, 0]
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
 def test_extreme_input(cell, value):
     """NaN, infinities and overflow show up in the very elements in which torch.nn has them."""
@@ -170,7 +200,7 @@ def test_small_numbers_keep_their_relative_accuracy():
     testing.assert_near("y", y, expected, 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 def test_arguments_are_left_as_they_were(cell):
     """Neither pass writes to what it was given, so that backward may be called again."""
     case = LayerCase(cell, 3, 2, 4, 20)
@@ -182,6 +212,44 @@ def test_arguments_are_left_as_they_were(cell):
     assert all(map(torch.equal, first, again))
     for name, tensor in leaves.tensors.items():
         assert torch.equal(tensor, before.tensors[name]), name
+
+
+@pytest.mark.parametrize("cell", KERNELS)
+def test_padding_is_never_read(cell):
+    """Whatever lies past the end: it reaches no result, and no gradient reaches it."""
+    case = LayerCase(cell, 4, 3, 2, 5, directions=2, ends=(4, 0, 2))
+    inputs, cotangents = testing.make_inputs(case), testing.make_cotangents(case)
+    expected = testing.results_and_grads(testing.run_layer, inputs.leaves(), cotangents)
+    padding = torch.arange(4).unsqueeze(1) >= torch.tensor(case.ends)
+    inputs.x[padding] = torch.nan
+    cotangents["y"][padding] = torch.nan
+    actual = testing.results_and_grads(testing.run_layer, inputs.leaves(), cotangents)
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+    assert not actual["y"][padding].any() and not actual["grad x"][padding].any()
+
+
+def test_tuning_ends_in_a_table_that_is_used(monkeypatch, tmp_path):
+    """All of it but the clock: here the larger tile is the faster one."""
+    monkeypatch.setattr(launch, "_exchange", lambda one: "launch")  # one process runs them all
+    path = tmp_path / "cache" / "triton.json"
+    monkeypatch.setenv("FUSED_RNN_TRITON_TUNING", str(path))
+    device = planner.Device("sm90", 132, 232448, True)
+    problem = Problem("rnn_tanh", 1, 2, 3, 40, 0, 1, True, False, True, torch.float32, "cuda")
+
+    def clock(call):
+        call()
+        return -call.args[0].block_h
+
+    monkeypatch.setattr(
+        tune, "candidates", lambda *_: [planner.Config("b", 16, h, 16, 4, False) for h in (16, 32)]
+    )
+    found = list(tune.tune([problem], device, "ieee", clock, torch.device("cpu")))
+    assert [(row.which, row.config.block_h) for row in found] == [("forward", 32), ("backward", 32)]
+    tune.write(found, path)
+    tune.write(found[:1], path)  # again: in place of the same row, beside the others
+    assert sorted(planner.read_rows(path)) == sorted(found)
+    assert planner.make_plan(problem, device, "ieee", "b").forward.config == found[0].config
 
 
 def test_a_model_with_layers_of_every_kind():

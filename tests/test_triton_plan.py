@@ -74,7 +74,7 @@ def test_every_plan_fits(cell, dtype, device):
                 found = make_plan(problem, device, "tf32")
                 for which, one in (("forward", found.forward), ("backward", found.backward)):
                     config = one.config
-                    used = planner.on_chip_bytes(config, problem, which)
+                    used = planner.on_chip_bytes(config, problem, which, device.vendor)
                     assert used <= device.shared_memory
                     assert one.hidden_tiles * config.block_h >= hidden
                     assert one.batch_tiles * config.block_b >= batch

@@ -6,6 +6,7 @@ may take the process with it:
 
     python tests/triton_ahead.py cuda:90 0 5     # the rows 0 and 5 of the table, a report per line
     python tests/triton_ahead.py --write         # every row and target: tests/triton_bounds.json
+    python tests/triton_ahead.py --write cuda:80 # of one target
 """
 
 import json
@@ -24,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fused_rnn.backends.base import LayerOutput, OutputGrads
+from fused_rnn.backends.bundles import LayerOutput, OutputGrads
 from fused_rnn.backends.triton import launch
 from fused_rnn.backends.triton.plan import PassPlan, Plan, Row, _shipped_rows
 from fused_rnn.cells import DirectionWeights
@@ -36,7 +37,6 @@ TARGETS = {
     "cuda:100": GPUTarget("cuda", 100, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_MEMORY = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
 BOUNDS = Path(__file__).with_name("triton_bounds.json")
 
 
@@ -170,18 +170,32 @@ def report(kernel) -> dict:
     }
 
 
+def rows_for(target: str) -> list[tuple[int, Row]]:
+    """The rows of the table that are for a target, with their numbers."""
+    vendor, architecture = target.split(":")
+    families = (vendor, "sm" + architecture, architecture)
+    return [(n, row) for n, row in enumerate(_shipped_rows()) if row.family in families]
+
+
+def write_bounds(targets):
+    for target in targets:
+        facts = {
+            name_of(row): report(compilation_of(row, target).compile())
+            for _, row in rows_for(target)
+        }
+        bounds = json.loads(BOUNDS.read_text()) if BOUNDS.exists() else {}
+        if bounds.get("triton") != triton.__version__:
+            bounds = {"triton": triton.__version__}
+        bounds[target] = facts
+        BOUNDS.write_text(json.dumps(bounds, indent=1) + "\n")
+
+
 def main(arguments):
     rows = _shipped_rows()
-    if arguments == ["--write"]:
-        bounds = {}
-        for target in TARGETS:
-            for number, row in enumerate(rows):
-                if row.family in (target.split(":")[0], "sm" + target.split(":")[1]):
-                    facts = report(compilation_of(row, target).compile())
-                    bounds[f"{target} {name_of(row)}"] = facts
-                    print(number, target, name_of(row), facts, flush=True)
-        BOUNDS.write_text(json.dumps(bounds, indent=1) + "\n")
+    if arguments[0] == "--write":
+        write_bounds(arguments[1:] or TARGETS)
         return
+    print(json.dumps(triton.__version__), flush=True)
     target, *numbers = arguments
     for number in map(int, numbers):
         facts = report(compilation_of(rows[number], target).compile())

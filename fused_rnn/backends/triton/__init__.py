@@ -19,15 +19,8 @@ from torch import Tensor
 
 from ...cells import DirectionWeights, is_half
 from ...problem import Problem, Rows
-from ..base import (
-    Backend,
-    InputGrads,
-    LayerOutput,
-    OutputGrads,
-    ScanGrads,
-    backward_in_float32,
-    forward_in_float32,
-)
+from ..base import Backend, backward_in_float32, forward_in_float32
+from ..bundles import InputGrads, LayerOutput, OutputGrads, ScanGrads
 from .plan import Device, Plan, UnfitError, make_plan, requested_regime
 
 _INTERPRETER = Device("interpreter", 1 << 20, 1 << 40, True)
@@ -35,6 +28,7 @@ _INTERPRETER = Device("interpreter", 1 << 20, 1 << 40, True)
 
 class TritonBackend(Backend):
     name = "triton"
+    takes_masks = True
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type == "cpu":
@@ -51,6 +45,11 @@ class TritonBackend(Backend):
             return f"needs dtype float32, bfloat16 or float16, got {problem.dtype}"
         if problem.hidden_size == 0:
             return "needs at least one hidden unit, got hidden_size=0"
+        if problem.cell_name == "gru_reset_before":
+            return (
+                "has no GRU with the reset gate before the product: a step would need a second "
+                "exchange between programs"
+            )
         if problem.proj_size:
             return (
                 f"has no projected LSTM, got proj_size={problem.proj_size}: a step would need a "

@@ -9,8 +9,9 @@ import triton
 from torch import Tensor
 
 from ...cells import DirectionWeights
-from ...problem import Problem, Rows
-from ..base import LayerOutput, OutputGrads, ScanGrads, allocate_output
+from ...problem import Masks, Problem, Rows
+from ..base import allocate_output
+from ..bundles import LayerOutput, OutputGrads, ScanGrads
 from . import scan
 from .cells import FUNCTIONS
 from .plan import PassPlan, Plan
@@ -77,21 +78,24 @@ def backward(
     grad_gates = saved.y.new_empty((problem.directions, count, cell.grad_gates * hidden))
     grad_h = _state_gradient(grads.h_n, h0)
     grad_c = _state_gradient(grads.c_n, h0) if cell.has_c else None
+    masks = rows.masks or Masks()
+    grad_reset_h = None if masks.reset_h is None else torch.zeros_like(grad_h)
+    grad_reset_c = None if masks.reset_c is None else torch.zeros_like(grad_h)
     arguments = {
         "y": saved.y.contiguous(),
         "gates": saved.gates if cell.saved_gates else None,
         "cells": saved.cells if cell.has_c else None,
         "w": _stacked([w.w_hh for w in weights]),
         "h0": h0.contiguous(),
-        "c0": c0.float().contiguous() if cell.has_c else None,
+        "c0": _contiguous(c0, torch.float32) if cell.has_c else None,
         "grad_y": None if grads.y is None else grads.y.contiguous(),
-        "grad_cells": None,
+        "grad_cells": None if grads.cells is None else grads.cells.contiguous(),
         **_row_arguments(problem, rows, h0.device),
         "grad_gates": grad_gates,
         "grad_h": grad_h,
         "grad_c": grad_c,
-        "grad_reset_h": None,
-        "grad_reset_c": None,
+        "grad_reset_h": grad_reset_h,
+        "grad_reset_c": grad_reset_c,
     }
     constants = {
         "CELL": FUNCTIONS[cell.name].backward,
@@ -106,8 +110,13 @@ def backward(
         scan.scan_backward, problem, plan.backward, precision, arguments, constants,
         range(-1, problem.timesteps),
     )  # fmt: skip
-    grad_c0 = grad_c.to(c0.dtype) if cell.has_c else None
-    return ScanGrads(grad_gates, grad_h.to(h0.dtype), grad_c0)
+    return ScanGrads(
+        gates=grad_gates,
+        h0=grad_h.to(h0.dtype),
+        c0=grad_c.to(c0.dtype) if cell.has_c else None,
+        reset_h=None if grad_reset_h is None else grad_reset_h.to(h0.dtype),
+        reset_c=None if grad_reset_c is None else grad_reset_c.to(c0.dtype),
+    )
 
 
 def _run(
@@ -208,8 +217,18 @@ def _row_arguments(problem: Problem, rows: Rows, device: torch.device) -> dict[s
         ends = torch.cumsum(rows.batch_sizes_tensor, 0)
         # Asynchronous: the host goes on as soon as the driver has a copy.
         offsets = torch.cat((ends.new_zeros(1), ends)).to(device, non_blocking=True)
-    absent = dict.fromkeys(("lengths", "resets", "reset_h", "reset_c"))
-    return {"offsets": offsets, **absent}
+    masks = rows.masks or Masks()
+    return {
+        "offsets": offsets,
+        "lengths": _contiguous(masks.lengths, torch.int64),
+        "resets": None if masks.resets is None else masks.resets.contiguous().view(torch.uint8),
+        "reset_h": _contiguous(masks.reset_h, problem.dtype),
+        "reset_c": _contiguous(masks.reset_c, torch.float32),
+    }
+
+
+def _contiguous(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
 
 
 def _hidden_bias(problem: Problem, weights: list[DirectionWeights]) -> Tensor | None:

@@ -202,8 +202,10 @@ def rule(problem: Problem, device: Device, kind: str, regime: str) -> Config:
         return Config("a", 16, padded, block_k, 8 if padded > 32 else 4, True)
     if regime == "b":
         return Config("b", 16, 16, 16 if exact else 64, 4, False)
-    block_b = 16 if problem.batch_size <= 16 else 32
-    return Config("c", block_b, 32, 16 if exact else 64, 4, False)
+    if exact:
+        return Config("c", 16, 32, 16, 8, False)
+    wide = 64 if problem.dtype.itemsize == 2 else 32
+    return Config("c", 16 if problem.batch_size <= 16 else 32, 32, wide, 8, False)
 
 
 def unfit(config: Config, problem: Problem, device: Device, which: str) -> str | None:
@@ -211,7 +213,7 @@ def unfit(config: Config, problem: Problem, device: Device, which: str) -> str |
     hidden, tiles = problem.hidden_size, -(-problem.hidden_size // config.block_h)
     if config.regime == "a" and tiles > 1:
         return f"{hidden} units are more than one program's {config.block_h}"
-    need = on_chip_bytes(config, problem, which)
+    need = on_chip_bytes(config, problem, which, device.vendor)
     if need > device.shared_memory:
         return f"needs {need} bytes on the chip, {device.family} has {device.shared_memory}"
     if config.regime != "b":
@@ -228,7 +230,7 @@ def unfit(config: Config, problem: Problem, device: Device, which: str) -> str |
     return None
 
 
-def on_chip_bytes(config: Config, problem: Problem, which: str) -> int:
+def on_chip_bytes(config: Config, problem: Problem, which: str, vendor: str = "cuda") -> int:
     """Shared memory a program takes at most: its slice of W_hh, what it multiplies it with, and
     room to turn a tile around. Tested against what the compiler reports."""
     size, gates = problem.dtype.itemsize, problem.cell.gates
@@ -239,10 +241,13 @@ def on_chip_bytes(config: Config, problem: Problem, which: str) -> int:
     if which == "forward":
         gates = columns  # GRU's product has four columns per unit
     if not config.resident:
-        # Two tiles of each operand are on their way while a third is multiplied.
+        # Tiles of both operands are on their way while others are multiplied.
+        stages = 3 if vendor == "cuda" else 2
         stage = (config.block_b + gates * config.block_h) * config.block_k * size
-        return 3 * stage + turned
+        return stages * stage + turned
     slice_bytes = gates * padded * config.block_h * size
+    if vendor == "hip" and config.regime == "b":
+        slice_bytes = 0  # in registers
     return slice_bytes + max(operand, turned)
 
 
