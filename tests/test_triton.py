@@ -220,6 +220,27 @@ def test_what_explain_prints(as_on_a_gpu):
     assert "in float32" in as_on_a_gpu.describe(_problem(cell_name="rnn_relu"))
 
 
+@needs_triton
+def test_a_refused_launch_goes_on_one_step_at_a_time(as_on_a_gpu, monkeypatch):
+    """The driver has the last word on how many programs run at once."""
+    from fused_rnn.backends.triton import launch
+
+    monkeypatch.setattr(backend, "_uncooperative", set())
+    regimes = []
+
+    def scan(problem, plan, precision):
+        regimes.append(plan.forward.config.regime)
+        if plan.forward.config.regime == "b":
+            raise launch.RefusedLaunchError("too many blocks in cooperative launch")
+        return "done"
+
+    problem = _problem(hidden_size=512)
+    with pytest.warns(RuntimeWarning, match="too many blocks in cooperative launch"):
+        assert as_on_a_gpu._run(scan, problem) == "done"
+    assert as_on_a_gpu._run(scan, problem) == "done"
+    assert regimes == ["b", "c", "c"]
+
+
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU_CASES = [
     pytest.param(regime, testing.LayerCase(cell, *sizes, dtype=dtype, device="cuda", **options),

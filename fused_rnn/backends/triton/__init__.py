@@ -10,6 +10,8 @@ CPU tensors: slow, for tests.
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -23,6 +25,8 @@ from ..base import Backend, backward_in_float32, forward_in_float32
 from ..bundles import InputGrads, LayerOutput, OutputGrads, ScanGrads
 from .plan import Device, Plan, UnfitError, make_plan, requested_regime
 
+# Devices whose driver has refused to run all programs of a launch at once.
+_uncooperative: set[int] = set()
 _INTERPRETER = Device("interpreter", 1 << 20, 1 << 40, True)
 
 
@@ -96,9 +100,7 @@ class TritonBackend(Backend):
     ) -> LayerOutput:
         from . import launch
 
-        return launch.forward(
-            problem, self._plan(problem), _precision(), gx, weights, h0, c0, rows, save
-        )
+        return self._run(launch.forward, problem, gx, weights, h0, c0, rows, save)
 
     def scan_backward(
         self,
@@ -112,15 +114,32 @@ class TritonBackend(Backend):
     ) -> ScanGrads:
         from . import launch
 
-        return launch.backward(
-            problem, self._plan(problem), _precision(), grads, weights, h0, c0, rows, saved
-        )
+        return self._run(launch.backward, problem, grads, weights, h0, c0, rows, saved)
+
+    def _run(self, scan: Callable, problem: Problem, *args):
+        from . import launch
+
+        try:
+            return scan(problem, self._plan(problem), _precision(), *args)
+        except launch.RefusedLaunchError as error:
+            # As where another process has a part of the multiprocessors. Known from here on.
+            warnings.warn(
+                f"fused_rnn: the GPU runs fewer programs at once than it has multiprocessors "
+                f"({error}); layers that need that run one step per launch",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            _uncooperative.add(torch.cuda.current_device())
+            return scan(problem, self._plan(problem), _precision(), *args)
 
     @staticmethod
     def _plan(problem: Problem) -> Plan:
         device = _INTERPRETER
         if problem.device_type == "cuda":
-            device = device_facts(torch.cuda.current_device())
+            index = torch.cuda.current_device()
+            device = device_facts(index)
+            if index in _uncooperative:
+                device = device._replace(cooperative=False)
         if _through_float32(problem):
             problem = replace(problem, dtype=torch.float32)
         return make_plan(problem, device, _precision(), requested_regime())

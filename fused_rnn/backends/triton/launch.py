@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,11 @@ from ..bundles import LayerOutput, OutputGrads, ScanGrads
 from . import scan
 from .cells import FUNCTIONS
 from .plan import PassPlan, Plan
+
+
+class RefusedLaunchError(RuntimeError):
+    """The driver does not let all programs of a launch run at once; nothing has run."""
+
 
 INTERPRETED = not isinstance(scan.scan_forward, triton.JITFunction)
 
@@ -156,19 +162,28 @@ def _run(
         for s0, s1 in _ranges(steps, exchange, kernel is scan.scan_backward):
             for launch, first in enumerate(range(0, plan.batch_tiles, plan.tiles_per_launch)):
                 tiles = min(plan.tiles_per_launch, plan.batch_tiles - first)
-                kernel[(tiles, plan.hidden_tiles, problem.directions)](
-                    **arguments,
-                    counters=counters[launch],
-                    s0=s0,
-                    s1=s1,
-                    T=problem.timesteps,
-                    B=problem.batch_size,
-                    N=arguments["y"].shape[0],
-                    tile0=first,
-                    H=problem.hidden_size,
-                    **constants,
-                    **options,
-                )
+                try:
+                    kernel[(tiles, plan.hidden_tiles, problem.directions)](
+                        **arguments,
+                        counters=counters[launch],
+                        s0=s0,
+                        s1=s1,
+                        T=problem.timesteps,
+                        B=problem.batch_size,
+                        N=arguments["y"].shape[0],
+                        tile0=first,
+                        H=problem.hidden_size,
+                        **constants,
+                        **options,
+                    )
+                except RuntimeError as error:
+                    if exchange == "grid" and _REFUSALS.search(str(error)):
+                        raise RefusedLaunchError(str(error)) from error
+                    raise
+
+
+# What the driver calls too many programs, and a device that cannot say how many are.
+_REFUSALS = re.compile("cooperative launch|operation not supported")
 
 
 def _exchange(plan: PassPlan) -> str:
