@@ -104,6 +104,26 @@ def together(tiles, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
+def load_before(before, initial, fresh, inside, taken_before, restart, present):
+    """What rows start a step from: at `before` the state after their step before, at `initial` the
+    initial one, or after a restart that at `fresh`; the last two may be None.
+
+    Loads of three places, all but one masked: to choose among pointers, AMD's compiler of Triton
+    3.7 has no way.
+    """
+    old = taken_before
+    new = present & (taken_before == 0)
+    if restart is not None:
+        old = old & (restart == 0)
+        new = new & (restart == 0)
+    value = tl.load(before, old & inside, 0.0, cache_modifier=".cg")
+    value = tl.where(new, tl.load(initial, new & inside, 0.0), value)
+    if fresh is not None:
+        value = tl.where(restart, tl.load(fresh, restart & inside, 0.0), value)
+    return value
+
+
+@triton.jit
 def wait_for(counter, target):
     """Until `target` programs of this batch tile have arrived. One thread asks, so that all leave
     the loop together."""
@@ -226,6 +246,7 @@ def scan_forward(
             # Asked for before the wait, so that memory answers meanwhile.
             row_next, taken_next = place(t + sign, b, length, offsets, T, B)
             x_next = tl.load(gx + row_next * (G * H) + p_x, taken_next & from_x, 0.0)
+        restart = None
         if resets is not None:
             restart = restarts(t, b, taken_before, direction, resets, T, B) & taken
             fresh_h = tl.zeros_like(h_own)
@@ -243,22 +264,23 @@ def scan_forward(
             h_in = narrow(h_own, dtype, SOFT_BF16)
             total = product(h_in, slices[0], total, PRECISION, SOFT_BF16)
         else:
-            p_h = tl.where(
-                taken_before, y + row_before * (D * H) + inner * (D * H), h0 + state + inner * H
-            )
-            known = present
-            if resets is not None:
-                if reset_h is not None:
-                    p_h = tl.where(restart, reset_h + state + inner * H, p_h)
-                else:
-                    known = present & (restart == 0)
+            p_y = y + row_before * (D * H) + inner * (D * H)
+            p_h0 = h0 + state + inner * H
+            p_fresh = None
+            if reset_h is not None:
+                p_fresh = reset_h + state + inner * H
             if EXCHANGE == "grid":
                 wait_for(counters, (s - s0) * TILES)
             if RESIDENT:
                 h_in = ()
                 for i in tl.static_range(CHUNKS):
                     k_h = (i * BLOCK_K + k)[None, :]
-                    part = tl.load(p_h + k_h, known & (k_h < H), 0.0, cache_modifier=".cg")
+                    p_part = None
+                    if reset_h is not None:
+                        p_part = p_fresh + k_h
+                    part = load_before(
+                        p_y + k_h, p_h0 + k_h, p_part, k_h < H, taken_before, restart, present
+                    )
                     h_in = h_in + (part,)
                 for i in tl.static_range(CHUNKS):
                     total = product(h_in[i], slices[i], total, PRECISION, SOFT_BF16)
@@ -266,7 +288,12 @@ def scan_forward(
                 for k0 in range(0, H, BLOCK_K):
                     k_h = (k0 + k)[None, :]
                     k_w = (k0 + k)[:, None]
-                    h_part = tl.load(p_h + k_h, known & (k_h < H), 0.0, cache_modifier=".cg")
+                    p_part = None
+                    if reset_h is not None:
+                        p_part = p_fresh + k_h
+                    h_part = load_before(
+                        p_y + k_h, p_h0 + k_h, p_part, k_h < H, taken_before, restart, present
+                    )
                     w_part = tl.load(p_w + k_w, from_w & (k_w < H), 0.0)
                     total = product(h_part, w_part, total, PRECISION, SOFT_BF16)
         # Added afterwards: as the start of the sum it would cost exactness.
@@ -281,8 +308,8 @@ def scan_forward(
         if lengths is not None:  # rows past their length are zero
             written = present & unit
             h_out = tl.where(on, h_new, 0.0)
-        p_y = y + row * (D * H) + (inner * (D * H) + u)
-        tl.store(p_y, narrow(h_out, dtype, SOFT_BF16), written)
+        p_out = y + row * (D * H) + (inner * (D * H) + u)
+        tl.store(p_out, narrow(h_out, dtype, SOFT_BF16), written)
         publish(counters, EXCHANGE)
         # What nobody waits for comes after.
         h_own = tl.where(on, h_new, h_own)
@@ -409,6 +436,7 @@ def scan_backward(
         t = direction * (T - 1) + sign * (s1 - 1 - done)
         on = taken & unit
         row_before, taken_before = place(t - sign, b, length, offsets, T, B)
+        restart = None
         if resets is not None:
             restart = restarts(t, b, taken_before, direction, resets, T, B) & taken
             restart_after = restarts(t + sign, b, taken, direction, resets, T, B) & taken_after
@@ -422,31 +450,26 @@ def scan_backward(
         if S == 0:
             h_after = widen(tl.load(p_y, on, 0.0), SOFT_BF16)
         if Q > G:
-            p_h = tl.where(
-                taken_before, y + row_before * (D * H) + inner * (D * H), h0 + state + inner * H
+            p_before = y + row_before * (D * H) + (inner * (D * H) + u)
+            p_fresh_h = None
+            if reset_h is not None:
+                p_fresh_h = reset_h + state + own
+            h_before = load_before(
+                p_before, h0 + state + own, p_fresh_h, unit, taken_before & taken, restart, taken
             )
-            known = on
-            if resets is not None:
-                if reset_h is not None:
-                    p_h = tl.where(restart, reset_h + state + inner * H, p_h)
-                else:
-                    known = on & (restart == 0)
-            h_before = widen(tl.load(p_h + u, known, 0.0), SOFT_BF16)
+            h_before = widen(h_before, SOFT_BF16)
         c_after = zero
         c_before = zero
         if cells is not None:
             p_cells = cells + (side * N + b0) * H
             c_after = tl.load(p_cells + row * H + own, on, 0.0)
-            p_c = tl.where(
-                taken_before, p_cells + row_before * H + inner * H, c0 + state + inner * H
-            )
-            known = on
-            if resets is not None:
-                if reset_c is not None:
-                    p_c = tl.where(restart, reset_c + state + inner * H, p_c)
-                else:
-                    known = on & (restart == 0)
-            c_before = tl.load(p_c + u, known, 0.0)
+            p_fresh_c = None
+            if reset_c is not None:
+                p_fresh_c = reset_c + state + own
+            c_before = load_before(
+                p_cells + row_before * H + own, c0 + state + own, p_fresh_c, unit,
+                taken_before & taken, restart, taken,
+            )  # fmt: skip
         dy = zero
         if grad_y is not None:
             p_dy = grad_y + (b0 + row) * (D * H) + (inner * (D * H) + direction * H + u)
