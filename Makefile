@@ -4,14 +4,18 @@
 # make test-all        all tests, then test-reference
 # make test-asan       tests of the CPU library built with gcc's address and undefined-behaviour
 #                      sanitizers, in build/asan; not part of the others
-# make bench-cpu       the CPU benchmark with its peers, and whether the targets are met
+# make bench           the CPU benchmark with every peer that installs, and all that is made of its
+#                      results: docs/performance.md, its plots, README.md's tables
+# make bench-cpu       the measurement alone, and whether the targets are met
+# make publish         docs/performance.md, plots and README.md's tables from benchmarks/results
+# make gpu             all that needs a GPU, into GPU_OUT; make gpu-wheels fetches what it takes along
 # make lint            ruff and clang-format
 # make clean           remove what was built; .venv stays (git clean -xdf removes that too)
 #
 # Each installs what it needs into .venv first. With FUSED_RNN_SKIP_BUILD=1 in the environment
 # nothing is compiled. Variables: PYTHON, PIP_ARGS, TORCH_INDEX (one more package index, as
 # https://download.pytorch.org/whl/cpu for the small build without CUDA), WORKERS, PYTEST_ARGS,
-# DEMO_ARGS, BENCH_ARGS.
+# DEMO_ARGS, BENCH_ARGS, GPU_OUT, GPU_WHEELS, GPU_PYTHON (the Python of the GPU machine), GPU_ARGS.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -20,6 +24,10 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+GPU_OUT ?= out/gpu
+GPU_WHEELS ?= out/wheels
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
@@ -35,7 +43,7 @@ BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 # Tests that need a team ask for one with torch.set_num_threads.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-reference test-asan bench-cpu lint clean
+.PHONY: demo test test-all test-reference test-asan bench bench-cpu publish gpu gpu-wheels lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
@@ -73,8 +81,29 @@ test-asan: $(INSTALLED)
 	cd build/asan && $(ASAN_ENV) $(PYTEST) --capture=sys --max-worker-restart=0 -m "not slow" \
 		$(PYTEST_ARGS) $(ASAN_TESTS)
 
+# Below ten minutes on two cores; what a busy machine does not reach by then is named.
+bench: $(INSTALLED) .venv/.peers
+	$(BIN)/python benchmarks/cpu.py --seconds 0.3 --limit 560 --save $(BENCH_ARGS)
+	$(BIN)/python benchmarks/publish.py
+
 bench-cpu: $(INSTALLED) .venv/.peers
 	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
+
+publish: $(INSTALLED) .venv/.peers
+	$(BIN)/python benchmarks/publish.py
+
+# Installs nothing: the machine may have no network. The tree brings its built libraries.
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu/campaign.py $(GPU_OUT) \
+		$(if $(wildcard $(GPU_WHEELS)),--wheels $(GPU_WHEELS)) $(GPU_ARGS)
+
+gpu-wheels: .venv/.created
+	$(PIP) pip
+	mkdir -p $(GPU_WHEELS)
+	$(BIN)/python -m pip download --disable-pip-version-check --quiet --no-deps $(PIP_ARGS) \
+		--only-binary=:all: --python-version 3.12 --implementation cp \
+		$(foreach glibc,2_28 2_27 2_17,--platform manylinux_$(glibc)_x86_64) \
+		--dest $(GPU_WHEELS) -r benchmarks/gpu/wheels.txt
 
 lint: .venv/.linters
 	$(BIN)/ruff check
@@ -105,7 +134,7 @@ $(INSTALLED): .venv/.dependencies $(BUILT_FROM)
 
 # Every name of the extra "bench", without installing the package itself again.
 .venv/.peers: .venv/.created constraints.txt
-	$(PIP) onnx onnxruntime openvino rich
+	$(PIP) jax keras matplotlib onnx onnxruntime openvino rich
 	@touch $@
 
 .venv/.linters: .venv/.created constraints.txt

@@ -1,5 +1,6 @@
 """The command line: `python -m fused_rnn doctor` tells what this installation can do, and why not
-more; `python -m fused_rnn tune` measures the Triton kernels' configurations on your GPU."""
+more; `python -m fused_rnn bench` times a layer or a model before and after conversion;
+`python -m fused_rnn tune` measures the Triton kernels' tiles on your GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from importlib.util import find_spec
 
 import torch
 
-from . import __version__, dispatch, native
+from . import __version__, bench, dispatch, native
 from .backends.triton import tune
 from .cells import CELLS
 from .problem import Problem
@@ -32,11 +33,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_rnn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="versions, libraries, devices, and what runs where")
-    tuning = commands.add_parser("tune", help="measure the Triton kernels' tiles on this GPU")
-    tune.add_arguments(tuning)
-    parsed = parser.parse_args(arguments)
-    if parsed.command == "tune":
-        return tune.main(parsed)
+    bench.add_arguments(
+        commands.add_parser("bench", help="time a layer, or your model, before and after replace")
+    )
+    tune.add_arguments(
+        commands.add_parser("tune", help="measure the Triton kernels' tiles on this GPU")
+    )
+    args = parser.parse_args(arguments)
+    if args.command == "bench":
+        return bench.run(args)
+    if args.command == "tune":
+        return tune.run(args)
     for title, lines in _sections():
         print(title)
         print("".join(f"  {line}\n" for line in lines))

@@ -135,7 +135,7 @@ def recurrent(
         input = input.transpose(0, 1)
     batch_size = 0
     if packed:
-        batch_size = _first_batch_size(batch_sizes)
+        batch_size = _first_batch_size(batch_sizes, states)
     elif input.dim() == 3:
         batch_size = input.shape[1]
     checks.recurrent_arguments(
@@ -194,7 +194,7 @@ def _masks(
     return Masks(lengths, resets)
 
 
-def _first_batch_size(batch_sizes: Tensor) -> int:
+def _first_batch_size(batch_sizes: Tensor, states: Sequence[Tensor] | None) -> int:
     """The batch size of packed rows; the values after the first are checked where they are used."""
     checks.is_dense_tensor(batch_sizes, "batch_sizes")
     if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not batch_sizes.is_cpu:
@@ -204,6 +204,14 @@ def _first_batch_size(batch_sizes: Tensor) -> int:
         )
     if batch_sizes.shape[0] == 0:
         raise RuntimeError("batch_sizes: Expected sequence length to be larger than 0 in RNN")
+    if torch.compiler.is_compiling():
+        # A number that a graph computes cannot be asked about, and breaks it where it is not
+        # compiled in full; the operator looks at it when it runs.
+        if states is not None and states[0].dim() == 3:
+            return states[0].shape[1]
+        first = batch_sizes[0].item()
+        torch._check(first >= 0)
+        return first
     first = int(batch_sizes[0])
     if first < 1:
         raise RuntimeError(f"batch_sizes: expected positive sizes, got {first} for the first step")

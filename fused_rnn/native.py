@@ -37,6 +37,11 @@ def cpu_library_error() -> str | None:
     return None
 
 
+def library_path() -> Path:
+    """Where the CPU library is, for processes that load it without this package."""
+    return _LIBRARY
+
+
 def cpu_capability() -> str:
     """The instruction set the CPU library runs with.
 

@@ -21,15 +21,16 @@ PACKAGE = ROOT / "fused_rnn"
 # where that is a package (backends).
 LAYERS = [
     {"_C"},
-    {"cells", "native"},
-    {"problem", "checks"},
+    {"cells", "native", "torchscript"},
+    {"problem", "checks", "onnx"},
     {"oracle"},
     {"backends"},
     {"dispatch"},
     {"ops", "direct"},
     {"functional"},
     {"modules"},
-    {"convert", "explain", "testing"},
+    {"convert", "explain", "export", "testing"},
+    {"bench"},
     {"__init__"},
     {"__main__"},
 ]

@@ -43,7 +43,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def main(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
     problems = [
         Problem(cell, arguments.timesteps, batch, hidden, hidden, 0, 1, True, False, True, dtype,
