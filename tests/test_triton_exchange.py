@@ -119,8 +119,7 @@ def _wait(monkeypatch, behave):
     monkeypatch.setattr(launch, "launch_options", lambda *_: {})
     for name in ("scan_forward", "scan_backward"):
         monkeypatch.setattr(scan, name, _OneProcessPerProgram(getattr(scan, name), behave))
-    soft = launch.soft_bf16
-    monkeypatch.setattr(launch, "soft_bf16", lambda dtype: soft(dtype) or dtype == torch.bfloat16)
+    monkeypatch.setattr(launch, "soft_type", {torch.bfloat16: "bf16", torch.float32: ""}.get)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -182,7 +182,7 @@ def test_inference_gives_the_same_bits_and_saves_nothing(cell):
     training = testing.run_layer(inputs.leaves())
     with torch.no_grad():
         inference = testing.run_layer(inputs)
-        saved = torch.ops.fused_rnn.layer_forward(*inputs.args[1:], cell, False, "triton")[3:]
+        saved = torch.ops.fused_rnn.layer_forward(*inputs.forward_args(False, "triton"))[3:]
     assert all(map(torch.equal, inference, training))
     assert [tensor.numel() for tensor in saved] == [0, 0]
 

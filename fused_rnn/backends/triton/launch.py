@@ -149,7 +149,7 @@ def _run(
         "BLOCK_K": config.block_k,
         "CHUNKS": -(-problem.hidden_size // config.block_k),
         "PRECISION": precision if problem.dtype == torch.float32 else "ieee",
-        "SOFT_BF16": soft_bf16(problem.dtype),
+        "SOFT": soft_type(problem.dtype),
     }
     device = arguments["y"].device
     counters = [None] * plan.launches
@@ -197,10 +197,9 @@ def _exchange(plan: PassPlan) -> str:
     return "registers" if config.block_k == config.block_h and config.resident else "program"
 
 
-def soft_bf16(dtype: torch.dtype) -> bool:
-    """Whether bfloat16 is made of integer operations: the interpreter rounds and multiplies it
-    wrongly."""
-    return INTERPRETED and dtype == torch.bfloat16
+def soft_type(dtype: torch.dtype) -> str:
+    """The type whose arithmetic kernels do not leave to the interpreter, "" for none."""
+    return "bf16" if INTERPRETED and dtype == torch.bfloat16 else ""
 
 
 def launch_options(config, exchange: str) -> dict:

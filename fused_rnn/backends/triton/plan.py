@@ -42,6 +42,8 @@ class Device(NamedTuple):
 
     @property
     def vendor(self) -> str:
+        if self.family == "interpreter":
+            return self.family
         return "hip" if self.family.startswith("gfx") else "cuda"
 
 

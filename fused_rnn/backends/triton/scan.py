@@ -28,9 +28,9 @@ VARYING = ["s0", "s1", "T", "B", "N", "tile0"]
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr, SOFT_BF16: tl.constexpr):
+def narrow(x, dtype: tl.constexpr, SOFT: tl.constexpr):
     """Rounds float32 to `dtype`, to nearest even."""
-    if SOFT_BF16:  # the interpreter truncates
+    if SOFT == "bf16":  # the interpreter truncates
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(x == x, rounded, 0x7FC0)
@@ -40,18 +40,20 @@ def narrow(x, dtype: tl.constexpr, SOFT_BF16: tl.constexpr):
 
 
 @triton.jit
-def widen(x, SOFT_BF16: tl.constexpr):
-    if SOFT_BF16:  # the same numbers as by the interpreter's own conversion, in a tenth of its time
+def widen(x, SOFT: tl.constexpr):
+    if (
+        SOFT == "bf16"
+    ):  # the same numbers as by the interpreter's own conversion, in a tenth of its time
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr, SOFT_BF16: tl.constexpr):
-    if SOFT_BF16:  # the interpreter would multiply the bits as integers
-        a = widen(a, SOFT_BF16)
-        b = widen(b, SOFT_BF16)
+def product(a, b, acc, PRECISION: tl.constexpr, SOFT: tl.constexpr):
+    if SOFT == "bf16":  # the interpreter would multiply the bits as integers
+        a = widen(a, SOFT)
+        b = widen(b, SOFT)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -184,7 +186,7 @@ def scan_forward(
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,  # tiles of BLOCK_K that make H
     PRECISION: tl.constexpr,
-    SOFT_BF16: tl.constexpr,
+    SOFT: tl.constexpr,
 ):
     dtype: tl.constexpr = y.dtype.element_ty
     direction = tl.program_id(2)
@@ -227,7 +229,7 @@ def scan_forward(
             slices = slices + (tl.load(p_w + k_w, from_w & (k_w < H), 0.0),)
     if b_hn is not None:
         b_own = tl.load(b_hn + direction * H + unit_j, known_j & (gate == 0), 0.0)
-        b_own = widen(b_own, SOFT_BF16)
+        b_own = widen(b_own, SOFT)
     h_own = tl.load(h + state + own, present & unit, 0.0)
     c_own = h_own
     if c is not None:
@@ -251,7 +253,7 @@ def scan_forward(
             restart = restarts(t, b, taken_before, direction, resets, T, B) & taken
             fresh_h = tl.zeros_like(h_own)
             if reset_h is not None:
-                fresh_h += widen(tl.load(reset_h + state + own, restart & unit, 0.0), SOFT_BF16)
+                fresh_h += widen(tl.load(reset_h + state + own, restart & unit, 0.0), SOFT)
             h_own = tl.where(restart, fresh_h, h_own)
             if c is not None:
                 fresh_c = tl.zeros_like(c_own)
@@ -261,8 +263,8 @@ def scan_forward(
 
         total = tl.zeros((BLOCK_B, BLOCK_H * COLUMNS), tl.float32)
         if EXCHANGE == "registers":
-            h_in = narrow(h_own, dtype, SOFT_BF16)
-            total = product(h_in, slices[0], total, PRECISION, SOFT_BF16)
+            h_in = narrow(h_own, dtype, SOFT)
+            total = product(h_in, slices[0], total, PRECISION, SOFT)
         else:
             p_y = y + row_before * (D * H) + inner * (D * H)
             p_h0 = h0 + state + inner * H
@@ -283,7 +285,7 @@ def scan_forward(
                     )
                     h_in = h_in + (part,)
                 for i in tl.static_range(CHUNKS):
-                    total = product(h_in[i], slices[i], total, PRECISION, SOFT_BF16)
+                    total = product(h_in[i], slices[i], total, PRECISION, SOFT)
             else:
                 for k0 in range(0, H, BLOCK_K):
                     k_h = (k0 + k)[None, :]
@@ -295,9 +297,9 @@ def scan_forward(
                         p_y + k_h, p_h0 + k_h, p_part, k_h < H, taken_before, restart, present
                     )
                     w_part = tl.load(p_w + k_w, from_w & (k_w < H), 0.0)
-                    total = product(h_part, w_part, total, PRECISION, SOFT_BF16)
+                    total = product(h_part, w_part, total, PRECISION, SOFT)
         # Added afterwards: as the start of the sum it would cost exactness.
-        pre = total + widen(x, SOFT_BF16)
+        pre = total + widen(x, SOFT)
         if b_hn is not None:
             pre += b_own
 
@@ -309,7 +311,7 @@ def scan_forward(
             written = present & unit
             h_out = tl.where(on, h_new, 0.0)
         p_out = y + row * (D * H) + (inner * (D * H) + u)
-        tl.store(p_out, narrow(h_out, dtype, SOFT_BF16), written)
+        tl.store(p_out, narrow(h_out, dtype, SOFT), written)
         publish(counters, EXCHANGE)
         # What nobody waits for comes after.
         h_own = tl.where(on, h_new, h_own)
@@ -323,7 +325,7 @@ def scan_forward(
                 from_row = present
             p_gates = gates + (side * N + b0 + row) * (S * H)
             p_gates += inner * (S * H) + gate * H + unit_j
-            tl.store(p_gates, narrow(kept, dtype, SOFT_BF16), from_row & known_j)
+            tl.store(p_gates, narrow(kept, dtype, SOFT), from_row & known_j)
         if cells is not None:
             c_out = c_new
             if lengths is not None:
@@ -379,7 +381,7 @@ def scan_backward(
     CHUNKS: tl.constexpr,
     ROTATE: tl.constexpr,  # gate g of the hidden side is gate (g + ROTATE) % G of W_hh
     PRECISION: tl.constexpr,
-    SOFT_BF16: tl.constexpr,
+    SOFT: tl.constexpr,
 ):
     """Steps s1-1 down to s0. Each turns what reaches the state after step s, through the gates of
     step s+1 and directly, into the gradients of the gates of step s."""
@@ -448,7 +450,7 @@ def scan_backward(
         h_after = zero
         h_before = zero
         if S == 0:
-            h_after = widen(tl.load(p_y, on, 0.0), SOFT_BF16)
+            h_after = widen(tl.load(p_y, on, 0.0), SOFT)
         if Q > G:
             p_before = y + row_before * (D * H) + (inner * (D * H) + u)
             p_fresh_h = None
@@ -457,7 +459,7 @@ def scan_backward(
             h_before = load_before(
                 p_before, h0 + state + own, p_fresh_h, unit, taken_before & taken, restart, taken
             )
-            h_before = widen(h_before, SOFT_BF16)
+            h_before = widen(h_before, SOFT)
         c_after = zero
         c_before = zero
         if cells is not None:
@@ -473,15 +475,15 @@ def scan_backward(
         dy = zero
         if grad_y is not None:
             p_dy = grad_y + (b0 + row) * (D * H) + (inner * (D * H) + direction * H + u)
-            dy += widen(tl.load(p_dy, on, 0.0), SOFT_BF16)
+            dy += widen(tl.load(p_dy, on, 0.0), SOFT)
         if grad_cells is not None:
             p_dc = grad_cells + (side * N + b0 + row) * H + own
-            dc_here = widen(tl.load(p_dc, on, 0.0), SOFT_BF16)
+            dc_here = widen(tl.load(p_dc, on, 0.0), SOFT)
 
         through = zero
         if EXCHANGE == "registers":
             for g in tl.static_range(G):
-                through = product(d[g], slices[g], through, PRECISION, SOFT_BF16)
+                through = product(d[g], slices[g], through, PRECISION, SOFT)
         else:
             p_d = grad_gates + row_after * (Q * H) + inner * (Q * H)
             if EXCHANGE == "grid":
@@ -495,7 +497,7 @@ def scan_backward(
                         part = tl.load(p_d + g * H + k_d, known_d, 0.0, cache_modifier=".cg")
                         parts = parts + (part,)
                 for i in tl.static_range(G * CHUNKS):
-                    through = product(parts[i], slices[i], through, PRECISION, SOFT_BF16)
+                    through = product(parts[i], slices[i], through, PRECISION, SOFT)
             else:
                 for g in tl.static_range(G):
                     for k0 in range(0, H, BLOCK_K):
@@ -505,7 +507,7 @@ def scan_backward(
                         part = tl.load(p_d + g * H + k_d, known_d, 0.0, cache_modifier=".cg")
                         w_rows = tl.cast((g + ROTATE) % G * H, tl.int64) + k_w
                         w_part = tl.load(w + w_rows * H + u, unit & (k_w < H), 0.0)
-                        through = product(part, w_part, through, PRECISION, SOFT_BF16)
+                        through = product(part, w_part, through, PRECISION, SOFT)
         # Added afterwards: as the start of the sum it would cost exactness.
         dh_own = through + dh_own
         if resets is not None:
@@ -519,7 +521,7 @@ def scan_backward(
             dc = dc_own + dc_here
         kept = (zero,)
         if gates is not None:
-            kept = apart(widen(saved, SOFT_BF16), BLOCK_B, BLOCK_H, COLUMNS)
+            kept = apart(widen(saved, SOFT), BLOCK_B, BLOCK_H, COLUMNS)
         d_new, dh_before, dc_before = CELL(
             kept, h_before, h_after, c_before, c_after, dh_own + dy, dc
         )
@@ -529,12 +531,12 @@ def scan_backward(
             at = tl.where(present, t, -1)
             written = (at >= 0) & (at < T) & (unit_j < H)
             d_out = tl.where(taken, d_out, 0.0)
-        tl.store(grad_gates + row * (Q * H) + p_gate, narrow(d_out, dtype, SOFT_BF16), written)
+        tl.store(grad_gates + row * (Q * H) + p_gate, narrow(d_out, dtype, SOFT), written)
         publish(counters, EXCHANGE)
         if EXCHANGE == "registers":
             d = ()
             for g in tl.static_range(G):
-                d = d + (narrow(tl.where(on, d_new[g], 0.0), dtype, SOFT_BF16),)
+                d = d + (narrow(tl.where(on, d_new[g], 0.0), dtype, SOFT),)
         dh_own = tl.where(on, dh_before, dh_own)
         dc_own = tl.where(on, dc_before, dc_own)
         row_after, taken_after = row, taken
