@@ -76,6 +76,46 @@ struct GruCell {
   }
 };
 
+// Both ways in two parts, with a product in between: r and z come first, then W_hn takes r * h_prev
+// to n; backward, the gradient of n comes before that of r.
+template <class Math>
+struct GruResetBeforeCell {
+  using Value = typename Math::Value;
+  static constexpr int kGates = 3;
+  static constexpr int kSavedGates = 3;
+  static constexpr int kGradGates = 3;
+  static constexpr bool kHasC = false;
+  static constexpr bool kUsesPreviousH = true;
+
+  // Returns r * h_prev.
+  static inline Value forward_gates(const Value* gx, const Value* gh, Value h_prev, Value& r,
+                                    Value& z) {
+    r = Math::sigmoid(gx[0] + gh[0]);
+    z = Math::sigmoid(gx[1] + gh[1]);
+    return r * h_prev;
+  }
+
+  static inline Value forward_candidate(Value gx, Value gh, Value h_prev, Value z, Value& n) {
+    n = Math::tanh(gx + gh);
+    return z * (h_prev - n) + n;
+  }
+
+  // All but grads[0].
+  static inline void backward(const Value* saved, Value, Value h_prev, Value, Value, Value d_h,
+                              Value& carry, Value* grads) {
+    const Value z = saved[1], n = saved[2];
+    grads[1] = d_h * (h_prev - n) * z * (1.0f - z);
+    grads[2] = d_h * (1.0f - z) * (1.0f - n * n);
+    carry = d_h * z;
+  }
+
+  // Returns grads[0]. d_product: gradient of r * h_prev; carry: in and out.
+  static inline Value backward_reset(Value r, Value h_prev, Value d_product, Value& carry) {
+    carry = d_product * r + carry;
+    return d_product * h_prev * r * (1.0f - r);
+  }
+};
+
 template <class Math>
 struct LstmCell {
   using Value = typename Math::Value;

@@ -10,7 +10,7 @@
 namespace fused_rnn {
 
 // In the order of `index` in fused_rnn/cells.py.
-enum class CellKind { rnn_tanh, rnn_relu, gru, lstm };
+enum class CellKind { rnn_tanh, rnn_relu, gru, lstm, gru_reset_before };
 
 // Step t owns rows [offset(t), offset(t) + batch_size(t)); the batch never grows with t.
 struct RowLayout {
@@ -32,6 +32,10 @@ struct LayerShape {
 
 static constexpr bool projected(const LayerShape& s) { return s.output != s.hidden; }
 
+static constexpr bool reset_before(const LayerShape& s) {
+  return s.cell == CellKind::gru_reset_before;
+}
+
 // The facts of cells.h that sizes depend on.
 struct CellSizes {
   int64_t gates, saved_gates, grad_gates;
@@ -44,6 +48,8 @@ static constexpr CellSizes cell_sizes(CellKind cell) {
       return {3, 4, 4, false};
     case CellKind::lstm:
       return {4, 4, 4, true};
+    case CellKind::gru_reset_before:
+      return {3, 3, 3, false};
     default:
       return {1, 0, 1, false};
   }

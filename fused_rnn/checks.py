@@ -240,6 +240,13 @@ def reset_states(
     _state_shapes(cell, given, leading, first.shape[0] // cell.gates, out, first, "reset_hx")
 
 
+def parameter(tensor: Tensor, name: str, shape: tuple[int, ...], like: Tensor) -> None:
+    """A parameter that torch.nn has not is of that shape, and of the dtype and device of `like`."""
+    if tensor.shape != shape:
+        raise RuntimeError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    _same_kind(tensor, name, like.dtype, like.device)
+
+
 def _same_kind(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> None:
     if tensor.dtype != dtype:
         raise RuntimeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")

@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from . import modules
+from .regularised import PLAIN
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
@@ -157,7 +158,7 @@ def _option_of_ours(module: torch.nn.Module) -> str:
     for option, plain in (("reset_after", True), ("stateful", False)):
         if getattr(module, option, plain) != plain:
             return f"{option}={not plain}"
-    return ""
+    return ", ".join(getattr(module, "_regularisation", PLAIN).changes())
 
 
 def _class_name(value: object) -> str:

@@ -85,11 +85,17 @@ def is_redirected(name: str) -> bool:
 def reasons(problem: Problem) -> list[tuple[str, str | None]]:
     """Every backend in order of preference, with why it does not take the problem by itself (None:
     it does)."""
-    return [(b.name, _refusal(b, problem)) for b in BACKENDS.values()]
+    return [(b.name, _automatic_refusal(b, problem)) for b in BACKENDS.values()]
 
 
 def _refusal(candidate: Backend, problem: Problem) -> str | None:
-    return candidate.unsupported(problem) or candidate.only_by_name(problem)
+    if problem.extras and candidate.name != "reference":
+        return f"has no kernel for {', '.join(problem.extras)}"
+    return candidate.unsupported(problem)
+
+
+def _automatic_refusal(candidate: Backend, problem: Problem) -> str | None:
+    return _refusal(candidate, problem) or candidate.only_by_name(problem)
 
 
 def select(problem: Problem, name: str = "") -> Backend:
@@ -120,7 +126,7 @@ def recording(recorder: _Recorder) -> Iterator[None]:
 
 def _forced_backend(problem: Problem, name: str) -> Backend:
     chosen = BACKENDS[name]
-    if reason := chosen.unsupported(problem):
+    if reason := _refusal(chosen, problem):
         raise UnsupportedProblemError(
             f"backend {name!r} was asked for by name but cannot take this layer: {reason}"
         )
@@ -129,7 +135,7 @@ def _forced_backend(problem: Problem, name: str) -> Backend:
 
 def _first_backend(problem: Problem) -> Backend:
     for candidate in BACKENDS.values():
-        if _refusal(candidate, problem) is None:
+        if _automatic_refusal(candidate, problem) is None:
             if candidate.name == "reference" and problem.device_type == "cuda":
                 _warn_slow(problem)
             return candidate

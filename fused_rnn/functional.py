@@ -1,8 +1,9 @@
 """Recurrent networks as functions of tensors: stacks of layers, dropout, projections, packed rows.
 
 Weights come as one flat list in the order of torch.nn's `_flat_weights`: layer after layer,
-forward direction before reverse, each w_ih [G*H, I], w_hh [G*H, P][, b_ih, b_hh [G*H]]
-[, w_hr [P, H]]; G gates, H hidden_size, P proj_size or H.
+forward direction before reverse, each w_ih [G*H, I], w_hh [G*H, P], then b_ih and b_hh [G*H] if
+there are biases, then w_hr [P, H] if there is a projection; G gates, H hidden_size, P proj_size or
+H.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing_extensions import Unpack
 
 from . import checks, ops
 from .cells import CELLS
+from .general_scan import GeneralScan
 from .problem import Masks
 
 
@@ -45,7 +47,7 @@ def rnn_tanh(
         input: [T, B, I], [B, T, I] with `batch_first`, or packed rows [N, I] with `batch_sizes`.
         hx: [num_layers*D, B, H], or None for zeros; D is 2 when bidirectional, else 1.
         weights: see the module's docstring.
-        options: see `Options`; what they mean is told at :class:`fused_rnn.RNN`.
+        options: see `Options`; what they mean is told at `fused_rnn.RNN`.
 
     Returns:
         output [T, B, D*H] (laid out as `input` is) and h_n [num_layers*D, B, H]. With
@@ -120,8 +122,12 @@ def recurrent(
     reset_hx=None,
     return_states: bool = False,
     recompute: bool = False,
+    general: GeneralScan | None = None,
 ):
-    """Layers of the cell of that name in `cells.CELLS`; see the functions above."""
+    """Layers of the cell of that name in `cells.CELLS`; see the functions above.
+
+    `general`: the recurrence where it is not the cell's own, see `fused_rnn.general_scan`.
+    """
     cell, directions = CELLS[cell_name], 2 if bidirectional else 1
     packed = batch_sizes is not None
     checks.is_dense_tensor(input, "input")
@@ -158,7 +164,8 @@ def recurrent(
         layer_weights = list(weights[layer * per_layer : (layer + 1) * per_layer])
         if reset_states is not None:
             masks = Masks(masks.lengths, masks.resets, *(s[span] for s in reset_states))
-        x, *final, cells = ops.layer(
+        run = ops.layer if general is None else general.layer(layer)
+        x, *final, cells = run(
             cell_name, x, h0, c0, layer_weights, batch_sizes, masks,
             states=return_states, recompute=recompute,
         )  # fmt: skip

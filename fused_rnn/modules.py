@@ -6,17 +6,26 @@ and torch.nn.RNNCellBase's own; `forward` is ours.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Unpack
 
 from . import checks, direct, functional, torchscript
 from .cells import CELLS, Cell
+from .regularised import (
+    NAMES,
+    PLAIN,
+    Regularisation,
+    RegularisationOptions,
+    RegularisedLayers,
+)
 
 
-class _RecurrentLayers(torchscript.NotScriptable, torch.nn.RNNBase):
+class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RNNBase):
     """What RNN, GRU and LSTM share: every form of input torch.nn takes.
 
     A subclass of RNNBase and not of nn.LSTM and friends: torch.compile breaks the graph at
@@ -29,11 +38,19 @@ class _RecurrentLayers(torchscript.NotScriptable, torch.nn.RNNBase):
     recompute = False
     stateful = False
 
-    def __init__(self, *args, recompute: bool = False, stateful: bool = False, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        recompute: bool = False,
+        stateful: bool = False,
+        **kwargs,
+    ) -> None:
         for name, value in (("recompute", recompute), ("stateful", stateful)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+        options = Regularisation(**{name: kwargs.pop(name) for name in NAMES if name in kwargs})
         super().__init__(*args, **kwargs)
+        self._regularise(options)
         if recompute:
             self.recompute = True
         if stateful:
@@ -44,7 +61,7 @@ class _RecurrentLayers(torchscript.NotScriptable, torch.nn.RNNBase):
     def extra_repr(self) -> str:
         options = ("recompute", "stateful")
         extras = [f"{name}=True" for name in options if getattr(self, name)]
-        return ", ".join([super().extra_repr(), *extras])
+        return ", ".join([super().extra_repr(), *extras, *self._regularisation.given()])
 
     def flatten_parameters(self) -> None:
         """Does nothing: weights are read where they lie. Here because torch.nn has it."""
@@ -68,6 +85,8 @@ class _RecurrentLayers(torchscript.NotScriptable, torch.nn.RNNBase):
         if self.stateful:
             hx = self._carried(input) if hx is None else hx
         plain = lengths is None and resets is None and reset_hx is None and not return_states
+        options = self._regularisation
+        plain = plain and (options is PLAIN or options.is_idle(self.training))
         result = direct.layers(self, input, hx) if plain else None
         if result is None:
             masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
@@ -78,11 +97,13 @@ class _RecurrentLayers(torchscript.NotScriptable, torch.nn.RNNBase):
 
     def _traced(self, input, hx, masks: dict[str, Any], return_states: bool):
         own = return_states or any(mask is not None for mask in masks.values())
-        if own or self._cell().name == "gru_reset_before":
+        regularised = not self._regularisation.is_idle(self.training)
+        if own or regularised or self._cell().name == "gru_reset_before":
+            options = "".join(f", {option}" for option in self._regularisation.changes())
             raise RuntimeError(
                 f"torch.jit.trace of fused_rnn.{self._torch_class.__name__}: expected no lengths, "
-                "resets, reset_hx, return_states and reset_after=False, which torch.nn does not "
-                "have; use torch.export"
+                f"resets, reset_hx, return_states and reset_after=False{options}, which torch.nn "
+                "does not have; use torch.export"
             )
         names = self._flat_weights_names
         return torchscript.traced(self, self._torch_class, names, input, hx)
@@ -149,15 +170,13 @@ class _RecurrentLayers(torchscript.NotScriptable, torch.nn.RNNBase):
         return tuple(data.new_zeros((layers, batch_size, w)) for w in widths[: 1 + cell.has_c])
 
     def _run(self, cell, input, hx, masks, return_states, batch_sizes=None):
-        # By name, not from _flat_weights: a parametrization or functional_call may be in place.
-        weights = [getattr(self, name) for name in self._flat_weights_names]
         if hx is not None and not cell.has_c:
             hx = hx[0]
         output, states, *histories = functional.recurrent(
             cell.name,
             input,
             hx,
-            weights,
+            self._weights(),
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             dropout=self.dropout,
@@ -166,6 +185,7 @@ class _RecurrentLayers(torchscript.NotScriptable, torch.nn.RNNBase):
             batch_sizes=batch_sizes,
             return_states=return_states,
             recompute=self.recompute,
+            general=self._general_scan(),
             **masks,
         )
         return output, states if cell.has_c else (states,), *histories
@@ -203,7 +223,7 @@ _NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"
 class RNN(_RecurrentLayers):
     r"""Elman layers, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu for tanh.
 
-    A drop-in replacement for :class:`torch.nn.RNN`: same arguments, parameters, initialisation
+    A drop-in replacement for `torch.nn.RNN`: same arguments, parameters, initialisation
     from the same seed, and results.
 
     Args:
@@ -221,6 +241,23 @@ class RNN(_RecurrentLayers):
         stateful: whether a call without hx goes on where the call before it ended. The states
             are kept detached, in buffers that move with the module and are not saved with it;
             `reset_states()` forgets them.
+        recurrent_dropout: probability p, in training, of dropping a unit of h from the product
+            W_hh h: W_hh (m * h_{t-1}), m 0 or 1/(1-p), drawn once a call for each row of the
+            batch and unit, the same at all steps and for all gates (Gal and Ghahramani 2016 with
+            tied weights). What goes past the product, as z_t * h_{t-1} of a GRU, is h itself.
+            Keras' argument of that name differs in that each gate has a mask of its own.
+        zoneout: probability p, in training, that a unit keeps its old state instead of taking
+            the new one, drawn for each step (Krueger et al. 2017). In eval mode the expectation,
+            p * h_{t-1} + (1 - p) * h_t.
+        weight_dropout: probability p, in training, of dropping an element of W_hh for a whole
+            call; the others are divided by 1 - p (Merity et al. 2018). Runs on every kernel.
+        init: "uniform" as torch.nn has it, or "orthogonal": W_hh orthogonal (Saxe et al. 2014),
+            W_ih Glorot uniform, both gate by gate, and biases zero.
+
+        All masks are drawn by torch's global generator on the way: weight dropout's for all
+        layers, then layer by layer and direction by direction recurrent dropout's and zoneout's
+        for h and for c, and after each layer that of `dropout`. The three probabilities can be
+        changed later, as attributes.
 
     Inputs:
         input: [T, B, I] (or [B, T, I]), [T, I] unbatched, or a PackedSequence. The dtype is the
@@ -272,9 +309,9 @@ class RNN(_RecurrentLayers):
         *,
         recompute: bool = False,
         stateful: bool = False,
-        **kwargs,
+        **options: Unpack[RegularisationOptions],
     ) -> None:
-        _reject(kwargs, "RNN")
+        _reject(options, "RNN")
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(
                 f"Unknown nonlinearity {nonlinearity!r}. Select from 'tanh' or 'relu'."
@@ -284,7 +321,7 @@ class RNN(_RecurrentLayers):
         super().__init__(
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first,
             dropout, bidirectional, device=device, dtype=dtype, recompute=recompute,
-            stateful=stateful,
+            stateful=stateful, **options,
         )  # fmt: skip
 
 
@@ -296,12 +333,16 @@ class GRU(_RecurrentLayers):
     n_t = tanh(W_in x_t + b_in + r_t * (W_hn h_{t-1} + b_hn))
     h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
-    A drop-in replacement for :class:`torch.nn.GRU`. Arguments, inputs, results and errors are
-    those of :class:`RNN`, without `nonlinearity`, and
+    A drop-in replacement for `torch.nn.GRU`. Arguments, inputs, results and errors are
+    those of `RNN`, without `nonlinearity`, and
 
     Args:
         reset_after: without it the reset gate comes before the product, as in the first paper
             and in much teaching code: n_t = tanh(W_in x_t + b_in + W_hn (r_t * h_{t-1}) + b_hn).
+        layer_norm: whether to normalise the products (Ba et al. 2016): W_ih x by LN(W_ih x), and
+            W_hh h likewise, r and z together, n by itself. LN(v) = g * (v - mean) / sqrt(var +
+            1e-5) over the units, with gains g of its own for each; biases come after it. The
+            gains are the parameters ln_ih_weight_l0 and ln_hh_weight_l0 [3*H], and so on.
 
     z_t keeps the old state, here as in torch.nn. Where a text has h_t = z_t * n_t +
     (1 - z_t) * h_{t-1}, the rows of its z, of both weights and biases, change their sign.
@@ -330,14 +371,14 @@ class GRU(_RecurrentLayers):
         reset_after: bool = True,
         recompute: bool = False,
         stateful: bool = False,
-        **kwargs,
+        **options: Unpack[RegularisationOptions],
     ) -> None:
-        _reject(kwargs, "GRU")
+        _reject(options, "GRU")
         if not isinstance(reset_after, bool):
             raise TypeError(f"reset_after: expected a bool, got {type(reset_after).__name__}")
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            device=device, dtype=dtype, recompute=recompute, stateful=stateful,
+            device=device, dtype=dtype, recompute=recompute, stateful=stateful, **options,
         )  # fmt: skip
         if not reset_after:
             self.mode = CELLS["gru_reset_before"].torch_mode
@@ -361,11 +402,21 @@ class LSTM(_RecurrentLayers):
     c_t = f_t * c_{t-1} + i_t * g_t
     h_t = o_t * tanh(c_t), times W_hr where proj_size > 0
 
-    A drop-in replacement for :class:`torch.nn.LSTM`. Arguments, inputs, results and errors are
-    those of :class:`RNN`, with these differences.
+    A drop-in replacement for `torch.nn.LSTM`. Arguments, inputs, results and errors are
+    those of `RNN`, with these differences.
 
     Args:
         proj_size: if positive, the size P < H of the states h and of the output; else P is H.
+        zoneout: also a pair, the probabilities for h and for c. With one number it is that of
+            both. h is made from the new c, whether c keeps its old value or not.
+        layer_norm: as for :class:`GRU`, all gates together, and h_t = o_t * tanh(LN(c_t)), with
+            the parameters ln_ih_weight_l0, ln_hh_weight_l0 [4*H], and ln_c_weight_l0 and (with
+            biases) ln_c_bias_l0 [H].
+        peepholes: whether gates see c (Gers et al. 2002, Graves 2013): p_i * c_{t-1} is added
+            inside i_t, p_f * c_{t-1} inside f_t, p_o * c_t inside o_t. The parameter
+            weight_peephole_l0 [3*H] has p_i, p_f, p_o.
+        forget_bias: what the bias of f starts at, in b_if, with b_hf zero (Gers et al. 2000;
+            1.0 in Jozefowicz et al. 2015).
 
     Inputs:
         hx: a pair (h_0 [D*L, B, P], c_0 [D*L, B, H]), or None for zeros.
@@ -399,19 +450,23 @@ class LSTM(_RecurrentLayers):
         *,
         recompute: bool = False,
         stateful: bool = False,
+        **options: Unpack[RegularisationOptions],
     ) -> None:
+        _reject(options, "LSTM")
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, proj_size, device=device, dtype=dtype, recompute=recompute,
-            stateful=stateful,
+            stateful=stateful, **options,
         )  # fmt: skip
 
 
-def _reject(kwargs: dict[str, Any], owner: str) -> None:
-    if "proj_size" in kwargs:
+def _reject(options: Mapping[str, Any], owner: str) -> None:
+    """Those that are nobody's."""
+    if "proj_size" in options:
         raise ValueError(_NO_PROJECTION)
-    if kwargs:
-        raise TypeError(f"{owner}: unexpected keyword argument {next(iter(kwargs))!r}")
+    for name in options:
+        if name not in NAMES:
+            raise TypeError(f"{owner}: unexpected keyword argument {name!r}")
 
 
 class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
@@ -456,9 +511,9 @@ class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
 
 
 class RNNCell(_RecurrentCell):
-    r"""One step of an :class:`RNN`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu.
+    r"""One step of an `RNN`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu.
 
-    A drop-in replacement for :class:`torch.nn.RNNCell`.
+    A drop-in replacement for `torch.nn.RNNCell`.
 
     Args:
         input_size, hidden_size: I and H.
@@ -500,9 +555,9 @@ class RNNCell(_RecurrentCell):
 
 
 class GRUCell(_RecurrentCell):
-    r"""One step of a :class:`GRU`. A drop-in replacement for :class:`torch.nn.GRUCell`.
+    r"""One step of a `GRU`. A drop-in replacement for `torch.nn.GRUCell`.
 
-    Arguments, inputs and results are those of :class:`RNNCell`, without `nonlinearity`.
+    Arguments, inputs and results are those of `RNNCell`, without `nonlinearity`.
 
     Example:
         >>> GRUCell(10, 20)(torch.randn(10)).shape
@@ -519,9 +574,9 @@ class GRUCell(_RecurrentCell):
 
 
 class LSTMCell(_RecurrentCell):
-    r"""One step of an :class:`LSTM`. A drop-in replacement for :class:`torch.nn.LSTMCell`.
+    r"""One step of an `LSTM`. A drop-in replacement for `torch.nn.LSTMCell`.
 
-    Arguments and inputs are those of :class:`GRUCell`, but hx is a pair (h, c), each [B, H] or
+    Arguments and inputs are those of `GRUCell`, but hx is a pair (h, c), each [B, H] or
     [H], and so is the result.
 
     Example:

@@ -13,6 +13,7 @@ H), D directions, G gates. Sequences are [T, B, ...], or [N, ...] with `batch_si
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from . import dispatch, onnx
 from .backends.base import LayerOutput, Needs, OutputGrads
 from .cells import CELLS, DirectionWeights, state_dtype
+from .oracle import Recurrence, plain_recurrence
 from .oracle import run as oracle_run
 from .problem import Masks, Problem, Rows
 
@@ -97,13 +99,13 @@ def layer(
         if onnx.is_exporting():
             return onnx_layer(cell, x, h0, c0, weights, batch_sizes, masks, states)
         # An exported program is trained through the operator's Autograd kernel, or not at all.
-        save = states or (torch.is_grad_enabled() and not torch.compiler.is_exporting())
+        save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         out = torch.ops.fused_rnn.layer_forward(*inputs, cell, save, states, recompute, "")
     elif _needs_oracle(x):
         return oracle(cell, x, h0, c0, weights, batch_sizes, masks, states=states)
     else:
         backend = dispatch.requested() or "auto"
-        out = _layer_autograd(*inputs, cell, states, states, recompute, backend)
+        out = _layer_autograd(*inputs, cell, False, states, recompute, backend)
     y, h_n, c_n, _, cells = out
     if not states:
         cells = None
@@ -149,12 +151,15 @@ def oracle(
     masks: Masks | None = None,
     *,
     states: bool = False,
+    recurrence: Callable[..., Recurrence] = plain_recurrence,
 ) -> LayerResult:
     """What `layer` computes, by plain torch operations (see `fused_rnn.oracle`)."""
     rows, by_direction = _layout(cell, x, h0, c0, weights, batch_sizes, masks)
     initial = (h0,) if c0 is None else (h0, c0)
     x_rows = _rows_of(x, rows.packed)
-    (y, *cells), (h_n, *c_n) = oracle_run(CELLS[cell], x_rows, initial, by_direction, rows)
+    (y, *cells), (h_n, *c_n) = oracle_run(
+        CELLS[cell], x_rows, initial, by_direction, rows, recurrence
+    )
     if not rows.packed:
         y, *cells = y.unflatten(0, x.shape[:2]), *(c.unflatten(1, x.shape[:2]) for c in cells)
     return LayerResult(y, h_n, c_n[0] if c_n else None, cells[0] if states and cells else None)
@@ -249,9 +254,8 @@ def _forward_impl(
     rows, by_direction = _layout(*inputs)
     chosen = dispatch.select(problem, backend)
     out = chosen.forward(
-        problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows,
-        states or (save and not recompute),
-    )  # fmt: skip
+        problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save and not recompute
+    )
     y = out.y if problem.packed else _unflatten(out.y, x)
     return y, out.h_n, out.c_n, out.gates, out.cells
 
@@ -264,15 +268,14 @@ def _forward_fake(
     directions, batch, out = h0.shape
     hidden = weights[1].shape[0] // spec.gates
     count = math.prod(x.shape[:-1])  # Size.numel would make the sizes constants
-    save = states or (save and not recompute)
+    save = save and not recompute
+    keep_cells = spec.has_c and (save or states)
     return (
         x.new_empty((*x.shape[:-1], directions * out)),
         x.new_empty((directions, batch, out)),
         x.new_empty((directions, batch, hidden * spec.has_c)),
         x.new_empty((directions, count, hidden * spec.saved_gates * save)),
-        x.new_empty(
-            (directions, count, hidden * (spec.has_c and save)), dtype=state_dtype(x.dtype)
-        ),
+        x.new_empty((directions, count, hidden * keep_cells), dtype=state_dtype(x.dtype)),
     )
 
 
@@ -287,7 +290,7 @@ def _backward_impl(
     x_rows = _rows_of(x, problem.packed)
     chosen = dispatch.select(problem, backend)
     saved = LayerOutput(_rows_of(y, problem.packed), None, None, gates, cells)
-    if recompute and not states:
+    if recompute:
         saved = chosen.forward(problem, x_rows, by_direction, h0, c0, rows, True)
     result = chosen.backward(
         problem,

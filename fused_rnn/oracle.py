@@ -6,6 +6,7 @@ the operators fall back on there, and what every backend is tested against. Slow
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,28 @@ class Histories(NamedTuple):
     finals: States  # [D, B, P] and [D, B, H]
 
 
+class Recurrence(NamedTuple):
+    """One direction of a layer, as functions of tensors."""
+
+    project: Callable[[Tensor], Tensor]  # x [N, I] -> gx [N, G*H]
+    step: Callable[[int, Tensor, States], States]  # t, gx [b, G*H], the states before -> after
+
+
+def plain_recurrence(cell: Cell, direction: int, w: DirectionWeights) -> Recurrence:
+    """What `cells` has for the cell."""
+    return Recurrence(
+        lambda x: torch.nn.functional.linear(x, w.w_ih, w.b_ih),
+        lambda t, gx, states: cell.step(gx, states, w),
+    )
+
+
 def run(
-    cell: Cell, x: Tensor, initial: States, weights: list[DirectionWeights], rows: Rows
+    cell: Cell,
+    x: Tensor,
+    initial: States,
+    weights: list[DirectionWeights],
+    rows: Rows,
+    recurrence: Callable[[Cell, int, DirectionWeights], Recurrence] = plain_recurrence,
 ) -> Histories:
     """x [N, I]; initial h [D, B, P] and for LSTM c [D, B, H]."""
     masks = rows.masks or Masks()
@@ -35,13 +56,14 @@ def run(
         x = torch.where(taken.flatten().unsqueeze(1), x, 0)
     directions = []
     for d, w in enumerate(weights):
-        gx = torch.nn.functional.linear(x, w.w_ih, w.b_ih).split(rows.batch_sizes)
+        project, step = recurrence(cell, d, w)
         fresh = [
             torch.zeros_like(s[d]) if r is None else r[d]
             for s, r in zip(initial, (masks.reset_h, masks.reset_c), strict=False)
         ]
         course = _Course(rows, d == 1, taken, masks.restarts(d == 1), fresh)
-        directions.append(_scan(cell, gx, tuple(s[d] for s in initial), w, course))
+        gx = project(x).split(rows.batch_sizes)
+        directions.append(_scan(step, gx, tuple(s[d] for s in initial), course))
     (h, *c), finals = (list(zip(*parts, strict=True)) for parts in zip(*directions, strict=True))
     rows_of = (torch.cat(h, -1), *map(torch.stack, c))
     return Histories(rows_of, tuple(map(torch.stack, finals)))
@@ -58,7 +80,10 @@ class _Course(NamedTuple):
 
 
 def _scan(
-    cell: Cell, gx: tuple[Tensor, ...], initial: States, w: DirectionWeights, course: _Course
+    step: Callable[[int, Tensor, States], States],
+    gx: tuple[Tensor, ...],
+    initial: States,
+    course: _Course,
 ) -> tuple[States, States]:
     """The states after each row, and those at the end of each batch row."""
     sizes = course.rows.batch_sizes
@@ -80,7 +105,7 @@ def _scan(
             states = tuple(
                 torch.where(restart, f, s) for f, s in zip(course.fresh, states, strict=True)
             )
-        history[t] = states = cell.step(gx[t], states, w)
+        history[t] = states = step(t, gx[t], states)
         if course.taken is not None:
             taken = course.taken[t].unsqueeze(1)
             history[t] = tuple(torch.where(taken, s, 0) for s in states)

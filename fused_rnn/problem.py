@@ -32,10 +32,15 @@ class Problem:
     lengths: bool = False  # whether rows end at lengths of their own
     resets: bool = False  # whether rows start afresh at resets
     states: bool = False  # whether c after every step is an output
+    extras: tuple[str, ...] = ()  # what of its recurrence only `general_scan` has, by name
 
     @property
     def cell(self) -> Cell:
         return CELLS[self.cell_name]
+
+    def keeps_cells(self, save: bool) -> bool:
+        """Whether forward has to keep c after every step, given whether it saves for backward."""
+        return self.cell.has_c and (save or self.states)
 
     @property
     def output_size(self) -> int:
@@ -125,6 +130,7 @@ class Rows:
         self.count = count if self.packed else timesteps * batch_size
         self.room = max(room, self.count)
         self._batch_sizes = batch_sizes
+        self._list: list[int] | None = None
         if self.packed:
             self._check(count)
 
@@ -145,11 +151,13 @@ class Rows:
                 f"input, got {_abridged(sizes)}, which add up to {sum(sizes)}"
             )
 
-    @cached_property
+    @property
     def batch_sizes(self) -> list[int]:
-        if self._batch_sizes is None:
-            return [self.batch_size] * self.timesteps
-        return self._batch_sizes.tolist()
+        # Not a cached_property: compilers do not see through its lock.
+        if self._list is None:
+            sizes = self._batch_sizes
+            self._list = [self.batch_size] * self.timesteps if sizes is None else sizes.tolist()
+        return self._list
 
     @cached_property
     def offsets(self) -> list[int]:

@@ -7,6 +7,7 @@ modules mean the right thing.
 import copy
 import itertools
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -211,6 +212,35 @@ def test_states_are_differentiable_and_those_of_a_loop(backend, cell):
     inputs = [x, *layer.parameters()]
     for ours, theirs in zip(_grads(states, inputs), _grads(expected, inputs), strict=True):
         _near(ours, theirs)
+
+
+@every_backend
+@pytest.mark.parametrize("masked", [False, True])
+def test_states_in_inference_and_with_recompute_save_no_gates(backend, masked):
+    layer = fused_rnn.LSTM(I, H, bidirectional=True, recompute=True)
+    x = torch.randn(T, B, I)
+    masks = {"lengths": torch.tensor([4, 9, 1, 0, 5])} if masked else {}
+    seen = []
+    forward = torch.ops.fused_rnn.layer_forward
+
+    def watched(*args):
+        seen.append(forward(*args))
+        return seen[-1]
+
+    with mock.patch.object(torch.ops.fused_rnn, "layer_forward", watched):
+        y, _, (_, c) = layer(x, return_states=True, **masks)
+        with torch.no_grad():
+            inferred_y, _, (_, inferred_c) = layer(x, return_states=True, **masks)
+    assert len(seen) == 2
+    assert all(gates.numel() == 0 and cells.numel() > 0 for *_, gates, cells in seen)
+    assert torch.equal(y, inferred_y) and torch.equal(c, inferred_c)
+    layer.recompute = False
+    kept_y, _, (_, kept_c) = layer(x, return_states=True, **masks)
+    assert torch.equal(y, kept_y) and torch.equal(c, kept_c)
+    parameters = list(layer.parameters())
+    ours, expected = _grads([y, c], parameters), _grads([kept_y, kept_c], parameters)
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @every_torch_cell

@@ -55,11 +55,7 @@ def _cases(cell: str) -> list[LayerCase]:
 
 every_case = pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=f"{cell}-{case}")
-        for cell in testing.TORCH_CELLS
-        for case in _cases(cell)
-    ],
+    [pytest.param(case, id=f"{cell}-{case}") for cell in CELLS for case in _cases(cell)],
 )
 
 
@@ -88,7 +84,7 @@ def test_any_number_of_threads(case, num_threads):
 
 
 @pytest.mark.parametrize("proj_size", [0, 77])
-@pytest.mark.parametrize("cell", testing.TORCH_CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 def test_packed_inference_in_chunks(cell, proj_size, num_threads):
     """Threads share out the rows and go through the chunks of the input side on their own."""
     if proj_size and not CELLS[cell].has_c:
@@ -104,7 +100,7 @@ def test_packed_inference_in_chunks(cell, proj_size, num_threads):
             assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("cell", testing.TORCH_CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 def test_more_threads_than_rows_or_units(cell, num_threads):
     case = LayerCase(cell, 4000, 1, 1, 3, directions=2)
     num_threads(1)
@@ -130,7 +126,7 @@ def test_another_number_in_backward(case, before, after, num_threads):
     testing.assert_same_numbers(results, alone, roundings=64)
 
 
-@pytest.mark.parametrize("cell", testing.TORCH_CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 def test_layers_within_the_backward_of_another(cell, num_threads):
     num_threads(3)
     case = LayerCase(cell, 19, 3, 16, 100)
@@ -188,7 +184,7 @@ def _in_a_parallel_region() -> None:
     """Where torch reports several threads and parallel_for gives one."""
     parallel = ctypes.CDLL(None).GOMP_parallel
     torch.set_num_threads(3)
-    cases = [case for cell in testing.TORCH_CELLS for case in _cases(cell)]
+    cases = [case for cell in CELLS for case in _cases(cell)]
     expected = [_results(case) for case in cases]
     finished = []
 
@@ -237,7 +233,7 @@ def _in_many_python_threads() -> None:
 
 def _with_fewer_threads_than_asked_for() -> None:
     """OpenMP may give less than torch says; the environment of this process makes it."""
-    cases = [case for cell in testing.TORCH_CELLS for case in _cases(cell)]
+    cases = [case for cell in CELLS for case in _cases(cell)]
     torch.set_num_threads(1)
     alone = [_results(case) for case in cases]
     torch.set_num_threads(5)
@@ -274,7 +270,7 @@ def _in_data_loader_workers() -> None:
 def _in_a_fork() -> None:
     """A forked child has none of its parent's threads; like torch, it is fine with one."""
     torch.set_num_threads(3)
-    cases = [case for cell in testing.TORCH_CELLS for case in _cases(cell)]
+    cases = [case for cell in CELLS for case in _cases(cell)]
     expected = [_results(case) for case in cases]
 
     def child() -> None:

@@ -94,8 +94,8 @@ def _rows_for(target):
 
 
 def _check_compiled(target, numbers):
-    """Compiles rows of the table: without a spill, within the machine and what the planner
-    reckons with; and with the Triton that made it, within tests/triton_bounds.json."""
+    """Compiles rows of the table: within the machine, what the planner reckons with, and the spills
+    that tests/triton_bounds.json tells of; with the Triton that made that, within all its bounds."""
     done = _python(HERE / "triton_ahead.py", target, *numbers, timeout=7200)
     assert done.returncode == 0, done.stderr[-4000:]
     version, *reports = [json.loads(line) for line in done.stdout.splitlines()]
@@ -108,12 +108,12 @@ def _check_compiled(target, numbers):
             hidden_size=row.hidden,
             dtype=torch.bfloat16 if row.kind == "half" else torch.float32,
         )
-        assert report["spills"] == 0, report
+        bound = bounds[target][report["row"]]
+        assert report["spills"] <= bound["spills"], (report, bound)
         reckoned = planner.on_chip_bytes(row.config, problem, row.which, vendor)
         assert report["shared"] <= reckoned, (report, reckoned)
         assert report["shared"] <= SHARED_MEMORY[target], report
         if version == bounds["triton"]:
-            bound = bounds[target][report["row"]]
             for fact in ("registers", "shared"):
                 assert report[fact] <= bound[fact], (fact, report, bound)
 

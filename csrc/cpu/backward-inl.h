@@ -61,11 +61,35 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
       }
       Cell::backward(saved, h, h_prev, c, c_prev, d_h, carry, grads);
       FUSED_RNN_UNROLL
-      for (int i = 0; i < Cell::kGradGates; i++) {
+      for (int i = kResetBefore<Cell> ? 1 : 0; i < Cell::kGradGates; i++) {
         store(r.grad_gates[row] + i * hidden + unit, grads[i], valid);
       }
       if constexpr (Cell::kUsesPreviousH) store(r.grad_h[row] + unit, carry, valid);
       if constexpr (Cell::kHasC) store(r.grad_c[row] + unit, carry, valid);
+    }
+  }
+}
+
+// The gradient of r, and what of h_prev's comes through it, from that of n by W_hn.
+template <class Cell>
+static void reset_grad_tile(const BackwardRows& from, int64_t first, int rows, const Panel& panel,
+                            const PackedMatrix& w_n) {
+  const int64_t hidden = w_n.columns;
+  Vector tile[kMaxRows * kMaxColumns];
+  multiply(panel.vectors, rows, w_n.depth, from.grad_gates[first] + 2 * hidden,
+           from.grad_gates.stride, panel.data, tile);
+  for (int m = 0; m < rows; m++) {
+    const int64_t row = first + m;
+    for (int v = 0; v < panel.vectors; v++) {
+      const int64_t unit = panel.column + v * kWidth;
+      const int valid = valid_lanes(unit, hidden);
+      float* grad_h = from.grad_h[row] + unit;
+      Vector carry = load(grad_h, valid);
+      const Vector grad = Cell::backward_reset(load(from.gates[row] + unit, valid),
+                                               load(from.h_prev[row] + unit, valid),
+                                               tile[m * panel.vectors + v], carry);
+      store(from.grad_gates[row] + unit, grad, valid);
+      store(grad_h, carry, valid);
     }
   }
 }
@@ -128,7 +152,7 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
   const int64_t last = shape.rows.timesteps - 1;
   const Chunk& chunk = p.chunk[d];
   const PackedMatrix& w_hh = p.w_hh[d];
-  const PackedMatrix& to_units = PROJECTED ? p.w_hr[d] : w_hh;
+  const PackedMatrix& to_units = PROJECTED ? p.w_second[d] : w_hh;
   const Units units(share, to_units);
   const Share outputs = PROJECTED ? share_of(w_hh, share, to_units) : share;
   const Units output_units(outputs, w_hh);
@@ -222,6 +246,13 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
              [&](const BackwardRows& from, int64_t first, int rows, const Panel& panel) {
                backward_tile<Cell>(from, first, rows, panel, to_units);
              });
+    if constexpr (kResetBefore<Cell>) {
+      if (meeting) meeting->wait();
+      for_each(share, p.w_second[d],
+               [&](const BackwardRows& from, int64_t first, int rows, const Panel& panel) {
+                 reset_grad_tile<Cell>(from, first, rows, panel, p.w_second[d]);
+               });
+    }
     if (meeting) meeting->wait();
     initial_state_grad<Cell>({grads.base, grads.stride}, grad_h, step.from_previous, step.rows,
                              outputs, w_hh);
@@ -245,5 +276,7 @@ static void backward(const BackwardParams& p, const Share& share, Meeting* meeti
     case CellKind::lstm:
       if (projected(p.shape)) return backward_share<LstmCell<Math>, true>(p, share, meeting);
       return backward_share<LstmCell<Math>>(p, share, meeting);
+    case CellKind::gru_reset_before:
+      return backward_share<GruResetBeforeCell<Math>>(p, share, meeting);
   }
 }

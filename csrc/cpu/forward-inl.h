@@ -31,22 +31,6 @@ FUSED_RNN_INLINE void project_panel(const InputRows<To>& r, int64_t count, const
   });
 }
 
-// Rows of one step that all start from the same kind of state.
-struct ForwardRows {
-  RowsOf<const float> gx;        // [G*H]
-  RowsOf<const Element> h_prev;  // [P]
-  RowsOf<float> h;               // [H] the running h, where kRunningH, or null in a single step
-  RowsOf<const float> c_prev;    // [H]
-  RowsOf<Element> y;             // [H] what the cell gives: h, if not yet projected
-  RowsOf<float> c;               // [H] the running c
-  RowsOf<Element> gates;         // [S*H] or null
-  RowsOf<float> cells;           // [H] or null
-};
-
-// GRU's h is a running sum: where elements are not floats, it is kept beside y.
-template <class Cell>
-constexpr bool kRunningH = Cell::kUsesPreviousH && kPairs > 1;
-
 // The pointwise part of `valid` units from `unit` on of one row, gh being the hidden side.
 template <class Cell>
 FUSED_RNN_INLINE void forward_units(const ForwardRows& r, int64_t row, int64_t unit, int64_t hidden,
@@ -148,6 +132,7 @@ static int64_t span_end(const RowLayout& layout, bool reverse, int64_t index, in
   return layout.timesteps;
 }
 
+// `share` is one of panels of W_ih.
 template <class Cell>
 FUSED_RNN_INLINE void project(const ForwardParams& p, const Share& share, const Span& span,
                               float* gx, int64_t gx_stride) {
@@ -179,10 +164,12 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
   const int64_t d = share.direction, y_width = shape.directions * output;
   const int64_t timesteps = shape.rows.timesteps;
   const PackedMatrix& w_hh = p.w_hh[d];
-  const PackedMatrix& w_hr = p.w_hr[d];
-  const Units units(share, w_hh);
-  const Share outputs = PROJECTED ? share_of(w_hr, share, w_hh) : share;
-  const Units output_units(outputs, PROJECTED ? w_hr : w_hh);
+  const PackedMatrix& w_second = p.w_second[d];
+  const PackedMatrix& to_units = kResetBefore<Cell> ? w_second : w_hh;
+  const Share inputs = same_units(p.w_ih[d], share, to_units);
+  const Units units(share, to_units);
+  const Share outputs = PROJECTED ? share_of(w_second, share, w_hh) : share;
+  const Units output_units(outputs, PROJECTED ? w_second : to_units);
   const InputSide side = input_side<Cell>(p, share);
   Element* y = p.y + d * output;
   Element* gates = S > 0 && p.gates ? p.gates + d * shape.count * S * hidden : nullptr;
@@ -211,16 +198,18 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
       projected = span_end(shape.rows, d == 1, index, p.chunk_rows);
       const Span span(shape.rows, d == 1, index, projected);
       if (p.scratch[d]) first_row = span.first_row;
-      project<Cell>(p, share, span, side.base + (span.first_row - first_row) * side.stride,
+      project<Cell>(p, inputs, span, side.base + (span.first_row - first_row) * side.stride,
                     side.stride);
     }
-    const float* gx = side.base + (row - first_row) * side.stride;
+    float* gx = side.base + (row - first_row) * side.stride;
     const auto y_here = rows_of(y, row, y_width, share);
+    const auto between = rows_of_or_null(p.between[d], 0, hidden, share);
     ForwardRows joining{rows_of(gx, 0, side.stride, share),
                         h0,
                         running_h,
                         c0,
-                        PROJECTED ? rows_of(p.unprojected[d], 0, hidden, share) : y_here,
+                        between,
+                        PROJECTED ? between : y_here,
                         c_n,
                         rows_of_or_null(gates, row, S * hidden, share),
                         rows_of_or_null(cells, row, hidden, share)};
@@ -230,22 +219,39 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
           rows_of<const Element>(y, offset(shape.rows, step.previous), y_width, share);
       carrying_on.c_prev = {c_n.base, c_n.stride};
     }
-    for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
-      const Panel panel(w_hh, zigzag(j, share, index), G);
-      const int columns = G * panel.vectors;
-      for_each_tile(0, step.from_previous, columns, [&](int64_t first, int rows) {
-        forward_tile<Cell>(carrying_on, first, rows, panel, w_hh, p.hidden_bias[d]);
-      });
-      for_each_tile(step.from_previous, step.rows, columns, [&](int64_t first, int rows) {
-        forward_tile<Cell>(joining, first, rows, panel, w_hh, p.hidden_bias[d]);
-      });
+    const auto for_each = [&](const Share& columns, const PackedMatrix& m, int gates, auto body) {
+      for (int64_t j = columns.panel_begin; j < columns.panel_end; j++) {
+        const Panel panel(m, zigzag(j, columns, index), gates);
+        const auto tiles = [&](const ForwardRows& from, int64_t begin, int64_t end) {
+          for_each_tile(begin, end, gates * panel.vectors,
+                        [&](int64_t first, int rows) { body(from, first, rows, panel); });
+        };
+        tiles(carrying_on, 0, step.from_previous);
+        tiles(joining, step.from_previous, step.rows);
+      }
+    };
+    if constexpr (kResetBefore<Cell>) {
+      for_each(same_units(w_hh, share, to_units), w_hh, kResetGates,
+               [&](const ForwardRows& from, int64_t first, int rows, const Panel& panel) {
+                 reset_gates_tile<Cell>(from, first, rows, panel, w_hh);
+               });
+      if (meeting) meeting->wait();
+      for_each(share, w_second, 1,
+               [&](const ForwardRows& from, int64_t first, int rows, const Panel& panel) {
+                 candidate_tile<Cell>(from, first, rows, panel, w_second);
+               });
+    } else {
+      for_each(share, w_hh, G,
+               [&](const ForwardRows& from, int64_t first, int rows, const Panel& panel) {
+                 forward_tile<Cell>(from, first, rows, panel, w_hh, p.hidden_bias[d]);
+               });
     }
     if constexpr (PROJECTED) {
       if (meeting) meeting->wait();
       for (int64_t j = outputs.panel_begin; j < outputs.panel_end; j++) {
-        const Panel panel(w_hr, zigzag(j, outputs, index), 1);
+        const Panel panel(w_second, zigzag(j, outputs, index), 1);
         const InputRows<Element> rows{{joining.y.base, joining.y.stride}, y_here};
-        project_panel<1>(rows, step.rows, panel, w_hr, nullptr);
+        project_panel<1>(rows, step.rows, panel, w_second, nullptr);
       }
     }
     for (int64_t i = step.into_next; !kRunningH<Cell> && i < step.rows; i++) {
@@ -266,5 +272,7 @@ static void forward(const ForwardParams& p, const Share& share, Meeting* meeting
     case CellKind::lstm:
       if (projected(p.shape)) return forward_share<LstmCell<Math>, true>(p, share, meeting);
       return forward_share<LstmCell<Math>>(p, share, meeting);
+    case CellKind::gru_reset_before:
+      return forward_share<GruResetBeforeCell<Math>>(p, share, meeting);
   }
 }

@@ -16,7 +16,7 @@ namespace fused_rnn::FUSED_RNN_ISA {
 
 typedef FUSED_RNN_ELEMENT Element;
 using Weights = WeightsOf<Element>;
-using ForwardCall = ForwardCallOf<Element>;
+using StepParams = StepParamsOf<Element>;
 using BackwardCall = BackwardCallOf<Element>;
 using PackGatesParams = PackGatesParamsOf<Element>;
 using PackColumnsParams = PackColumnsParamsOf<Element>;
@@ -33,6 +33,7 @@ using WeightGradParams = WeightGradParamsOf<Element>;
 #include "tile-inl.h"
 #include "rows-inl.h"
 #include "pack-inl.h"
+#include "reset-before-inl.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
 #include "products-inl.h"

@@ -41,6 +41,14 @@ struct ForwardCallOf {
   float* cells;             // [D, N, H] or null: not saved
 };
 
+// One timestep. Where GRU resets before the product, its two halves are steps of their own.
+template <class E>
+struct StepParamsOf : ForwardCallOf<E> {
+  E* between;      // [D, B, H] r * h_prev of the first half, or null
+  float* update;   // [D, B, H] its z, or null
+  bool candidate;  // whether this is the second half
+};
+
 // Gradients of one direction's parameters, each null where not wanted.
 struct WeightGrads {
   float* w_ih;
@@ -103,12 +111,12 @@ struct PackColumnsParamsOf {
 
 template <class E>
 struct ForwardParamsOf : ForwardCallOf<E> {
-  PackedMatrix w_ih[2];  // per direction, packed gates
-  PackedMatrix w_hh[2];
-  PackedMatrix w_hr[2];         // packed as one gate, projected only
+  PackedMatrix w_ih[2];         // per direction, packed gates
+  PackedMatrix w_hh[2];         // of r and z only, where GRU resets before the product
+  PackedMatrix w_second[2];     // a step's second product: W_hr or that GRU's W_hn, as one gate
   const float* bias[2];         // [G*H] all that adds to the input side, or null
   const float* hidden_bias[2];  // [H] GRU's b_hn, or null
-  E* unprojected[2];            // [B, H] what a step's cells gave, projected only
+  E* between[2];                // [B, H] what it takes: o * tanh(c), or r * h_prev
   // [row shares if packed][scratch_rows, G*H] input side of a few steps; null: kept in y or gates,
   // which has to be float.
   float* scratch[2];
@@ -125,12 +133,12 @@ struct Chunk {
 
 template <class E>
 struct BackwardParamsOf : BackwardCallOf<E> {
-  PackedMatrix w_hh[2];  // per direction, packed columns in the order of grad_gates
-  PackedMatrix w_hr[2];  // packed columns, projected only
-  E* grad_gates[2];      // per direction [rows of the chunk, Q*H]
-  E* grad_h[2];          // per direction [rows of the chunk, P] gradient of h, projected only
-  E* carried[2];         // per direction [B, Q*H] grad_gates of the step done just before the chunk
-  Chunk chunk[2];        // per direction
+  PackedMatrix w_hh[2];      // per direction, packed columns in the order of grad_gates
+  PackedMatrix w_second[2];  // packed columns of W_hr, or of W_hn, then not in w_hh
+  E* grad_gates[2];          // per direction [rows of the chunk, Q*H]
+  E* grad_h[2];              // per direction [rows of the chunk, P] gradient of h, projected only
+  E* carried[2];   // per direction [B, Q*H] grad_gates of the step done just before the chunk
+  Chunk chunk[2];  // per direction
 };
 
 // grad_x [rows, I] = or += the input side of grad_gates [rows, G*H] times W_ih.
@@ -158,8 +166,8 @@ struct TransposeParamsOf {
 // The rows of a chunk as a packed matrix of depth chunk.rows.
 enum class RowSource {
   x,
-  states,      // h that each row started from
-  unprojected  // o * tanh(c), which W_hr has made into h
+  states,  // h that each row started from
+  between  // what a step's second product took
 };
 
 template <class E>
@@ -213,7 +221,7 @@ struct KernelsOf {
   void (*backward)(const BackwardParamsOf<E>&, const Share&, Meeting*);
 
   // One timestep, vectors [begin, end) of the units of both directions.
-  void (*step)(const ForwardCallOf<E>&, int64_t begin, int64_t end);
+  void (*step)(const StepParamsOf<E>&, int64_t begin, int64_t end);
 
   void (*input_grad)(const InputGradParamsOf<E>&, int64_t row_begin, int64_t row_end);
   // Columns [begin, end) of grads, in vectors.

@@ -36,6 +36,10 @@ int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
   return std::max(least, bytes / (floats_per_row * static_cast<int64_t>(sizeof(float))));
 }
 
+// Whether a step has a second product, that takes what the first one gave: W_hr's where h is
+// projected, W_hn's in a GRU that resets before it.
+bool has_second_product(const LayerShape& s) { return projected(s) || reset_before(s); }
+
 // Of one step: W_hh's and W_hr's.
 double recurrent_flops_per_row(const LayerShape& s) {
   const int64_t gates = cell_sizes(s.cell).gates + (projected(s) ? 1 : 0);
@@ -61,7 +65,7 @@ struct Plan {
     units = members > 1 && s.rows.batch < kRowsPerThread * members;
     if (!units) return;
     const double step = static_cast<double>(s.rows.batch) * recurrent_flops_per_row(s);
-    const double meetings = projected(s) ? 2.0 : 1.0;
+    const double meetings = has_second_product(s) ? 2.0 : 1.0;
     const auto worth = static_cast<int64_t>(step / (meetings * kFlopsPerMeeting));
     if (worth < 2) {
       // Rows need no meeting, however few they are.
@@ -93,7 +97,7 @@ class Call {
 
   // Wide panels are faster, but there must be one for every thread that splits units.
   PackedMatrix packed(int64_t depth, int64_t columns, int gates, bool split_units = false) {
-    int vectors = gates == 1 ? 4 : 1;
+    int vectors = 4 / gates;
     const int64_t wanted = split_units && plan_.units ? plan_.members : 1;
     while (vectors > 1 && ceil_div(columns, vectors * isa_.width) < wanted) vectors /= 2;
     const int64_t padded = ceil_div(columns, isa_.width) * isa_.width;
@@ -222,8 +226,19 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
   const int gates = static_cast<int>(sizes.gates);
   Call<E> work(isa, s, threads);
   if (s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows && !projected(s)) {
-    work.run(s.directions * ceil_div(s.hidden, isa.width),
-             [&](int64_t begin, int64_t end) { isa.step(call, begin, end); });
+    StepParamsOf<E> p{call, nullptr, nullptr, false};
+    const auto step = [&] {
+      work.run(s.directions * ceil_div(s.hidden, isa.width),
+               [&](int64_t begin, int64_t end) { isa.step(p, begin, end); });
+    };
+    if (reset_before(s)) {
+      const int64_t units = s.directions * s.rows.batch * s.hidden;
+      p.between = work.take_elements(units);
+      p.update = work.take(units);
+      step();
+      p.candidate = true;
+    }
+    step();
     return;
   }
   ForwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0};
@@ -234,10 +249,12 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
   for (int64_t d = 0; d < s.directions; d++) {
     const WeightsOf<E>& w = call.weights[d];
     p.w_ih[d] = work.pack_gates(w.w_ih, s.input, s.hidden, gates);
-    p.w_hh[d] = work.pack_gates(w.w_hh, s.output, s.hidden, gates);
-    if (projected(s)) {
-      p.w_hr[d] = work.pack_gates(w.w_hr, s.hidden, s.output, 1);
-      p.unprojected[d] = work.take_elements(s.rows.batch * s.hidden);
+    const int first_gates = reset_before(s) ? 2 : gates;
+    p.w_hh[d] = work.pack_gates(w.w_hh, s.output, s.hidden, first_gates);
+    if (has_second_product(s)) {
+      const E* second = projected(s) ? w.w_hr : w.w_hh + first_gates * s.hidden * s.output;
+      p.w_second[d] = work.pack_gates(second, s.hidden, s.output, 1);
+      p.between[d] = work.take_elements(s.rows.batch * s.hidden);
     }
     p.bias[d] = input_bias(s, w, work);
     if (s.cell == CellKind::gru && w.b_hh) p.hidden_bias[d] = w.b_hh + 2 * s.hidden;
@@ -245,8 +262,10 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
       p.scratch[d] = work.take(work.interleaved_shares() * p.scratch_rows * sizes.gates * s.hidden);
     }
   }
+  // Of this GRU's panels, those of the second product have the most units.
   work.for_each_share(
-      p.w_hh[0], [&](const Share& share, Meeting* meeting) { isa.forward(p, share, meeting); });
+      reset_before(s) ? p.w_second[0] : p.w_hh[0],
+      [&](const Share& share, Meeting* meeting) { isa.forward(p, share, meeting); });
 }
 
 namespace {
@@ -263,13 +282,13 @@ class Products {
     // GRU's grad_gates are (hn, r, z, n): the last three face W_ih, the first three W_hh.
     input_side_ = (sizes_.grad_gates - sizes_.gates) * s.hidden;
     rotate_ = s.cell == CellKind::gru ? 2 * s.hidden : 0;
-    bool any = false, any_ih = false, any_hh = false, any_hr = false;
+    bool any = false, any_ih = false, any_hh = false, any_between = false;
     for (int64_t d = 0; d < s.directions; d++) {
       const WeightGrads& g = call.grads[d];
       any |= g.any();
       any_ih |= g.w_ih != nullptr;
       any_hh |= g.w_hh != nullptr;
-      any_hr |= g.w_hr != nullptr;
+      any_between |= g.w_hr || (g.w_hh && reset_before(s));
       if (call.grad_x) {
         w_ih_[d] = work.pack_columns(call.weights[d].w_ih, sizes_.gates * s.hidden, s.input, 0);
       }
@@ -280,10 +299,8 @@ class Products {
     if (any) transposed_ = work.take_elements(width_ * stride_);
     if (any_ih) x_ = work.packed(rows, s.input, 1);
     if (any_hh) states_ = work.packed(rows, s.output, 1);
-    if (any_hr) {
-      unprojected_ = work.packed(rows, s.hidden, 1);
-      unwanted_sums_ = work.take(s.output);
-    }
+    if (any_between) between_ = work.packed(rows, s.hidden, 1);
+    if (any_between && projected(s)) unwanted_sums_ = work.take(s.output);
   }
 
   int64_t rotate() const { return rotate_; }
@@ -299,7 +316,8 @@ class Products {
                     bool accumulate) const {
     const WeightGrads& g = call_.grads[d];
     if (!g.any()) return;
-    const int64_t gate_rows = sizes_.gates * call_.shape.hidden;
+    const int64_t hidden = call_.shape.hidden, output = call_.shape.output;
+    const int64_t gate_rows = sizes_.gates * hidden;
     if (g.w_ih || g.w_hh || g.b_ih || g.b_hh) {
       transpose({grad_gates, chunk.rows, width_, transposed_, stride_, sums_[d], accumulate});
     }
@@ -308,13 +326,23 @@ class Products {
               {transposed_ + input_side_ * stride_, stride_, gate_rows, {}, g.w_ih, 0, accumulate});
     }
     if (g.w_hh) {
+      const int64_t first_rows = reset_before(call_.shape) ? 2 * hidden : gate_rows;
       product({&call_, RowSource::states, chunk, d, states_},
-              {transposed_, stride_, gate_rows, {}, g.w_hh, rotate_, accumulate});
+              {transposed_, stride_, first_rows, {}, g.w_hh, rotate_, accumulate});
+      if (first_rows < gate_rows) {
+        product({&call_, RowSource::between, chunk, d, between_},
+                {transposed_ + first_rows * stride_,
+                 stride_,
+                 gate_rows - first_rows,
+                 {},
+                 g.w_hh + first_rows * output,
+                 0,
+                 accumulate});
+      }
     }
     if (g.w_hr) {
-      const int64_t output = call_.shape.output;
       transpose({grad_h, chunk.rows, output, transposed_, stride_, unwanted_sums_, false});
-      product({&call_, RowSource::unprojected, chunk, d, unprojected_},
+      product({&call_, RowSource::between, chunk, d, between_},
               {transposed_, stride_, output, {}, g.w_hr, 0, accumulate});
     }
   }
@@ -356,7 +384,7 @@ class Products {
   PackedMatrix w_ih_[2] = {};
   PackedMatrix x_ = {};
   PackedMatrix states_ = {};
-  PackedMatrix unprojected_ = {};
+  PackedMatrix between_ = {};
 };
 
 }  // namespace
@@ -374,10 +402,15 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
   Products<E> products(work, isa, call, most_rows);
   BackwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}};
   for (int64_t d = 0; d < s.directions; d++) {
-    p.w_hh[d] = work.pack_columns(call.weights[d].w_hh, sizes.gates * s.hidden, s.output,
-                                  products.rotate(), true);
+    const WeightsOf<E>& w = call.weights[d];
+    const int64_t first_rows = (reset_before(s) ? 2 : sizes.gates) * s.hidden;
+    p.w_hh[d] = work.pack_columns(w.w_hh, first_rows, s.output, products.rotate(), true);
+    if (reset_before(s)) {
+      p.w_second[d] =
+          work.pack_columns(w.w_hh + first_rows * s.output, s.hidden, s.hidden, 0, true);
+    }
     if (projected(s)) {
-      p.w_hr[d] = work.pack_columns(call.weights[d].w_hr, s.output, s.hidden, 0, true);
+      p.w_second[d] = work.pack_columns(w.w_hr, s.output, s.hidden, 0, true);
       p.grad_h[d] = work.take_elements(most_rows * s.output);
     }
     p.grad_gates[d] = work.take_elements(most_rows * width);
@@ -388,7 +421,7 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
     const int64_t at[] = {rounds - 1 - round, round};  // the directions come from opposite ends
     for (int64_t d = 0; d < s.directions; d++) p.chunk[d] = chunks[static_cast<size_t>(at[d])];
     work.for_each_share(
-        projected(s) ? p.w_hr[0] : p.w_hh[0],
+        projected(s) ? p.w_second[0] : p.w_hh[0],
         [&](const Share& share, Meeting* meeting) { isa.backward(p, share, meeting); });
     for (int64_t d = 0; d < s.directions; d++) {
       // The direction that comes to a chunk second adds to what the first has left in grad_x.

@@ -133,7 +133,7 @@ E* output(const Tensor& tensor, const char* name, std::initializer_list<int64_t>
 }
 
 CellKind cell_kind(int64_t index) {
-  STD_TORCH_CHECK(index >= 0 && index < 4, "cell: expected 0 to 3, got ", index);
+  STD_TORCH_CHECK(index >= 0 && index < 5, "cell: expected 0 to 4, got ", index);
   return static_cast<CellKind>(index);
 }
 
@@ -297,7 +297,9 @@ void forward_of(int64_t cell, const Tensor& x, const std::vector<Tensor>& weight
   if (gates.dim() == 3 && gates.size(2) > 0) {
     call.gates = output<E>(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
     advise_huge_pages_if_fresh(call.gates, static_cast<size_t>(gates.numel()) * sizeof(E));
-    if (sizes.has_c) call.cells = output(cells, "cells", {s.directions, s.count, s.hidden});
+  }
+  if (sizes.has_c && cells.dim() == 3 && cells.size(2) > 0) {
+    call.cells = output(cells, "cells", {s.directions, s.count, s.hidden});
   }
   layer_forward(kernels_of<E>(), call, torch_threads());
 }
@@ -553,12 +555,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_op(int64_t cell, const Tensor& x,
 
 // The shapes of all arguments are in kernels.h, ForwardCallOf and BackwardCallOf; `weights` is the
 // flat list w_ih, w_hh[, b_ih, b_hh][, w_hr] of each direction. Outputs are written in place. Zero
-// columns in `gates` mean that nothing is saved; a gradient that is not wanted comes as an empty
-// 0-d or 3-d tensor. Elements have the dtype of x, Float or BFloat16, all others are Float.
-// `layer` is the forward operator of padded rows in Float with outputs of its own, for programs
-// that run without the package.
-// The operators of inference take x and states as torch.nn's modules do, in Float, and return y,
-// h_n and c_n, those that the module has; or nothing, when the call is not for them.
+// columns in `gates` or `cells` mean that they are not saved; a gradient that is not wanted comes
+// as an empty 0-d or 3-d tensor. Elements have the dtype of x, Float or BFloat16, all others are
+// Float. `layer` is the forward operator of padded rows in Float with outputs of its own, for
+// programs that run without the package. The operators of inference take x and states as
+// torch.nn's modules do, in Float, and return y, h_n and c_n, those that the module has; or
+// nothing, when the call is not for them.
 STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
   m.def(
       "layer_forward(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0, "

@@ -31,6 +31,9 @@ static void pack_gates_panel(const Element* weights, const PackedMatrix& m, int6
 static void pack_gates(const PackGatesParams& p, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; index++) {
     switch (p.gates) {
+      case 2:
+        pack_gates_panel<2>(p.weights, p.packed, index);
+        break;
       case 3:
         pack_gates_panel<3>(p.weights, p.packed, index);
         break;
@@ -111,17 +114,44 @@ static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
   const Element* h0 = call.h0 + d * shape.rows.batch * output;
   const int64_t row_end = p.chunk.first_row + p.chunk.rows;
   const Share all{d, 0, 1, shape.rows.batch, 0, 0};
-  // o * tanh(c) of a projected LSTM, computed anew from what is saved.
+  const int64_t hidden = shape.hidden;
+  // Calls body(row, h that it started from).
+  const auto for_each_state = [&](auto body) {
+    for (int64_t t = p.chunk.begin; t < p.chunk.end; t++) {
+      const Step step(shape.rows, all, d == 1 ? shape.rows.timesteps - 1 - t : t);
+      const int64_t first = offset(shape.rows, t);
+      for (int64_t i = 0; i < step.from_previous; i++) {
+        body(first + i, y + (offset(shape.rows, step.previous) + i) * width);
+      }
+      for (int64_t i = step.from_previous; i < step.rows; i++) body(first + i, h0 + i * output);
+    }
+  };
+  // What a second product took is computed anew from what is saved: a projected LSTM's o * tanh(c),
   const auto unprojected = [&](int64_t row, int64_t unit, int valid) {
-    const int64_t hidden = shape.hidden;
     const Element* o = call.gates + (row * LstmCell<Math>::kSavedGates + 3) * hidden;
     return narrow(load(o + unit, valid) *
                   Math::tanh(load(call.cells + row * hidden + unit, valid)));
   };
+  // or r * h_prev.
+  struct Reset {
+    const Element *r, *h_prev;
+  };
+  const auto reset = [](const Reset& row, int64_t unit, int valid) {
+    return narrow(load(row.r + unit, valid) * load(row.h_prev + unit, valid));
+  };
   for (int64_t index = begin; index < end; index++) {
     const Panel panel(p.packed, index, 1);
-    if (p.source == RowSource::unprojected) {
-      RowPacker<int64_t> packer(panel, shape.hidden);
+    if (p.source == RowSource::between && reset_before(shape)) {
+      constexpr int S = GruResetBeforeCell<Math>::kSavedGates;
+      RowPacker<Reset> packer(panel, hidden);
+      for_each_state([&](int64_t row, const Element* h_prev) {
+        packer.add({call.gates + (d * shape.count + row) * S * hidden, h_prev}, reset);
+      });
+      packer.finish(reset);
+      continue;
+    }
+    if (p.source == RowSource::between) {
+      RowPacker<int64_t> packer(panel, hidden);
       for (int64_t row = p.chunk.first_row; row < row_end; row++) {
         packer.add(d * shape.count + row, unprojected);
       }
@@ -134,15 +164,7 @@ static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
         packer.add(call.x + row * shape.input, elements_of);
       }
     } else {
-      for (int64_t t = p.chunk.begin; t < p.chunk.end; t++) {
-        const Step step(shape.rows, all, d == 1 ? shape.rows.timesteps - 1 - t : t);
-        for (int64_t i = 0; i < step.from_previous; i++) {
-          packer.add(y + (offset(shape.rows, step.previous) + i) * width, elements_of);
-        }
-        for (int64_t i = step.from_previous; i < step.rows; i++) {
-          packer.add(h0 + i * output, elements_of);
-        }
-      }
+      for_each_state([&](int64_t, const Element* h) { packer.add(h, elements_of); });
     }
     packer.finish(elements_of);
   }

@@ -83,6 +83,16 @@ FUSED_RNN_INLINE Share share_of(const PackedMatrix& m, const Share& share,
   return part;
 }
 
+// Those of its panels that hold the share's units: each panel of `units` is one or several of them.
+FUSED_RNN_INLINE Share same_units(const PackedMatrix& m, const Share& share,
+                                  const PackedMatrix& units) {
+  const int64_t parts = units.vectors / m.vectors;
+  Share part = share;
+  part.panel_begin = share.panel_begin * parts;
+  part.panel_end = smaller(share.panel_end * parts, panel_count(m, kWidth));
+  return part;
+}
+
 // Odd steps take the panels backwards: the last ones are still in the cache. Measured on a
 // prototype: 4 to 8% where the packed weights exceed L2.
 FUSED_RNN_INLINE int64_t zigzag(int64_t index, const Share& share, int64_t step) {

@@ -40,7 +40,7 @@ def allocate_output(problem: Problem, gx: Tensor, save: bool) -> LayerOutput:
         c_n=gx.new_empty((directions, batch, hidden * cell.has_c), dtype=dtype),
         gates=gates,
         cells=gx.new_empty(
-            (directions, count, hidden * (cell.has_c and save)), dtype=state_dtype(dtype)
+            (directions, count, hidden * problem.keeps_cells(save)), dtype=state_dtype(dtype)
         ),
     )
 

@@ -26,8 +26,6 @@ class CpuBackend(Backend):
             return f"needs dtype float32, bfloat16 or float16, got {problem.dtype}"
         if problem.hidden_size == 0:
             return "needs at least one hidden unit, got hidden_size=0"
-        if problem.cell_name == "gru_reset_before":
-            return "has no kernel for a GRU with the reset gate before the product"
         return cpu_library_error()
 
     def describe(self, problem: Problem) -> str:
@@ -65,7 +63,7 @@ class CpuBackend(Backend):
             h_n=x.new_empty((directions, batch, output), dtype=wide),
             c_n=x.new_empty((directions, batch, hidden * cell.has_c), dtype=wide),
             gates=allocate_saved(x, rows, directions, hidden * cell.saved_gates * save),
-            cells=allocate_saved(x, rows, directions, hidden * (cell.has_c and save), wide),
+            cells=allocate_saved(x, rows, directions, hidden * problem.keeps_cells(save), wide),
         )
         torch.ops.fused_rnn_cpu.layer_forward(
             cell.index,

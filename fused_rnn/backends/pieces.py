@@ -271,7 +271,7 @@ def _no_steps(
         h0.clone(),
         h0.new_empty((*h0.shape[:2], 0)) if c0 is None else c0.clone(),
         x.new_zeros((*leading, hidden * cell.saved_gates * save)),
-        x.new_zeros((*leading, hidden * (cell.has_c and save)), dtype=state_dtype(x.dtype)),
+        x.new_zeros((*leading, hidden * problem.keeps_cells(save)), dtype=state_dtype(x.dtype)),
     )
 
 

@@ -34,6 +34,9 @@ class ReferenceBackend(Backend):
             return f"needs a floating-point dtype of 16 bits or more, got {dtype}"
         return None
 
+    def describe(self, problem: Problem) -> str:
+        return ": ".join(filter(None, (self.name, ", ".join(problem.extras))))
+
     def layer_forward(self, problem, *args):
         forward = super().layer_forward
         if is_half(problem.dtype):
@@ -64,7 +67,7 @@ class ReferenceBackend(Backend):
                 gx[d],
                 out.y[:, d * width : (d + 1) * width],
                 out.gates[d] if save else None,
-                out.cells[d] if save else None,
+                out.cells[d] if problem.keeps_cells(save) else None,
                 rows,
             )
             initial = (h0[d], c0[d]) if cell.has_c else (h0[d],)
@@ -143,7 +146,7 @@ def _run(step: Step, initial: States, final: States, rows: Rows, backwards: bool
 
 
 class _Direction(NamedTuple):
-    """One direction of a forward scan. gates and cells are None when nothing is saved."""
+    """One direction of a forward scan. gates and cells are None when they are not kept."""
 
     w: DirectionWeights
     gx: Tensor  # [N, G*H], may be overwritten

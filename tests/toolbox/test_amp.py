@@ -123,6 +123,7 @@ def test_grad_scaler(layer, make):
     near(*weights)
 
 
+@pytest.mark.costly
 @every_half
 def test_training_under_autocast_learns(layer, half, make):
     """The sum of a sequence, as well as in float32."""

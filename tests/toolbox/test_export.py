@@ -18,7 +18,7 @@ pytestmark = pytest.mark.costly
 SHAPES = ((6, 4), (9, 7), (2, 2))  # T, B
 OPTIONS = [
     pytest.param({"num_layers": 2, "bidirectional": True}, id="bidirectional-2"),
-    pytest.param({"batch_first": True, "bias": False}, id="no_bias"),
+    pytest.param({"batch_first": True, "bias": False}, id="no_bias", marks=pytest.mark.slow),
 ]
 needs_library = pytest.mark.skipif(
     native.cpu_library_error() is not None, reason=str(native.cpu_library_error())

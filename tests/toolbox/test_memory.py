@@ -64,6 +64,7 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.costly
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
     "steps", [pytest.param(150, id="150"), pytest.param(10_000, id="10000", marks=pytest.mark.slow)]
