@@ -94,8 +94,8 @@ def _rows_for(target):
 
 
 def _check_compiled(target, numbers):
-    """Compiles rows of the table: within the machine, what the planner reckons with, and the spills
-    that tests/triton_bounds.json tells of; with the Triton that made that, within all its bounds."""
+    """Compiles rows of the table: within the machine, what the planner reckons with, and the
+    spills in tests/triton_bounds.json; with the Triton that made it, within all its bounds."""
     done = _python(HERE / "triton_ahead.py", target, *numbers, timeout=7200)
     assert done.returncode == 0, done.stderr[-4000:]
     version, *reports = [json.loads(line) for line in done.stdout.splitlines()]
