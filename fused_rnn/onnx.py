@@ -17,11 +17,14 @@ _GATE_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru_reset_before": (1, 0
 _DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
-@torch.compiler.assume_constant_result
 def is_exporting() -> bool:
     """Whether torch.onnx.export traces. Of torch's own function dynamo thinks that it is False,
     though strict export, the exporter's second attempt, goes through dynamo."""
     return torch.onnx.is_in_onnx_export()
+
+
+# What torch.compiler.assume_constant_result does, which imports all of dynamo.
+is_exporting._dynamo_marked_constant = True
 
 
 def layer(
