@@ -1,5 +1,6 @@
 """The command line: `python -m fused_rnn doctor` tells what this installation can do, and why not
-more; `python -m fused_rnn bench` times a layer or a model before and after conversion."""
+more; `python -m fused_rnn bench` times a layer or a model before and after conversion;
+`python -m fused_rnn tune` measures the Triton kernels' tiles on your GPU."""
 
 from __future__ import annotations
 
@@ -13,10 +14,18 @@ from importlib.util import find_spec
 import torch
 
 from . import __version__, bench, dispatch, native
+from .backends.triton import tune
 from .cells import CELLS
 from .problem import Problem
 
-_VARIABLES = ("FUSED_RNN_BACKEND", "FUSED_RNN_CPU_CAPABILITY", "FUSED_RNN_SKIP_BUILD")
+_VARIABLES = (
+    "FUSED_RNN_BACKEND",
+    "FUSED_RNN_CPU_CAPABILITY",
+    "FUSED_RNN_SKIP_BUILD",
+    "FUSED_RNN_TRITON_REGIME",
+    "FUSED_RNN_TRITON_TUNING",
+    "TRITON_INTERPRET",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,9 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_arguments(
         commands.add_parser("bench", help="time a layer, or your model, before and after replace")
     )
+    tune.add_arguments(
+        commands.add_parser("tune", help="measure the Triton kernels' tiles on this GPU")
+    )
     args = parser.parse_args(arguments)
     if args.command == "bench":
         return bench.run(args)
+    if args.command == "tune":
+        return tune.run(args)
     for title, lines in _sections():
         print(title)
         print("".join(f"  {line}\n" for line in lines))
@@ -96,8 +110,8 @@ def _advice() -> list[str]:
             "for the CPU kernels install a C++ compiler (Debian: apt-get install g++), unset "
             "FUSED_RNN_SKIP_BUILD and install fused_rnn again"
         )
-    if torch.cuda.is_available():
-        advice.append("GPU tensors run on the reference backend: this version has no GPU kernels")
+    if torch.cuda.is_available() and not find_spec("triton"):
+        advice.append("for the GPU kernels install triton: pip install triton")
     return advice or ["nothing is missing"]
 
 

@@ -15,10 +15,13 @@ from contextvars import ContextVar
 from .backends.base import Backend
 from .backends.cpu import CpuBackend
 from .backends.reference import ReferenceBackend
+from .backends.triton import TritonBackend
 from .problem import Problem
 
 # In order of preference.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (TritonBackend(), CpuBackend(), ReferenceBackend())
+}
 
 _Recorder = Callable[[Problem, Backend, bool], None]  # problem, chosen backend, whether forced
 
@@ -45,7 +48,7 @@ def backend(name: str) -> Iterator[None]:
     that its forward was given. "auto" lifts an outer block's choice.
 
     Args:
-        name: "cpu", "reference", or "auto".
+        name: "cpu", "triton", "reference", or "auto".
 
     Raises:
         ValueError: the name is not a backend's.
@@ -80,14 +83,19 @@ def is_redirected(name: str) -> bool:
 
 
 def reasons(problem: Problem) -> list[tuple[str, str | None]]:
-    """Every backend in order of preference, with why it cannot take the problem (None: it can)."""
-    return [(b.name, _refusal(b, problem)) for b in BACKENDS.values()]
+    """Every backend in order of preference, with why it does not take the problem by itself (None:
+    it does)."""
+    return [(b.name, _automatic_refusal(b, problem)) for b in BACKENDS.values()]
 
 
 def _refusal(candidate: Backend, problem: Problem) -> str | None:
     if problem.extras and candidate.name != "reference":
         return f"has no kernel for {', '.join(problem.extras)}"
     return candidate.unsupported(problem)
+
+
+def _automatic_refusal(candidate: Backend, problem: Problem) -> str | None:
+    return _refusal(candidate, problem) or candidate.only_by_name(problem)
 
 
 def select(problem: Problem, name: str = "") -> Backend:
@@ -127,7 +135,7 @@ def _forced_backend(problem: Problem, name: str) -> Backend:
 
 def _first_backend(problem: Problem) -> Backend:
     for candidate in BACKENDS.values():
-        if _refusal(candidate, problem) is None:
+        if _automatic_refusal(candidate, problem) is None:
             if candidate.name == "reference" and problem.device_type == "cuda":
                 _warn_slow(problem)
             return candidate

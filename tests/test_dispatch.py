@@ -229,7 +229,7 @@ def test_automatic_forward_and_backward_choose_alike(backends):
 
 def test_the_slow_path_on_a_gpu_is_told():
     with (
-        mock.patch.dict(dispatch.BACKENDS, {"spy": _Picky()}),
+        mock.patch.dict(dispatch.BACKENDS, {"spy": _Picky(), "triton": _Picky()}),
         pytest.warns(RuntimeWarning, match=r"gru on cuda runs on the slow reference.*picky: dis"),
     ):
         assert dispatch.select(_problem(device_type="cuda")).name == "reference"

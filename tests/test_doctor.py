@@ -19,7 +19,8 @@ def test_doctor_tells_what_runs_where(capsys):
     for cell in CELLS:
         problem = __main__._problem(cell, torch.float32, "cpu")
         assert f"cpu float32 {cell}: {dispatch.select(problem).describe(problem)}" in text
-        assert f"cpu float64 {cell}: reference; not cpu: needs dtype float32" in text
+        assert f"cpu float64 {cell}: reference; not triton: needs tensors on a GPU" in text
+        assert "; not cpu: needs dtype float32" in text
 
 
 @pytest.mark.parametrize("missing", [None, "lost on the way"])

@@ -55,6 +55,11 @@ class Backend:
         """Why this backend cannot take the problem, or None if it can."""
         raise NotImplementedError
 
+    def only_by_name(self, problem: Problem) -> str | None:
+        """Why this backend is not chosen for a problem it can take, unless it is asked for by
+        name; None if it may be."""
+        return None
+
     def describe(self, problem: Problem) -> str:
         """Which kernel would run, in a few words."""
         return self.name
@@ -138,6 +143,10 @@ class Backend:
     ) -> InputGrads:
         cell, out = problem.cell, problem.output_size
         scan = self.scan_backward(problem, grads, weights, h0, c0, rows, saved)
+        if rows.masks is not None and rows.masks.lengths is not None:
+            # Padding may hold NaN, which not even a gradient of zero would keep out of a product.
+            taken = rows.masks.taken(rows.timesteps).flatten().unsqueeze(1)
+            x = torch.where(taken, x, 0)
         grad_x = None
         grad_weights: list[Tensor | None] = []
         per_direction = len(needs.weights) // len(weights)

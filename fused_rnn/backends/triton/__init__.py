@@ -1,0 +1,189 @@
+"""The Triton backend: scans as Triton kernels, for any GPU that Triton compiles for.
+
+`plan.py` chooses among three regimes, `scan.py` has the two kernels, `cells.py` their pointwise
+parts, `launch.py` runs them. triton is imported when a layer first runs here.
+
+With TRITON_INTERPRET=1 in the environment before that, Triton's interpreter runs the kernels on
+CPU tensors: slow, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ...cells import DirectionWeights, is_half
+from ...problem import Problem, Rows
+from ..base import Backend, backward_in_float32, forward_in_float32
+from ..bundles import InputGrads, LayerOutput, OutputGrads, ScanGrads
+from .plan import Device, Plan, UnfitError, make_plan, requested_regime
+
+# Devices whose driver has refused to run all programs of a launch at once.
+_uncooperative: set[int] = set()
+_INTERPRETER = Device("interpreter", 1 << 20, 1 << 40, True)
+
+
+class TritonBackend(Backend):
+    name = "triton"
+    takes_masks = True
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.device_type == "cpu":
+            if not interpreting():
+                return (
+                    "needs tensors on a GPU, got cpu; its tests set TRITON_INTERPRET=1 to run it "
+                    "on the CPU"
+                )
+        elif problem.device_type != "cuda":
+            return f"needs tensors on a GPU, got {problem.device_type}"
+        if not _installed():
+            return "triton is not installed"
+        if problem.dtype != torch.float32 and not is_half(problem.dtype):
+            return f"needs dtype float32, bfloat16 or float16, got {problem.dtype}"
+        if problem.hidden_size == 0:
+            return "needs at least one hidden unit, got hidden_size=0"
+        if problem.cell_name == "gru_reset_before":
+            return (
+                "has no GRU with the reset gate before the product: a step would need a second "
+                "exchange between programs"
+            )
+        if problem.proj_size:
+            return (
+                f"has no projected LSTM, got proj_size={problem.proj_size}: a step would need a "
+                "second exchange between programs"
+            )
+        if problem.device_type == "cuda" and (reason := _device_refusal()):
+            return reason
+        try:
+            self._plan(problem)
+        except UnfitError as error:
+            return str(error)
+        return None
+
+    def only_by_name(self, problem: Problem) -> str | None:
+        if problem.device_type == "cpu":
+            return "on the CPU runs only when asked for by name, in Triton's interpreter"
+        return None
+
+    def describe(self, problem: Problem) -> str:
+        through = " in float32" if _through_float32(problem) else ""
+        return f"triton scan{through} ({self._plan(problem)})"
+
+    def layer_forward(self, problem: Problem, *args) -> LayerOutput:
+        forward = super().layer_forward
+        if _through_float32(problem):
+            return forward_in_float32(forward, problem, *args)
+        return forward(problem, *args)
+
+    def layer_backward(self, problem: Problem, *args) -> InputGrads:
+        backward = super().layer_backward
+        if _through_float32(problem):
+            return backward_in_float32(backward, problem, *args)
+        return backward(problem, *args)
+
+    def scan_forward(
+        self,
+        problem: Problem,
+        gx: Tensor,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        rows: Rows,
+        save: bool,
+    ) -> LayerOutput:
+        from . import launch
+
+        return self._run(launch.forward, problem, gx, weights, h0, c0, rows, save)
+
+    def scan_backward(
+        self,
+        problem: Problem,
+        grads: OutputGrads,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        rows: Rows,
+        saved: LayerOutput,
+    ) -> ScanGrads:
+        from . import launch
+
+        return self._run(launch.backward, problem, grads, weights, h0, c0, rows, saved)
+
+    def _run(self, scan: Callable, problem: Problem, *args):
+        from . import launch
+
+        try:
+            return scan(problem, self._plan(problem), _precision(), *args)
+        except launch.RefusedLaunchError as error:
+            # As where another process has a part of the multiprocessors. Known from here on.
+            warnings.warn(
+                f"fused_rnn: the GPU runs fewer programs at once than it has multiprocessors "
+                f"({error}); layers that need that run one step per launch",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            _uncooperative.add(torch.cuda.current_device())
+            return scan(problem, self._plan(problem), _precision(), *args)
+
+    @staticmethod
+    def _plan(problem: Problem) -> Plan:
+        device = _INTERPRETER
+        if problem.device_type == "cuda":
+            index = torch.cuda.current_device()
+            device = device_facts(index)
+            if index in _uncooperative:
+                device = device._replace(cooperative=False)
+        if _through_float32(problem):
+            problem = replace(problem, dtype=torch.float32)
+        return make_plan(problem, device, _precision(), requested_regime())
+
+
+def _through_float32(problem: Problem) -> bool:
+    # Relu's gradient jumps where a rounded h turns the sign of a sum near zero; in float32 that
+    # happens less often.
+    return problem.cell_name == "rnn_relu" and is_half(problem.dtype)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs, or would run, the kernels."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _precision() -> str:
+    """Of float32 products, as the user told torch for its own."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@lru_cache(maxsize=16)
+def device_facts(index: int) -> Device:
+    """What the planner needs to know of a CUDA or HIP device."""
+    facts = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        family = facts.gcnArchName.split(":")[0]
+        return Device(family, facts.multi_processor_count, 64 * 1024, True)
+    family = f"sm{facts.major}{facts.minor}"
+    return Device(family, facts.multi_processor_count, facts.shared_memory_per_block_optin, True)
+
+
+def _device_refusal() -> str | None:
+    """Why the current GPU cannot run the kernels."""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    if torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (8, 0):
+        return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+    return None

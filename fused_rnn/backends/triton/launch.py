@@ -1,0 +1,264 @@
+"""From a layer's tensors to launches of the kernels in `scan.py`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from ...cells import DirectionWeights
+from ...problem import Masks, Problem, Rows
+from ..base import allocate_output
+from ..bundles import LayerOutput, OutputGrads, ScanGrads
+from . import scan
+from .cells import FUNCTIONS
+from .plan import PassPlan, Plan
+
+
+class RefusedLaunchError(RuntimeError):
+    """The driver does not let all programs of a launch run at once; nothing has run."""
+
+
+INTERPRETED = not isinstance(scan.scan_forward, triton.JITFunction)
+
+
+def forward(
+    problem: Problem,
+    plan: Plan,
+    precision: str,
+    gx: Tensor,  # [D, N, G*H]
+    weights: list[DirectionWeights],
+    h0: Tensor,  # [D, B, H]
+    c0: Tensor | None,  # [D, B, H]
+    rows: Rows,
+    save: bool,
+) -> LayerOutput:
+    cell = problem.cell
+    out = allocate_output(problem, gx, save)
+    h = h0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    c = None
+    if cell.has_c:
+        c = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    arguments = {
+        "gx": gx,
+        "w": _stacked([w.w_hh for w in weights]),
+        "b_hn": _hidden_bias(problem, weights),
+        "h0": h0.contiguous(),
+        **_row_arguments(problem, rows, gx.device),
+        "y": out.y,
+        "h": h,
+        "c": c,
+        "gates": out.gates if save and cell.saved_gates else None,
+        "cells": out.cells if save and cell.has_c else None,
+    }
+    constants = {
+        "CELL": FUNCTIONS[cell.name].forward,
+        "G": cell.gates,
+        "S": cell.saved_gates,
+        "COLUMNS": cell.saved_gates or 1,
+    }
+    _run(
+        scan.scan_forward, problem, plan.forward, precision, arguments, constants,
+        range(problem.timesteps),
+    )  # fmt: skip
+    c_n = out.c_n if c is None else c.to(problem.dtype)
+    return out._replace(h_n=h.to(problem.dtype), c_n=c_n)
+
+
+def backward(
+    problem: Problem,
+    plan: Plan,
+    precision: str,
+    grads: OutputGrads,
+    weights: list[DirectionWeights],
+    h0: Tensor,
+    c0: Tensor | None,
+    rows: Rows,
+    saved: LayerOutput,
+) -> ScanGrads:
+    cell, hidden = problem.cell, problem.hidden_size
+    count = saved.y.shape[0]
+    grad_gates = saved.y.new_empty((problem.directions, count, cell.grad_gates * hidden))
+    grad_h = _state_gradient(grads.h_n, h0)
+    grad_c = _state_gradient(grads.c_n, h0) if cell.has_c else None
+    masks = rows.masks or Masks()
+    grad_reset_h = None if masks.reset_h is None else torch.zeros_like(grad_h)
+    grad_reset_c = None if masks.reset_c is None else torch.zeros_like(grad_h)
+    arguments = {
+        "y": saved.y.contiguous(),
+        "gates": saved.gates if cell.saved_gates else None,
+        "cells": saved.cells if cell.has_c else None,
+        "w": _stacked([w.w_hh for w in weights]),
+        "h0": h0.contiguous(),
+        "c0": _contiguous(c0, torch.float32) if cell.has_c else None,
+        "grad_y": None if grads.y is None else grads.y.contiguous(),
+        "grad_cells": None if grads.cells is None else grads.cells.contiguous(),
+        **_row_arguments(problem, rows, h0.device),
+        "grad_gates": grad_gates,
+        "grad_h": grad_h,
+        "grad_c": grad_c,
+        "grad_reset_h": grad_reset_h,
+        "grad_reset_c": grad_reset_c,
+    }
+    constants = {
+        "CELL": FUNCTIONS[cell.name].backward,
+        "G": cell.gates,
+        "S": cell.saved_gates,
+        "Q": cell.grad_gates,
+        "COLUMNS": cell.grad_gates,
+        # The gradients of GRU's gates face W_hh in the order n, r, z.
+        "ROTATE": 2 if cell.name == "gru" else 0,
+    }
+    _run(
+        scan.scan_backward, problem, plan.backward, precision, arguments, constants,
+        range(-1, problem.timesteps),
+    )  # fmt: skip
+    return ScanGrads(
+        gates=grad_gates,
+        h0=grad_h.to(h0.dtype),
+        c0=grad_c.to(c0.dtype) if cell.has_c else None,
+        reset_h=None if grad_reset_h is None else grad_reset_h.to(h0.dtype),
+        reset_c=None if grad_reset_c is None else grad_reset_c.to(c0.dtype),
+    )
+
+
+def _run(
+    kernel: Callable,
+    problem: Problem,
+    plan: PassPlan,
+    precision: str,
+    arguments: dict,
+    constants: dict,
+    steps: range,
+) -> None:
+    """Launches a kernel for all batch tiles and `steps`, backward from the last to the first."""
+    if problem.batch_size == 0:
+        return
+    config = plan.config
+    exchange = _exchange(plan)
+    constants |= {
+        "D": problem.directions,
+        "TILES": plan.hidden_tiles,
+        "EXCHANGE": exchange,
+        "RESIDENT": config.resident,
+        "BLOCK_B": config.block_b,
+        "BLOCK_H": config.block_h,
+        "BLOCK_K": config.block_k,
+        "CHUNKS": -(-problem.hidden_size // config.block_k),
+        "PRECISION": precision if problem.dtype == torch.float32 else "ieee",
+        "SOFT": soft_type(problem.dtype),
+    }
+    device = arguments["y"].device
+    counters = [None] * plan.launches
+    if exchange == "grid":
+        # Whole 16 bytes for each launch: another alignment would be another kernel.
+        count = -(-problem.directions * plan.tiles_per_launch // 4) * 4
+        counters = torch.zeros((plan.launches, count), dtype=torch.int32, device=device)
+    options = {} if INTERPRETED else launch_options(config, exchange)
+    with torch.cuda.device_of(arguments["y"]):
+        for s0, s1 in _ranges(steps, exchange, kernel is scan.scan_backward):
+            for launch, first in enumerate(range(0, plan.batch_tiles, plan.tiles_per_launch)):
+                tiles = min(plan.tiles_per_launch, plan.batch_tiles - first)
+                try:
+                    kernel[(tiles, plan.hidden_tiles, problem.directions)](
+                        **arguments,
+                        counters=counters[launch],
+                        s0=s0,
+                        s1=s1,
+                        T=problem.timesteps,
+                        B=problem.batch_size,
+                        N=arguments["y"].shape[0],
+                        tile0=first,
+                        H=problem.hidden_size,
+                        **constants,
+                        **options,
+                    )
+                except RuntimeError as error:
+                    if exchange == "grid" and _REFUSALS.search(str(error)):
+                        raise RefusedLaunchError(str(error)) from error
+                    raise
+
+
+# What the driver calls too many programs, and a device that cannot say how many are.
+_REFUSALS = re.compile("cooperative launch|operation not supported")
+
+
+def _exchange(plan: PassPlan) -> str:
+    """How the programs of a launch get at each other's h; see `scan.py`."""
+    config = plan.config
+    if config.regime == "c":
+        return "launch"
+    if config.regime == "b":
+        # The interpreter runs one program after the other: nobody there could be waited for.
+        return "launch" if INTERPRETED else "grid"
+    return "registers" if config.block_k == config.block_h and config.resident else "program"
+
+
+def soft_type(dtype: torch.dtype) -> str:
+    """The type whose arithmetic kernels do not leave to the interpreter, "" for none."""
+    return "bf16" if INTERPRETED and dtype == torch.bfloat16 else ""
+
+
+def launch_options(config, exchange: str) -> dict:
+    """Options of Triton's launch and compiler."""
+    options = {
+        "num_warps": config.warps,
+        # Pipelining would load h ahead of the wait; products that stream W_hh have no wait inside.
+        "num_stages": 1 if config.resident else 3,
+        # The default has changed between versions of Triton.
+        "enable_fp_fusion": True,
+    }
+    if exchange == "grid":
+        options["launch_cooperative_grid"] = True
+    return options
+
+
+def _ranges(steps: range, exchange: str, backwards: bool) -> Iterator[tuple[int, int]]:
+    if exchange != "launch":
+        yield steps.start, steps.stop
+        return
+    for s in reversed(steps) if backwards else steps:
+        yield s, s + 1
+
+
+def _row_arguments(problem: Problem, rows: Rows, device: torch.device) -> dict[str, Tensor | None]:
+    """How rows lie in memory and where they end or restart."""
+    offsets = None
+    if rows.packed:
+        ends = torch.cumsum(rows.batch_sizes_tensor, 0)
+        # Asynchronous: the host goes on as soon as the driver has a copy.
+        offsets = torch.cat((ends.new_zeros(1), ends)).to(device, non_blocking=True)
+    masks = rows.masks or Masks()
+    return {
+        "offsets": offsets,
+        "lengths": _contiguous(masks.lengths, torch.int64),
+        "resets": None if masks.resets is None else masks.resets.contiguous().view(torch.uint8),
+        "reset_h": _contiguous(masks.reset_h, problem.dtype),
+        "reset_c": _contiguous(masks.reset_c, torch.float32),
+    }
+
+
+def _contiguous(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def _hidden_bias(problem: Problem, weights: list[DirectionWeights]) -> Tensor | None:
+    """[D, H] GRU's b_hn."""
+    if problem.cell_name != "gru" or weights[0].b_hh is None:
+        return None
+    return _stacked([w.b_hh[2 * problem.hidden_size :] for w in weights])
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """[D, ...] contiguous, without a copy where there is one direction."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].contiguous().unsqueeze(0)
+
+
+def _state_gradient(grad: Tensor | None, like: Tensor) -> Tensor:
+    """[D, B, H] float32 in memory of its own: the gradient of the last state, zero for None."""
+    if grad is None:
+        return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+    return grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

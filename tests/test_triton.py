@@ -1,0 +1,336 @@
+"""The Triton backend as the rest of the package sees it; its kernels in processes of their own."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_rnn
+from fused_rnn import dispatch, testing
+from fused_rnn.backends import triton as backend
+from fused_rnn.backends.triton import plan as planner
+from fused_rnn.problem import Problem
+
+HERE = Path(__file__).parent
+# Bytes that one program may have.
+SHARED_MEMORY = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+in_common_process = pytest.mark.skipif(
+    backend.interpreting(), reason="the interpreter is switched on for this process"
+)
+
+
+def _problem(**changes):
+    problem = Problem("lstm", 8, 16, 32, 64, 0, 1, True, False, True, torch.bfloat16, "cuda")
+    return replace(problem, **changes)
+
+
+def _python(*arguments, timeout=1200, **environment):
+    """Runs in a process of its own, without this one's pytest and Triton settings."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_", "TRITON_"))}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parent), env.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=env | environment,
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def _interpreted(selection, marks, file):
+    done = _python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-m", marks,
+        "-k", selection, HERE / file, timeout=7200, TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+# Each part imports torch and triton anew: so few that two workers are busy.
+PARTS = [
+    ("gru", "test_triton_interpreter.py"),
+    ("lstm", "test_triton_interpreter.py"),
+    ("not (gru or lstm)", "test_triton_interpreter.py"),
+    ("test", "test_triton_exchange.py"),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize(("selection", "file"), PARTS)
+def test_in_the_interpreter(selection, file):
+    _interpreted(selection, "not slow", file)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("selection", "file"), PARTS[:3])
+def test_in_the_interpreter_at_length(selection, file):
+    _interpreted(selection, "slow", file)
+
+
+@functools.cache
+def _bounds():
+    return json.loads((HERE / "triton_bounds.json").read_text())
+
+
+def _rows_for(target):
+    vendor, architecture = target.split(":")
+    families = (vendor, "sm" + architecture, architecture)
+    return [
+        (number, row)
+        for number, row in enumerate(planner._shipped_rows())
+        if row.family in families
+    ]
+
+
+def _check_compiled(target, numbers):
+    """Compiles rows of the table: within the machine, what the planner reckons with, and the
+    spills in tests/triton_bounds.json; with the Triton that made it, within all its bounds."""
+    done = _python(HERE / "triton_ahead.py", target, *numbers, timeout=7200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    version, *reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(reports) == len(numbers)
+    rows, bounds, vendor = planner._shipped_rows(), _bounds(), target.split(":")[0]
+    for number, report in zip(numbers, reports, strict=True):
+        row = rows[number]
+        problem = _problem(
+            cell_name="rnn_tanh" if row.cell == "rnn" else row.cell,
+            hidden_size=row.hidden,
+            dtype=torch.bfloat16 if row.kind == "half" else torch.float32,
+        )
+        bound = bounds[target][report["row"]]
+        assert report["spills"] <= bound["spills"], (report, bound)
+        reckoned = planner.on_chip_bytes(row.config, problem, row.which, vendor)
+        assert report["shared"] <= reckoned, (report, reckoned)
+        assert report["shared"] <= SHARED_MEMORY[target], report
+        if version == bounds["triton"]:
+            for fact in ("registers", "shared"):
+                assert report[fact] <= bound[fact], (fact, report, bound)
+
+
+@needs_triton
+@pytest.mark.parametrize(("target", "kept"), [("cuda:90", slice(0, 2)), ("hip:gfx942", slice(-1))])
+def test_some_rows_of_the_table_compile(target, kept):
+    """A forward and a backward kernel; every row in a slow test."""
+    _check_compiled(target, [number for number, _ in _rows_for(target)][kept][:2])
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_every_row_of_the_table_compiles(target):
+    _check_compiled(target, [number for number, _ in _rows_for(target)])
+
+
+@needs_triton
+def test_no_new_size_of_a_batch_compiles_anew():
+    """Of a length or a number of rows there are many; of kernels there shall be one."""
+    done = _python(HERE / "triton_launches.py")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["ok"]
+
+
+@in_common_process
+def test_cpu_tensors_need_the_interpreter():
+    layer, x = fused_rnn.GRU(3, 4), torch.randn(2, 1, 3)
+    with (
+        fused_rnn.backend("triton"),
+        pytest.raises(fused_rnn.UnsupportedProblemError, match="needs tensors on a GPU, got cpu"),
+    ):
+        layer(x)
+
+
+@needs_triton
+def test_cpu_tensors_never_get_here_by_themselves(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("FUSED_RNN_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch.BACKENDS["cpu"], "unsupported", lambda problem: "is away")
+    problem = _problem(device_type="cpu")
+    assert dispatch.BACKENDS["triton"].unsupported(problem) is None
+    assert dispatch.select(problem).name == "reference"
+    assert "only when asked for by name" in dict(dispatch.reasons(problem))["triton"]
+    assert dispatch.select(problem, "triton").name == "triton"
+
+
+def test_before_the_reference_on_a_gpu():
+    names = list(dispatch.BACKENDS)
+    assert names.index("triton") < names.index("reference")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The answers of a machine with an H200."""
+    device = planner.Device("sm90", 132, 232448, True)
+    monkeypatch.setattr(backend, "_installed", lambda: True)
+    monkeypatch.setattr(backend, "_device_refusal", lambda: None)
+    monkeypatch.setattr(backend, "device_facts", lambda index: device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return dispatch.BACKENDS["triton"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float64}, "needs dtype float32, bfloat16 or float16, got torch.float64"),
+        ({"proj_size": 3}, "has no projected LSTM, got proj_size=3"),
+        ({"hidden_size": 0}, "needs at least one hidden unit"),
+        ({"device_type": "mps"}, "needs tensors on a GPU, got mps"),
+    ],
+)
+def test_reasons(as_on_a_gpu, changes, reason):
+    assert reason in as_on_a_gpu.unsupported(_problem(**changes))
+    assert as_on_a_gpu.unsupported(_problem()) is None
+
+
+def test_no_triton(as_on_a_gpu, monkeypatch):
+    monkeypatch.setattr(backend, "_installed", lambda: False)
+    assert as_on_a_gpu.unsupported(_problem()) == "triton is not installed"
+
+
+def test_an_old_gpu(as_on_a_gpu, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(backend, "_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    expected = "needs compute capability 8.0 or newer, got 7.5"
+    assert dispatch.BACKENDS["triton"].unsupported(_problem()) == expected
+
+
+def test_a_regime_that_does_not_fit(as_on_a_gpu, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "a")
+    assert "regime 'a' does not fit" in as_on_a_gpu.unsupported(_problem(hidden_size=2000))
+    with pytest.raises(fused_rnn.UnsupportedProblemError, match="regime 'a' does not fit"):
+        dispatch.select(_problem(hidden_size=2000), "triton")
+
+
+def test_what_explain_prints(as_on_a_gpu):
+    assert as_on_a_gpu.describe(_problem()).startswith("triton scan (a: tiles 16x64")
+    assert "in float32" in as_on_a_gpu.describe(_problem(cell_name="rnn_relu"))
+
+
+@needs_triton
+def test_a_refused_launch_goes_on_one_step_at_a_time(as_on_a_gpu, monkeypatch):
+    """The driver has the last word on how many programs run at once."""
+    from fused_rnn.backends.triton import launch
+
+    monkeypatch.setattr(backend, "_uncooperative", set())
+    regimes = []
+
+    def scan(problem, plan, precision):
+        regimes.append(plan.forward.config.regime)
+        if plan.forward.config.regime == "b":
+            raise launch.RefusedLaunchError("too many blocks in cooperative launch")
+        return "done"
+
+    problem = _problem(hidden_size=512)
+    with pytest.warns(RuntimeWarning, match="too many blocks in cooperative launch"):
+        assert as_on_a_gpu._run(scan, problem) == "done"
+    assert as_on_a_gpu._run(scan, problem) == "done"
+    assert regimes == ["b", "c", "c"]
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU_CASES = [
+    pytest.param(regime, testing.LayerCase(cell, *sizes, dtype=dtype, device="cuda", **options),
+                 id=f"{regime}-{cell}-{str(dtype)[6:]}-{sizes}-{sorted(options)}")
+    for cell in ("rnn_tanh", "rnn_relu", "gru", "lstm")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for regime, sizes, options in (
+        ("a", (7, 3, 5, 17), {"directions": 2}),
+        ("a", (33, 129, 15, 64), {}),
+        ("b", (9, 33, 7, 100), {"directions": 2, "bias": False}),
+        ("b", (50, 16, 64, 256), {}),
+        ("b", (20, 300, 9, 500), {}),
+        ("c", (5, 3, 4, 9), {}),
+        ("c", (9, 33, 7, 650), {"directions": 2}),
+    )
+]  # fmt: skip
+
+
+@pytest.fixture
+def on_the_gpu(monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_BACKEND", "triton")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(("regime", "case"), GPU_CASES)
+def test_accuracy_on_a_gpu(regime, case, on_the_gpu, monkeypatch, poisoned):
+    """The equivalence matrix of the interpreter, compiled."""
+    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", regime)
+    if reason := testing.refusal("triton", testing.make_inputs(case)):
+        pytest.skip(reason)
+    actual = testing.results_of_draws(testing.run_layer, case)
+    oracle = testing.results_of_draws(testing.run_oracle, case, "all", torch.float64)
+    testing.assert_accurate(actual, oracle, testing.results_of_draws(testing.run_torch, case), case)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_two_hundred_runs_are_one(cell, on_the_gpu, monkeypatch):
+    """A race in the exchange would show as another bit, now and then."""
+    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "b")
+    case = testing.LayerCase(cell, 64, 48, 8, 500, 2, dtype=torch.bfloat16, device="cuda")
+    if reason := testing.refusal("triton", testing.make_inputs(case)):
+        pytest.skip(reason)
+    inputs, cotangents = testing.make_inputs(case).leaves(), testing.make_cotangents(case)
+    expected = testing.results_and_grads(testing.run_layer, inputs, cotangents)
+    for repetition in range(200):
+        actual = testing.results_and_grads(testing.run_layer, inputs, cotangents)
+        for name, value in actual.items():
+            assert torch.equal(value, expected[name]), (repetition, name)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("regime", ["a", "b", "c"])
+def test_cuda_graph(regime, on_the_gpu, monkeypatch):
+    """Forward and backward in a graph, replayed on other numbers."""
+    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", regime)
+    case = testing.LayerCase("lstm", 9, 5, 8, 100, dtype=torch.bfloat16, device="cuda")
+    inputs, cotangents = testing.make_inputs(case).leaves(), testing.make_cotangents(case)
+
+    def step():
+        return testing.results_and_grads(testing.run_layer, inputs, cotangents)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for tensor in inputs.tensors.values():
+            tensor.uniform_(-1, 1)
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, value in step().items():
+        assert torch.equal(captured[name], value), name
+
+
+@pytest.mark.gpu
+@gpu
+def test_the_host_never_waits(on_the_gpu):
+    case = testing.LayerCase("gru", 20, 5, 8, 100, dtype=torch.bfloat16, device="cuda")
+    inputs, cotangents = testing.make_inputs(case).leaves(), testing.make_cotangents(case)
+    testing.results_and_grads(testing.run_layer, inputs, cotangents)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        testing.results_and_grads(testing.run_layer, inputs, cotangents)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

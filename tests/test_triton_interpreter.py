@@ -1,0 +1,297 @@
+"""The Triton kernels in Triton's interpreter: whole layers against the float64 oracle."""
+
+import functools
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from triton_interpreter import interpreter_or_skip
+
+import fused_rnn
+from fused_rnn import testing
+from fused_rnn.backends.triton import plan as planner
+from fused_rnn.backends.triton import tune
+from fused_rnn.cells import CELLS
+from fused_rnn.problem import Problem
+from fused_rnn.testing import LayerCase
+
+interpreter_or_skip()
+
+from fused_rnn.backends.triton import launch  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+HALF = (torch.bfloat16, torch.float16)
+KERNELS = testing.TORCH_CELLS
+
+
+@pytest.fixture(autouse=True)
+def _by_name(monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_BACKEND", "triton")
+
+
+def _fast_cases(cell):
+    """(regime, case): one tile and several, of units and of rows; "" leaves it to the planner."""
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    cases = [
+        ("a", case(4, 3, 4, 7, directions=2)),
+        ("a", packed([4, 2, 1], 3, 18, directions=2, bias=False)),
+        ("b", case(2, 17, 5, 20)),
+        ("b", packed([3, 2], 3, 20, directions=2)),
+        ("c", case(2, 3, 5, 33, directions=2, bias=False)),
+        ("c", packed([3, 2], 2, 16)),
+        ("", case(2, 2, 4, 100)),
+        ("", case(1, 18, 40, 3)),
+        ("", case(3, 0, 4, 5, directions=2)),
+        *_masked_cases(cell)[:3],
+    ]
+    # The two RNNs differ in one function.
+    return cases[::3] if cell == "rnn_relu" else cases
+
+
+def _masked_cases(cell):
+    """Lengths, resets, states to start afresh from, and for LSTM every step's c."""
+    case = functools.partial(LayerCase, cell)
+    c = {"states": True} if CELLS[cell].has_c else {}
+    full = {"resets": True, "reset_states": True, **c}
+    return [
+        ("a", case(5, 3, 3, 7, ends=(5, 0, 3), directions=2, **full)),
+        ("b", case(3, 4, 3, 18, ends=(2, 3, 0, 1), directions=2, **full)),
+        ("c", case(4, 2, 3, 5, resets=True, directions=2)),
+        ("a", case(9, 18, 3, 5, ends=tuple(i % 10 for i in range(18)), bias=False)),
+        ("b", case(9, 5, 3, 40, resets=True, **c)),
+        ("c", case(6, 17, 3, 33, ends=tuple(i % 7 for i in range(17)), directions=2, **full)),
+        ("a", case(3, 2, 3, 4, ends=(0, 0), resets=True, reset_states=True, directions=2)),
+    ]
+
+
+def _bfloat16_cases(cell):
+    return [
+        ("a", LayerCase(cell, 4, 3, 4, 15)),
+        ("c", LayerCase(cell, 3, 3, 3, 5, ends=(3, 0, 2), resets=True, reset_states=True)),
+    ]
+
+
+def _float16_cases(cell):
+    return [("b", LayerCase.packed(cell, [3, 1], 3, 20))]
+
+
+def _one_loss_cases(cell):
+    return [("b", LayerCase.packed(cell, [3, 2], 3, 20, directions=2))] if cell == "lstm" else []
+
+
+def _slow_cases(cell):
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    shapes = ((1, 129, 17), (2, 3, 100), (33, 1, 17), (9, 33, 19), (20, 3, 31), (4, 4, 64))
+    cases = [
+        (regime, case(t, b, i, h, directions=d, bias=bias))
+        for t, b, h in shapes
+        for i, d, bias in ((1, 1, True), (15, 2, False))
+        for regime in ("a", "b", "c")
+    ]
+    cases += [("", case(2, 3, 33, 650)), ("", case(2, 17, 3, 300, directions=2))]
+    cases += [
+        (regime, packed(lengths, 11, h, directions=2))
+        for lengths in ([20] + [1] * 20, list(range(18, 0, -1)), [9, 9, 8, 4, 4, 4, 2, 1])
+        for h in (1, 17, 100)
+        for regime in ("a", "b", "c")
+        if h > 16 or regime != "b"
+    ]
+    return cases + _masked_cases(cell)[3:]
+
+
+def _params(cases, dtypes, losses=("all",), marks=()):
+    return [
+        pytest.param(
+            regime,
+            replace(case, dtype=dtype),
+            loss,
+            id="-".join((case.cell, regime or "auto", str(dtype)[6:], str(case), loss)),
+            marks=marks,
+        )
+        for cell in KERNELS
+        for regime, case in cases(cell)
+        for dtype in dtypes
+        for loss in losses
+        if loss != "c_n" or CELLS[cell].has_c
+    ]
+
+
+def _check(regime, case, loss="all"):
+    """The repository's tolerance rule; see `fused_rnn/testing.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSED_RNN_TRITON_REGIME", regime)
+        actual = testing.results_of_draws(testing.run_layer, case, loss)
+    oracle = testing.results_of_draws(testing.run_oracle, case, loss, torch.float64)
+    testing.assert_accurate(
+        actual, oracle, testing.results_of_draws(testing.run_torch, case, loss), case
+    )
+
+
+@pytest.mark.parametrize(
+    ("regime", "case", "loss"),
+    [
+        *_params(_fast_cases, (torch.float32,)),
+        *_params(_bfloat16_cases, HALF[:1]),
+        *_params(_float16_cases, HALF[1:]),
+        *_params(_one_loss_cases, (torch.float32,), ("y", "h_n", "c_n")),
+        *_params(_slow_cases, (torch.float32, *HALF), marks=[pytest.mark.slow]),
+    ],
+)
+def test_accuracy(regime, case, loss):
+    """Outputs, states and every gradient: at most twice torch.nn's error, and a few roundings."""
+    _check(regime, case, loss)
+
+
+@st.composite
+def _random_cases(draw):
+    cell = draw(st.sampled_from(KERNELS))
+    sizes = {"input_size": draw(st.integers(1, 9)), "hidden_size": draw(st.integers(8, 36))}
+    options = {
+        "directions": draw(st.integers(1, 2)),
+        "bias": draw(st.booleans()),
+        "dtype": draw(st.sampled_from((torch.float32, *HALF))),
+    }
+    lengths = sorted(draw(st.lists(st.integers(1, 3), min_size=1, max_size=18)), reverse=True)
+    layout = draw(st.sampled_from(("packed", "padded", "masked")))
+    if layout == "packed":
+        return LayerCase.packed(cell, lengths, *sizes.values(), **options)
+    if layout == "masked":
+        options["ends"] = tuple(draw(st.permutations(lengths)))
+        options["resets"] = draw(st.booleans())
+        options["reset_states"] = options["resets"] and draw(st.booleans())
+    return LayerCase(cell, lengths[0], len(lengths), **sizes, **options)
+
+
+@settings(
+    max_examples=5 if os.environ.get("CI") else 30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(_random_cases(), st.sampled_from(("", "c")))
+def test_any_problem(case, regime):
+    _check(regime, case)
+
+
+@pytest.mark.parametrize("cell", KERNELS)
+def test_inference_gives_the_same_bits_and_saves_nothing(cell):
+    case = LayerCase(cell, 3, 2, 4, 20, directions=2)
+    inputs = testing.make_inputs(case)
+    training = testing.run_layer(inputs.leaves())
+    with torch.no_grad():
+        inference = testing.run_layer(inputs)
+        saved = torch.ops.fused_rnn.layer_forward(*inputs.forward_args(False, "triton"))[3:]
+    assert all(map(torch.equal, inference, training))
+    assert [tensor.numel() for tensor in saved] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [
+        ("rnn_relu", float("nan")),
+        ("rnn_tanh", float("inf")),
+        ("gru", float("nan")),
+        ("gru", -1e30),
+        ("lstm", float("inf")),
+    ],
+)
+def test_extreme_input(cell, value):
+    """NaN, infinities and overflow show up in the very elements in which torch.nn has them."""
+    case = LayerCase.packed(cell, [3, 2], 3, 5, directions=2)
+    inputs = testing.make_inputs(case)
+    inputs.x.view(-1)[case.input_size] = value
+    cotangents = testing.make_cotangents(case)
+    actual = testing.results_and_grads(testing.run_layer, inputs.leaves(), cotangents)
+    expected = testing.results_and_grads(testing.run_torch, inputs.leaves(), cotangents)
+    testing.assert_same_numbers(actual, expected)
+
+
+def test_small_numbers_keep_their_relative_accuracy():
+    """tanh near zero, where a formula of exponentials would have an absolute accuracy only."""
+    inputs = testing.make_inputs(LayerCase("rnn_tanh", 2, 4, 8, 8)).map(lambda t: t * 1e-6)
+    (y, _), (expected, _) = (
+        testing.run_layer(inputs),
+        testing.run_oracle(inputs.map(torch.Tensor.double)),
+    )
+    testing.assert_near("y", y, expected, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("cell", KERNELS)
+def test_arguments_are_left_as_they_were(cell):
+    """Neither pass writes to what it was given, so that backward may be called again."""
+    case = LayerCase(cell, 3, 2, 4, 20)
+    leaves = testing.make_inputs(case).leaves()
+    before = leaves.map(torch.clone)
+    y, *_ = testing.run_layer(leaves)
+    first = torch.autograd.grad(y.sum(), list(leaves.tensors.values()), retain_graph=True)
+    again = torch.autograd.grad(y.sum(), list(leaves.tensors.values()))
+    assert all(map(torch.equal, first, again))
+    for name, tensor in leaves.tensors.items():
+        assert torch.equal(tensor, before.tensors[name]), name
+
+
+@pytest.mark.parametrize("cell", KERNELS)
+def test_padding_is_never_read(cell):
+    """Whatever lies past the end: it reaches no result, and no gradient reaches it."""
+    case = LayerCase(cell, 4, 3, 2, 5, directions=2, ends=(4, 0, 2))
+    inputs, cotangents = testing.make_inputs(case), testing.make_cotangents(case)
+    expected = testing.results_and_grads(testing.run_layer, inputs.leaves(), cotangents)
+    padding = torch.arange(4).unsqueeze(1) >= torch.tensor(case.ends)
+    inputs.x[padding] = torch.nan
+    cotangents["y"][padding] = torch.nan
+    actual = testing.results_and_grads(testing.run_layer, inputs.leaves(), cotangents)
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+    assert not actual["y"][padding].any() and not actual["grad x"][padding].any()
+
+
+def test_tuning_ends_in_a_table_that_is_used(monkeypatch, tmp_path):
+    """All of it but the clock: here the larger tile is the faster one."""
+    monkeypatch.setattr(launch, "_exchange", lambda one: "launch")  # one process runs them all
+    path = tmp_path / "cache" / "triton.json"
+    monkeypatch.setenv("FUSED_RNN_TRITON_TUNING", str(path))
+    device = planner.Device("sm90", 132, 232448, True)
+    problem = Problem("rnn_tanh", 1, 2, 3, 40, 0, 1, True, False, True, torch.float32, "cuda")
+
+    def clock(call):
+        call()
+        return -call.args[0].block_h
+
+    monkeypatch.setattr(
+        tune, "candidates", lambda *_: [planner.Config("b", 16, h, 16, 4, False) for h in (16, 32)]
+    )
+    found = list(tune.tune([problem], device, "ieee", clock, torch.device("cpu")))
+    assert [(row.which, row.config.block_h) for row in found] == [("forward", 32), ("backward", 32)]
+    tune.write(found, path)
+    tune.write(found[:1], path)  # again: in place of the same row, beside the others
+    assert sorted(planner.read_rows(path)) == sorted(found)
+    assert planner.make_plan(problem, device, "ieee", "b").forward.config == found[0].config
+
+
+def test_a_model_with_layers_of_every_kind():
+    """Modules on top of the backend: several layers, batch first, packed, and what `explain`
+    says."""
+    layer = fused_rnn.LSTM(3, 20, num_layers=2, bidirectional=True, batch_first=True)
+    x = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 3), torch.randn(2, 3)])
+    report = fused_rnn.explain(layer, x)
+    assert report.backend == "triton" and len(report.layers) == 2
+    expected = torch.nn.LSTM(3, 20, num_layers=2, bidirectional=True, batch_first=True)
+    expected.load_state_dict(layer.state_dict())
+    with fused_rnn.backend("triton"):
+        y, (h_n, c_n) = layer(x)
+    torch_y, (torch_h, torch_c) = expected(x)
+    pairs = {"y": (y.data, torch_y.data), "h_n": (h_n, torch_h), "c_n": (c_n, torch_c)}
+    for name, (actual, wanted) in pairs.items():
+        testing.assert_near(name, actual, wanted, 1e-5, 1e-5)
+
+
+def test_a_regime_that_does_not_fit_is_an_error_that_says_why(monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "b")
+    layer = fused_rnn.GRU(3, 5)
+    with pytest.raises(fused_rnn.UnsupportedProblemError, match="regime 'b' does not fit"):
+        layer(torch.randn(2, 1, 3))
+    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "z")
+    with pytest.raises(ValueError, match="FUSED_RNN_TRITON_REGIME: expected one of a, b, c"):
+        layer(torch.randn(2, 1, 3))

@@ -1,0 +1,206 @@
+"""The Triton planner: which regime and tiles a problem gets, and the reasons, without triton."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fused_rnn import __main__
+from fused_rnn.backends.triton import plan as planner
+from fused_rnn.backends.triton.plan import Config, Device, Row, UnfitError, make_plan
+from fused_rnn.cells import CELLS
+from fused_rnn.problem import Problem
+
+H200 = Device("sm90", 132, 232448, True)
+A100 = Device("sm80", 108, 166912, True)
+B200 = Device("sm100", 148, 232448, True)
+MI300 = Device("gfx942", 304, 65536, True)
+DEVICES = (H200, A100, B200, MI300)
+
+
+@pytest.fixture(autouse=True)
+def no_table_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSED_RNN_TRITON_TUNING", str(tmp_path / "none.json"))
+
+
+def _problem(cell="lstm", hidden=128, batch=16, dtype=torch.bfloat16, **changes):
+    problem = Problem(cell, 100, batch, 64, hidden, 0, 1, True, False, True, dtype, "cuda")
+    return replace(problem, **changes)
+
+
+@pytest.mark.parametrize(
+    ("device", "problem", "precision", "forward", "backward"),
+    [
+        (H200, _problem(hidden=64), "ieee", "a", "a"),
+        (H200, _problem(hidden=128, batch=2000), "ieee", "a", "a"),
+        (H200, _problem(hidden=17, batch=1), "ieee", "a", "a"),
+        (H200, _problem(hidden=256), "ieee", "b", "b"),
+        (H200, _problem(hidden=512), "ieee", "b", "b"),
+        (H200, _problem(hidden=1024), "ieee", "b", "b"),
+        (H200, _problem(hidden=4096), "ieee", "c", "c"),
+        (H200, _problem("gru", 200, directions=2), "ieee", "b", "b"),
+        (H200, _problem("rnn_tanh", 256), "ieee", "a", "a"),
+        (H200, _problem(hidden=256, dtype=torch.float32), "ieee", "b", "b"),
+        (H200, _problem(hidden=256, dtype=torch.float32), "tf32", "b", "b"),
+        (A100, _problem(hidden=128), "ieee", "a", "a"),
+        (A100, _problem(hidden=512, directions=2), "ieee", "b", "b"),
+        (B200, _problem(hidden=512), "ieee", "b", "b"),
+        (H200._replace(cooperative=False), _problem(hidden=512), "ieee", "c", "c"),
+        (H200._replace(multiprocessors=4), _problem(hidden=512), "ieee", "c", "c"),
+    ],
+)
+def test_regime(device, problem, precision, forward, backward):
+    found = make_plan(problem, device, precision)
+    assert (found.forward.config.regime, found.backward.config.regime) == (forward, backward)
+
+
+def test_inference_plans_no_backward():
+    found = make_plan(_problem(training=False), H200, "ieee")
+    assert found.backward is None
+    assert "backward" not in str(found)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.family)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_plan_fits(cell, dtype, device):
+    """Whatever the size: a program has room, those that wait for each other run at once, and the
+    launches together cover every row and unit once."""
+    for hidden in (1, 16, 17, 33, 100, 128, 129, 256, 300, 512, 650, 1000, 1024, 2048, 8000):
+        for batch in (1, 3, 16, 33, 129, 1000, 100_000):
+            for directions in (1, 2):
+                problem = _problem(cell, hidden, batch, dtype, directions=directions)
+                found = make_plan(problem, device, "tf32")
+                for which, one in (("forward", found.forward), ("backward", found.backward)):
+                    config = one.config
+                    used = planner.on_chip_bytes(config, problem, which, device.vendor)
+                    assert used <= device.shared_memory
+                    assert one.hidden_tiles * config.block_h >= hidden
+                    assert one.batch_tiles * config.block_b >= batch
+                    assert one.launches * one.tiles_per_launch >= one.batch_tiles
+                    assert one.launches == 1 or config.regime == "b"
+                    if config.regime == "a":
+                        assert one.hidden_tiles == 1
+                    if config.regime == "b":
+                        programs = one.hidden_tiles * directions * one.tiles_per_launch
+                        assert programs <= device.multiprocessors
+
+
+def test_a_large_batch_waits_in_waves():
+    """More programs than run at once: the batch is cut, and no program waits for one that has no
+    place."""
+    one = make_plan(_problem(hidden=256, batch=1000), H200, "ieee", "b").forward
+    assert one.launches > 1
+    assert one.hidden_tiles * one.tiles_per_launch <= H200.multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("regime", "problem", "device", "why"),
+    [
+        ("a", _problem(hidden=512), H200, "bytes on the chip, sm90 has 232448"),
+        ("b", _problem(hidden=8), H200, "8 units are one tile: there is nothing to exchange"),
+        ("b", _problem(hidden=512), H200._replace(cooperative=False), "all programs run at once"),
+        ("b", _problem(hidden=4096), H200, "programs at least, 132 run at once"),
+        ("b", _problem(hidden=512, timesteps=2**30), H200, "more than 32 bits count"),
+    ],
+)
+def test_a_forced_regime_that_does_not_fit(regime, problem, device, why):
+    with pytest.raises(UnfitError, match=f"regime '{regime}' does not fit: .*{why}"):
+        make_plan(problem, device, "ieee", regime)
+
+
+def test_refused_regimes_keep_their_reasons():
+    found = make_plan(_problem(hidden=512), H200, "ieee").forward
+    assert any(reason.startswith("forward a: ") for reason in found.refusals)
+
+
+def test_regime_c_always_fits():
+    for device in DEVICES:
+        for hidden in (1, 500, 10_000):
+            found = make_plan(_problem(hidden=hidden, batch=7), device, "ieee", "c")
+            assert found.forward.config.regime == "c"
+
+
+def test_shipped_table():
+    """Each row is what the planner picks for its own problem, or loses to a better regime, and
+    fits the devices of its vendor with the most room."""
+    rows = planner._shipped_rows()
+    assert rows
+    keys = [(*row[: Row._fields.index("config")], row.config.regime) for row in rows]
+    assert len(set(keys)) == len(keys), "two rows for one problem and regime"
+    for row in rows:
+        cell = "rnn_relu" if row.cell == "rnn" else row.cell
+        dtype = torch.float16 if row.kind == "half" else torch.float32
+        problem = _problem(cell, row.hidden, max(row.batch, 1), dtype)
+        device = MI300 if row.family == "hip" else H200
+        assert planner.unfit(row.config, problem, device, row.which) is None, row
+
+
+def _row(**changes):
+    config = Config("a", 16, 64, 64, 4, True)
+    return Row("sm90", "lstm", "half", "forward", 64, 1, config)._replace(**changes)
+
+
+def test_the_table_of_the_user_goes_first(monkeypatch, tmp_path):
+    path = tmp_path / "mine.json"
+    mine = _row(config=Config("a", 32, 64, 64, 8, True))
+    path.write_text(planner.dump_rows([mine]))
+    assert planner.read_rows(path) == (mine,)
+    monkeypatch.setenv("FUSED_RNN_TRITON_TUNING", str(path))
+    assert make_plan(_problem(hidden=50), H200, "ieee").forward.config == mine.config
+    assert make_plan(_problem(hidden=50), A100, "ieee").forward.config != mine.config
+
+
+def test_the_closest_class_of_sizes_is_taken():
+    table = (
+        _row(hidden=128, config=Config("a", 16, 128, 128, 8, True)),
+        _row(hidden=64),
+        _row(hidden=64, batch=100, config=Config("a", 32, 64, 64, 8, True)),
+    )
+    for hidden, batch, expected in ((64, 99, 1), (33, 100, 2), (65, 5, 0), (33, 1, 1)):
+        problem = _problem(hidden=hidden, batch=batch)
+        config = planner.configuration(problem, H200, "half", table, "forward", "a")
+        assert config == table[expected].config
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "Expecting"),
+        ("[]", "list indices"),
+        ('{"configurations": [{}]}', "regime"),
+        (planner.dump_rows([_row(which="sideways")]), "entry 0: got regime 'a', pass 'sideways'"),
+        (
+            planner.dump_rows([_row(), _row(config=Config("a", 16, 8, 64, 4, True))]),
+            "entry 1: .*16",
+        ),
+        (planner.dump_rows([_row(config=Config("a", 16, 48, 64, 4, True))]), "powers of two"),
+        (planner.dump_rows([_row(config=Config("a", 16, "64", 64, 4, True))]), "powers of two"),
+        (planner.dump_rows([_row(config=Config("b", 16, 64, 64, 4, True))]), "several hidden"),
+        (
+            json.dumps({"configurations": [{**_row().config._asdict(), "speed": 1}]}),
+            "speed|missing",
+        ),
+    ],
+)
+def test_a_table_that_is_none(tmp_path, text, why):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"broken.json: expected a table .*{why}"):
+        planner.read_rows(path)
+
+
+def test_tune_without_a_gpu_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert __main__.main(["tune"]) == 1
+    assert "nothing to measure, the Triton backend torch finds no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--hidden", "0"], ["--cell", "sru"], ["--batch", "x"]])
+def test_tune_with_bad_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        __main__.main(["tune", *arguments])
+    assert error.value.code == 2
+    assert arguments[0] in capsys.readouterr().err

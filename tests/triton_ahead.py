@@ -1,0 +1,216 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, just as a launch would.
+
+A stand-in for Triton's driver takes the launches of `fused_rnn/backends/triton/launch.py` and
+notes what would be compiled. As a program, for a process of its own, since a compiler that fails
+may take the process with it:
+
+    python tests/triton_ahead.py cuda:90 0 5     # the rows 0 and 5 of the table, a report per line
+    python tests/triton_ahead.py --write         # every row and target: tests/triton_bounds.json
+    python tests/triton_ahead.py --write cuda:80 # of one target
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fused_rnn.backends.bundles import LayerOutput, OutputGrads
+from fused_rnn.backends.triton import launch
+from fused_rnn.backends.triton.plan import PassPlan, Plan, Row, _shipped_rows
+from fused_rnn.cells import DirectionWeights
+from fused_rnn.problem import Problem, Rows
+
+TARGETS = {
+    "cuda:80": GPUTarget("cuda", 80, 32),
+    "cuda:90": GPUTarget("cuda", 90, 32),
+    "cuda:100": GPUTarget("cuda", 100, 32),
+    "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+}
+BOUNDS = Path(__file__).with_name("triton_bounds.json")
+
+
+class Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_device(self):
+        return list(TARGETS).index(self.target)
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return TARGETS[self.target]
+
+
+class Compilation:
+    """One compilation that a launch asked for, and every launch of it."""
+
+    def __init__(self, function, signature, constants, attributes, options, target):
+        self.function, self.options, self.target = function, options, target
+        self.source = (function, signature, constants, attributes)
+        self.launches = []  # (grid, bound arguments)
+        # What Triton's launcher reads of a compiled kernel.
+        self.function_handle = self.packed_metadata = None
+
+    def launch_metadata(self, grid, stream, *arguments):
+        return None
+
+    def run(self, x, y, z, *rest):
+        self.launches.append(((x, y, z), rest[6:]))
+
+    def compile(self):
+        source = self.function.ASTSource(*self.source)
+        return triton.compile(source, target=TARGETS[self.target], options=self.options.__dict__)
+
+
+@contextmanager
+def recording(target):
+    """Launches inside the `with` block compile and run nothing; yields the list of
+    `Compilation`s they ask for."""
+    compilations = []
+
+    def note(self, key, signature, device, constants, options, attributes, warmup):
+        found = Compilation(self, signature, constants, attributes, options, target)
+        compilations.append(found)
+        self.device_caches[device][0][key] = found
+        return found
+
+    Compilation.function_name = None
+    before, JITFunction._do_compile = JITFunction._do_compile, note
+    for kernel in (launch.scan.scan_forward, launch.scan.scan_backward):
+        kernel.device_caches.clear()
+    driver.set_active(Driver(target))
+    try:
+        yield compilations
+    finally:
+        JITFunction._do_compile = before
+        driver._active = None
+
+
+def run(problem, plan, precision, which):
+    """The launches of one pass, with tensors of the right shapes and any content."""
+    d, n = problem.directions, problem.timesteps * problem.batch_size
+    b, h, cell = problem.batch_size, problem.hidden_size, problem.cell
+
+    def tensor(*shape):
+        return torch.empty(shape, dtype=problem.dtype)
+
+    weights = [
+        DirectionWeights(None, tensor(cell.gates * h, h), *(tensor(cell.gates * h),) * 2)
+        for _ in range(d)
+    ]
+    h0, c0 = tensor(d, b, h), tensor(d, b, h)
+    rows = Rows(problem.timesteps, b, None, n)
+    if which == "forward":
+        gx = tensor(d, n, cell.gates * h)
+        launch.forward(problem, plan, precision, gx, weights, h0, c0, rows, True)
+        return
+    saved = LayerOutput(
+        tensor(n, d * h), h0, c0, tensor(d, n, cell.saved_gates * h), torch.empty(d, n, h)
+    )
+    grads = OutputGrads(tensor(n, d * h), None, None)
+    launch.backward(problem, plan, precision, grads, weights, h0, c0, rows, saved)
+
+
+def problem_of(row: Row) -> Problem:
+    """The problem a row is for, two timesteps of it."""
+    dtype = torch.bfloat16 if row.kind == "half" else torch.float32
+    cell = "rnn_tanh" if row.cell == "rnn" else row.cell
+    batch = max(row.batch, row.config.block_b)
+    return Problem(cell, 2, batch, 1, row.hidden, 0, 1, True, False, True, dtype, "cuda")
+
+
+def compilation_of(row: Row, target: str) -> Compilation:
+    tiles = -(-row.hidden // row.config.block_h)
+    one = PassPlan(row.config, tiles, 1, 1, 0.0, ())
+    with recording(target) as compilations:
+        run(problem_of(row), Plan(one, one), "tf32" if row.kind == "tf32" else "ieee", row.which)
+    return compilations[-1]
+
+
+def report(kernel) -> dict:
+    """What a compiled kernel takes: registers, spills, shared memory, barriers."""
+    facts = {"shared": kernel.metadata.shared}
+    if "cubin" not in kernel.asm:
+        text = kernel.asm["amdgcn"]
+
+        def fact(name):
+            return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+
+        return facts | {"registers": fact("vgpr_count"), "spills": fact("vgpr_spill_count")}
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def output(*command):
+            command = [str(tools / command[0]), *command[1:], file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", output("cuobjdump", "-res-usage"))
+        code = output("nvdisasm", "-c")
+    facts |= {"registers": int(usage[1]), "spills": len(re.findall(r"\b(?:STL|LDL)\b", code))}
+    return facts | {
+        "barriers": code.count("BAR.SYNC"),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
+    }
+
+
+def rows_for(target: str) -> list[tuple[int, Row]]:
+    """The rows of the table that are for a target, with their numbers."""
+    vendor, architecture = target.split(":")
+    families = (vendor, "sm" + architecture, architecture)
+    return [(n, row) for n, row in enumerate(_shipped_rows()) if row.family in families]
+
+
+def write_bounds(targets):
+    for target in targets:
+        facts = {
+            name_of(row): report(compilation_of(row, target).compile())
+            for _, row in rows_for(target)
+        }
+        bounds = json.loads(BOUNDS.read_text()) if BOUNDS.exists() else {}
+        if bounds.get("triton") != triton.__version__:
+            bounds = {"triton": triton.__version__}
+        bounds[target] = facts
+        BOUNDS.write_text(json.dumps(bounds, indent=1) + "\n")
+
+
+def main(arguments):
+    rows = _shipped_rows()
+    if arguments[0] == "--write":
+        write_bounds(arguments[1:] or TARGETS)
+        return
+    print(json.dumps(triton.__version__), flush=True)
+    target, *numbers = arguments
+    for number in map(int, numbers):
+        facts = report(compilation_of(rows[number], target).compile())
+        print(json.dumps({"row": name_of(rows[number]), **facts}), flush=True)
+
+
+def name_of(row: Row) -> str:
+    c = row.config
+    tiles = f"{c.block_b}x{c.block_h}x{c.block_k}"
+    kept = "resident" if c.resident else "streamed"
+    return (
+        f"{row.cell} {row.kind} {row.which} H{row.hidden} B{row.batch} {c.regime} {tiles} "
+        f"{c.warps} warps {kept}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

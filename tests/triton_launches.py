@@ -1,0 +1,67 @@
+"""Counts what would be compiled, and looks at what would be launched, without a GPU.
+
+Run by `test_triton.py` in a process of its own; prints "ok".
+"""
+
+from dataclasses import replace
+
+import torch
+import triton_ahead
+
+from fused_rnn.backends.triton import plan as planner
+from fused_rnn.problem import Problem
+
+H200 = planner.Device("sm90", 132, 232448, True)
+PROBLEM = Problem("lstm", 8, 16, 1, 300, 0, 1, True, False, True, torch.bfloat16, "cuda")
+
+
+def compilations(problems, which):
+    with triton_ahead.recording("cuda:90") as found:
+        for problem in problems:
+            triton_ahead.run(problem, planner.make_plan(problem, H200, "ieee"), "ieee", which)
+    return found
+
+
+def check_one_compilation(which):
+    """1, 16 and 2**k are the sizes that Triton would otherwise treat as special."""
+    sizes = [(1, 1), (1, 16), (16, 1), (7, 9), (64, 16), (33, 3), (2048, 2)]
+    problems = [replace(PROBLEM, timesteps=t, batch_size=b) for t, b in sizes]
+    found = compilations(problems, which)
+    assert len(found) == 1, f"{which}: {len(found)} compilations for {len(sizes)} sizes"
+    assert len(found[0].launches) == len(sizes)
+    other = replace(PROBLEM, hidden_size=301)
+    assert len(compilations([PROBLEM, other], which)) == 2, "the count can tell two kernels apart"
+
+
+def check_grids(which):
+    """Programs that wait for each other are launched to run at once or not at all, and no more of
+    them than fit; nothing else asks for that."""
+    waves = replace(PROBLEM, batch_size=1000, directions=2)
+    plan = planner.make_plan(waves, H200, "ieee", "b")
+    with triton_ahead.recording("cuda:90") as found:
+        triton_ahead.run(waves, plan, "ieee", which)
+    (only,) = found
+    assert only.options.launch_cooperative_grid
+    assert len(only.launches) > 1
+    tiles = 0
+    for grid, _ in only.launches:
+        assert grid[0] * grid[1] * grid[2] <= H200.multiprocessors
+        assert grid[2] == 2
+        tiles += grid[0]
+    one = plan.forward if which == "forward" else plan.backward
+    assert tiles == one.batch_tiles
+    for regime, hidden in (("a", 64), ("c", 300)):
+        problem = replace(PROBLEM, hidden_size=hidden)
+        with triton_ahead.recording("cuda:90") as found:
+            triton_ahead.run(
+                problem, planner.make_plan(problem, H200, "ieee", regime), "ieee", which
+            )
+        assert not found[0].options.launch_cooperative_grid
+        steps = problem.timesteps + (which == "backward")
+        assert len(found[0].launches) == (1 if regime == "a" else steps)
+
+
+for which in planner.PASSES:
+    check_one_compilation(which)
+    check_grids(which)
+print("ok")
