@@ -10,17 +10,21 @@ import torch
 
 @contextmanager
 def gpu_precision(tf32: bool, cudnn: bool = True) -> Iterator[None]:
-    """Settings of the whole process, put back afterwards.
-
-    Not by torch.backends.cudnn.flags, which also sets, to its own defaults, what it is not told:
-    cuDNN off.
-    """
-    flags = torch.backends.cudnn
-    before = flags.enabled, flags.allow_tf32, torch.get_float32_matmul_precision()
-    flags.enabled, flags.allow_tf32 = cudnn, tf32
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
-        yield
-    finally:
-        flags.enabled, flags.allow_tf32 = before[:2]
-        torch.set_float32_matmul_precision(before[2])
+    """Settings of the whole process, put back afterwards."""
+    now = torch.backends.cudnn
+    precision = torch.get_float32_matmul_precision()
+    # What it is not told it sets to defaults of its own, cuDNN off among them. None: as it is.
+    flags = now.flags(
+        enabled=cudnn,
+        benchmark=now.benchmark,
+        benchmark_limit=None,
+        deterministic=now.deterministic,
+        allow_tf32=tf32,
+        fp32_precision=None,
+    )
+    with flags:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)

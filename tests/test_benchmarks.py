@@ -292,7 +292,7 @@ def test_plots_are_made_from_a_run(modules, tmp_path):
 
 
 def test_precision_leaves_cudnn_on_and_puts_everything_back(modules):
-    """torch's own context manager for one of these switches turns cuDNN off."""
+    """What torch's own context manager is not told, it changes: cuDNN goes off."""
     from precision import gpu_precision
 
     flags = torch.backends.cudnn

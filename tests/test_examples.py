@@ -76,12 +76,14 @@ def example(monkeypatch):
             pytest.importorskip(needed)
         return importlib.import_module(name)
 
-    before = set(sys.modules)
+    ours = {*NAMES, *NOT_EXAMPLES}
+    # Benchmarks are modules of the same process, and some have an example's name.
+    others = {name: sys.modules.pop(name) for name in ours & sys.modules.keys()}
     monkeypatch.syspath_prepend(str(FOLDER))
     yield load
-    for name in set(sys.modules) - before:
-        if name in {*NAMES, *NOT_EXAMPLES}:
-            del sys.modules[name]
+    for name in ours & sys.modules.keys():
+        del sys.modules[name]
+    sys.modules.update(others)
 
 
 def results(folder, name):
