@@ -14,11 +14,16 @@ from contextvars import ContextVar
 
 from .backends.base import Backend
 from .backends.cpu import CpuBackend
+from .backends.cuda import CudaBackend, CudaEmulatedBackend
 from .backends.reference import ReferenceBackend
 from .problem import Problem
 
 # In order of preference.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CudaBackend(), CpuBackend(), ReferenceBackend())
+}
+# Those that are used only when they are asked for by name.
+ON_REQUEST: dict[str, Backend] = {b.name: b for b in (CudaEmulatedBackend(),)}
 
 _Recorder = Callable[[Problem, Backend, bool], None]  # problem, chosen backend, whether forced
 
@@ -31,8 +36,8 @@ class UnsupportedProblemError(RuntimeError):
 
 
 def _check_name(name: str, source: str) -> str:
-    if name not in ("", "auto", *BACKENDS):
-        known = ", ".join(["auto", *BACKENDS])
+    if name not in ("", "auto", *BACKENDS, *ON_REQUEST):
+        known = ", ".join(["auto", *BACKENDS, *ON_REQUEST])
         raise ValueError(f"{source}: expected one of {known}; got {name!r}")
     return "" if name == "auto" else name
 
@@ -45,7 +50,7 @@ def backend(name: str) -> Iterator[None]:
     that its forward was given. "auto" lifts an outer block's choice.
 
     Args:
-        name: "cpu", "reference", or "auto".
+        name: "cuda", "cpu", "reference", or "auto"; "cuda_emulated" for tests.
 
     Raises:
         ValueError: the name is not a backend's.
@@ -84,6 +89,11 @@ def reasons(problem: Problem) -> list[tuple[str, str | None]]:
     return [(b.name, b.unsupported(problem)) for b in BACKENDS.values()]
 
 
+def find(name: str) -> Backend:
+    """The backend of that name, which must be one."""
+    return BACKENDS[name] if name in BACKENDS else ON_REQUEST[name]
+
+
 def select(problem: Problem, name: str = "") -> Backend:
     """The backend called `name`; the first that takes the problem when `name` is "auto"; what the
     user asks for at this moment when it is empty.
@@ -111,7 +121,7 @@ def recording(recorder: _Recorder) -> Iterator[None]:
 
 
 def _forced_backend(problem: Problem, name: str) -> Backend:
-    chosen = BACKENDS[name]
+    chosen = find(name)
     if reason := chosen.unsupported(problem):
         raise UnsupportedProblemError(
             f"backend {name!r} was asked for by name but cannot take this layer: {reason}"

@@ -171,7 +171,7 @@ def batch_sizes_of(lengths: Sequence[int]) -> Tensor:
 
 def refusal(backend: str, inputs: LayerInputs, training: bool = True) -> str | None:
     """Why the backend of that name cannot take these inputs, or None if it can."""
-    reason = dispatch.BACKENDS[backend].unsupported(ops.make_problem(*inputs.args, training))
+    reason = dispatch.find(backend).unsupported(ops.make_problem(*inputs.args, training))
     return reason and f"{backend}: {reason}"
 
 

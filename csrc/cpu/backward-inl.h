@@ -57,7 +57,9 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
         c_prev = load(r.c_prev[row] + unit, valid);
         carry = load(r.grad_c[row] + unit, valid);
       }
-      Cell::backward(saved, h, h_prev, c, c_prev, d_h, carry, grads);
+      Vector factors[Cell::kFactors];
+      Cell::factors(saved, h, h_prev, c, c_prev, factors);
+      Cell::backward(factors, d_h, carry, grads);
       FUSED_RNN_UNROLL
       for (int i = 0; i < Cell::kGradGates; i++) {
         store(r.grad_gates[row] + i * hidden + unit, grads[i], valid);

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "../tensor_checks.h"
 #include "features.h"
 #include "layer.h"
 #include "workspace.h"
@@ -86,13 +87,6 @@ std::string bfloat16_capability() {
   return found ? found->name : "";
 }
 
-template <class Sizes>
-std::string shape_text(const Sizes& sizes) {
-  std::string text = "[";
-  for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  return text + "]";
-}
-
 template <class E>
 constexpr ScalarType kScalarType = ScalarType::Float;
 template <>
@@ -102,15 +96,7 @@ constexpr ScalarType kScalarType<BFloat16> = ScalarType::BFloat16;
 void check(const Tensor& tensor, const char* name, ScalarType type,
            std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected dtype ",
-                  torch::headeronly::toString(type), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-  const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(
-      sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()), name,
-      ": expected shape ", shape_text(shape), ", got ", shape_text(sizes));
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor, got strides ",
-                  shape_text(tensor.strides()));
+  check_dense(tensor, name, type, shape);
 }
 
 template <class E = float>

@@ -1,0 +1,98 @@
+// The kernels there are: one line, one tile, one kernel for each element type of its size.
+//
+// Of the tiles that are large enough for a layer the planner takes those with the least `hidden`,
+// and of these the first that the device can run; then, by the batch, among those that differ from
+// it only in row_blocks. So the order of sums depends on cell, hidden_size, dtype and device alone.
+#pragma once
+
+#include <array>
+
+#include "tiles.h"
+
+namespace fused_rnn {
+
+#if defined(FUSED_RNN_EMULATED)
+
+// Small ones for emulation, in which every thread costs: with and without clusters, of several row
+// blocks, split sums, odd numbers of gate groups, weights in registers, in shared memory and both.
+// ForwardTile: hidden, cluster, row_blocks, unit_groups, split_k, register_steps, ring.
+inline constexpr std::array kLstmForward2 = {
+    ForwardTile{16, 1, 1, 1, 1, 1, 2}, ForwardTile{32, 2, 1, 1, 2, 0, 4},
+    ForwardTile{32, 2, 2, 1, 2, 0, 4}, ForwardTile{64, 4, 1, 2, 1, 3, 2},
+};
+inline constexpr std::array kGruForward2 = {
+    ForwardTile{16, 1, 1, 2, 1, 1, 2}, ForwardTile{32, 2, 1, 1, 2, 1, 4},
+    ForwardTile{32, 2, 2, 1, 2, 1, 4}, ForwardTile{64, 4, 1, 2, 1, 3, 2},
+};
+inline constexpr std::array kRnnForward2 = {
+    ForwardTile{16, 1, 1, 2, 1, 1, 2}, ForwardTile{32, 2, 1, 1, 2, 1, 4},
+    ForwardTile{32, 2, 2, 1, 2, 1, 4}, ForwardTile{64, 4, 1, 2, 1, 3, 2},
+};
+inline constexpr std::array kLstmForward4 = {
+    ForwardTile{16, 1, 1, 1, 1, 1, 2}, ForwardTile{32, 2, 1, 1, 2, 1, 4},
+    ForwardTile{32, 2, 2, 1, 2, 1, 4}, ForwardTile{64, 4, 1, 2, 1, 5, 2},
+};
+inline constexpr std::array kGruForward4 = kLstmForward4;
+inline constexpr std::array kRnnForward4 = kLstmForward4;
+
+// BackwardTile: hidden, cluster, row_blocks, warps, register_steps, ring.
+inline constexpr std::array kLstmBackward2 = {
+    BackwardTile{16, 1, 1, 1, 4, 2}, BackwardTile{32, 2, 1, 2, 3, 4},
+    BackwardTile{32, 2, 2, 2, 3, 4}, BackwardTile{64, 4, 1, 2, 0, 2},
+};
+inline constexpr std::array kGruBackward2 = {
+    BackwardTile{16, 1, 1, 1, 3, 2}, BackwardTile{32, 2, 1, 2, 1, 4},
+    BackwardTile{32, 2, 2, 2, 1, 4}, BackwardTile{64, 8, 1, 2, 0, 2},
+};
+inline constexpr std::array kRnnBackward2 = {
+    BackwardTile{16, 1, 1, 1, 1, 2}, BackwardTile{32, 2, 1, 2, 1, 4},
+    BackwardTile{32, 2, 2, 2, 1, 4}, BackwardTile{64, 4, 1, 2, 0, 2},
+};
+inline constexpr std::array kLstmBackward4 = {
+    BackwardTile{16, 1, 1, 1, 5, 2}, BackwardTile{32, 2, 1, 2, 8, 4},
+    BackwardTile{32, 2, 2, 2, 8, 4}, BackwardTile{64, 4, 1, 2, 0, 2},
+};
+inline constexpr std::array kGruBackward4 = {
+    BackwardTile{16, 1, 1, 1, 5, 2}, BackwardTile{32, 2, 1, 2, 6, 4},
+    BackwardTile{32, 2, 2, 2, 6, 4}, BackwardTile{64, 8, 1, 2, 0, 2},
+};
+inline constexpr std::array kRnnBackward4 = {
+    BackwardTile{16, 1, 1, 1, 2, 2}, BackwardTile{32, 2, 1, 2, 1, 4},
+    BackwardTile{32, 2, 2, 2, 1, 4}, BackwardTile{64, 4, 1, 2, 0, 2},
+};
+
+#else
+
+#include "instances_gpu.inc"
+
+#endif
+
+template <CellKind kind, int element_bytes>
+constexpr const auto& forward_tiles() {
+  if constexpr (kind == CellKind::lstm) {
+    if constexpr (element_bytes == 2) return kLstmForward2;
+    else return kLstmForward4;
+  } else if constexpr (kind == CellKind::gru) {
+    if constexpr (element_bytes == 2) return kGruForward2;
+    else return kGruForward4;
+  } else {
+    if constexpr (element_bytes == 2) return kRnnForward2;
+    else return kRnnForward4;
+  }
+}
+
+template <CellKind kind, int element_bytes>
+constexpr const auto& backward_tiles() {
+  if constexpr (kind == CellKind::lstm) {
+    if constexpr (element_bytes == 2) return kLstmBackward2;
+    else return kLstmBackward4;
+  } else if constexpr (kind == CellKind::gru) {
+    if constexpr (element_bytes == 2) return kGruBackward2;
+    else return kGruBackward4;
+  } else {
+    if constexpr (element_bytes == 2) return kRnnBackward2;
+    else return kRnnBackward4;
+  }
+}
+
+}  // namespace fused_rnn
