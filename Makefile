@@ -4,6 +4,8 @@
 # make test-all        all tests, then test-reference
 # make test-asan       tests of the CPU library built with gcc's address and undefined-behaviour
 #                      sanitizers, in build/asan; not part of the others
+# make emulate         the CUDA kernels for the CPU, thread by thread, which the tests run
+# make build-cuda      the CUDA library, with nvcc and without a GPU; some minutes
 # make bench-cpu       the CPU benchmark with its peers, and whether the targets are met
 # make lint            ruff and clang-format
 # make clean           remove what was built; .venv stays (git clean -xdf removes that too)
@@ -29,25 +31,26 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constr
 # pass for a build later on.
 SKIP_BUILD := $(filter-out 0,$(FUSED_RNN_SKIP_BUILD))
 INSTALLED := .venv/.installed$(if $(SKIP_BUILD),-without-library)
+EMULATED := $(if $(SKIP_BUILD),,fused_rnn/libfused_rnn_cuda_emulated.so)
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 
 # xdist brings one process per core; a team of threads in each would only fight over the cores.
 # Tests that need a team ask for one with torch.set_num_threads.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-reference test-asan bench-cpu lint clean
+.PHONY: demo test test-all test-reference test-asan emulate build-cuda bench-cpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(EMULATED)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # At run time the variable makes a library that is built count as absent.
 test-reference: $(INSTALLED)
 	FUSED_RNN_SKIP_BUILD=1 $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(INSTALLED)
+test-all: $(INSTALLED) $(EMULATED)
 	$(PYTEST) $(PYTEST_ARGS)
 	$(MAKE) test-reference
 
@@ -72,6 +75,15 @@ test-asan: $(INSTALLED)
 		sys.exit(native.cpu_library_error())'
 	cd build/asan && $(ASAN_ENV) $(PYTEST) --capture=sys --max-worker-restart=0 -m "not slow" \
 		$(PYTEST_ARGS) $(ASAN_TESTS)
+
+emulate: $(EMULATED)
+
+fused_rnn/libfused_rnn_cuda_emulated.so: $(INSTALLED)
+	FUSED_RNN_EMULATE=1 $(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+build-cuda: $(INSTALLED)
+	FORCE_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 
 bench-cpu: $(INSTALLED) .venv/.peers
 	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
