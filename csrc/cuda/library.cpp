@@ -128,6 +128,8 @@ const Kernel<Params>* find_kernels(CellKind cell, ElementKind element) {
 void check(const Tensor& tensor, const char* name, ScalarType type, Shape shape) {
   STD_TORCH_CHECK(on_device(tensor), name, ": expected a ", kDeviceName, " tensor");
   check_dense(tensor, name, type, shape);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, name,
+                  ": expected memory aligned to 16 bytes");
 }
 
 const void* input(const Tensor& tensor, const char* name, ScalarType type, Shape shape) {
