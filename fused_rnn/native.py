@@ -1,9 +1,9 @@
 """Finds and loads the compiled parts; everything else works without them.
 
-The libraries are plain shared libraries that register operators with torch: for the CPU, for CUDA,
-and the CUDA kernels' emulation on the CPU. `_C` is a small module with the facts of the build and
-the planner of the CUDA kernels. FUSED_RNN_SKIP_BUILD=1 in the environment makes all of them count as
-absent, as if the package had been built that way.
+The libraries are plain shared libraries that register operators with torch: for the CPU, for
+CUDA, and for the CUDA kernels' emulation on the CPU. `_C` is a small module with the facts of the
+build and the planner of the CUDA kernels. FUSED_RNN_SKIP_BUILD=1 in the environment makes all of
+them count as absent, as if the package had been built that way.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def cpu_library_error() -> str | None:
 
 @cache
 def cuda_library_error() -> str | None:
-    """Loads the CUDA library once. Why it is absent, or None when torch.ops.fused_rnn_cuda works."""
+    """Loads the CUDA library once. Why it is absent, or None when its operators work."""
     absent = "install with FUSED_RNN_CUDA=1, or run make build-cuda"
     return _load_error(_CUDA_LIBRARY, "CUDA", absent)
 

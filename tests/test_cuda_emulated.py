@@ -1,8 +1,8 @@
 """The CUDA kernels' sources on the CPU, one fiber per thread: right whatever the threads' order.
 
-A seed is one random course of events: which thread runs, which warps starve, when copies and messages
-arrive. Shared memory and outputs start as NaN, deadlocks and messages to a CTA that has left are
-errors. tests/test_emulator.py shows which mistakes are found.
+A seed is one random course of events: which thread runs, which warps starve, when copies and
+messages arrive. Shared memory and outputs start as NaN, deadlocks and messages to a CTA that has
+left are errors. tests/test_emulator.py shows which mistakes are found.
 """
 
 import functools
@@ -129,9 +129,7 @@ def test_whole_modules_run_through_it(monkeypatch):
     torch.testing.assert_close(actual, wanted)
     actual.sum().backward()
     wanted.sum().backward()
-    for (name, ours), theirs in zip(
-        module.named_parameters(), expected.parameters(), strict=True
-    ):
+    for (name, ours), theirs in zip(module.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda m, n=name: f"{n}: {m}")
     lines = str(fused_rnn.explain(module, x))
     assert "cuda_emulated/scan H<=16 on clusters of 1, 8 rows each" in lines

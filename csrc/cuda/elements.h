@@ -4,8 +4,8 @@
 // After a product, and wherever the pointwise part runs, a lane has unit lane / 4 of a unit group
 // and batch rows 2 * (lane % 4) and the next: two numbers of each gate ("lane order"). To be
 // multiplied or stored, a block is exchanged into words, kWords per lane: word w of the lane is
-// batch row `row(w)`, columns from `column()` on, of a row-major [8 rows][8 units] block. A block of
-// words in shared memory is [word of lane 0, ...]: what a lane sends to the other CTAs as it is.
+// batch row `row(w)`, columns from `column()` on, of a row-major [8 rows][8 units] block. A block
+// of words in shared memory is [word of lane 0, ...]: what a lane sends to the other CTAs as it is.
 //
 // A fragment of weights is two groups of 8 gate rows by one k step.
 #pragma once

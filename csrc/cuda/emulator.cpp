@@ -3,11 +3,11 @@
 
 #include "emulator.h"
 
-#include <csetjmp>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
+#include <csetjmp>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -319,9 +319,9 @@ void schedule() {
         if (!machine.error.empty()) return;
       }
     }
-    live.erase(std::remove_if(live.begin(), live.end(),
-                              [](size_t i) { return machine.fibers[i].done; }),
-               live.end());
+    live.erase(
+        std::remove_if(live.begin(), live.end(), [](size_t i) { return machine.fibers[i].done; }),
+        live.end());
     quiet_rounds = progress ? 0 : quiet_rounds + 1;
     if (quiet_rounds > 3) {
       if (machine.on_the_way.empty()) Mood::release();
@@ -563,9 +563,7 @@ uint32_t transpose(uint32_t m) {
   w.in[lane()][0] = m;
   collective([](Warp& all) {
     for (int i = 0; i < kLanes; i++) {
-      const auto element = [&](int row) {
-        return all.in[row * 4 + i / 8][0] >> (i / 4 % 2 * 16);
-      };
+      const auto element = [&](int row) { return all.in[row * 4 + i / 8][0] >> (i / 4 % 2 * 16); };
       all.out[i][0] = halves(element(2 * (i % 4)), element(2 * (i % 4) + 1));
     }
   });

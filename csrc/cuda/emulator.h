@@ -1,5 +1,5 @@
-// Runs CUDA kernels on the host, one fiber per thread, to find out whether they are right: the order
-// in which threads run is random and unfair, what may arrive late does.
+// Runs CUDA kernels on the host, one fiber per thread, to find out whether they are right: the
+// order in which threads run is random and unfair, what may arrive late does.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ unsigned char* shared_memory();
 
 // Runs the kernel for every thread, cluster after cluster.
 //
-// Throws std::runtime_error when threads wait for each other in vain, when something is still on its
-// way to a CTA that has left, or when a primitive is used against its rules.
+// Throws std::runtime_error when threads wait for each other in vain, when something is still on
+// its way to a CTA that has left, or when a primitive is used against its rules.
 void run(const Grid& grid, const std::function<void()>& kernel);
 
 // Of the random choices in all that is run from now on.

@@ -116,10 +116,9 @@ struct CellOf<CellKind::lstm, Math> {
 };
 
 template <ElementKind kind>
-using ElementOf =
-    std::conditional_t<kind == ElementKind::bfloat16, Bfloat16Element,
-                       std::conditional_t<kind == ElementKind::float16, Float16Element,
-                                          FloatElement>>;
+using ElementOf = std::conditional_t<
+    kind == ElementKind::bfloat16, Bfloat16Element,
+    std::conditional_t<kind == ElementKind::float16, Float16Element, FloatElement>>;
 
 template <CellKind kind, class Element, class Params, size_t... index>
 const Kernel<Params>* kernel_table(std::index_sequence<index...>) {
@@ -149,7 +148,7 @@ const Kernel<Params>* kernels_of() {
 }
 
 // All kernels of a cell for the element type and the direction of time that the build names.
-#define FUSED_RNN_INSTANTIATE(kind) \
+#define FUSED_RNN_INSTANTIATE(kind)        \
   template const Kernel<FUSED_RNN_PARAMS>* \
   kernels_of<CellKind::kind, ElementKind::FUSED_RNN_ELEMENT, FUSED_RNN_PARAMS>();
 

@@ -185,8 +185,8 @@ Border border(int64_t cell, const Tensor& rows, const char* name, int64_t column
   b.batch = h0.size(1);
   b.pitch = h0.size(2);
   b.hidden = hidden;
-  STD_TORCH_CHECK(b.directions == 1 || b.directions == 2,
-                  "h0: expected 1 or 2 directions, got ", b.directions);
+  STD_TORCH_CHECK(b.directions == 1 || b.directions == 2, "h0: expected 1 or 2 directions, got ",
+                  b.directions);
   STD_TORCH_CHECK(b.batch > 0, "h0: expected at least one batch row, got none");
   STD_TORCH_CHECK(hidden > 0 && b.pitch >= hidden && b.pitch % kGroup == 0 && b.pitch < 1 << 20,
                   "h0: expected rows of a multiple of 8 columns from hidden_size = ", hidden,
@@ -214,8 +214,8 @@ ScanRows scan_rows(const Border& b, const RowArguments& given) {
   }
   STD_TORCH_CHECK(rows.timesteps < int64_t{1} << 31, "gx: expected fewer than 2^31 timesteps, got ",
                   rows.timesteps);
-  rows.lengths = static_cast<const int64_t*>(
-      input(given.lengths, "lengths", ScalarType::Long, {b.batch}));
+  rows.lengths =
+      static_cast<const int64_t*>(input(given.lengths, "lengths", ScalarType::Long, {b.batch}));
   rows.resets = static_cast<const uint8_t*>(
       input(given.resets, "resets", ScalarType::Bool, {rows.timesteps, b.batch}));
   return rows;
@@ -275,8 +275,8 @@ void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
   if (b.sizes.has_c) p.c_n = float_output(c_n, "c_n", states);
   const bool save = cells.dim() == 3 && (cells.size(2) > 0 || gates.size(2) > 0);
   if (save) {
-    p.gates = output(gates, "gates", b.type,
-                     {b.directions, b.count, b.sizes.saved_gates * b.pitch});
+    p.gates =
+        output(gates, "gates", b.type, {b.directions, b.count, b.sizes.saved_gates * b.pitch});
     if (b.sizes.has_c) p.cells = float_output(cells, "cells", {b.directions, b.count, b.pitch});
   }
   const int64_t index = gx.get_device_index();
@@ -323,8 +323,8 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
 
 ScanProblem scan_problem(int64_t cell, int64_t element_bytes, int64_t hidden, int64_t batch,
                          int64_t directions) {
-  STD_TORCH_CHECK(element_bytes == 2 || element_bytes == 4,
-                  "element_bytes: expected 2 or 4, got ", element_bytes);
+  STD_TORCH_CHECK(element_bytes == 2 || element_bytes == 4, "element_bytes: expected 2 or 4, got ",
+                  element_bytes);
   return {cell_kind(cell), static_cast<int>(element_bytes), hidden, batch, directions};
 }
 

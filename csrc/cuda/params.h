@@ -44,16 +44,16 @@ struct BackwardParams {
   const float* c0;
   const void* reset_h;
   const float* reset_c;
-  const void* y;            // as forward wrote them
+  const void* y;  // as forward wrote them
   const void* gates;
   const float* cells;
-  const void* grad_y;       // E [N, D*pitch], or null
-  const float* grad_h_n;    // [D, B, pitch], or null
-  const float* grad_c_n;    // [D, B, pitch], or null
-  void* grad_gates;         // E [D, N, Q*pitch]
-  float* grad_h0;           // [D, B, pitch]
-  float* grad_c0;           // [D, B, pitch], LSTM
-  float* grad_reset_h;      // [D, B, pitch], zeros on entry, or null
+  const void* grad_y;     // E [N, D*pitch], or null
+  const float* grad_h_n;  // [D, B, pitch], or null
+  const float* grad_c_n;  // [D, B, pitch], or null
+  void* grad_gates;       // E [D, N, Q*pitch]
+  float* grad_h0;         // [D, B, pitch]
+  float* grad_c0;         // [D, B, pitch], LSTM
+  float* grad_reset_h;    // [D, B, pitch], zeros on entry, or null
   float* grad_reset_c;
 };
 

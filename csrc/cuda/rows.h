@@ -28,9 +28,7 @@ struct TileRows {
     return static_cast<int>(all.lengths ? all.lengths[first + row] : all.timesteps);
   }
 
-  FUSED_RNN_DEVICE_MEMBER int64_t time(int step) const {
-    return reverse ? steps - 1 - step : step;
-  }
+  FUSED_RNN_DEVICE_MEMBER int64_t time(int step) const { return reverse ? steps - 1 - step : step; }
 
   // The number of the memory row of a batch row at time t.
   FUSED_RNN_DEVICE_MEMBER int64_t index(int64_t t, int row) const {

@@ -16,7 +16,7 @@ constexpr int gate_of_grad(int q) {
 }
 
 template <class Cell, class Element, BackwardTile tile, CellKind kind>
-FUSED_RNN_KERNEL(tile.warps * kWarp)
+FUSED_RNN_KERNEL(tile.warps* kWarp)
 scan_backward(const BackwardParams p) {
   static_assert(is_whole(tile, kind, Element::kBytes));
   constexpr BackwardLayout kLayout = layout_of(tile, kind, Element::kBytes);
@@ -44,8 +44,7 @@ scan_backward(const BackwardParams p) {
   const bool has_items = warp < kLayout.item_warps;
   const int rank = kAlone ? 0 : static_cast<int>(cluster_rank());
   const int direction = block_y();
-  const TileRows<kBlocks> rows(p.rows, block_x() / tile.cluster * kGroup * kBlocks,
-                               direction == 1);
+  const TileRows<kBlocks> rows(p.rows, block_x() / tile.cluster * kGroup * kBlocks, direction == 1);
   const int64_t pitch = p.pitch;
   const int group0 = rank * kLayout.groups;  // of this CTA
 
@@ -54,7 +53,8 @@ scan_backward(const BackwardParams p) {
   const Stored* y = static_cast<const Stored*>(p.y) + direction * pitch;
   const Stored* grad_y =
       p.grad_y ? static_cast<const Stored*>(p.grad_y) + direction * pitch : nullptr;
-  const Stored* gates = static_cast<const Stored*>(p.gates) + direction * p.rows.count * kSaved * pitch;
+  const Stored* gates =
+      static_cast<const Stored*>(p.gates) + direction * p.rows.count * kSaved * pitch;
   const float* cells = Cell::kHasC ? p.cells + direction * p.rows.count * pitch : nullptr;
   Stored* grad_gates =
       static_cast<Stored*>(p.grad_gates) + direction * p.rows.count * kGrads * pitch;
@@ -85,7 +85,8 @@ scan_backward(const BackwardParams p) {
     for (int i = 0; i < kProducts; i++) weights[k][i] = fragment(k, i);
     warp_sync();  // keeps the loads of one step from those of the next, which would spill
   }
-  Fragment* shared_weights = weights_memory + warp * kLayout.shared_steps * kProducts * kWarp + lane;
+  Fragment* shared_weights =
+      weights_memory + warp * kLayout.shared_steps * kProducts * kWarp + lane;
 #pragma unroll 1
   for (int k = 0; k < kLayout.shared_steps; k++) {
     for (int i = 0; i < kProducts; i++) {
@@ -175,8 +176,7 @@ scan_backward(const BackwardParams p) {
         const uint32_t item = ring_item(s, j);
         const int n = block_of(j), row = n * kGroup + row_in_block;
         const int64_t group_at = (group0 + group_of(j)) * kGroup;
-        const bool there =
-            group_is_there(group_of(j)) && rows.exists(copied_length[j], row, t);
+        const bool there = group_is_there(group_of(j)) && rows.exists(copied_length[j], row, t);
         const bool has_before = before >= 0 && before < copied_length[j];
         const int64_t index = there ? rows.index(t, row) : 0;
         FUSED_RNN_UNROLL
@@ -191,8 +191,7 @@ scan_backward(const BackwardParams p) {
           if (lane < 2 * kGroup) {
             const int c_row = n * kGroup + lane / 2;
             // Also where step t itself is not taken: its c before is the next live step's c after.
-            const bool c_there =
-                group_is_there(group_of(j)) && rows.first + c_row < p.rows.batch;
+            const bool c_there = group_is_there(group_of(j)) && rows.first + c_row < p.rows.batch;
             const int64_t column = group_at + lane % 2 * 4;
             const float* from = p.c0 + states_at + (rows.first + c_row) * pitch + column;
             if (before >= 0 && before < copied_c_length[j]) {
@@ -213,8 +212,7 @@ scan_backward(const BackwardParams p) {
         if (lane < kGroup * kPieces) {
           const int64_t at = index * y_pitch + group_at + lane % kPieces * 4;
           const bool given = there && grad_y;
-          copy_async(state_at + kLayout.state_bytes + lane * 16,
-                     given ? grad_y + at : y, given);
+          copy_async(state_at + kLayout.state_bytes + lane * 16, given ? grad_y + at : y, given);
         }
       }
     }
@@ -230,7 +228,8 @@ scan_backward(const BackwardParams p) {
 
   // Parts of the gradient of h after step s, in the order of the CTAs they come from.
   const auto received = [&](int s, int j, float (&sum)[2]) {
-    const float* slots = reinterpret_cast<const float*>(shared + kSlotsAt + (s & 1) * kLayout.slot_bytes);
+    const float* slots =
+        reinterpret_cast<const float*>(shared + kSlotsAt + (s & 1) * kLayout.slot_bytes);
     sum[0] = sum[1] = 0.0f;
 #pragma unroll 8
     for (int from = 0; from < tile.cluster; from++) {

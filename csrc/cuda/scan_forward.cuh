@@ -30,16 +30,15 @@ scan_forward(const ForwardParams p) {
   const uint32_t barriers_at = ring_at + kLayout.ring_bytes + kLayout.partial_bytes;
   Fragment* weights_memory = reinterpret_cast<Fragment*>(shared);
   uint32_t* h_memory = reinterpret_cast<uint32_t*>(shared + kLayout.weights_bytes);
-  float4* partials = reinterpret_cast<float4*>(shared + kLayout.weights_bytes + 2 * kLayout.h_bytes +
-                                               kLayout.ring_bytes);
+  float4* partials = reinterpret_cast<float4*>(shared + kLayout.weights_bytes +
+                                               2 * kLayout.h_bytes + kLayout.ring_bytes);
 
   const int lane = lane_index(), warp = warp_index();
   const int column = warp % kLayout.warp_columns, part = warp / kLayout.warp_columns;
   const bool leads = part == 0;  // the warp that does the pointwise part of its unit groups
   const int rank = kAlone ? 0 : static_cast<int>(cluster_rank());
   const int direction = block_y();
-  const TileRows<kBlocks> rows(p.rows, block_x() / tile.cluster * kGroup * kBlocks,
-                               direction == 1);
+  const TileRows<kBlocks> rows(p.rows, block_x() / tile.cluster * kGroup * kBlocks, direction == 1);
   const int64_t pitch = p.pitch;
   const int group0 = rank * kLayout.groups + column * kUnits;  // of this warp
 
@@ -53,7 +52,8 @@ scan_forward(const ForwardParams p) {
   const auto fragment = [&](int step, int product) {
     return Element::fragment(
         [&](int half) -> const Stored* {
-          const int index = 2 * product + half, unit = (group0 + index / kGates) * kGroup + (lane >> 2);
+          const int index = 2 * product + half,
+                    unit = (group0 + index / kGates) * kGroup + (lane >> 2);
           if (index >= kLayout.row_groups || unit >= pitch) return nullptr;
           return w_hh + (index % kGates * pitch + unit) * pitch;
         },
@@ -65,7 +65,8 @@ scan_forward(const ForwardParams p) {
     FUSED_RNN_UNROLL
     for (int i = 0; i < kProducts; i++) weights[k][i] = fragment(k, i);
   }
-  Fragment* shared_weights = weights_memory + warp * kLayout.shared_steps * kProducts * kWarp + lane;
+  Fragment* shared_weights =
+      weights_memory + warp * kLayout.shared_steps * kProducts * kWarp + lane;
   for (int k = 0; k < kLayout.shared_steps; k++) {
     for (int i = 0; i < kProducts; i++) {
       shared_weights[(k * kProducts + i) * kWarp] = fragment(tile.register_steps + k, i);
@@ -174,8 +175,8 @@ scan_forward(const ForwardParams p) {
   // gx of step s on its way into the ring; each warp reads only what it asked for itself.
   const auto ring_block = [&](int s, int j, int n) {
     const int slot = s & (tile.ring - 1);
-    return ring_at + ((slot * kLayout.groups + column * kUnits + j) * kBlocks + n) *
-                         kLayout.gx_block_bytes;
+    return ring_at +
+           ((slot * kLayout.groups + column * kUnits + j) * kBlocks + n) * kLayout.gx_block_bytes;
   };
   const auto prefetch = [&](int s) {
     if (leads && s < rows.steps) {
@@ -262,13 +263,15 @@ scan_forward(const ForwardParams p) {
       // Added in a fixed order, so that the same inputs give the same bits.
       const auto partial = [&](int of, int i, int n) -> float4& {
         return partials[(((of - 1) * kLayout.warp_columns + column) * kProducts * kBlocks +
-                         i * kBlocks + n) * kWarp + lane];
+                         i * kBlocks + n) *
+                            kWarp +
+                        lane];
       };
       FUSED_RNN_UNROLL
       for (int i = 0; i < kProducts; i++) {
         FUSED_RNN_UNROLL
         for (int n = 0; n < kBlocks; n++) {
-          const float(&v)[4] = totals[i][n];
+          const float (&v)[4] = totals[i][n];
           if (!leads) partial(part, i, n) = make_float4(v[0], v[1], v[2], v[3]);
         }
       }

@@ -1,8 +1,8 @@
 // How a scan is cut into clusters, warps, registers and shared memory. Plain C++: the kernels take
 // a tile as a template argument, the planner reads the same structs at run time.
 //
-// A unit group is 8 hidden units, a row block 8 batch rows; a block is one by the other. A k step is
-// what one product covers of its inner dimension: 16 in a 16-bit dtype, 8 in float32.
+// A unit group is 8 hidden units, a row block 8 batch rows; a block is one by the other. A k step
+// is what one product covers of its inner dimension: 16 in a 16-bit dtype, 8 in float32.
 #pragma once
 
 #include "../layer_params.h"
@@ -31,7 +31,7 @@ struct ForwardTile {
 };
 
 struct ForwardLayout {
-  int groups;  // unit groups of a CTA
+  int groups;        // unit groups of a CTA
   int warp_columns;  // warps side by side over units; split_k of them share each
   int threads;
   int k_steps, shared_steps;  // of one warp: all, and those in shared memory
@@ -61,8 +61,7 @@ constexpr ForwardLayout layout_of(const ForwardTile& tile, int gates, int elemen
   l.ring_bytes = tile.ring * l.groups * tile.row_blocks * l.gx_block_bytes;
   l.partial_bytes =
       (tile.split_k - 1) * l.warp_columns * l.products * tile.row_blocks * kFragmentBytes;
-  l.shared_bytes =
-      l.weights_bytes + 2 * l.h_bytes + l.ring_bytes + l.partial_bytes + kBarrierBytes;
+  l.shared_bytes = l.weights_bytes + 2 * l.h_bytes + l.ring_bytes + l.partial_bytes + kBarrierBytes;
   return l;
 }
 
@@ -86,7 +85,7 @@ struct BackwardTile {
 };
 
 struct BackwardLayout {
-  int groups;                 // unit groups of a CTA
+  int groups;  // unit groups of a CTA
   int threads;
   int products;               // per warp: pairs of unit groups of the sum it makes
   int row_groups;             // groups of 8 gate rows of a CTA
@@ -122,8 +121,8 @@ constexpr BackwardLayout layout_of(const BackwardTile& tile, CellKind cell, int 
   l.state_bytes = sizes.has_c ? block_bytes(4) : block;
   l.item_bytes = static_cast<int>(sizes.saved_gates) * block + l.state_bytes + block;
   l.ring_bytes = tile.ring * l.items * l.item_bytes;
-  l.shared_bytes = l.weights_bytes + 2 * l.slot_bytes + 2 * l.grads_bytes + l.ring_bytes +
-                   kBarrierBytes;
+  l.shared_bytes =
+      l.weights_bytes + 2 * l.slot_bytes + 2 * l.grads_bytes + l.ring_bytes + kBarrierBytes;
   return l;
 }
 

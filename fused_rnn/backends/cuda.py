@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from ..cells import Cell, DirectionWeights, is_half, state_dtype
+from ..cells import Cell, DirectionWeights, is_half
 from ..problem import Problem, Rows
 from .base import Backend, InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
 
@@ -271,9 +271,7 @@ class _Scans(Backend):
             _stream(y),
         )
         dtype = problem.dtype
-        return ScanGrads(
-            grad_gates, grad_h0.to(dtype), grad_c0.to(dtype) if cell.has_c else None
-        )
+        return ScanGrads(grad_gates, grad_h0.to(dtype), grad_c0.to(dtype) if cell.has_c else None)
 
 
 def _aligned(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
