@@ -55,6 +55,23 @@ def gru_step(gx: Tensor, state: tuple[Tensor, ...], w: DirectionWeights) -> tupl
     return (n + z * (h - n),)
 
 
+def gru_reset_before_step(
+    gx: Tensor, state: tuple[Tensor, ...], w: DirectionWeights
+) -> tuple[Tensor, ...]:
+    """Cho et al. 2014 as they wrote it, with the reset gate before the product.
+
+    As `gru_step`, but for    n = tanh(gx_n + W_hn (r * h) + b_hn)
+    """
+    (h,) = state
+    hidden = h.shape[-1]
+    w_rz, w_n = w.w_hh.split((2 * hidden, hidden))
+    b_rz, b_n = (None, None) if w.b_hh is None else w.b_hh.split((2 * hidden, hidden))
+    gx_rz, gx_n = gx.split((2 * hidden, hidden), -1)
+    r, z = torch.sigmoid(gx_rz + F.linear(h, w_rz, b_rz)).chunk(2, -1)
+    n = torch.tanh(gx_n + F.linear(r * h, w_n, b_n))
+    return (n + z * (h - n),)
+
+
 def lstm_step(gx: Tensor, state: tuple[Tensor, ...], w: DirectionWeights) -> tuple[Tensor, ...]:
     """Hochreiter and Schmidhuber 1997 with forget gates; projection as in Sak et al. 2014.
 
@@ -77,6 +94,7 @@ class Cell:
     - LSTM: (i, f, g, o), activated; gradients of the pre-activations in the same order.
     - GRU: (hn, r, z, n) with hn = W_hn h + b_hn; gradients (d_hn, d_r, d_z, d_n), so that
       columns [0, 3H) face W_hh (in the order n, r, z) and [H, 4H) face W_ih, both as views.
+    - GRU with the reset gate before the product: (r, z, n); gradients of the pre-activations.
     - RNN: nothing, since y alone gives the derivative; gradients of the pre-activation.
     """
 
@@ -101,6 +119,7 @@ CELLS = {
         Cell("rnn_relu", 1, 0, 1, False, rnn_relu_step, 1),
         Cell("gru", 3, 4, 4, False, gru_step, 2),
         Cell("lstm", 4, 4, 4, True, lstm_step, 3),
+        Cell("gru_reset_before", 3, 3, 3, False, gru_reset_before_step, 4),
     )
 }
 

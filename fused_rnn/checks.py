@@ -40,24 +40,28 @@ def layer_input(input: Any, owner: str) -> None:
         raise ValueError(f"{owner}: Expected input to be 2D or 3D, got {input.dim()}D instead")
 
 
-def states(hx: Any, has_c: bool) -> tuple[Tensor, ...]:
+def states(hx: Any, has_c: bool, name: str = "hx") -> tuple[Tensor, ...]:
     """hx as a tuple of state tensors: (h,), or (h, c) where the cell has a c."""
     if not has_c:
-        return (is_dense_tensor(hx, "hx"),)
+        return (is_dense_tensor(hx, name),)
     if not isinstance(hx, (tuple, list)):
-        raise TypeError(f"hx: expected a tuple (h_0, c_0) of Tensors, got {type(hx).__name__}")
+        raise TypeError(f"{name}: expected a tuple (h_0, c_0) of Tensors, got {type(hx).__name__}")
     if len(hx) != 2:
-        raise RuntimeError(f"hx: expected a tuple (h_0, c_0) of Tensors, got {len(hx)} elements")
-    return tuple(is_dense_tensor(state, f"hx[{i}]") for i, state in enumerate(hx))
+        raise RuntimeError(
+            f"{name}: expected a tuple (h_0, c_0) of Tensors, got {len(hx)} elements"
+        )
+    return tuple(is_dense_tensor(state, f"{name}[{i}]") for i, state in enumerate(hx))
 
 
-def state_dimensions(hx: Sequence[Tensor], batched: bool) -> None:
+def state_dimensions(hx: Sequence[Tensor], batched: bool, name: str = "hx") -> None:
     """Each state of a layer has 3 dimensions with batched input, 2 with unbatched."""
     expected = 3 if batched else 2
     if any(state.dim() != expected for state in hx):
         kind = "batched 3-D" if batched else "unbatched 2-D"
         got = ", ".join(f"{state.dim()}-D" for state in hx)
-        raise RuntimeError(f"For {kind} input, hx should also be {expected}-D but got {got} tensor")
+        raise RuntimeError(
+            f"For {kind} input, {name} should also be {expected}-D but got {got} tensor"
+        )
 
 
 def recurrent_arguments(
@@ -173,13 +177,67 @@ def _state_shapes(
     hidden_size: int,
     out: int,
     weight: Tensor,
+    name: str = "hx",
 ) -> None:
     for i, (state, width) in enumerate(zip(hx, (out, hidden_size), strict=False)):
         expected = (*layers_and_batch, width)
         if state.shape != expected:
             which = f"hidden[{i}]" if cell.has_c else "hidden"
-            raise RuntimeError(f"hx: Expected {which} size {expected}, got {list(state.shape)}")
-        _same_kind(state, f"hx[{i}]" if cell.has_c else "hx", weight.dtype, weight.device)
+            raise RuntimeError(f"{name}: Expected {which} size {expected}, got {list(state.shape)}")
+        _same_kind(state, f"{name}[{i}]" if cell.has_c else name, weight.dtype, weight.device)
+
+
+def masks(
+    lengths: Any, resets: Any, has_reset_states: bool, input: Tensor, packed: bool, swapped: bool
+) -> None:
+    """Lengths and resets fit `input` [T, B, I], in type and shape.
+
+    What values lengths have is not looked at here, where they may be on a device, or unknown yet
+    to a compiler: the operator does it when it runs.
+
+    Raises:
+        TypeError: one is no tensor, or has a wrong dtype.
+        ValueError: they come with packed input, or reset_hx without resets.
+        RuntimeError: a shape or device does not fit.
+    """
+    for name, given in (("lengths", lengths), ("resets", resets)):
+        if given is not None and packed:
+            raise ValueError(
+                f"{name}: expected none with packed input, whose rows have their lengths already"
+            )
+    if resets is None and has_reset_states:
+        raise ValueError("reset_hx: expected resets to go with it, got none")
+    steps, batch = input.shape[:2]
+    if lengths is not None:
+        is_dense_tensor(lengths, "lengths")
+        if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
+            raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
+        _mask_shape(lengths, "lengths", (batch,), input.device)
+    if resets is not None:
+        if is_dense_tensor(resets, "resets").dtype != torch.bool:
+            raise TypeError(f"resets: expected dtype torch.bool, got {resets.dtype}")
+        _mask_shape(resets, "resets", (batch, steps) if swapped else (steps, batch), input.device)
+
+
+def _mask_shape(mask: Tensor, name: str, expected: tuple[int, ...], device: torch.device) -> None:
+    if mask.shape != expected:
+        raise RuntimeError(f"{name}: expected shape {list(expected)}, got {list(mask.shape)}")
+    if mask.device != device and not mask.is_cpu:
+        raise RuntimeError(f"{name}: expected device cpu or {device}, got {mask.device}")
+
+
+def reset_states(
+    cell: Cell,
+    given: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    num_layers: int,
+    directions: int,
+    batch_size: int,
+) -> None:
+    """reset_hx has the shapes of hx, [L*D, B, P or H]; the weights are right."""
+    first, out = weights[0], weights[1].shape[1]
+    leading = num_layers * directions, batch_size
+    _state_shapes(cell, given, leading, first.shape[0] // cell.gates, out, first, "reset_hx")
 
 
 def _same_kind(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> None:

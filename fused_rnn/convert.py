@@ -114,6 +114,8 @@ def _convert(model: _Module, classes: dict[type, type], strict: bool, verb: str)
 def _target(module: torch.nn.Module, classes: dict[type, type]) -> type | None:
     """The class `module` is to have, or None if it is not one we convert."""
     cls = type(module)
+    if classes is _TO_TORCH and _option_of_ours(module):
+        return None
     if cls in classes:
         return classes[cls]
     # A parametrized module has a class of its own, made on the fly over the original one.
@@ -134,7 +136,10 @@ def _refusals(
         where = (
             f"{name!r} ({_class_name(module)})" if name else f"the model ({_class_name(module)})"
         )
-        if isinstance(module, tuple(classes)):
+        if isinstance(module, tuple(_TO_TORCH)) and (option := _option_of_ours(module)):
+            if classes is _TO_TORCH:
+                yield f"{where}: torch.nn has no {option}"
+        elif isinstance(module, tuple(classes)):
             yield f"{where}: a subclass may rely on what it overrides"
         elif classes is not _TO_FUSED:
             continue  # what follows never was ours
@@ -145,6 +150,14 @@ def _refusals(
             type(module).__module__.startswith("torch.ao.nn") and type(module).__name__ in originals
         ):
             yield f"{where}: quantized; its weights are not floating-point parameters"
+
+
+def _option_of_ours(module: torch.nn.Module) -> str:
+    """What makes our module compute something no module of torch.nn does, or ""."""
+    for option, plain in (("reset_after", True), ("stateful", False)):
+        if getattr(module, option, plain) != plain:
+            return f"{option}={not plain}"
+    return ""
 
 
 def _class_name(value: object) -> str:

@@ -22,7 +22,8 @@ from . import dispatch
 from .cells import CELLS, Cell
 from .native import cpu_library_error
 
-_CELLS = {cell.torch_mode: cell for cell in CELLS.values()}
+# Those that torch.nn has too: the library has no kernel for the others.
+_CELLS = {cell.torch_mode: cell for cell in CELLS.values() if cell.name != "gru_reset_before"}
 # Not isinstance: a subclass may have a meaning of its own.
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 

@@ -8,39 +8,49 @@ forward direction before reverse, each w_ih [G*H, I], w_hh [G*H, P][, b_ih, b_hh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import checks, ops
 from .cells import CELLS
+from .problem import Masks
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every function here."""
+
+    num_layers: int  # 1
+    bidirectional: bool  # False; D is 2 when bidirectional, else 1
+    dropout: float  # 0; probability of zeroing an element of a layer's output on its way up
+    training: bool  # False; whether dropout is active
+    batch_first: bool  # False; whether input, output and resets are [B, T, ...]
+    batch_sizes: Tensor | None  # int64 [T] on the CPU, non-increasing: rows of each packed step
+    lengths: Tensor | None  # integers [B] from 0 to T: where each row of a padded batch ends
+    resets: Tensor | None  # bool [T, B]: before which steps a row of it starts afresh
+    reset_hx: Any  # like hx: the states after a reset, None for zeros
+    return_states: bool  # False; whether to give the states of every layer and step as well
+    recompute: bool  # False; whether backward computes anew what it would have to keep
 
 
 def rnn_tanh(
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    *,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    dropout: float = 0.0,
-    training: bool = False,
-    batch_first: bool = False,
-    batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], **options: Unpack[Options]
+) -> tuple[Tensor, ...]:
     """Elman layers with tanh, h' = tanh(W_ih x + b_ih + W_hh h + b_hh).
 
     Args:
         input: [T, B, I], [B, T, I] with `batch_first`, or packed rows [N, I] with `batch_sizes`.
         hx: [num_layers*D, B, H], or None for zeros; D is 2 when bidirectional, else 1.
         weights: see the module's docstring.
-        dropout: probability of zeroing an element of a layer's output on its way to the next.
-        training: whether dropout is active.
-        batch_sizes: int64 [T] on the CPU, non-increasing: how many packed rows each step has.
+        options: see `Options`; what they mean is told at :class:`fused_rnn.RNN`.
 
     Returns:
-        output [T, B, D*H] (laid out as `input` is) and h_n [num_layers*D, B, H].
+        output [T, B, D*H] (laid out as `input` is) and h_n [num_layers*D, B, H]. With
+        `return_states` also a tuple (h,) of [num_layers*D, T, B, H] ([num_layers*D, B, T, H]
+        with `batch_first`, [num_layers*D, N, H] when packed).
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument does not fit; the message names it.
@@ -51,29 +61,14 @@ def rnn_tanh(
         >>> output.shape, h_n.shape
         (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
     """
-    return _recurrent(
-        "rnn_tanh", input, hx, weights, num_layers, bidirectional, dropout, training, batch_first,
-        batch_sizes,
-    )  # fmt: skip
+    return recurrent("rnn_tanh", input, hx, weights, **options)
 
 
 def rnn_relu(
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    *,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    dropout: float = 0.0,
-    training: bool = False,
-    batch_first: bool = False,
-    batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], **options: Unpack[Options]
+) -> tuple[Tensor, ...]:
     """Elman layers with relu; otherwise as `rnn_tanh`."""
-    return _recurrent(
-        "rnn_relu", input, hx, weights, num_layers, bidirectional, dropout, training, batch_first,
-        batch_sizes,
-    )  # fmt: skip
+    return recurrent("rnn_relu", input, hx, weights, **options)
 
 
 def gru(
@@ -81,26 +76,37 @@ def gru(
     hx: Tensor | None,
     weights: Sequence[Tensor],
     *,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    dropout: float = 0.0,
-    training: bool = False,
-    batch_first: bool = False,
-    batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gated recurrent units (Cho et al. 2014), reset gate after the product as in torch.nn.
+    reset_after: bool = True,
+    **options: Unpack[Options],
+) -> tuple[Tensor, ...]:
+    """Gated recurrent units (Cho et al. 2014), the reset gate after the product as in torch.nn,
+    or before it without `reset_after`.
 
     Arguments and results as for `rnn_tanh`; G is 3, the gates in the order r, z, n.
     """
-    return _recurrent(
-        "gru", input, hx, weights, num_layers, bidirectional, dropout, training, batch_first,
-        batch_sizes,
-    )  # fmt: skip
+    return recurrent("gru" if reset_after else "gru_reset_before", input, hx, weights, **options)
 
 
 def lstm(
     input: Tensor,
     hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    **options: Unpack[Options],
+) -> tuple[Any, ...]:
+    """Long short-term memory (Hochreiter and Schmidhuber 1997), projected (Sak et al. 2014) where
+    `weights` hold a w_hr.
+
+    Arguments as for `rnn_tanh`, but hx is (h_0 [num_layers*D, B, P], c_0 [num_layers*D, B, H]);
+    G is 4, the gates in the order i, f, g, o. Returns output [T, B, D*P] and (h_n, c_n); states
+    are (h, c).
+    """
+    return recurrent("lstm", input, hx, weights, **options)
+
+
+def recurrent(
+    cell_name: str,
+    input: Tensor,
+    hx,
     weights: Sequence[Tensor],
     *,
     num_layers: int = 1,
@@ -109,39 +115,23 @@ def lstm(
     training: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Long short-term memory (Hochreiter and Schmidhuber 1997), projected (Sak et al. 2014) where
-    `weights` hold a w_hr.
-
-    Arguments as for `rnn_tanh`, but hx is (h_0 [num_layers*D, B, P], c_0 [num_layers*D, B, H]);
-    G is 4, the gates in the order i, f, g, o. Returns output [T, B, D*P] and (h_n, c_n).
-    """
-    return _recurrent(
-        "lstm", input, hx, weights, num_layers, bidirectional, dropout, training, batch_first,
-        batch_sizes,
-    )  # fmt: skip
-
-
-def _recurrent(
-    cell_name: str,
-    input: Tensor,
-    hx,
-    weights: Sequence[Tensor],
-    num_layers: int,
-    bidirectional: bool,
-    dropout: float,
-    training: bool,
-    batch_first: bool,
-    batch_sizes: Tensor | None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_hx=None,
+    return_states: bool = False,
+    recompute: bool = False,
 ):
+    """Layers of the cell of that name in `cells.CELLS`; see the functions above."""
     cell, directions = CELLS[cell_name], 2 if bidirectional else 1
     packed = batch_sizes is not None
     checks.is_dense_tensor(input, "input")
     checks.stack_options(num_layers, dropout)
     states = None if hx is None else checks.states(hx, cell.has_c)
+    reset_states = None if reset_hx is None else checks.states(reset_hx, cell.has_c, "reset_hx")
     if torch._C._is_any_autocast_enabled():
-        input, states, weights = _autocast(input, states, weights)
-    if batch_first and not packed and input.dim() == 3:
+        input, states, reset_states, weights = _autocast(input, states, reset_states, weights)
+    swapped = batch_first and not packed and input.dim() == 3
+    if swapped:
         input = input.transpose(0, 1)
     batch_size = 0
     if packed:
@@ -151,26 +141,57 @@ def _recurrent(
     checks.recurrent_arguments(
         cell, input, states, weights, num_layers, directions, batch_size, packed
     )
+    masks = None
+    if lengths is not None or resets is not None or reset_states is not None:
+        checks.masks(lengths, resets, reset_states is not None, input, packed, swapped)
+        if reset_states is not None:
+            checks.reset_states(cell, reset_states, weights, num_layers, directions, batch_size)
+        masks = _masks(lengths, resets, input.device, swapped)
     per_layer = len(weights) // num_layers
     if states is None:
         states = _zero_states(cell, input, weights, num_layers * directions, batch_size, per_layer)
     x = input
-    finals = []
+    finals, histories = [], []
     for layer in range(num_layers):
         span = slice(layer * directions, (layer + 1) * directions)
         h0, c0 = states[0][span], states[1][span] if cell.has_c else None
         layer_weights = list(weights[layer * per_layer : (layer + 1) * per_layer])
-        x, *final = ops.layer(cell_name, x, h0, c0, layer_weights, batch_sizes)
+        if reset_states is not None:
+            masks = Masks(masks.lengths, masks.resets, *(s[span] for s in reset_states))
+        x, *final, cells = ops.layer(
+            cell_name, x, h0, c0, layer_weights, batch_sizes, masks,
+            states=return_states, recompute=recompute,
+        )  # fmt: skip
         finals.append(final)
+        if return_states:
+            by_direction = torch.stack(x.chunk(directions, -1))
+            histories.append((by_direction, cells.to(x.dtype)) if cell.has_c else (by_direction,))
         if dropout and training and layer < num_layers - 1:
             x = F.dropout(x, dropout, True)
-    if batch_first and not packed:
+    if swapped:
         x = x.transpose(0, 1)
     h_n, c_n = (
         parts[0] if num_layers == 1 or parts[0] is None else torch.cat(parts)
         for parts in zip(*finals, strict=True)
     )
-    return x, (h_n, c_n) if cell.has_c else h_n
+    final = (h_n, c_n) if cell.has_c else h_n
+    if not return_states:
+        return x, final
+    history = tuple(
+        parts[0] if num_layers == 1 else torch.cat(parts) for parts in zip(*histories, strict=True)
+    )
+    return x, final, tuple(h.transpose(1, 2) for h in history) if swapped else history
+
+
+def _masks(
+    lengths: Tensor | None, resets: Tensor | None, device: torch.device, swapped: bool
+) -> Masks:
+    """Where `lengths` are on the CPU and `device` is not, they are sent there."""
+    if lengths is not None:
+        lengths = lengths.to(device, torch.int64, non_blocking=True)
+    if resets is not None:
+        resets = (resets.t() if swapped else resets).to(device, non_blocking=True).contiguous()
+    return Masks(lengths, resets)
 
 
 def _first_batch_size(batch_sizes: Tensor) -> int:
@@ -196,16 +217,18 @@ def _zero_states(cell, input, weights, layers, batch_size, per_layer) -> tuple[T
     return (h0, input.new_zeros((layers, batch_size, hidden))) if cell.has_c else (h0,)
 
 
-def _autocast(input, states, weights):
+def _autocast(input, states, reset_states, weights):
     """Under autocast every cell follows the rule of nn.Linear: all operands in autocast's dtype."""
     device_type = input.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return input, states, weights
+        return input, states, reset_states, weights
     dtype = torch.get_autocast_dtype(device_type)
 
     def cast(tensor):
         eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
         return tensor.to(dtype) if eligible else tensor
 
-    states = None if states is None else tuple(cast(s) for s in states)
-    return cast(input), states, [cast(w) for w in weights]
+    states, reset_states = (
+        None if given is None else tuple(cast(s) for s in given) for given in (states, reset_states)
+    )
+    return cast(input), states, reset_states, [cast(w) for w in weights]

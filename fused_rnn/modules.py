@@ -23,49 +23,114 @@ class _RecurrentLayers(torch.nn.RNNBase):
     those and their subclasses.
     """
 
+    # Of the class too, for modules that were made before there were such options.
+    recompute = False
+    stateful = False
+
+    def __init__(self, *args, recompute: bool = False, stateful: bool = False, **kwargs) -> None:
+        for name, value in (("recompute", recompute), ("stateful", stateful)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+        super().__init__(*args, **kwargs)
+        if recompute:
+            self.recompute = True
+        if stateful:
+            self.stateful = True
+            self.register_buffer("state_h", None, persistent=False)
+            self.register_buffer("state_c", None, persistent=False)
+
+    def extra_repr(self) -> str:
+        options = ("recompute", "stateful")
+        extras = [f"{name}=True" for name in options if getattr(self, name)]
+        return ", ".join([super().extra_repr(), *extras])
+
     def flatten_parameters(self) -> None:
         """Does nothing: weights are read where they lie. Here because torch.nn has it."""
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None):
-        if (result := direct.layers(self, input, hx)) is not None:
-            return result
-        cell = CELLS[self.mode.lower()]
+    def reset_states(self) -> None:
+        """Forgets the states that a stateful module carries from call to call."""
+        if not self.stateful:
+            raise RuntimeError(f"{self._get_name()}: reset_states needs stateful=True")
+        self.state_h = self.state_c = None
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_hx: Any = None,
+        return_states: bool = False,
+    ):
+        if self.stateful:
+            hx = self._carried(input) if hx is None else hx
+        plain = lengths is None and resets is None and reset_hx is None and not return_states
+        result = direct.layers(self, input, hx) if plain else None
+        if result is None:
+            masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
+            result = self._forward(input, hx, masks, return_states)
+        if self.stateful:
+            self._carry(result[1])
+        return result
+
+    def _forward(self, input, hx, masks: dict[str, Any], return_states: bool):
+        """Any call, the general way."""
+        cell = self._cell()
         checks.layer_input(input, self._get_name())
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(cell, input, hx)
-        batched = input.dim() == 3
+        packed = isinstance(input, PackedSequence)
+        batched = packed or input.dim() == 3
         if hx is not None:
             hx = checks.states(hx, cell.has_c)
             checks.state_dimensions(hx, batched)
-        if not batched:
-            input = input.unsqueeze(0 if self.batch_first else 1)
-            hx = None if hx is None else tuple(state.unsqueeze(1) for state in hx)
-        output, states = self._run(cell, input, hx, None)
-        if not batched:
-            output = output.squeeze(0 if self.batch_first else 1)
-            states = tuple(state.squeeze(1) for state in states)
-        return output, states if cell.has_c else states[0]
+        if packed:
+            output, states, *histories = self._run_packed(cell, input, hx, masks, return_states)
+        elif batched:
+            output, states, *histories = self._run(cell, input, hx, masks, return_states)
+        else:
+            output, states, *histories = self._run_unbatched(cell, input, hx, masks, return_states)
+        return output, states if cell.has_c else states[0], *histories
 
-    def _forward_packed(self, cell: Cell, input: PackedSequence, hx: Any):
+    def _run_unbatched(self, cell, input, hx, masks, return_states):
+        batch_dim = 0 if self.batch_first else 1
+        if masks["lengths"] is not None:
+            raise ValueError("lengths: expected none with unbatched input, which has one sequence")
+        if masks["resets"] is not None:
+            checks.is_dense_tensor(masks["resets"], "resets")
+            masks["resets"] = masks["resets"].unsqueeze(batch_dim)
+        if masks["reset_hx"] is not None:
+            given = checks.states(masks["reset_hx"], cell.has_c, "reset_hx")
+            checks.state_dimensions(given, False, "reset_hx")
+            given = tuple(state.unsqueeze(1) for state in given)
+            masks["reset_hx"] = given if cell.has_c else given[0]
+        hx = None if hx is None else tuple(state.unsqueeze(1) for state in hx)
+        output, states, *histories = self._run(
+            cell, input.unsqueeze(batch_dim), hx, masks, return_states
+        )
+        return (
+            output.squeeze(batch_dim),
+            tuple(state.squeeze(1) for state in states),
+            *(tuple(h.squeeze(1 + batch_dim) for h in history) for history in histories),
+        )
+
+    def _run_packed(self, cell, input: PackedSequence, hx, masks, return_states):
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        if hx is not None:
-            hx = checks.states(hx, cell.has_c)
-            checks.state_dimensions(hx, batched=True)
-            if sorted_indices is not None:
-                checks.permutable(hx, sorted_indices)
-                hx = tuple(state.index_select(1, sorted_indices) for state in hx)
-        output, states = self._run(cell, data, hx, batch_sizes)
+        if hx is not None and sorted_indices is not None:
+            checks.permutable(hx, sorted_indices)
+            hx = tuple(state.index_select(1, sorted_indices) for state in hx)
+        output, states, *histories = self._run(cell, data, hx, masks, return_states, batch_sizes)
         if unsorted_indices is not None:
             states = tuple(state.index_select(1, unsorted_indices) for state in states)
         output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return output, states if cell.has_c else states[0]
+        return output, states, *histories
 
-    def _run(self, cell, input, hx, batch_sizes) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _run(self, cell, input, hx, masks, return_states, batch_sizes=None):
         # By name, not from _flat_weights: a parametrization or functional_call may be in place.
         weights = [getattr(self, name) for name in self._flat_weights_names]
         if hx is not None and not cell.has_c:
             hx = hx[0]
-        output, states = getattr(functional, cell.name)(
+        output, states, *histories = functional.recurrent(
+            cell.name,
             input,
             hx,
             weights,
@@ -75,8 +140,37 @@ class _RecurrentLayers(torch.nn.RNNBase):
             training=self.training,
             batch_first=self.batch_first,
             batch_sizes=batch_sizes,
+            return_states=return_states,
+            recompute=self.recompute,
+            **masks,
         )
-        return output, states if cell.has_c else (states,)
+        return output, states if cell.has_c else (states,), *histories
+
+    def _cell(self) -> Cell:
+        return CELLS[self.mode.lower()]
+
+    def _carried(self, input: Any) -> Any:
+        """The states that a stateful module kept, for this input's batch."""
+        h, c = self.state_h, self.state_c
+        if h is None:
+            return None
+        if isinstance(input, PackedSequence):
+            batch = (int(input.batch_sizes[0]),)
+        elif isinstance(input, Tensor) and input.dim() in (2, 3):
+            batch = (input.shape[0 if self.batch_first else 1],) if input.dim() == 3 else ()
+        else:
+            return None  # which is an error of its own
+        if h.shape[1:-1] != batch:
+            kept, got = (f"a batch of {b[0]}" if b else "no batch" for b in (h.shape[1:-1], batch))
+            raise RuntimeError(
+                f"input: expected {kept} as in the calls before, whose states this stateful "
+                f"{self._get_name()} carries on, got {got}; reset_states() forgets them"
+            )
+        return h if c is None else (h, c)
+
+    def _carry(self, states: Any) -> None:
+        h, c = states if isinstance(states, tuple) else (states, None)
+        self.state_h, self.state_c = h.detach(), None if c is None else c.detach()
 
 
 _NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"
@@ -98,15 +192,31 @@ class RNN(_RecurrentLayers):
         dropout: probability of zeroing elements between layers, in training.
         bidirectional: whether to run a second set of weights from the last timestep to the
             first; D is then 2, else 1.
+        recompute: whether backward computes again what forward would otherwise have to keep
+            for it: less memory, more time.
+        stateful: whether a call without hx goes on where the call before it ended. The states
+            are kept detached, in buffers that move with the module and are not saved with it;
+            `reset_states()` forgets them.
 
     Inputs:
         input: [T, B, I] (or [B, T, I]), [T, I] unbatched, or a PackedSequence. The dtype is the
             parameters'.
         hx: [D*L, B, H] ([D*L, H] unbatched) initial states, or None for zeros.
+        lengths: integers [B] from 0 to T, in any order: row b ends before step lengths[b]. Its
+            h_n is the state at its own end, its output after that is zero, and the reverse
+            direction starts at its own end. Nothing past the end is read.
+        resets: bool [T, B] ([B, T] with `batch_first`, [T] unbatched): before each such step the
+            row's state becomes zero, as if the row began there. The reverse direction runs
+            through each piece between resets on its own.
+        reset_hx: shaped like hx: the states after a reset, instead of zeros.
+        return_states: whether to return the states of every layer and step as well.
 
     Returns:
         output: [T, B, D*H], laid out as the input is; a PackedSequence for one.
         h_n: [D*L, B, H] ([D*L, H] unbatched) the states after the last timestep.
+        states, with `return_states`: a tuple (h,) of [D*L, T, B, H] ([D*L, B, T, H] with
+            `batch_first`, [D*L, T, H] unbatched, [D*L, N, H] in the order of the rows of a
+            PackedSequence).
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument does not fit, as in torch.nn.
@@ -116,6 +226,9 @@ class RNN(_RecurrentLayers):
         >>> output, h_n = layer(torch.randn(5, 3, 10))
         >>> output.shape, h_n.shape
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+        >>> output, h_n = layer(torch.randn(5, 3, 10), lengths=torch.tensor([2, 5, 0]))
+        >>> output[2:, 0].abs().max()
+        tensor(0., grad_fn=<MaxBackward1>)
     """
 
     def __init__(
@@ -130,6 +243,9 @@ class RNN(_RecurrentLayers):
         bidirectional: bool = False,
         device=None,
         dtype=None,
+        *,
+        recompute: bool = False,
+        stateful: bool = False,
         **kwargs,
     ) -> None:
         _reject(kwargs, "RNN")
@@ -141,7 +257,8 @@ class RNN(_RecurrentLayers):
         object.__setattr__(self, "nonlinearity", nonlinearity)
         super().__init__(
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first,
-            dropout, bidirectional, device=device, dtype=dtype,
+            dropout, bidirectional, device=device, dtype=dtype, recompute=recompute,
+            stateful=stateful,
         )  # fmt: skip
 
 
@@ -154,7 +271,14 @@ class GRU(_RecurrentLayers):
     h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
     A drop-in replacement for :class:`torch.nn.GRU`. Arguments, inputs, results and errors are
-    those of :class:`RNN`, without `nonlinearity`.
+    those of :class:`RNN`, without `nonlinearity`, and
+
+    Args:
+        reset_after: without it the reset gate comes before the product, as in the first paper
+            and in much teaching code: n_t = tanh(W_in x_t + b_in + W_hn (r_t * h_{t-1}) + b_hn).
+
+    z_t keeps the old state, here as in torch.nn. Where a text has h_t = z_t * n_t +
+    (1 - z_t) * h_{t-1}, the rows of its z, of both weights and biases, change their sign.
 
     Example:
         >>> layer = GRU(10, 20, batch_first=True, bidirectional=True)
@@ -174,13 +298,28 @@ class GRU(_RecurrentLayers):
         bidirectional: bool = False,
         device=None,
         dtype=None,
+        *,
+        reset_after: bool = True,
+        recompute: bool = False,
+        stateful: bool = False,
         **kwargs,
     ) -> None:
         _reject(kwargs, "GRU")
+        if not isinstance(reset_after, bool):
+            raise TypeError(f"reset_after: expected a bool, got {type(reset_after).__name__}")
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            device=device, dtype=dtype,
+            device=device, dtype=dtype, recompute=recompute, stateful=stateful,
         )  # fmt: skip
+        if not reset_after:
+            self.mode = CELLS["gru_reset_before"].torch_mode
+
+    @property
+    def reset_after(self) -> bool:
+        return self.mode == "GRU"
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
 class LSTM(_RecurrentLayers):
@@ -206,6 +345,7 @@ class LSTM(_RecurrentLayers):
     Returns:
         output: [T, B, D*P], laid out as the input is.
         (h_n, c_n): [D*L, B, P] and [D*L, B, H].
+        states, with `return_states`: (h, c), of [D*L, T, B, P] and [D*L, T, B, H].
 
     Example:
         >>> layer = LSTM(10, 20, proj_size=5)
@@ -226,10 +366,14 @@ class LSTM(_RecurrentLayers):
         proj_size: int = 0,
         device=None,
         dtype=None,
+        *,
+        recompute: bool = False,
+        stateful: bool = False,
     ) -> None:
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, proj_size, device=device, dtype=dtype,
+            bidirectional, proj_size, device=device, dtype=dtype, recompute=recompute,
+            stateful=stateful,
         )  # fmt: skip
 
 

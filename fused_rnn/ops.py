@@ -20,29 +20,48 @@ from torch import Tensor
 from . import dispatch
 from .backends.base import LayerOutput, Needs, OutputGrads
 from .cells import CELLS, DirectionWeights, state_dtype
-from .problem import Problem, Rows
+from .oracle import run as oracle_run
+from .problem import Masks, Problem, Rows
 
 _library = torch.library.Library("fused_rnn", "DEF")
-_library.define(
-    "layer_forward("
+_INPUTS = (
     "Tensor x, "  # [T, B, I], or [N, I] when packed
     "Tensor h0, "  # [D, B, P]
     "Tensor? c0, "  # [D, B, H], LSTM only
     "Tensor[] weights, "  # of each direction in turn: w_ih, w_hh[, b_ih, b_hh][, w_hr]
     "Tensor? batch_sizes, "  # int64 [T] on the CPU: the layout of a PackedSequence
-    "str cell, bool save, str backend"  # backend: "auto" to choose; "" to ask when it runs
+    "Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "  # see problem.Masks
+)
+_library.define(
+    f"layer_forward({_INPUTS}"
+    "str cell, "
+    "bool save, "  # whether backward will follow
+    "bool states, "  # whether `cells` is an output, wanted in every row and differentiable
+    "bool recompute, "  # whether backward shall compute gates and cells anew
+    "str backend"  # "auto" to choose; "" to ask when it runs
     ") -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "layer_backward("
-    "Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, "
-    "Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
+    "Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "
+    f"{_INPUTS}"
     "Tensor y, Tensor gates, Tensor cells, "
-    "str cell, bool[] needs, str backend"  # needs: which of x, h0, c0, *weights want a gradient
+    "str cell, "
+    "bool[] needs, "  # which of x, h0, c0, reset_h, reset_c, *weights want a gradient
+    "bool states, bool recompute, str backend"
     ") -> Tensor[]",  # their gradients; an empty tensor where none was wanted
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+class LayerResult(NamedTuple):
+    """What a layer gives."""
+
+    y: Tensor  # [T, B, D*P], or [N, D*P] when packed
+    h_n: Tensor  # [D, B, P]
+    c_n: Tensor | None  # [D, B, H], LSTM only
+    cells: Tensor | None = None  # [D, T, B, H] or [D, N, H] c after every step, where asked for
 
 
 def layer(
@@ -52,7 +71,11 @@ def layer(
     c0: Tensor | None,
     weights: list[Tensor],
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    masks: Masks | None = None,
+    *,
+    states: bool = False,
+    recompute: bool = False,
+) -> LayerResult:
     """One layer of `cell` over a whole sequence.
 
     Args:
@@ -63,22 +86,26 @@ def layer(
         weights: for each direction w_ih [G*H, I], w_hh [G*H, P], and where there are biases
             b_ih, b_hh [G*H], and with a projection w_hr [P, H].
         batch_sizes: int64 [T] on the CPU, the layout of packed rows.
-
-    Returns:
-        y [T, B, D*P] or [N, D*P]; h_n [D, B, P]; c_n [D, B, H] or None.
+        masks: where the rows of a padded batch end and start afresh. y is zero past the end.
+        states: whether to give LSTM's c after every step.
+        recompute: whether backward computes anew what it would otherwise have to keep.
     """
+    states = states and CELLS[cell].has_c
+    inputs = (x, h0, c0, weights, batch_sizes, *(masks or Masks()))
     if torch.compiler.is_compiling():
-        save = torch.is_grad_enabled()
-        y, h_n, c_n, _, _ = torch.ops.fused_rnn.layer_forward(
-            x, h0, c0, weights, batch_sizes, cell, save, ""
-        )
+        save = torch.is_grad_enabled() or states
+        out = torch.ops.fused_rnn.layer_forward(*inputs, cell, save, states, recompute, "")
     elif _needs_oracle(x):
-        y, h_n, c_n = oracle(cell, x, h0, c0, weights, batch_sizes)
+        return oracle(cell, x, h0, c0, weights, batch_sizes, masks, states=states)
     else:
-        y, h_n, c_n = _layer_autograd(
-            x, h0, c0, weights, batch_sizes, cell, False, dispatch.requested() or "auto"
-        )[:3]
-    return y, h_n, c_n if CELLS[cell].has_c else None
+        backend = dispatch.requested() or "auto"
+        out = _layer_autograd(*inputs, cell, states, states, recompute, backend)
+    y, h_n, c_n, _, cells = out
+    if not states:
+        cells = None
+    elif batch_sizes is None:
+        cells = cells.unflatten(1, x.shape[:2])
+    return LayerResult(y, h_n, c_n if CELLS[cell].has_c else None, cells)
 
 
 def oracle(
@@ -88,41 +115,18 @@ def oracle(
     c0: Tensor | None,
     weights: list[Tensor],
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same layer in plain torch operations, step by step: differentiable any number of
-    times, forward and reverse, and under every function transform. Slow."""
-    spec = CELLS[cell]
-    layout = _layout(cell, x, h0, c0, weights, batch_sizes)
-    sizes, offsets = layout.rows.batch_sizes, layout.rows.offsets
-    steps = range(layout.rows.timesteps)
-    if not layout.rows.packed:
-        x = x.flatten(0, 1)
-    outputs, finals = [], []
-    for d, w in enumerate(layout.weights):
-        initial = (h0[d],) if c0 is None else (h0[d], c0[d])
-        gx = torch.nn.functional.linear(x, w.w_ih, w.b_ih)
-        y: list[Tensor | None] = [None] * len(steps)
-        ended: list[tuple[Tensor, ...]] = []  # states of rows that have ended, last rows first
-        states = tuple(s[: sizes[-1 if d else 0]] for s in initial)
-        for t in reversed(steps) if d else steps:
-            size, current = sizes[t], states[0].shape[0]
-            if size > current:
-                states = tuple(
-                    torch.cat((s, i[current:size])) for s, i in zip(states, initial, strict=True)
-                )
-            elif size < current:
-                ended.append(tuple(s[size:] for s in states))
-                states = tuple(s[:size] for s in states)
-            states = spec.step(gx[offsets[t] : offsets[t] + size], states, w)
-            y[t] = states[0]
-        ended.append(states)
-        outputs.append(torch.cat(y))
-        finals.append([torch.cat(parts) for parts in zip(*reversed(ended), strict=True)])
-    y = torch.cat(outputs, -1)
-    if not layout.rows.packed:
-        y = y.unflatten(0, (len(steps), layout.rows.batch_size))
-    h_n, *c_n = (torch.stack(parts) for parts in zip(*finals, strict=True))
-    return y, h_n, c_n[0] if c_n else None
+    masks: Masks | None = None,
+    *,
+    states: bool = False,
+) -> LayerResult:
+    """What `layer` computes, by plain torch operations (see `fused_rnn.oracle`)."""
+    rows, by_direction = _layout(cell, x, h0, c0, weights, batch_sizes, masks)
+    initial = (h0,) if c0 is None else (h0, c0)
+    x_rows = _rows_of(x, rows.packed)
+    (y, *cells), (h_n, *c_n) = oracle_run(CELLS[cell], x_rows, initial, by_direction, rows)
+    if not rows.packed:
+        y, *cells = y.unflatten(0, x.shape[:2]), *(c.unflatten(1, x.shape[:2]) for c in cells)
+    return LayerResult(y, h_n, c_n[0] if c_n else None, cells[0] if states and cells else None)
 
 
 def make_problem(
@@ -132,10 +136,13 @@ def make_problem(
     c0: Tensor | None,
     weights: list[Tensor],
     batch_sizes: Tensor | None,
+    masks: Masks | None,
     training: bool,
+    states: bool = False,
 ) -> Problem:
     """The problem of one layer call, from its arguments as `layer` takes them."""
     directions = h0.shape[0]
+    masks = masks or Masks()
     out, hidden = h0.shape[2], weights[1].shape[0] // CELLS[cell].gates
     return Problem(
         cell_name=cell,
@@ -150,6 +157,9 @@ def make_problem(
         training=training,
         dtype=x.dtype,
         device_type=x.device.type,
+        lengths=masks.lengths is not None,
+        resets=masks.resets is not None,
+        states=states,
     )
 
 
@@ -165,9 +175,12 @@ def _layout(
     c0: Tensor | None,
     weights: list[Tensor],
     batch_sizes: Tensor | None,
+    masks: Masks | None,
 ) -> _Layout:
     timesteps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    rows = Rows(timesteps, h0.shape[1], batch_sizes, x.shape[0])
+    if masks is not None and masks.lengths is None and masks.resets is None:
+        masks = None
+    rows = Rows(timesteps, h0.shape[1], batch_sizes, x.shape[0], masks)
     projected = c0 is not None and c0.shape[2] != h0.shape[2]
     per_direction = len(weights) // h0.shape[0]
     split = []
@@ -189,21 +202,31 @@ def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(rows, (*like.shape[:-1], rows.shape[-1]))
 
 
-def _forward_impl(x, h0, c0, weights, batch_sizes, cell, save, backend):
-    problem = make_problem(cell, x, h0, c0, weights, batch_sizes, save)
-    rows, by_direction = _layout(cell, x, h0, c0, weights, batch_sizes)
-    out = dispatch.select(problem, backend).layer_forward(
-        problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save
-    )
+def _forward_impl(
+    x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
+    cell, save, states, recompute, backend,
+):  # fmt: skip
+    inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
+    problem = make_problem(*inputs, save, states)
+    rows, by_direction = _layout(*inputs)
+    chosen = dispatch.select(problem, backend)
+    out = chosen.forward(
+        problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows,
+        states or (save and not recompute),
+    )  # fmt: skip
     y = out.y if problem.packed else _unflatten(out.y, x)
     return y, out.h_n, out.c_n, out.gates, out.cells
 
 
-def _forward_fake(x, h0, c0, weights, batch_sizes, cell, save, backend):
+def _forward_fake(
+    x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
+    cell, save, states, recompute, backend,
+):  # fmt: skip
     spec = CELLS[cell]
     directions, batch, out = h0.shape
     hidden = weights[1].shape[0] // spec.gates
     count = x.shape[:-1].numel()
+    save = states or (save and not recompute)
     return (
         x.new_empty((*x.shape[:-1], directions * out)),
         x.new_empty((directions, batch, out)),
@@ -216,57 +239,40 @@ def _forward_fake(x, h0, c0, weights, batch_sizes, cell, save, backend):
 
 
 def _backward_impl(
-    grad_y,
-    grad_h_n,
-    grad_c_n,
-    x,
-    h0,
-    c0,
-    weights,
-    batch_sizes,
-    y,
-    gates,
-    cells,
-    cell,
-    needs,
-    backend,
-):
-    problem = make_problem(cell, x, h0, c0, weights, batch_sizes, True)
-    rows, by_direction = _layout(cell, x, h0, c0, weights, batch_sizes)
+    grad_y, grad_h_n, grad_c_n, grad_cells,
+    x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
+    y, gates, cells, cell, needs, states, recompute, backend,
+):  # fmt: skip
+    inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
+    problem = make_problem(*inputs, True, states)
+    rows, by_direction = _layout(*inputs)
+    x_rows = _rows_of(x, problem.packed)
     chosen = dispatch.select(problem, backend)
-    result = chosen.layer_backward(
+    saved = LayerOutput(_rows_of(y, problem.packed), None, None, gates, cells)
+    if recompute and not states:
+        saved = chosen.forward(problem, x_rows, by_direction, h0, c0, rows, True)
+    result = chosen.backward(
         problem,
-        OutputGrads(_rows_of(grad_y, problem.packed), grad_h_n, grad_c_n),
-        _rows_of(x, problem.packed),
+        OutputGrads(_rows_of(grad_y, problem.packed), grad_h_n, grad_c_n, grad_cells),
+        x_rows,
         by_direction,
         h0,
         c0,
         rows,
-        LayerOutput(_rows_of(y, problem.packed), None, None, gates, cells),
-        Needs(needs[0], needs[1], needs[2], needs[3:]),
+        saved,
+        Needs(*needs[:5], needs[5:]),
     )
     grad_x = result.x if result.x is None or problem.packed else _unflatten(result.x, x)
-    grads = [grad_x, result.h0, result.c0, *result.weights]
+    grads = [grad_x, result.h0, result.c0, result.reset_h, result.reset_c, *result.weights]
     return [x.new_empty(0) if g is None else g for g in grads]
 
 
 def _backward_fake(
-    grad_y,
-    grad_h_n,
-    grad_c_n,
-    x,
-    h0,
-    c0,
-    weights,
-    batch_sizes,
-    y,
-    gates,
-    cells,
-    cell,
-    needs,
-    backend,
-):
-    inputs = [x, h0, c0, *weights]
+    grad_y, grad_h_n, grad_c_n, grad_cells,
+    x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
+    y, gates, cells, cell, needs, states, recompute, backend,
+):  # fmt: skip
+    inputs = [x, h0, c0, reset_h, reset_c, *weights]
     return [
         like.new_empty(like.shape) if need else x.new_empty(0)
         for like, need in zip(inputs, needs, strict=True)
@@ -274,53 +280,69 @@ def _backward_fake(
 
 
 class _LayerFunction(torch.autograd.Function):
+    """Of the tensors, those that can ask for a gradient come last."""
+
     @staticmethod
-    def forward(ctx, cell, backend, batch_sizes, x, h0, c0, *weights):
+    def forward(ctx, options, batch_sizes, lengths, resets, x, h0, c0, reset_h, reset_c, *weights):
+        cell, states, _, _ = options
         with torch._C._AutoDispatchBelowAutograd():
             y, h_n, c_n, gates, cells = torch.ops.fused_rnn.layer_forward(
-                x, h0, c0, weights, batch_sizes, cell, True, backend
-            )
-        ctx.save_for_backward(batch_sizes, y, gates, cells, x, h0, c0, *weights)
-        ctx.cell, ctx.backend = cell, backend
-        ctx.mark_non_differentiable(gates, cells)
-        if not CELLS[cell].has_c:
-            ctx.mark_non_differentiable(c_n)
+                x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
+                cell, True, *options[1:],
+            )  # fmt: skip
+        ctx.save_for_backward(
+            y, gates, cells, batch_sizes, lengths, resets,
+            x, h0, c0, reset_h, reset_c, *weights,
+        )  # fmt: skip
+        ctx.options = options
+        fixed = [(gates, True), (c_n, not CELLS[cell].has_c), (cells, not states)]
+        ctx.mark_non_differentiable(*(tensor for tensor, is_fixed in fixed if is_fixed))
         ctx.set_materialize_grads(False)
         return y, h_n, c_n, gates, cells
 
     @staticmethod
-    def backward(ctx, grad_y, grad_h_n, grad_c_n, _gates, _cells):
-        batch_sizes, y, gates, cells, x, h0, c0, *weights = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
-        grads = (grad_y, grad_h_n, grad_c_n if CELLS[ctx.cell].has_c else None)
+    def backward(ctx, grad_y, grad_h_n, grad_c_n, _gates, grad_cells):
+        kept = ctx.saved_tensors  # once: checkpointing computes them anew at every look
+        *saved, batch_sizes, lengths, resets = kept[:6]
+        x, h0, c0, reset_h, reset_c, *weights = kept[6:]
+        cell, states, recompute, backend = ctx.options
+        needs = ctx.needs_input_grad[4:]
+        grads = (
+            grad_y, grad_h_n, grad_c_n if CELLS[cell].has_c else None,
+            grad_cells if states else None,
+        )  # fmt: skip
         if all(grad is None for grad in grads):
-            return (None,) * (3 + len(needs))
+            return (None,) * (4 + len(needs))
         if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable
             results = _differentiable_backward(
-                ctx.cell, grads, (x, h0, c0, *weights), batch_sizes, needs
+                cell, grads, kept[6:], (batch_sizes, lengths, resets), needs
             )
         else:
             results = torch.ops.fused_rnn.layer_backward(
-                *grads, x, h0, c0, weights, batch_sizes, y, gates, cells, ctx.cell, needs,
-                ctx.backend,
+                *grads, x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
+                *saved, cell, needs, states, recompute, backend,
             )  # fmt: skip
         wanted = (g if need else None for g, need in zip(results, needs, strict=True))
-        return (None, None, None, *wanted)
+        return (None, None, None, None, *wanted)
 
 
-def _differentiable_backward(cell, grads, inputs, batch_sizes, needs):
+def _differentiable_backward(cell, grads, inputs, layout, needs):
     """The gradients of the inputs as differentiable functions of the inputs and `grads`."""
+    batch_sizes, lengths, resets = layout
     # A view of each input, so that differentiation stops there: an input may depend on another.
     views = [None if i is None else i.view_as(i) for i in inputs]
-    x, h0, c0, *weights = views
-    outputs = oracle(cell, x, h0, c0, weights, batch_sizes)
-    used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    x, h0, c0, reset_h, reset_c, *weights = views
+    masks = Masks(lengths, resets, reset_h, reset_c)
+    *outputs, cells = oracle(cell, x, h0, c0, weights, batch_sizes, masks, states=True)
+    if grads[3] is not None and batch_sizes is None:
+        cells = cells.flatten(1, 2)
+    used = [(o, g) for o, g in zip((*outputs, cells), grads, strict=True) if g is not None]
     wanted = [v for v, need in zip(views, needs, strict=True) if need]
     found = iter(
         torch.autograd.grad(
             [o for o, _ in used],
             wanted,
-            [g for _, g in used],
+            [g.to(o.dtype) for o, g in used],
             create_graph=True,
             materialize_grads=True,
         )
@@ -328,15 +350,22 @@ def _differentiable_backward(cell, grads, inputs, batch_sizes, needs):
     return [next(found) if need else None for need in needs]
 
 
-def _layer_autograd(x, h0, c0, weights, batch_sizes, cell, save, backend):
+def _layer_autograd(
+    x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
+    cell, save, states, recompute, backend,
+):  # fmt: skip
     if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, h0, c0, *weights)
+        t is not None and t.requires_grad for t in (x, h0, c0, reset_h, reset_c, *weights)
     ):
-        return _LayerFunction.apply(cell, backend, batch_sizes, x, h0, c0, *weights)
+        return _LayerFunction.apply(
+            (cell, states, recompute, backend), batch_sizes, lengths, resets,
+            x, h0, c0, reset_h, reset_c, *weights,
+        )  # fmt: skip
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.fused_rnn.layer_forward(
-            x, h0, c0, weights, batch_sizes, cell, save, backend
-        )
+            x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
+            cell, save, states, recompute, backend,
+        )  # fmt: skip
 
 
 def _needs_oracle(x: Tensor) -> bool:

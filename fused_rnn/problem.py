@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ class Problem:
     training: bool  # whether backward will follow
     dtype: torch.dtype
     device_type: str
+    lengths: bool = False  # whether rows end at lengths of their own
+    resets: bool = False  # whether rows start afresh at resets
+    states: bool = False  # whether c after every step is an output
 
     @property
     def cell(self) -> Cell:
@@ -39,6 +43,37 @@ class Problem:
         return self.proj_size or self.hidden_size
 
 
+class Masks(NamedTuple):
+    """Where the rows of a padded batch end, and where they start afresh.
+
+    Row b takes the steps [0, lengths[b]). Before step t with resets[t, b] its state becomes
+    reset_h[:, b] and reset_c[:, b]. So resets cut a row into pieces that know nothing of each
+    other, and the reverse direction runs through each piece from the piece's own end: before
+    step t its state is replaced where resets[t + 1, b] and t + 1 < lengths[b].
+    """
+
+    lengths: Tensor | None = None  # int64 [B]; None: all of them T
+    resets: Tensor | None = None  # bool [T, B]; None: nowhere
+    reset_h: Tensor | None = None  # [D, B, P]; None: zeros
+    reset_c: Tensor | None = None  # [D, B, H], LSTM only; None: zeros
+
+    def restarts(self, reverse: bool) -> Tensor | None:
+        """bool [T, B]: before which steps of a direction the state is replaced; None: nowhere."""
+        if self.resets is None or not reverse:
+            return self.resets
+        later = self.resets[1:]
+        if self.lengths is not None:
+            later = later & self.taken(self.resets.shape[0])[1:]
+        return torch.cat((later, torch.zeros_like(self.resets[:1])))
+
+    def taken(self, timesteps: int) -> Tensor | None:
+        """bool [T, B]: which steps are taken; None: all of them."""
+        if self.lengths is None:
+            return None
+        steps = torch.arange(timesteps, device=self.lengths.device)
+        return steps.unsqueeze(1) < self.lengths
+
+
 class Rows:
     """How a layer's N rows lie in memory: time-major, timestep after timestep.
 
@@ -46,9 +81,18 @@ class Rows:
     A padded batch is the case of equal batch sizes, N = T*B.
     """
 
-    def __init__(self, timesteps: int, batch_size: int, batch_sizes: Tensor | None, count: int):
+    def __init__(
+        self,
+        timesteps: int,
+        batch_size: int,
+        batch_sizes: Tensor | None,
+        count: int,
+        masks: Masks | None = None,
+        room: int = 0,
+    ):
         """`batch_sizes`: int64 [T] on the CPU, as in a PackedSequence, or None when padded.
-        `count`: the number of rows there are in memory, N.
+        `count`: the number of rows there are in memory, N. `masks`: for a padded batch, or None.
+        `room`: for how many rows what is saved should have memory, if for more than N.
 
         Raises:
             RuntimeError: batch_sizes grow, fall below 1, or do not add up to `count`.
@@ -56,6 +100,9 @@ class Rows:
         self.packed = batch_sizes is not None
         self.timesteps = timesteps
         self.batch_size = batch_size
+        self.masks = masks
+        self.count = count if self.packed else timesteps * batch_size
+        self.room = max(room, self.count)
         self._batch_sizes = batch_sizes
         if self.packed:
             self._check(count)
@@ -105,17 +152,36 @@ class Rows:
         inside &= row < sizes[neighbour]
         return torch.where(inside, offsets[neighbour] + row, count + row)
 
-    def shift(self, values: Tensor, initial: Tensor, reverse: bool) -> Tensor:
+    def shift(
+        self, values: Tensor, initial: Tensor, reverse: bool, reset: Tensor | None = None
+    ) -> Tensor:
         """[N, K] for each row, the state it started from.
 
-        `values` [N, K] holds the state after each row, `initial` [B, K] those before the first.
+        `values` [N, K] holds the state after each row, `initial` [B, K] those before the first,
+        `reset` [B, K] those after a reset, None for zeros.
         """
         if self.packed:
             index = self.previous_rows(reverse).to(values.device)
             return torch.cat((values, initial)).index_select(0, index)
         count = values.shape[0] - self.batch_size
         parts = (values[self.batch_size :], initial) if reverse else (initial, values[:count])
-        return torch.cat(parts)
+        before = torch.cat(parts)
+        return before if self.masks is None else self._restarted(before, initial, reverse, reset)
+
+    def _restarted(
+        self, before: Tensor, initial: Tensor, reverse: bool, reset: Tensor | None
+    ) -> Tensor:
+        """`before` with what `masks` change."""
+        by_step = before.unflatten(0, (self.timesteps, self.batch_size))
+        if reverse and self.masks.lengths is not None:
+            steps = torch.arange(self.timesteps, device=before.device)
+            last = steps.unsqueeze(1) == self.masks.lengths - 1
+            by_step = torch.where(last.unsqueeze(2), initial, by_step)
+        restarts = self.masks.restarts(reverse)
+        if restarts is not None:
+            fresh = torch.zeros_like(initial) if reset is None else reset
+            by_step = torch.where(restarts.unsqueeze(2), fresh, by_step)
+        return by_step.flatten(0, 1)
 
 
 def _abridged(values: list[int]) -> str:

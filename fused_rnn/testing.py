@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import dispatch, ops
+from . import dispatch, modules, ops
 from .cells import CELLS, state_dtype
+from .problem import Masks
 
 # How many machine epsilons a result may be off where torch.nn happens to be exact: as much as the
 # few roundings between input and output that every algorithm has. Largest seen over 16000 random
@@ -33,6 +34,10 @@ ROUNDINGS_PER_ROOT_TERM = 0.25
 # In float64 the oracle rounds as well, and just as torch.nn does, so that torch.nn's error looks
 # like zero whatever it is; what is left is the number of roundings along the sequence.
 ROUNDINGS_FLOAT64 = 64
+# How often a row starts afresh, where it does.
+RESET_CHANCE = 0.25
+# The cells that torch.nn has too.
+TORCH_CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 # Results of small layers are compared over so many draws that every tensor has this many elements:
 # in a single number, cancellation can make any relative error large, and luck make it zero.
 ELEMENTS_TO_COMPARE = 32
@@ -53,6 +58,10 @@ class LayerCase:
     bias: bool = True
     proj_size: int = 0  # 0: no projection
     lengths: tuple[int, ...] = ()  # of each batch row, non-increasing, when packed; else empty
+    ends: tuple[int, ...] = ()  # of each batch row, where a padded batch has lengths; else empty
+    resets: bool = False  # whether rows start afresh here and there
+    reset_states: bool = False  # and with states that are given, not zeros
+    states: bool = False  # whether c after each step is an output; LSTM only
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -82,6 +91,10 @@ class LayerCase:
             "bidirectional" if self.directions == 2 else "",
             "" if self.bias else "no_bias",
             "packed" + ".".join(map(str, self.lengths)) if self.lengths else "",
+            "ends" + ".".join(map(str, self.ends)) if self.ends else "",
+            "resets" if self.resets else "",
+            "reset_states" if self.reset_states else "",
+            "states" if self.states else "",
         ]
         return "-".join(filter(None, traits))
 
@@ -96,17 +109,44 @@ class LayerInputs:
     c0: Tensor | None  # [D, B, H], LSTM only
     weights: list[Tensor]
     batch_sizes: Tensor | None  # int64 [T] on the CPU, when packed
+    masks: Masks = Masks()  # noqa: RUF009 (an immutable tuple)
+    states: bool = False
 
     @property
     def args(self) -> tuple:
-        return self.cell, self.x, self.h0, self.c0, self.weights, self.batch_sizes
+        return self.cell, self.x, self.h0, self.c0, self.weights, self.batch_sizes, self.masks
+
+    def forward_args(self, save: bool, backend: str, recompute: bool = False) -> tuple:
+        """The arguments of fused_rnn::layer_forward."""
+        return *self.args[1:-1], *self.masks, self.cell, save, self.states, recompute, backend
+
+    def backward_args(
+        self,
+        grads: Mapping[str, Tensor],  # of the outputs, by their names
+        saved: Sequence[Tensor],  # y, gates, cells
+        needs: Sequence[bool],  # of x, h0, c0, reset_h, reset_c, *weights
+        backend: str,
+        recompute: bool = False,
+    ) -> tuple:
+        """The arguments of fused_rnn::layer_backward."""
+        given = map(grads.get, OUTPUT_NAMES)
+        return (
+            *given, *self.args[1:-1], *self.masks, *saved, self.cell, needs, self.states,
+            recompute, backend,
+        )  # fmt: skip
+
+    @property
+    def given(self) -> list[bool]:
+        """Which of x, h0, c0, reset_h, reset_c, *weights there are."""
+        optional = (self.c0, self.masks.reset_h, self.masks.reset_c)
+        return [True, True, *(t is not None for t in optional), *[True] * len(self.weights)]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that can ask for a gradient, by name."""
         named = {"x": self.x, "h0": self.h0}
-        if self.c0 is not None:
-            named["c0"] = self.c0
+        optional = {"c0": self.c0, "reset_h": self.masks.reset_h, "reset_c": self.masks.reset_c}
+        named |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         names = ["w_ih", "w_hh"]
         per_direction = len(self.weights) // self.h0.shape[0]
         names += ["b_ih", "b_hh"] if per_direction >= 4 else []
@@ -124,6 +164,13 @@ class LayerInputs:
             h0=function(self.h0),
             c0=None if self.c0 is None else function(self.c0),
             weights=[function(w) for w in self.weights],
+            masks=self.masks._replace(
+                **{
+                    name: None if tensor is None else function(tensor)
+                    for name, tensor in self.masks._asdict().items()
+                    if name.startswith("reset_")
+                }
+            ),
         )
 
     def leaves(self, dtype: torch.dtype | None = None) -> LayerInputs:
@@ -154,14 +201,37 @@ def make_inputs(case: LayerCase, seed: int = 0) -> LayerInputs:
         if case.proj_size:
             weights.append(uniform(out, hidden))
     leading = (rows,) if case.lengths else (case.timesteps, case.batch_size)
+    has_c = CELLS[case.cell].has_c
+    x, h0 = normal(*leading, case.input_size), normal(directions, case.batch_size, out)
+    c0 = normal(directions, case.batch_size, hidden) if has_c else None
+    masks = Masks()
+    if case.ends:
+        masks = masks._replace(lengths=torch.tensor(case.ends, device=case.device))
+    if case.resets:
+        chance = torch.rand(leading, generator=generator)
+        masks = masks._replace(resets=(chance < RESET_CHANCE).to(case.device))
+    if case.reset_states:
+        reset_c = normal(directions, case.batch_size, hidden) if has_c else None
+        masks = masks._replace(reset_h=normal(directions, case.batch_size, out), reset_c=reset_c)
     return LayerInputs(
         cell=case.cell,
-        x=normal(*leading, case.input_size),
-        h0=normal(directions, case.batch_size, out),
-        c0=normal(directions, case.batch_size, hidden) if CELLS[case.cell].has_c else None,
+        x=x,
+        h0=h0,
+        c0=c0,
         weights=weights,
         batch_sizes=batch_sizes_of(case.lengths) if case.lengths else None,
+        masks=masks,
+        states=case.states,
     )
+
+
+def make_module(cell: str, *args, **options) -> torch.nn.Module:
+    """A layer module of ours for a name in `cells.CELLS`."""
+    if cell.startswith("rnn_"):
+        return modules.RNN(*args, nonlinearity=cell.removeprefix("rnn_"), **options)
+    if cell == "gru_reset_before":
+        return modules.GRU(*args, reset_after=False, **options)
+    return {"gru": modules.GRU, "lstm": modules.LSTM}[cell](*args, **options)
 
 
 def batch_sizes_of(lengths: Sequence[int]) -> Tensor:
@@ -171,22 +241,26 @@ def batch_sizes_of(lengths: Sequence[int]) -> Tensor:
 
 def refusal(backend: str, inputs: LayerInputs, training: bool = True) -> str | None:
     """Why the backend of that name cannot take these inputs, or None if it can."""
-    reason = dispatch.find(backend).unsupported(ops.make_problem(*inputs.args, training))
+    problem = ops.make_problem(*inputs.args, training, inputs.states)
+    reason = dispatch.find(backend).unsupported(problem)
     return reason and f"{backend}: {reason}"
 
 
 def run_layer(inputs: LayerInputs) -> Outputs:
     """What is tested: (y, h_n[, c_n]) by the backend in force."""
-    return _drop_none(ops.layer(*inputs.args))
+    return _outputs(ops.layer(*inputs.args, states=inputs.states))
 
 
 def run_oracle(inputs: LayerInputs) -> Outputs:
     """The same by the cells' equations as they are written down."""
-    return _drop_none(ops.oracle(*inputs.args))
+    return _outputs(ops.oracle(*inputs.args, states=inputs.states))
 
 
 def run_torch(inputs: LayerInputs) -> Outputs:
-    """The same by what torch.nn.RNN, GRU and LSTM call."""
+    """The same by what torch.nn.RNN, GRU and LSTM call, and what they do not have by a plain loop
+    over torch operations."""
+    if inputs.cell not in TORCH_CELLS or inputs.states or any(m is not None for m in inputs.masks):
+        return run_oracle(inputs)
     per_direction = len(inputs.weights) // inputs.h0.shape[0]
     options = [per_direction >= 4, 1, 0.0, False, inputs.h0.shape[0] == 2]
     hx = inputs.h0 if inputs.c0 is None else (inputs.h0, inputs.c0)
@@ -196,11 +270,15 @@ def run_torch(inputs: LayerInputs) -> Outputs:
     return function(inputs.x, inputs.batch_sizes, hx, inputs.weights, *options)
 
 
-def _drop_none(outputs: tuple[Tensor | None, ...]) -> Outputs:
-    return tuple(o for o in outputs if o is not None)
+def _outputs(result: ops.LayerResult) -> Outputs:
+    """As the operators lay them out: cells [D, N, H]."""
+    y, h_n, c_n, cells = result
+    if cells is not None and cells.dim() == 4:
+        cells = cells.flatten(1, 2)
+    return tuple(o for o in (y, h_n, c_n, cells) if o is not None)
 
 
-OUTPUT_NAMES = ("y", "h_n", "c_n")
+OUTPUT_NAMES = ("y", "h_n", "c_n", "cells")
 
 
 def make_cotangents(case: LayerCase, loss: str = "all", seed: int = 1) -> dict[str, Tensor]:
@@ -213,6 +291,9 @@ def make_cotangents(case: LayerCase, loss: str = "all", seed: int = 1) -> dict[s
     }
     if CELLS[case.cell].has_c:
         shapes["c_n"] = (case.directions, case.batch_size, case.hidden_size)
+    if case.states:
+        rows = sum(case.lengths) or case.timesteps * case.batch_size
+        shapes["cells"] = (case.directions, rows, case.hidden_size)
     return {
         name: torch.randn(shape, generator=generator, dtype=torch.float64).to(
             case.device, case.dtype
@@ -328,7 +409,8 @@ def assert_accurate(
     assert actual.keys() == expected.keys() == torch_own.keys()
     slack = _slack(case)
     for name, value in actual.items():
-        assert value.dtype == case.dtype, f"{name}: {value.dtype}, expected {case.dtype}"
+        wanted = state_dtype(case.dtype) if name == "cells" else case.dtype
+        assert value.dtype == wanted, f"{name}: {value.dtype}, expected {wanted}"
         norm_bound = 2 * relative_error(torch_own[name], expected[name]) + slack
         element_bound = 2 * (2 * worst_element_error(torch_own[name], expected[name]) + slack)
         assert_near(name, value, expected[name], norm_bound, element_bound)

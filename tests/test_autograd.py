@@ -46,7 +46,7 @@ def _params(dtype: torch.dtype, **sizes):
 every_case_float64 = pytest.mark.parametrize("case", _params(torch.float64))
 every_backend = pytest.mark.parametrize("backend", dispatch.BACKENDS)
 every_case_float32 = pytest.mark.parametrize("case", _params(torch.float32, batch_size=3))
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", testing.TORCH_CELLS)
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_inference_saves_nothing(supported, backend, case):
             mock.patch.object(chosen, "layer_forward", wraps=chosen.layer_forward) as forward,
             torch.autograd.graph.saved_tensors_hooks(packed_tensors.append, lambda _: None),
         ):
-            outputs = torch.ops.fused_rnn.layer_forward(*inputs.args[1:], case.cell, False, backend)
+            outputs = torch.ops.fused_rnn.layer_forward(*inputs.forward_args(False, backend))
             outputs_of_layer = testing.run_layer(inputs)
         assert forward.call_count == 2
         assert [call.args[-1] for call in forward.call_args_list] == [False, False]
@@ -593,7 +593,7 @@ def test_gradients_that_nothing_flows_into_are_none():
 def test_outputs_are_differentiable_only_where_they_should_be():
     inputs = testing.make_inputs(LayerCase("lstm", 3, 2, 4, 5)).leaves()
     *outputs, gates, cells = torch.ops.fused_rnn.layer_forward(
-        *inputs.args[1:], "lstm", True, "reference"
+        *inputs.forward_args(True, "reference")
     )
     assert all(o.requires_grad for o in outputs)
     assert not gates.requires_grad and not cells.requires_grad

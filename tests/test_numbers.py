@@ -27,9 +27,14 @@ def _cases(cell: str) -> list[LayerCase]:
     ]
 
 
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", testing.TORCH_CELLS)
 every_case = pytest.mark.parametrize(
-    "case", [pytest.param(case, id=f"{cell}-{case}") for cell in CELLS for case in _cases(cell)]
+    "case",
+    [
+        pytest.param(case, id=f"{cell}-{case}")
+        for cell in testing.TORCH_CELLS
+        for case in _cases(cell)
+    ],
 )
 
 

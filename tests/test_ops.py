@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.library import opcheck
 
-import fused_rnn
 from fused_rnn import dispatch, testing
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase
@@ -22,11 +21,13 @@ def _cases(cell: str) -> list[LayerCase]:
         LayerCase(cell, 1, 2, 3, 4, directions=2, bias=False),
         LayerCase(cell, 3, 0, 3, 4),
         LayerCase.packed(cell, [4, 2, 1], 5, 6, directions=2),
+        LayerCase(cell, 4, 3, 2, 5, directions=2, ends=(2, 4, 0), resets=True, reset_states=True),
     ]
     if CELLS[cell].has_c:
         cases += [
             LayerCase(cell, 4, 3, 5, 6, proj_size=2, directions=2),
             LayerCase.packed(cell, [4, 2, 1], 5, 6, proj_size=2, bias=False),
+            LayerCase(cell, 3, 2, 2, 5, directions=2, ends=(3, 1), states=True),
         ]
     return cases
 
@@ -44,23 +45,22 @@ def _skip_unless_supported(backend: str, inputs: testing.LayerInputs):
 
 
 def _forward_args(inputs: testing.LayerInputs, save: bool, backend: str) -> tuple:
-    return (*inputs.args[1:], inputs.cell, save, backend)
+    return inputs.forward_args(save, backend)
 
 
 def _backward_args(case: LayerCase, inputs: testing.LayerInputs, needs: list[bool], backend: str):
     with torch.no_grad():
         y, _, _, gates, cells = forward(*_forward_args(inputs, True, backend))
-    cotangents = testing.make_cotangents(case)
-    grads = (cotangents["y"], cotangents["h_n"], cotangents.get("c_n"))
-    return (*grads, *inputs.args[1:], y, gates, cells, case.cell, needs, backend)
+    grads = testing.make_cotangents(case)
+    return inputs.backward_args(grads, (y, gates, cells), needs, backend)
 
 
 def _needs_choices(inputs: testing.LayerInputs) -> list[list[bool]]:
-    has_c, count = inputs.c0 is not None, len(inputs.weights)
+    given, count = inputs.given, len(inputs.weights)
     return [
-        [True, True, has_c, *[True] * count],
-        [False, True, False, *[i % 2 == 0 for i in range(count)]],
-        [True, False, has_c, *[False] * count],
+        given,
+        [False, True, *[False] * 3, *[i % 2 == 0 for i in range(count)]],
+        [True, False, given[2], False, given[4], *[False] * count],
     ]
 
 
@@ -127,7 +127,8 @@ def test_fake_backward_looks_like_the_real_one(backend, case, dtype):
     for needs in _needs_choices(inputs):
         args = _backward_args(case, inputs, needs, backend)
         fakes, reals = backward(*_on_meta(args)), backward(*args)
-        likes = [inputs.x, inputs.h0, inputs.c0, *inputs.weights]
+        masks = inputs.masks
+        likes = [inputs.x, inputs.h0, inputs.c0, masks.reset_h, masks.reset_c, *inputs.weights]
         for fake, real, like, need in zip(fakes, reals, likes, needs, strict=True):
             _same_looks(fake, real)
             assert real.shape == (like.shape if need else (0,))
@@ -147,18 +148,12 @@ def test_outputs_share_no_memory(backend, case):
         assert a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
 
 
-def _module(cell: str, **options) -> torch.nn.Module:
-    if cell.startswith("rnn"):
-        return fused_rnn.RNN(nonlinearity=cell.removeprefix("rnn_"), **options)
-    return getattr(fused_rnn, cell.upper())(**options)
-
-
 @every_cell
 def test_meta_module(cell):
     """Shapes without computing, as for a model too large to build twice."""
     options = {"input_size": 3, "hidden_size": 4, "num_layers": 2, "bidirectional": True}
-    real = _module(cell, **options)
-    meta = _module(cell, device="meta", **options)
+    real = testing.make_module(cell, **options)
+    meta = testing.make_module(cell, device="meta", **options)
     x = torch.randn(5, 2, 3)
     real_y, real_states = real(x)
     y, states = meta(x.to("meta"))
@@ -176,7 +171,7 @@ def test_fake_mode(cell):
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode():
-        layer = _module(cell, input_size=3, hidden_size=4)
+        layer = testing.make_module(cell, input_size=3, hidden_size=4)
         y, _ = layer(torch.randn(5, 2, 3))
         y.sum().backward()
         assert y.shape == (5, 2, 4) and layer.weight_hh_l0.grad.shape == layer.weight_hh_l0.shape
@@ -188,7 +183,7 @@ class _Model(torch.nn.Module):
     def __init__(self, cell: str, **options):
         super().__init__()
         self.embedding = torch.nn.Embedding(7, 3)
-        self.layer = _module(cell, input_size=3, hidden_size=4, **options)
+        self.layer = testing.make_module(cell, input_size=3, hidden_size=4, **options)
         self.head = torch.nn.Linear(4 * (2 if options.get("bidirectional") else 1), 2)
 
     def forward(self, tokens):
@@ -251,7 +246,7 @@ def test_compile_with_changing_sizes(cell, bidirectional):
 @every_cell
 def test_compile_packed(cell):
     torch._dynamo.reset()
-    layer = _module(cell, input_size=3, hidden_size=4, bidirectional=True)
+    layer = testing.make_module(cell, input_size=3, hidden_size=4, bidirectional=True)
     batch_sizes = torch.tensor([3, 2, 1])
     x = torch.randn(6, 3)
 

@@ -44,7 +44,7 @@ def layer_cases(draw, packed=either, directions=one_or_two):
 @st.composite
 def module_options(draw):
     """(class name, constructor arguments)."""
-    cell = draw(cells)
+    cell = draw(st.sampled_from(testing.TORCH_CELLS))
     hidden = draw(st.integers(1, 7))
     options = {
         "input_size": draw(st.integers(1, 5)),

@@ -23,6 +23,7 @@ LAYERS = [
     {"_C"},
     {"cells", "native"},
     {"problem", "checks"},
+    {"oracle"},
     {"backends"},
     {"dispatch"},
     {"ops", "direct"},

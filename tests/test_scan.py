@@ -43,12 +43,39 @@ def _fast_cases(cell: str) -> list[LayerCase]:
         packed([6], 2, 5, bias=False),
         packed([7, 5, 5, 2], 3, 33, bias=False, directions=2),
     ]
+    cases += _masked_cases(cell)
     if CELLS[cell].has_c:
         cases += [
             case(5, 3, 4, 9, proj_size=4),
             case(5, 2, 4, 6, proj_size=1, bias=False, directions=2),
             case(1, 0, 4, 6, proj_size=2),
             packed([5, 3, 1], 2, 7, proj_size=3, directions=2),
+        ]
+    return cases
+
+
+def _masked_cases(cell: str) -> list[LayerCase]:
+    """Lengths, resets, and for LSTM every step's c."""
+    case = functools.partial(LayerCase, cell)
+    every_mask = {"resets": True, "reset_states": True}
+    cases = [
+        case(6, 4, 3, 5, ends=(3, 6, 1, 4)),
+        case(6, 3, 3, 17, ends=(2, 0, 4), directions=2),
+        case(3, 2, 3, 4, ends=(0, 0), resets=True, reset_states=True, directions=2),
+        case(1, 2, 3, 4, resets=True, directions=2),
+        case(9, 5, 3, 8, resets=True),
+        case(9, 2, 4, 7, resets=True, reset_states=True, bias=False),
+        case(8, 5, 3, 9, ends=(8, 1, 5, 0, 7), resets=True, reset_states=True, directions=2),
+        case(4, 0, 2, 3, resets=True, directions=2),
+    ]
+    if CELLS[cell].has_c:
+        packed = functools.partial(LayerCase.packed, cell)
+        cases += [
+            case(5, 3, 2, 6, states=True),
+            case(5, 3, 2, 6, states=True, proj_size=4, directions=2),
+            packed([5, 3, 3, 1], 4, 9, states=True, directions=2),
+            case(7, 3, 4, 9, ends=(7, 2, 0), directions=2, **every_mask, states=True),
+            case(7, 3, 4, 9, ends=(7, 2, 5), resets=True, proj_size=3, directions=2),
         ]
     return cases
 
@@ -63,6 +90,15 @@ def _slow_cases(cell: str) -> list[LayerCase]:
         for bias in (True, False)
     ]
     cases += [case(3, b, 33, 650, directions=d) for b in (1, 3, 129) for d in (1, 2)]
+    cases += [
+        case(
+            t, b, 7, h, directions=d, resets=True, reset_states=rs,
+            ends=tuple((i * 13) % (t + 1) for i in range(b)),
+        )
+        for t, b, h in ((33, 129, 17), (65, 3, 100), (7, 33, 1))
+        for d in (1, 2)
+        for rs in (False, True)
+    ]  # fmt: skip
     cases += [case(100, 4, 3, 100), case(300, 2, 3, 16, directions=2)]
     cases += [
         packed(lengths, 11, h, directions=d)
@@ -105,7 +141,7 @@ def _params(cases, dtypes=DTYPES, losses=("all",), marks=()):
         for case in cases(cell)
         for dtype in dtypes
         for loss in losses
-        if loss != "c_n" or CELLS[cell].has_c
+        if (loss != "c_n" or CELLS[cell].has_c) and (loss != "cells" or case.states)
         for backend in dispatch.BACKENDS
     ]
 
@@ -117,7 +153,10 @@ def _every_loss_cases(cell: str) -> list[LayerCase]:
         LayerCase.packed(cell, [4, 2, 2, 1], 3, 5, directions=2),
     ]
     if CELLS[cell].has_c:
-        cases.append(LayerCase.packed(cell, [4, 2, 1], 3, 5, proj_size=2, directions=2))
+        cases += [
+            LayerCase.packed(cell, [4, 2, 1], 3, 5, proj_size=2, directions=2),
+            LayerCase(cell, 4, 3, 5, 6, directions=2, ends=(2, 4, 1), resets=True, states=True),
+        ]
     return cases
 
 
@@ -136,7 +175,7 @@ def _expectations(case: LayerCase, loss: str):
     ("backend", "case", "loss"),
     [
         *_params(_fast_cases),
-        *_params(_every_loss_cases, (torch.float32, torch.float64), ("y", "h_n", "c_n")),
+        *_params(_every_loss_cases, (torch.float32, torch.float64), ("y", "h_n", "c_n", "cells")),
         *_params(_slow_cases, marks=[pytest.mark.slow]),
     ],
 )
@@ -156,6 +195,7 @@ def _one_dtype_params(cases):
 def _small_cases(cell: str) -> list[LayerCase]:
     return [
         LayerCase(cell, 5, 3, 4, 6, directions=2),
+        LayerCase(cell, 5, 3, 4, 6, directions=2, ends=(2, 5, 0), resets=True, reset_states=True),
         LayerCase.packed(cell, [5, 4, 2], 3, 5, directions=2),
         *([LayerCase(cell, 4, 3, 5, 6, proj_size=2)] if CELLS[cell].has_c else []),
     ]
@@ -181,21 +221,18 @@ def test_arguments_are_left_as_they_were(backend, case, loss):
     """No pass writes to what it was given: inputs, gradients, and what forward saved."""
     inputs = testing.make_inputs(case)
     _skip_unless_supported(backend, inputs)
-    arguments = inputs.args[1:]
     before = inputs.map(torch.clone)
-    torch.ops.fused_rnn.layer_forward(*arguments, case.cell, False, backend)
+    torch.ops.fused_rnn.layer_forward(*inputs.forward_args(False, backend))
     for name, tensor in inputs.tensors.items():
         assert torch.equal(tensor, before.tensors[name]), name
     y, h_n, c_n, gates, cells = torch.ops.fused_rnn.layer_forward(
-        *arguments, case.cell, True, backend
+        *inputs.forward_args(True, backend)
     )
-    cotangents = testing.make_cotangents(case)
-    grads = [cotangents["y"], cotangents["h_n"], cotangents.get("c_n")]
-    given = [t for t in (y, h_n, c_n, gates, cells, *grads) if t is not None]
+    grads = testing.make_cotangents(case)
+    given = [y, h_n, c_n, gates, cells, *grads.values()]
     copies = [t.clone() for t in given]
-    needs = [True, True, inputs.c0 is not None, *[True] * len(inputs.weights)]
     torch.ops.fused_rnn.layer_backward(
-        *grads, *arguments, y, gates, cells, case.cell, needs, backend
+        *inputs.backward_args(grads, (y, gates, cells), inputs.given, backend)
     )
     for name, tensor in inputs.tensors.items():
         assert torch.equal(tensor, before.tensors[name]), name

@@ -54,7 +54,12 @@ def _cases(cell: str) -> list[LayerCase]:
 
 
 every_case = pytest.mark.parametrize(
-    "case", [pytest.param(case, id=f"{cell}-{case}") for cell in CELLS for case in _cases(cell)]
+    "case",
+    [
+        pytest.param(case, id=f"{cell}-{case}")
+        for cell in testing.TORCH_CELLS
+        for case in _cases(cell)
+    ],
 )
 
 
@@ -83,7 +88,7 @@ def test_any_number_of_threads(case, num_threads):
 
 
 @pytest.mark.parametrize("proj_size", [0, 77])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", testing.TORCH_CELLS)
 def test_packed_inference_in_chunks(cell, proj_size, num_threads):
     """Threads share out the rows and go through the chunks of the input side on their own."""
     if proj_size and not CELLS[cell].has_c:
@@ -99,7 +104,7 @@ def test_packed_inference_in_chunks(cell, proj_size, num_threads):
             assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", testing.TORCH_CELLS)
 def test_more_threads_than_rows_or_units(cell, num_threads):
     case = LayerCase(cell, 4000, 1, 1, 3, directions=2)
     num_threads(1)
@@ -125,7 +130,7 @@ def test_another_number_in_backward(case, before, after, num_threads):
     testing.assert_same_numbers(results, alone, roundings=64)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", testing.TORCH_CELLS)
 def test_layers_within_the_backward_of_another(cell, num_threads):
     num_threads(3)
     case = LayerCase(cell, 19, 3, 16, 100)
@@ -148,7 +153,21 @@ def test_layers_within_the_backward_of_another(cell, num_threads):
 def _forked_calls(x: Tensor, h0: Tensor, weights: list[Tensor], calls: int) -> list[Tensor]:
     futures = [
         torch.jit.fork(
-            torch.ops.fused_rnn.layer_forward, x, h0, None, weights, None, "gru", False, "cpu"
+            torch.ops.fused_rnn.layer_forward,
+            x,
+            h0,
+            None,
+            weights,
+            None,
+            None,
+            None,
+            None,
+            None,
+            "gru",
+            False,
+            False,
+            False,
+            "cpu",
         )
         for _ in range(calls)
     ]
@@ -169,7 +188,7 @@ def _in_a_parallel_region() -> None:
     """Where torch reports several threads and parallel_for gives one."""
     parallel = ctypes.CDLL(None).GOMP_parallel
     torch.set_num_threads(3)
-    cases = [case for cell in CELLS for case in _cases(cell)]
+    cases = [case for cell in testing.TORCH_CELLS for case in _cases(cell)]
     expected = [_results(case) for case in cases]
     finished = []
 
@@ -218,7 +237,7 @@ def _in_many_python_threads() -> None:
 
 def _with_fewer_threads_than_asked_for() -> None:
     """OpenMP may give less than torch says; the environment of this process makes it."""
-    cases = [case for cell in CELLS for case in _cases(cell)]
+    cases = [case for cell in testing.TORCH_CELLS for case in _cases(cell)]
     torch.set_num_threads(1)
     alone = [_results(case) for case in cases]
     torch.set_num_threads(5)
@@ -255,7 +274,7 @@ def _in_data_loader_workers() -> None:
 def _in_a_fork() -> None:
     """A forked child has none of its parent's threads; like torch, it is fine with one."""
     torch.set_num_threads(3)
-    cases = [case for cell in CELLS for case in _cases(cell)]
+    cases = [case for cell in testing.TORCH_CELLS for case in _cases(cell)]
     expected = [_results(case) for case in cases]
 
     def child() -> None:

@@ -9,6 +9,7 @@ struct BackwardRows {
   RowsOf<const Element> h_prev;     // [P]
   RowsOf<const float> cells;        // [H]
   RowsOf<const float> c_prev;       // [H]
+  RowsOf<const float> grad_cells;   // [H] or null
   RowsOf<Element> grad_gates;       // [Q*H]
   RowsOf<float> grad_h;             // [P] in: grad_h_n, or what carry left (GRU); out: carry (GRU)
   RowsOf<float> grad_c;             // [H] in and out: the gradient of c
@@ -56,6 +57,7 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
         c = load(r.cells[row] + unit, valid);
         c_prev = load(r.c_prev[row] + unit, valid);
         carry = load(r.grad_c[row] + unit, valid);
+        if (r.grad_cells.base) carry += load(r.grad_cells[row] + unit, valid);
       }
       Vector factors[Cell::kFactors];
       Cell::factors(saved, h, h_prev, c, c_prev, factors);
@@ -134,6 +136,7 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
   const Units output_units(outputs, w_hh);
   const Element* gates = S > 0 ? p.gates + d * shape.count * S * hidden : nullptr;
   const float* cells = Cell::kHasC ? p.cells + d * shape.count * hidden : nullptr;
+  const float* grad_cells = p.grad_cells ? p.grad_cells + d * shape.count * hidden : nullptr;
   const Element* y = p.y + d * output;
   const Element* grad_y = p.grad_y ? p.grad_y + d * output : nullptr;
   Element* grad_gates = p.grad_gates[d];
@@ -167,6 +170,7 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
                    h0,
                    rows_of_or_null(cells, row, hidden, share),
                    c0,
+                   rows_of_or_null(grad_cells, row, hidden, share),
                    grads,
                    grad_h,
                    grad_c};

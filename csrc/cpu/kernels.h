@@ -60,6 +60,7 @@ struct BackwardCallOf {
   const E* grad_y;          // [N, D*P] or null: zero
   const float* grad_h_n;    // [D, B, P] or null: zero
   const float* grad_c_n;    // [D, B, H] or null: zero
+  const float* grad_cells;  // [D, N, H] of c after each step, or null: zero
   const E* x;               // [N, I]
   const E* h0;              // [D, B, P]
   const float* c0;          // [D, B, H], LSTM only

@@ -298,7 +298,8 @@ void forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights, cons
 template <class E>
 void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
                  const std::optional<Tensor>& grad_h_n, const std::optional<Tensor>& grad_c_n,
-                 const Tensor& x, const std::vector<Tensor>& weights, const Tensor& h0,
+                 const std::optional<Tensor>& grad_cells, const Tensor& x,
+                 const std::vector<Tensor>& weights, const Tensor& h0,
                  const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
                  const Tensor& y, const Tensor& gates, const Tensor& cells, const Tensor& grad_x,
                  const Tensor& grad_h0, const Tensor& grad_c0,
@@ -321,6 +322,7 @@ void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
   call.grad_h0 = output(grad_h0, "grad_h0", {s.directions, s.rows.batch, s.output});
   if (sizes.has_c) {
     call.grad_c_n = input(grad_c_n, "grad_c_n", {s.directions, s.rows.batch, s.hidden});
+    call.grad_cells = input(grad_cells, "grad_cells", {s.directions, s.count, s.hidden});
     call.c0 = input(c0, "c0", {s.directions, s.rows.batch, s.hidden});
     call.cells = input(cells, "cells", {s.directions, s.count, s.hidden});
     call.grad_c0 = output(grad_c0, "grad_c0", {s.directions, s.rows.batch, s.hidden});
@@ -331,14 +333,15 @@ void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
 }
 
 void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
-                 std::optional<Tensor> grad_c_n, const Tensor& x, std::vector<Tensor> weights,
-                 const Tensor& h0, std::optional<Tensor> c0, std::optional<Tensor> batch_sizes,
-                 const Tensor& y, const Tensor& gates, const Tensor& cells, Tensor grad_x,
-                 Tensor grad_h0, Tensor grad_c0, std::vector<Tensor> grad_weights) {
+                 std::optional<Tensor> grad_c_n, std::optional<Tensor> grad_cells, const Tensor& x,
+                 std::vector<Tensor> weights, const Tensor& h0, std::optional<Tensor> c0,
+                 std::optional<Tensor> batch_sizes, const Tensor& y, const Tensor& gates,
+                 const Tensor& cells, Tensor grad_x, Tensor grad_h0, Tensor grad_c0,
+                 std::vector<Tensor> grad_weights) {
   const bool half = x.scalar_type() == ScalarType::BFloat16;
-  (half ? backward_of<BFloat16> : backward_of<float>)(cell, grad_y, grad_h_n, grad_c_n, x, weights,
-                                                      h0, c0, batch_sizes, y, gates, cells, grad_x,
-                                                      grad_h0, grad_c0, grad_weights);
+  (half ? backward_of<BFloat16>
+        : backward_of<float>)(cell, grad_y, grad_h_n, grad_c_n, grad_cells, x, weights, h0, c0,
+                              batch_sizes, y, gates, cells, grad_x, grad_h0, grad_c0, grad_weights);
 }
 
 // Inference on the CPU in one call, for what needs neither a choice nor an error message: every
@@ -532,7 +535,8 @@ STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
       "Tensor? batch_sizes, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) gates, "
       "Tensor(e!) cells) -> ()");
   m.def(
-      "layer_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, "
+      "layer_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, "
+      "Tensor? grad_cells, Tensor x, "
       "Tensor[] weights, Tensor h0, Tensor? c0, Tensor? batch_sizes, Tensor y, Tensor gates, "
       "Tensor cells, Tensor(a!) grad_x, Tensor(b!) grad_h0, Tensor(c!) grad_c0, "
       "Tensor(d!)[] grad_weights) -> ()");

@@ -12,58 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..cells import Cell, DirectionWeights, state_dtype
 from ..problem import Problem, Rows
-
-
-class LayerOutput(NamedTuple):
-    """What a forward pass gives. `gates` and `cells` have zero columns where not needed."""
-
-    y: Tensor  # [N, D*P]
-    h_n: Tensor  # [D, B, P]
-    c_n: Tensor  # [D, B, H] for LSTM, else [D, B, 0]
-    gates: Tensor  # [D, N, S*H] when saved for backward, else [D, N, 0]
-    cells: Tensor  # [D, N, H] c after each step, when saved, in state_dtype; else [D, N, 0]
-
-
-class OutputGrads(NamedTuple):
-    """Gradients of a layer's outputs; None stands for zero."""
-
-    y: Tensor | None  # [N, D*P]
-    h_n: Tensor | None  # [D, B, P]
-    c_n: Tensor | None  # [D, B, H]
-
-
-class ScanGrads(NamedTuple):
-    """What a backward scan gives."""
-
-    gates: Tensor  # [D, N, Q*H] gradients of the gate pre-activations
-    h0: Tensor  # [D, B, P]
-    c0: Tensor | None  # [D, B, H], LSTM only
-    h: Tensor | None = None  # [D, N, P] gradient of each step's h, projected LSTM only
-
-
-class InputGrads(NamedTuple):
-    """Gradients of a layer's inputs; None where not asked for."""
-
-    x: Tensor | None  # [N, I]
-    h0: Tensor | None  # [D, B, P]
-    c0: Tensor | None  # [D, B, H]
-    weights: list[Tensor | None]  # flat: the DirectionWeights of each direction in turn
-
-
-class Needs(NamedTuple):
-    """Which inputs ask for a gradient."""
-
-    x: bool
-    h0: bool
-    c0: bool
-    weights: list[bool]
+from . import pieces
+from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
 
 
 def allocate_output(problem: Problem, gx: Tensor, save: bool) -> LayerOutput:
@@ -93,6 +49,7 @@ class Backend:
     """One way of computing a recurrent layer."""
 
     name: str
+    takes_masks = False  # whether its layers look at rows.masks; else they get packed pieces
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this backend cannot take the problem, or None if it can."""
@@ -101,6 +58,18 @@ class Backend:
     def describe(self, problem: Problem) -> str:
         """Which kernel would run, in a few words."""
         return self.name
+
+    def forward(self, problem: Problem, *args) -> LayerOutput:
+        """`layer_forward` on any rows."""
+        if (problem.lengths or problem.resets) and not self.takes_masks:
+            return pieces.forward_in_pieces(self.layer_forward, problem, *args)
+        return self.layer_forward(problem, *args)
+
+    def backward(self, problem: Problem, *args) -> InputGrads:
+        """`layer_backward` on any rows."""
+        if (problem.lengths or problem.resets) and not self.takes_masks:
+            return pieces.backward_in_pieces(self.layer_backward, problem, *args)
+        return self.layer_backward(problem, *args)
 
     def scan_forward(
         self,
@@ -175,7 +144,9 @@ class Backend:
             grad_weights.append(grad_in.t() @ x if next(need) else None)
             y = saved.y[:, direction * out : (direction + 1) * out]
             grad_weights.append(
-                recurrent_weight_grad(cell, grad_gates, y, h0[direction], rows, direction == 1)
+                recurrent_weight_grad(
+                    cell, grad_gates, y, saved.gates[direction], h0, rows, direction
+                )
                 if next(need)
                 else None
             )
@@ -195,6 +166,8 @@ class Backend:
             scan.h0 if needs.h0 else None,
             scan.c0 if needs.c0 else None,
             grad_weights,
+            scan.reset_h if needs.reset_h else None,
+            scan.reset_c if needs.reset_c else None,
         )
 
 
@@ -289,18 +262,31 @@ def hidden_order(cell: Cell, grad_gates: Tensor) -> Tensor:
 
 
 def recurrent_weight_grad(
-    cell: Cell, grad_gates: Tensor, y: Tensor, h0: Tensor, rows: Rows, reverse: bool
+    cell: Cell,
+    grad_gates: Tensor,
+    y: Tensor,
+    gates: Tensor,
+    h0: Tensor,
+    rows: Rows,
+    direction: int,
 ) -> Tensor:
     """[G*H, P] the gradient of W_hh: grad_gates [N, G*H], transposed, times the state each row
-    started from."""
+    started from. `gates` [N, S*H] are the saved ones, h0 is [D, B, P]."""
     side = hidden_side(cell, grad_gates)
-    count, batch = side.shape[0], rows.batch_size
-    if rows.packed:
-        grad = side.t() @ rows.shift(y, h0, reverse)
+    count, batch, reverse = side.shape[0], rows.batch_size, direction == 1
+    if rows.packed or rows.masks is not None or cell.name == "gru_reset_before":
+        reset = None if rows.masks is None else rows.masks.reset_h
+        reset = None if reset is None else reset[direction]
+        before = rows.shift(y, h0[direction], reverse, reset)
+        if cell.name == "gru_reset_before":
+            hidden = before.shape[1]
+            rz, n = side.split((2 * hidden, hidden), 1)
+            return torch.cat((rz.t() @ before, n.t() @ (gates[:, :hidden] * before)))
+        grad = side.t() @ before
     elif reverse:
         grad = side[: count - batch].t() @ y[batch:]
-        grad.addmm_(side[count - batch :].t(), h0)
+        grad.addmm_(side[count - batch :].t(), h0[direction])
     else:
         grad = side[batch:].t() @ y[: count - batch]
-        grad.addmm_(side[:batch].t(), h0)
+        grad.addmm_(side[:batch].t(), h0[direction])
     return grad.roll(-(grad.shape[0] // 3), 0) if cell.name == "gru" else grad

@@ -12,15 +12,8 @@ from torch import Tensor
 from ..cells import DirectionWeights, is_half, state_dtype
 from ..native import bfloat16_capability, cpu_capability, cpu_library_error
 from ..problem import Problem, Rows
-from .base import (
-    Backend,
-    InputGrads,
-    LayerOutput,
-    Needs,
-    OutputGrads,
-    backward_in_float32,
-    forward_in_float32,
-)
+from .base import Backend, backward_in_float32, forward_in_float32
+from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, allocate_saved
 
 
 class CpuBackend(Backend):
@@ -33,6 +26,8 @@ class CpuBackend(Backend):
             return f"needs dtype float32, bfloat16 or float16, got {problem.dtype}"
         if problem.hidden_size == 0:
             return "needs at least one hidden unit, got hidden_size=0"
+        if problem.cell_name == "gru_reset_before":
+            return "has no kernel for a GRU with the reset gate before the product"
         return cpu_library_error()
 
     def describe(self, problem: Problem) -> str:
@@ -69,8 +64,8 @@ class CpuBackend(Backend):
             y=x.new_empty((count, directions * output)),
             h_n=x.new_empty((directions, batch, output), dtype=wide),
             c_n=x.new_empty((directions, batch, hidden * cell.has_c), dtype=wide),
-            gates=x.new_empty((directions, count, hidden * cell.saved_gates * save)),
-            cells=x.new_empty((directions, count, hidden * (cell.has_c and save)), dtype=wide),
+            gates=allocate_saved(x, rows, directions, hidden * cell.saved_gates * save),
+            cells=allocate_saved(x, rows, directions, hidden * (cell.has_c and save), wide),
         )
         torch.ops.fused_rnn_cpu.layer_forward(
             cell.index,
@@ -113,6 +108,7 @@ class CpuBackend(Backend):
             None if grads.y is None else grads.y.contiguous(),
             None if grads.h_n is None else grads.h_n.to(wide).contiguous(),
             None if grads.c_n is None else grads.c_n.to(wide).contiguous(),
+            None if grads.cells is None else grads.cells.to(wide).contiguous(),
             x.contiguous(),
             flat,
             h0.contiguous(),

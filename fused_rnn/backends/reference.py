@@ -18,15 +18,8 @@ from torch import Tensor
 
 from ..cells import DirectionWeights, is_half
 from ..problem import Problem, Rows
-from .base import (
-    Backend,
-    LayerOutput,
-    OutputGrads,
-    ScanGrads,
-    allocate_output,
-    backward_in_float32,
-    forward_in_float32,
-)
+from .base import Backend, allocate_output, backward_in_float32, forward_in_float32
+from .bundles import LayerOutput, OutputGrads, ScanGrads
 
 States = tuple[Tensor, ...]
 Step = Callable[[int, States], States]  # (t, states before) -> states after
@@ -104,10 +97,11 @@ class ReferenceBackend(Backend):
                 None if grads.y is None else grads.y[:, columns].split(rows.batch_sizes),
                 None if grad_h is None else grad_h[d].split(rows.batch_sizes),
                 saved.y[:, columns],
-                rows.shift(saved.y[:, columns], h0[d], reverse) if cell.name == "gru" else None,
+                rows.shift(saved.y[:, columns], h0[d], reverse) if "gru" in cell.name else None,
                 saved.gates[d],
                 saved.cells[d],
                 rows.shift(saved.cells[d], c0[d], reverse) if cell.has_c else None,
+                None if grads.cells is None else grads.cells[d].split(rows.batch_sizes),
                 rows.batch_sizes,
             )
             initial = [torch.zeros_like(h0[d]) if grads.h_n is None else grads.h_n[d]]
@@ -171,6 +165,7 @@ class _DirectionGrads(NamedTuple):
     gates: Tensor  # [N, S*H]
     cells: Tensor  # [N, H]
     cells_before: Tensor | None  # [N, H] the c each row started from, LSTM only
+    grad_cells: tuple[Tensor, ...] | None  # per step [b, H]
     batch_sizes: list[int]
 
 
@@ -222,6 +217,21 @@ def _gru_forward(d: _Direction) -> Step:
         r, z = rz.add_(gx_rz[t]).sigmoid_().chunk(2, 1)
         torch.addcmul(gx_n[t], r, hn, out=n).tanh_()
         # Not lerp, which makes NaN of infinite states.
+        return (torch.addcmul(n, z, h - n, out=y[t]),)
+
+    return step
+
+
+def _gru_reset_before_forward(d: _Direction) -> Step:
+    hidden, sizes = d.w.w_hh.shape[1], d.rows.batch_sizes
+    w_rz, w_n = (w.t() for w in d.w.w_hh.split((2 * hidden, hidden)))
+    y, gx = d.y.split(sizes), d.gx.split(sizes)
+
+    def step(t: int, states: States) -> States:
+        (h,) = states
+        rz, n = gx[t].split((2 * hidden, hidden), 1)  # the saved gates, where they are saved
+        r, z = rz.addmm_(h, w_rz).sigmoid_().chunk(2, 1)
+        n.addmm_(r * h, w_n).tanh_()
         return (torch.addcmul(n, z, h - n, out=y[t]),)
 
     return step
@@ -301,6 +311,31 @@ def _gru_backward(d: _DirectionGrads) -> Step:
     return step
 
 
+def _gru_reset_before_backward(d: _DirectionGrads) -> Step:
+    r, z, n = d.gates.chunk(3, 1)
+    hidden = r.shape[1]
+    w_rz, w_n = d.w.w_hh.split((2 * hidden, hidden))
+    f_r, f_z, f_n = d.grad_gates.chunk(3, 1)
+    torch.mul(d.y_before * r, 1 - r, out=f_r)
+    torch.mul(d.y_before - n, z * (1 - z), out=f_z)
+    torch.mul(1 - z, 1 - n * n, out=f_n)
+    f_r, f_zn, rz = (
+        f.split(d.batch_sizes)
+        for f in (f_r, d.grad_gates[:, hidden:], d.grad_gates[:, : 2 * hidden])
+    )
+    r, z = r.split(d.batch_sizes), z.split(d.batch_sizes)
+
+    def step(t: int, states: States) -> States:
+        grad_h = _arriving(d, t, states[0])
+        zn = f_zn[t].unflatten(1, (2, hidden)).mul_(grad_h.unsqueeze(1))
+        grad_rh = zn[:, 1] @ w_n  # of the product's operand, r * h
+        f_r[t].mul_(grad_rh)
+        through = torch.addcmul(grad_rh * r[t], grad_h, z[t])
+        return (through.add_(rz[t] @ w_rz),)
+
+    return step
+
+
 def _lstm_backward(d: _DirectionGrads) -> Step:
     i, f, g, o = d.gates.chunk(4, 1)
     f_i, f_f, f_g, f_o = d.grad_gates.chunk(4, 1)
@@ -322,6 +357,8 @@ def _lstm_backward(d: _DirectionGrads) -> Step:
             d.grad_h[t].copy_(grad_h)
             grad_h = grad_h @ d.w.w_hr
         grad_c = torch.addcmul(grad_c, grad_h, c_of_h[t])
+        if d.grad_cells is not None:
+            grad_c += d.grad_cells[t]
         factors_ifg[t].mul_(grad_c.unsqueeze(1))
         factors_o[t].mul_(grad_h)
         return (grad_gates[t] @ d.w.w_hh, grad_c.mul_(f[t]))
@@ -334,10 +371,12 @@ _FORWARD: dict[str, Callable[[_Direction], Step]] = {
     "rnn_relu": _rnn_forward(_relu),
     "gru": _gru_forward,
     "lstm": _lstm_forward,
+    "gru_reset_before": _gru_reset_before_forward,
 }
 _BACKWARD: dict[str, Callable[[_DirectionGrads], Step]] = {
     "rnn_tanh": _rnn_tanh_backward,
     "rnn_relu": _rnn_relu_backward,
     "gru": _gru_backward,
     "lstm": _lstm_backward,
+    "gru_reset_before": _gru_reset_before_backward,
 }

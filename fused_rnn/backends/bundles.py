@@ -1,0 +1,74 @@
+"""What goes in and out of a backend's layer, bundled.
+
+Shapes: D directions, B batch, N rows (T*B when padded), I input_size, H hidden_size,
+P output size, G gates, S = cell.saved_gates, Q = cell.grad_gates.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..problem import Rows
+
+
+class LayerOutput(NamedTuple):
+    """What a forward pass gives. `gates` and `cells` have zero columns where not needed."""
+
+    y: Tensor  # [N, D*P]
+    h_n: Tensor  # [D, B, P]
+    c_n: Tensor  # [D, B, H] for LSTM, else [D, B, 0]
+    gates: Tensor  # [D, N, S*H] when saved for backward, else [D, N, 0]
+    cells: Tensor  # [D, N, H] c after each step, when saved, in state_dtype; else [D, N, 0]
+
+
+def allocate_saved(
+    like: Tensor, rows: Rows, directions: int, width: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """[D, N, width] in memory with room for `rows.room` rows."""
+    flat = like.new_empty(directions * rows.room * width, dtype=dtype)
+    return flat[: directions * rows.count * width].view(directions, rows.count, width)
+
+
+class OutputGrads(NamedTuple):
+    """Gradients of a layer's outputs; None stands for zero."""
+
+    y: Tensor | None  # [N, D*P]
+    h_n: Tensor | None  # [D, B, P]
+    c_n: Tensor | None  # [D, B, H]
+    cells: Tensor | None = None  # [D, N, H], where c after each step is an output
+
+
+class ScanGrads(NamedTuple):
+    """What a backward scan gives."""
+
+    gates: Tensor  # [D, N, Q*H] gradients of the gate pre-activations
+    h0: Tensor  # [D, B, P]
+    c0: Tensor | None  # [D, B, H], LSTM only
+    h: Tensor | None = None  # [D, N, P] gradient of each step's h, projected LSTM only
+    reset_h: Tensor | None = None  # [D, B, P] where masks have it
+    reset_c: Tensor | None = None  # [D, B, H] likewise
+
+
+class InputGrads(NamedTuple):
+    """Gradients of a layer's inputs; None where not asked for."""
+
+    x: Tensor | None  # [N, I]
+    h0: Tensor | None  # [D, B, P]
+    c0: Tensor | None  # [D, B, H]
+    weights: list[Tensor | None]  # flat: the DirectionWeights of each direction in turn
+    reset_h: Tensor | None = None  # [D, B, P]
+    reset_c: Tensor | None = None  # [D, B, H]
+
+
+class Needs(NamedTuple):
+    """Which inputs ask for a gradient."""
+
+    x: bool
+    h0: bool
+    c0: bool
+    reset_h: bool
+    reset_c: bool
+    weights: list[bool]

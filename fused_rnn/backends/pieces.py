@@ -1,0 +1,312 @@
+"""Lengths and resets by way of packed rows.
+
+A row of a padded batch that ends early or starts afresh is one piece or several, each a sequence
+of its own. Sorted by length, pieces are the rows of a packed batch, which every backend runs, and
+more of them at a time than the batch had rows. What goes in is gathered, what comes out is put
+back, and nothing is computed for padding. The number of pieces decides sizes, so lengths and
+resets on a device are waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..cells import DirectionWeights, state_dtype
+from ..problem import Masks, Problem, Rows
+from .bundles import InputGrads, LayerOutput, Needs, OutputGrads
+
+
+class Pieces:
+    """The pieces of a padded batch, the longest first.
+
+    Raises:
+        RuntimeError: a length is below 0 or above T.
+    """
+
+    def __init__(self, masks: Masks, timesteps: int, batch_size: int):
+        self.timesteps, self.batch_size = timesteps, batch_size
+        self._cut(masks)
+
+    def _cut(self, masks: Masks) -> None:
+        """Where each piece lies. Row by row and from left to right first, then sorted."""
+        steps, batch = self.timesteps, self.batch_size
+        if masks.lengths is None:
+            lengths = torch.full((batch,), steps)
+        else:
+            lengths = masks.lengths.cpu()
+            if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
+                raise RuntimeError(
+                    f"lengths: expected values from 0 to {steps}, the timesteps of input, "
+                    f"got {int(lengths.min())} to {int(lengths.max())}"
+                )
+        starts = torch.zeros((batch, steps), dtype=torch.bool)
+        if masks.resets is not None:
+            starts |= masks.resets.t().cpu()
+        afresh = starts[:, 0].clone()
+        starts[:, 0] = True
+        starts &= torch.arange(steps) < lengths.unsqueeze(1)
+        row, start = starts.nonzero(as_tuple=True)
+        first = torch.ones_like(row, dtype=torch.bool)
+        first[1:] = row[1:] != row[:-1]
+        last = first.roll(-1)
+        end = torch.where(last, lengths[row], start.roll(-1))
+        length, order = (end - start).sort(descending=True, stable=True)
+        self.row, self.start, self.length = row[order], start[order], length
+        first, last = first[order], last[order]
+        # Where a piece's initial states are, by direction: those of row b at b, others at B + b.
+        restarted = ~first | afresh[self.row]
+        self._sources = (
+            self.row + batch * restarted,
+            self.row + batch * ~last,
+        )
+        # The piece whose last state is the row's, by direction; rows without one keep theirs.
+        self._finals = tuple(self._by_row(which) for which in (last, first))
+
+    def _by_row(self, which: Tensor) -> Tensor:
+        """int64 [B]: each row's one piece among `which`; K + b where it has none, of K pieces."""
+        count = self.row.shape[0]
+        found = torch.arange(count, count + self.batch_size)
+        found[self.row[which]] = which.nonzero().squeeze(1)
+        return found
+
+    @cached_property
+    def batch_sizes(self) -> Tensor:
+        """int64: how many pieces have each timestep."""
+        longest = int(self.length[0]) if len(self.length) else 0
+        per_length = torch.bincount(self.length, minlength=longest + 1)
+        return per_length.flip(0).cumsum(0).flip(0)[1:]
+
+    @cached_property
+    def index(self) -> Tensor:
+        """int64 [M]: which row of the padded batch each packed row is."""
+        sizes = self.batch_sizes
+        step = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        piece = torch.arange(len(step)) - (sizes.cumsum(0) - sizes)[step]
+        return (self.start[piece] + step) * self.batch_size + self.row[piece]
+
+    def initial(self, states: Tensor, reset: Tensor | None) -> Tensor:
+        """[D, K, ...] the states each piece starts from; `states`, `reset` [D, B, ...]."""
+        fresh = torch.zeros_like(states) if reset is None else reset
+        both = torch.cat((states, fresh), 1)
+        return torch.stack([s[i.to(s.device)] for s, i in zip(both, self._sources, strict=False)])
+
+    def initial_grads(self, grads: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        """Backward of `initial`: gradients of states and reset [D, B, ...].
+
+        `grads` [D, K, ...] are those of the pieces; `carried` [D, B, ...] what rows without a
+        step hand through.
+        """
+        both = torch.cat((carried, torch.zeros_like(carried)), 1)
+        for into, grad, source in zip(both, grads, self._sources, strict=False):
+            # In the order of the pieces, whatever the number of threads.
+            into.index_add_(0, source.to(into.device), grad)
+        states, reset = both.split(self.batch_size, 1)
+        return states.clone(memory_format=torch.contiguous_format), reset.contiguous()
+
+    def final(self, states: Tensor, initial: Tensor) -> Tensor:
+        """[D, B, ...] the states each row ends with, from those of the pieces [D, K, ...]."""
+        both = torch.cat((states, initial), 1)
+        return torch.stack([s[i.to(s.device)] for s, i in zip(both, self._finals, strict=False)])
+
+    def final_grads(self, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Backward of `final`: gradients of the pieces' states and of the initial ones."""
+        count = self.row.shape[0]
+        both = grads.new_zeros((grads.shape[0], count + self.batch_size, *grads.shape[2:]))
+        for out, grad, index in zip(both, grads, self._finals, strict=False):
+            out[index.to(out.device)] = grad
+        return both.split((count, self.batch_size), 1)
+
+
+def forward_in_pieces(
+    forward: Callable[..., LayerOutput],  # a layer_forward that takes packed rows
+    problem: Problem,
+    x: Tensor,
+    weights: list[DirectionWeights],
+    h0: Tensor,
+    c0: Tensor | None,
+    rows: Rows,
+    save: bool,
+) -> LayerOutput:
+    """A padded batch with masks. `gates` and `cells` [D, N, ...] hold the M packed rows one after
+    the other from the beginning on, direction by direction, and then zeros. Where `cells` is an
+    output, it lies as y does."""
+    masks, count = rows.masks, x.shape[0]
+    pieces = Pieces(masks, rows.timesteps, rows.batch_size)
+    index = pieces.index.to(x.device)
+    if len(index) == 0:
+        return _no_steps(problem, x, h0, c0, save)
+    out = forward(
+        _packed_problem(problem, pieces),
+        x.index_select(0, index),
+        weights,
+        pieces.initial(h0, masks.reset_h),
+        None if c0 is None else pieces.initial(c0, masks.reset_c),
+        _packed_rows(pieces, count),
+        save,
+    )
+    return LayerOutput(
+        y=_spread(out.y, index, count),
+        h_n=pieces.final(out.h_n, h0),
+        c_n=h0.new_empty((*h0.shape[:2], 0)) if c0 is None else pieces.final(out.c_n, c0),
+        gates=_stretched(out.gates, count),
+        cells=torch.stack([_spread(c, index, count) for c in out.cells])
+        if problem.states
+        else _stretched(out.cells, count),
+    )
+
+
+def backward_in_pieces(
+    backward: Callable[..., InputGrads],  # a layer_backward that takes packed rows
+    problem: Problem,
+    grads: OutputGrads,
+    x: Tensor,
+    weights: list[DirectionWeights],
+    h0: Tensor,
+    c0: Tensor | None,
+    rows: Rows,
+    saved: LayerOutput,
+    needs: Needs,
+) -> InputGrads:
+    """The backward of `forward_in_pieces`."""
+    masks, count = rows.masks, x.shape[0]
+    pieces = Pieces(masks, rows.timesteps, rows.batch_size)
+    index = pieces.index.to(x.device)
+    if len(index) == 0:
+        return _no_steps_backward(grads, x, weights, h0, c0, masks, needs)
+
+    def gathered(cells: Tensor | None) -> Tensor | None:
+        return None if cells is None else cells.index_select(1, index)
+
+    h_n, through_h = _final_grads(pieces, grads.h_n, h0)
+    c_n, through_c = (None, None) if c0 is None else _final_grads(pieces, grads.c_n, c0)
+    result = backward(
+        _packed_problem(problem, pieces),
+        OutputGrads(
+            None if grads.y is None else grads.y.index_select(0, index),
+            h_n,
+            c_n,
+            gathered(grads.cells),
+        ),
+        x.index_select(0, index),
+        weights,
+        pieces.initial(h0, masks.reset_h),
+        None if c0 is None else pieces.initial(c0, masks.reset_c),
+        _packed_rows(pieces, count),
+        LayerOutput(
+            saved.y.index_select(0, index),
+            None,
+            None,
+            _shrunk(saved.gates, len(index)),
+            gathered(saved.cells) if problem.states else _shrunk(saved.cells, len(index)),
+        ),
+        needs._replace(h0=needs.h0 or needs.reset_h, c0=needs.c0 or needs.reset_c),
+    )
+    h0_grad, reset_h = (
+        (None, None) if result.h0 is None else pieces.initial_grads(result.h0, through_h)
+    )
+    c0_grad, reset_c = (
+        (None, None) if result.c0 is None else pieces.initial_grads(result.c0, through_c)
+    )
+    return InputGrads(
+        None if result.x is None else _spread(result.x, index, count),
+        h0_grad if needs.h0 else None,
+        c0_grad if needs.c0 else None,
+        result.weights,
+        reset_h if needs.reset_h else None,
+        reset_c if needs.reset_c else None,
+    )
+
+
+def _packed_problem(problem: Problem, pieces: Pieces) -> Problem:
+    return replace(
+        problem,
+        timesteps=len(pieces.batch_sizes),
+        batch_size=len(pieces.row),
+        packed=True,
+        lengths=False,
+        resets=False,
+    )
+
+
+def _packed_rows(pieces: Pieces, room: int) -> Rows:
+    sizes = pieces.batch_sizes
+    return Rows(len(sizes), len(pieces.row), sizes, len(pieces.index), room=room)
+
+
+def _spread(packed: Tensor, index: Tensor, count: int) -> Tensor:
+    """[count, K] with zeros where no packed row [M, K] belongs."""
+    return packed.new_zeros((count, packed.shape[1])).index_copy_(0, index, packed)
+
+
+def _stretched(packed: Tensor, count: int) -> Tensor:
+    """[D, count, K] that begins with the elements of `packed` [D, M, K] in their order, and ends
+    with zeros; in the same memory if there is room."""
+    shape = packed.shape[0], count, packed.shape[2]
+    size = shape[0] * count * shape[2]
+    if packed.is_contiguous() and packed.storage_offset() == 0:
+        room = packed.untyped_storage().nbytes() // packed.itemsize
+        if room >= size:
+            flat = packed.as_strided((size,), (1,))
+            flat[packed.numel() :] = 0
+            return flat.view(shape)
+    flat = packed.new_empty(size)
+    flat[: packed.numel()] = packed.reshape(-1)
+    flat[packed.numel() :] = 0
+    return flat.view(shape)
+
+
+def _shrunk(stretched: Tensor, count: int) -> Tensor:
+    """The inverse of `_stretched`, a view: [D, count, K]."""
+    directions, _, width = stretched.shape
+    return stretched.reshape(-1)[: directions * count * width].view(directions, count, width)
+
+
+def _final_grads(pieces: Pieces, grad: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor]:
+    if grad is None:
+        return None, torch.zeros_like(like)
+    return pieces.final_grads(grad)
+
+
+def _no_steps(
+    problem: Problem, x: Tensor, h0: Tensor, c0: Tensor | None, save: bool
+) -> LayerOutput:
+    """Every row has ended before it began."""
+    cell, hidden = problem.cell, problem.hidden_size
+    leading = problem.directions, x.shape[0]
+    return LayerOutput(
+        x.new_zeros((x.shape[0], problem.directions * problem.output_size)),
+        h0.clone(),
+        h0.new_empty((*h0.shape[:2], 0)) if c0 is None else c0.clone(),
+        x.new_zeros((*leading, hidden * cell.saved_gates * save)),
+        x.new_zeros((*leading, hidden * (cell.has_c and save)), dtype=state_dtype(x.dtype)),
+    )
+
+
+def _no_steps_backward(
+    grads: OutputGrads,
+    x: Tensor,
+    weights: list[DirectionWeights],
+    h0: Tensor,
+    c0: Tensor | None,
+    masks: Masks,
+    needs: Needs,
+) -> InputGrads:
+    def through(need: bool, grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+        if not need:
+            return None
+        return torch.zeros_like(like) if grad is None else grad.clone()
+
+    flat = [w for direction in weights for w in direction if w is not None]
+    return InputGrads(
+        through(needs.x, None, x),
+        through(needs.h0, grads.h_n, h0),
+        through(needs.c0, grads.c_n, c0),
+        [through(need, None, w) for need, w in zip(needs.weights, flat, strict=True)],
+        through(needs.reset_h, None, masks.reset_h),
+        through(needs.reset_c, None, masks.reset_c),
+    )
