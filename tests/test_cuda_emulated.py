@@ -17,6 +17,7 @@ from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase
 
 BACKEND = "cuda_emulated"
+KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -30,6 +31,7 @@ def library(poisoned):
 def _cases(cell: str) -> list[LayerCase]:
     """One for each kernel there is to emulate, at sizes that fill none of them."""
     case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    every_mask = {"resets": True, "reset_states": True, "states": CELLS[cell].has_c}
     return [
         case(5, 3, 4, 13),
         case(6, 9, 4, 29, directions=2),
@@ -38,6 +40,9 @@ def _cases(cell: str) -> list[LayerCase]:
         packed([7, 4, 4, 1], 3, 33, directions=2),
         packed([3, 1, 1, 1, 1, 1, 1, 1, 1, 1], 3, 24, directions=2),
         case(1, 1, 1, 1),
+        case(6, 11, 3, 32, ends=(6, 0, 3, 1, 5, 2, 2, 4, 0, 1, 3), directions=2),
+        case(7, 5, 3, 21, ends=(3, 0, 5, 1, 5), directions=2, **every_mask),
+        case(6, 3, 2, 9, resets=True, states=CELLS[cell].has_c),
     ]
 
 
@@ -57,7 +62,7 @@ def _params(cases, seeds, marks=()):
             id="-".join((cell, str(dtype).removeprefix("torch."), str(case))),
             marks=marks,
         )
-        for cell in CELLS
+        for cell in KERNELS
         for case in cases(cell)
         for dtype in DTYPES
     ]
@@ -91,7 +96,7 @@ def test_accuracy(case, seeds):
             assert torch.equal(tensor, results[0][name]), f"seed {seed}: other bits in {name}"
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_row_has_the_same_bits_in_every_batch(cell, dtype):
     """Clusters of 8 and of 16 rows add up in the same order."""
@@ -108,7 +113,7 @@ def test_a_row_has_the_same_bits_in_every_batch(cell, dtype):
     assert torch.equal(many_y[:, :3], few_y)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 def test_inference_gives_the_same_numbers_as_training(cell):
     inputs = testing.make_inputs(LayerCase(cell, 4, 3, 5, 20, directions=2))
     with fused_rnn.backend(BACKEND):
@@ -149,6 +154,7 @@ def test_only_who_asks_gets_it(monkeypatch):
         (LayerCase("lstm", 3, 2, 4, 5, dtype=torch.float64), "float64"),
         (LayerCase("lstm", 3, 2, 4, 5, proj_size=2), "proj_size=2"),
         (LayerCase("gru", 3, 0, 4, 5), "batch size 0"),
+        (LayerCase("gru_reset_before", 3, 2, 4, 5), "no kernel for gru_reset_before"),
         (LayerCase("gru", 3, 2, 4, 65), "hidden_size up to 64 .* got 65"),
     ],
     ids=str,
@@ -159,128 +165,6 @@ def test_what_it_cannot_take_has_a_reason(case, reason):
         pytest.raises(fused_rnn.UnsupportedProblemError, match=reason),
     ):
         testing.run_layer(testing.make_inputs(case))
-
-
-# ---- Lengths and resets of padded rows, at the operators.
-
-
-def _masked_oracle(cell, gx, w_hh, b_hn, h0, c0, lengths, resets, reset_h, reset_c, reverse):
-    """One direction, step by step in plain torch: y [T, B, H], h_n, c_n and c [T, B, H]."""
-    timesteps, batch, _ = gx.shape
-    spec, hidden = CELLS[cell], h0.shape[-1]
-    biases = (None, None)
-    if b_hn is not None:
-        b_hh = torch.cat((b_hn.new_zeros(2 * hidden), b_hn))
-        biases = (torch.zeros_like(b_hh), b_hh)
-    weights = fused_rnn.cells.DirectionWeights(w_hh.new_zeros(0), w_hh, *biases)
-    states = [h0] if c0 is None else [h0, c0]
-    fresh = [reset_h] if c0 is None else [reset_h, reset_c]
-    ys, cs = [None] * timesteps, [None] * timesteps
-    for t in reversed(range(timesteps)) if reverse else range(timesteps):
-        taken = (t < lengths).unsqueeze(1)
-        at = t + 1 if reverse else t
-        anew = resets[at] & (at < lengths) if at < timesteps else torch.zeros(batch).bool()
-        states = [
-            torch.where((anew & taken[:, 0]).unsqueeze(1), f, s)
-            for s, f in zip(states, fresh, strict=True)
-        ]
-        after = spec.step(gx[t], tuple(states), weights)
-        states = [torch.where(taken, a, s) for a, s in zip(after, states, strict=True)]
-        ys[t] = torch.where(taken, after[0], 0.0)
-        cs[t] = torch.where(taken, after[-1], 0.0)
-    return torch.stack(ys), states[0], states[-1], torch.stack(cs)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("fresh", [False, True], ids=["from_zeros", "from_states"])
-@pytest.mark.parametrize("hidden", [16, 32])
-@pytest.mark.parametrize("cell", CELLS)
-def test_lengths_and_resets(library, cell, hidden, fresh, seed):
-    timesteps, batch, directions = 6, 11, 2
-    spec = CELLS[cell]
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).requires_grad_()
-
-    gx = normal(directions, timesteps * batch, spec.gates * hidden)
-    w_hh = [(normal(spec.gates * hidden, hidden) * hidden**-0.5).detach() for _ in range(2)]
-    b_hn = normal(directions, hidden).detach() if cell == "gru" else None
-    h0, reset_h = normal(directions, batch, hidden), normal(directions, batch, hidden)
-    c0 = normal(directions, batch, hidden) if spec.has_c else None
-    reset_c = normal(directions, batch, hidden) if spec.has_c else None
-    lengths = torch.randint(0, timesteps + 1, (batch,), generator=generator)
-    resets = torch.rand(timesteps, batch, generator=generator) < 0.3
-    zeros = torch.zeros_like(h0)
-    fresh_h, fresh_c = (reset_h, reset_c) if fresh else (zeros, zeros if spec.has_c else None)
-
-    expected_y, expected_h, expected_c, expected_cells = [], [], [], []
-    for d in range(directions):
-        y, h, c, cells = _masked_oracle(
-            cell, gx[d].double().unflatten(0, (timesteps, batch)), w_hh[d].double(),
-            None if b_hn is None else b_hn[d].double(), h0[d].double(),
-            c0[d].double() if spec.has_c else None, lengths, resets, fresh_h[d].double(),
-            fresh_c[d].double() if spec.has_c else None, d == 1,
-        )  # fmt: skip
-        expected_y.append(y.flatten(0, 1))
-        expected_h.append(h)
-        expected_c.append(c)
-        expected_cells.append(cells.flatten(0, 1))
-    expected_y = torch.cat(expected_y, 1)
-    expected_h = torch.stack(expected_h)
-    grad_y, grad_h = torch.randn_like(expected_y), torch.randn_like(expected_h)
-    grad_c = torch.randn_like(expected_h)
-    loss = (expected_y * grad_y).sum() + (expected_h * grad_h).sum()
-    wanted = {"gx": gx, "h0": h0}
-    if fresh:
-        wanted["reset_h"] = reset_h
-    if spec.has_c:
-        expected_c = torch.stack(expected_c)
-        loss = loss + (expected_c * grad_c).sum()
-        wanted["c0"] = c0
-        if fresh:
-            wanted["reset_c"] = reset_c
-    grads = dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
-
-    library.seed(seed)
-    count = timesteps * batch
-    detach = [None if t is None else t.detach() for t in (h0, c0, reset_h, reset_c)]
-    h0_, c0_, reset_h_, reset_c_ = detach
-    masks = (lengths, None, resets, reset_h_ if fresh else None, reset_c_ if fresh else None)
-    y = gx.new_empty(count, directions * hidden)
-    h_n, c_n = torch.empty_like(h0_), gx.new_empty(directions, batch, hidden * spec.has_c)
-    gates = gx.new_empty(directions, count, spec.saved_gates * hidden)
-    cells = gx.new_empty(directions, count, hidden * spec.has_c)
-    library.scan_forward(
-        spec.index, gx.detach(), w_hh, b_hn, h0_, c0_, hidden, *masks, y, h_n, c_n, gates, cells, 0
-    )
-    grad_gates = gx.new_empty(directions, count, spec.grad_gates * hidden)
-    grad_h0, grad_c0 = torch.empty_like(h0_), torch.empty_like(c_n)
-    grad_reset_h = torch.zeros_like(h0_) if fresh else None
-    grad_reset_c = torch.zeros_like(c_n) if fresh and spec.has_c else None
-    library.scan_backward(
-        spec.index, grad_y.float(), grad_h.float(), grad_c.float() if spec.has_c else None, w_hh,
-        h0_, c0_, hidden, *masks, y, gates, cells, grad_gates, grad_h0, grad_c0, grad_reset_h,
-        grad_reset_c, 0,
-    )  # fmt: skip
-
-    def near(name, actual, expected):
-        testing.assert_near(name, actual, expected, 2e-6, 5e-6)
-
-    near("y", y, expected_y)
-    near("h_n", h_n, expected_h)
-    near("grad gx", fused_rnn.backends.base.input_side(spec, grad_gates), grads["gx"])
-    near("grad h0", grad_h0, grads["h0"])
-    if fresh:
-        near("grad reset_h", grad_reset_h, grads["reset_h"])
-    if spec.has_c:
-        near("c_n", c_n, expected_c)
-        near("cells", cells, torch.stack(expected_cells))
-        near("grad c0", grad_c0, grads["c0"])
-        if fresh:
-            near("grad reset_c", grad_reset_c, grads["reset_c"])
-    dead = torch.arange(timesteps).unsqueeze(1) >= lengths
-    assert not gates[:, dead.flatten()].any(), "gates of steps that are not taken"
 
 
 # ---- Bad input, at the operators' border.

@@ -249,9 +249,10 @@ void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const
             int64_t stream) {
   STD_TORCH_CHECK(plan.index >= 0, "hidden_size: ",
                   plan_refusal(b.problem(), device, !std::is_same_v<Params, ForwardParams>));
-  const Kernel<Params>& kernel = find_kernels<Params>(b.cell, b.element)[plan.index];
+  const Kernel<Params>* kernels = find_kernels<Params>(b.cell, b.element);
+  STD_TORCH_CHECK(kernels != nullptr, "cell: rnn_relu runs in float32 only");
   try {
-    kernel.launch(params, plan.shape, reinterpret_cast<void*>(stream));
+    kernels[plan.index].launch(params, plan.shape, reinterpret_cast<void*>(stream));
   } catch (const std::exception& error) {
     STD_TORCH_CHECK(false, error.what(), ", in ", describe_plan(b.problem(), device, true),
                     " of T=", params.rows.timesteps, " B=", b.batch, " H=", b.hidden);
@@ -286,13 +287,14 @@ void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
 }
 
 void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
-                 std::optional<Tensor> grad_c_n, std::vector<Tensor> w_hh, const Tensor& h0,
-                 std::optional<Tensor> c0, int64_t hidden, std::optional<Tensor> lengths,
-                 std::optional<Tensor> offsets, std::optional<Tensor> resets,
-                 std::optional<Tensor> reset_h, std::optional<Tensor> reset_c, const Tensor& y,
-                 const Tensor& gates, const Tensor& cells, Tensor grad_gates, Tensor grad_h0,
-                 Tensor grad_c0, std::optional<Tensor> grad_reset_h,
-                 std::optional<Tensor> grad_reset_c, int64_t stream) {
+                 std::optional<Tensor> grad_c_n, std::optional<Tensor> grad_cells,
+                 std::vector<Tensor> w_hh, const Tensor& h0, std::optional<Tensor> c0,
+                 int64_t hidden, std::optional<Tensor> lengths, std::optional<Tensor> offsets,
+                 std::optional<Tensor> resets, std::optional<Tensor> reset_h,
+                 std::optional<Tensor> reset_c, const Tensor& y, const Tensor& gates,
+                 const Tensor& cells, Tensor grad_gates, Tensor grad_h0, Tensor grad_c0,
+                 std::optional<Tensor> grad_reset_h, std::optional<Tensor> grad_reset_c,
+                 int64_t stream) {
   const Border b =
       border(cell, grad_gates, "grad_gates", cell_sizes(cell_kind(cell)).grad_gates, h0, hidden);
   BackwardParams p{};
@@ -310,6 +312,7 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
                         {b.directions, b.count, b.sizes.grad_gates * b.pitch});
   p.grad_h0 = float_output(grad_h0, "grad_h0", states);
   if (b.sizes.has_c) {
+    p.grad_cells = float_input(grad_cells, "grad_cells", {b.directions, b.count, b.pitch});
     p.cells = float_input(cells, "cells", {b.directions, b.count, b.pitch});
     p.grad_c0 = float_output(grad_c0, "grad_c0", states);
   }
@@ -365,7 +368,9 @@ STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
       "Tensor? reset_c, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) gates, "
       "Tensor(e!) cells, int stream) -> ()");
   m.def(
-      "scan_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor[] w_hh, "
+      "scan_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? "
+      "grad_cells, "
+      "Tensor[] w_hh, "
       "Tensor h0, Tensor? c0, int hidden_size, Tensor? lengths, Tensor? offsets, Tensor? resets, "
       "Tensor? reset_h, Tensor? reset_c, Tensor y, Tensor gates, Tensor cells, "
       "Tensor(a!) grad_gates, Tensor(b!) grad_h0, Tensor(c!) grad_c0, Tensor(d!)? grad_reset_h, "

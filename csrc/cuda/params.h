@@ -14,7 +14,7 @@ struct ScanRows {
   int64_t timesteps;       // T
   int64_t batch;           // B
   int64_t count;           // N
-  const int64_t* lengths;  // [B]: step t of row b is taken where t < lengths[b]; null: T
+  const int64_t* lengths;  // [B]: step t of row b is taken where t < lengths[b]; null: t < T
   const int64_t* offsets;  // [T] when packed: the row of step t's first; null: t * B
   const uint8_t* resets;   // [T, B], where a row's state begins anew; null: nowhere
 };
@@ -47,13 +47,14 @@ struct BackwardParams {
   const void* y;  // as forward wrote them
   const void* gates;
   const float* cells;
-  const void* grad_y;     // E [N, D*pitch], or null
-  const float* grad_h_n;  // [D, B, pitch], or null
-  const float* grad_c_n;  // [D, B, pitch], or null
-  void* grad_gates;       // E [D, N, Q*pitch]
-  float* grad_h0;         // [D, B, pitch]
-  float* grad_c0;         // [D, B, pitch], LSTM
-  float* grad_reset_h;    // [D, B, pitch], zeros on entry, or null
+  const void* grad_y;       // E [N, D*pitch], or null
+  const float* grad_h_n;    // [D, B, pitch], or null
+  const float* grad_c_n;    // [D, B, pitch], or null
+  const float* grad_cells;  // [D, N, pitch], where c after each step is an output, or null
+  void* grad_gates;         // E [D, N, Q*pitch]
+  float* grad_h0;           // [D, B, pitch]
+  float* grad_c0;           // [D, B, pitch], LSTM
+  float* grad_reset_h;      // [D, B, pitch], zeros on entry, or null
   float* grad_reset_c;
 };
 

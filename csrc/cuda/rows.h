@@ -25,7 +25,10 @@ struct TileRows {
 
   FUSED_RNN_DEVICE_MEMBER int length_of(int row) const {
     if (first + row >= all.batch) return 0;
-    return static_cast<int>(all.lengths ? all.lengths[first + row] : all.timesteps);
+    if (!all.lengths) return static_cast<int>(all.timesteps);
+    // Lengths on a device cannot be checked without waiting for it.
+    const int64_t length = all.lengths[first + row];
+    return static_cast<int>(length < 0 ? 0 : length > all.timesteps ? all.timesteps : length);
   }
 
   FUSED_RNN_DEVICE_MEMBER int64_t time(int step) const { return reverse ? steps - 1 - step : step; }

@@ -302,10 +302,13 @@ scan_backward(const BackwardParams p) {
           const int64_t after = t + (rows.reverse ? -1 : 1);
           if (after < length[j][e] && after >= 0) held[j][e] += sum[e];
           if (began >> (2 * j + e) & 1) give_to_fresh_state(j, e);
-          float carry = grad_c[j][e];
-          Cell::backward(factors[j][e], held[j][e] + arriving[j][e], carry, grads[e]);
-          // A select, not a product: what was never saved may be NaN.
           const bool taken = t < length[j][e];
+          float carry = grad_c[j][e];
+          if (Cell::kHasC && p.grad_cells && taken) {
+            carry += p.grad_cells[direction * p.rows.count * pitch + cell_index(t, j, e)];
+          }
+          Cell::backward(factors[j][e], held[j][e] + arriving[j][e], carry, grads[e]);
+          // Selects, not products: what was never saved may be NaN.
           if (taken) {
             held[j][e] = Cell::kUsesPreviousH ? carry : 0.0f;
             if (Cell::kHasC) grad_c[j][e] = carry;

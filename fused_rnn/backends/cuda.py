@@ -15,14 +15,17 @@ from torch import Tensor
 from .. import native
 from ..cells import Cell, DirectionWeights, is_half
 from ..problem import Problem, Rows
-from .base import Backend, InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
+from .base import Backend, backward_in_float32, forward_in_float32
+from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
 
 _GROUP = 8  # rows of matrices are a multiple of so many columns
+_CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
 
 class CudaBackend(Backend):
     name = "cuda"
     device_type = "cuda"
+    takes_masks = True
 
     def library_error(self) -> str | None:
         return native.cuda_library_error()
@@ -36,6 +39,8 @@ class CudaBackend(Backend):
             return f"needs tensors on {self.device_type}, got {problem.device_type}"
         if problem.dtype != torch.float32 and not is_half(problem.dtype):
             return f"needs dtype float32, bfloat16 or float16, got {problem.dtype}"
+        if problem.cell_name not in _CELLS:
+            return f"has no kernel for {problem.cell_name}"
         if problem.proj_size:
             return f"has no projection, got proj_size={problem.proj_size}"
         if problem.hidden_size == 0 or problem.batch_size == 0:
@@ -46,13 +51,14 @@ class CudaBackend(Backend):
         return self.library_error() or self.ops.refusal(*self._plan_arguments(problem)) or None
 
     def describe(self, problem: Problem) -> str:
-        return f"{self.name}/{self.ops.describe(*self._plan_arguments(problem))}"
+        kernels = self.ops.describe(*self._plan_arguments(problem))
+        return f"{self.name}/{kernels}{' in float32' if _through_float32(problem) else ''}"
 
     def _plan_arguments(self, problem: Problem) -> tuple:
         device = torch.cuda.current_device() if self.device_type == "cuda" else 0
         return (
             problem.cell.index,
-            problem.dtype.itemsize,
+            4 if _through_float32(problem) else problem.dtype.itemsize,
             problem.hidden_size,
             problem.batch_size,
             problem.directions,
@@ -60,7 +66,17 @@ class CudaBackend(Backend):
             device,
         )
 
-    def layer_forward(
+    def layer_forward(self, problem, *args) -> LayerOutput:
+        if _through_float32(problem):
+            return forward_in_float32(self._forward, problem, *args)
+        return self._forward(problem, *args)
+
+    def layer_backward(self, problem, *args) -> InputGrads:
+        if _through_float32(problem):
+            return backward_in_float32(self._backward, problem, *args)
+        return self._backward(problem, *args)
+
+    def _forward(
         self,
         problem: Problem,
         x: Tensor,
@@ -78,7 +94,7 @@ class CudaBackend(Backend):
             [pad.weights(w) for w in weights],
             pad.states(h0),
             pad.states(c0),
-            rows,
+            pad.rows(rows),
             save,
         )
         return LayerOutput(
@@ -89,7 +105,7 @@ class CudaBackend(Backend):
             cells=pad.cut(out.cells),
         )
 
-    def layer_backward(
+    def _backward(
         self,
         problem: Problem,
         grads: OutputGrads,
@@ -106,13 +122,16 @@ class CudaBackend(Backend):
         result = _Scans(self.ops, problem.hidden_size).layer_backward(
             pad.problem(problem),
             OutputGrads(
-                pad.columns(grads.y, directions), pad.states(grads.h_n), pad.states(grads.c_n)
+                pad.columns(grads.y, directions),
+                pad.states(grads.h_n),
+                pad.states(grads.c_n),
+                pad.states(grads.cells),
             ),
             x,
             [pad.weights(w) for w in weights],
             pad.states(h0),
             pad.states(c0),
-            rows,
+            pad.rows(rows),
             LayerOutput(
                 y=pad.columns(saved.y, directions),
                 h_n=None,
@@ -125,6 +144,8 @@ class CudaBackend(Backend):
         return result._replace(
             h0=pad.cut(result.h0),
             c0=pad.cut(result.c0),
+            reset_h=pad.cut(result.reset_h),
+            reset_c=pad.cut(result.reset_c),
             weights=pad.cut_weights(result.weights, len(weights)),
         )
 
@@ -159,6 +180,15 @@ class _Padding:
 
     def states(self, values: Tensor | None) -> Tensor | None:
         return self.columns(values, 1)
+
+    def rows(self, rows: Rows) -> Rows:
+        masks = rows.masks
+        if masks is None or not self.extra:
+            return rows
+        masks = masks._replace(
+            reset_h=self.states(masks.reset_h), reset_c=self.states(masks.reset_c)
+        )
+        return Rows(rows.timesteps, rows.batch_size, None, rows.count, masks)
 
     def weights(self, w: DirectionWeights) -> DirectionWeights:
         if not self.extra:
@@ -229,7 +259,7 @@ class _Scans(Backend):
             _aligned(h0),
             _aligned(c0, wide),
             self.hidden,
-            *_row_tensors(rows, gx.device),
+            *_row_tensors(rows, gx, wide),
             *out,
             _stream(gx),
         )
@@ -250,28 +280,39 @@ class _Scans(Backend):
         grad_gates = y.new_empty((problem.directions, y.shape[0], cell.grad_gates * pitch))
         grad_h0 = y.new_empty(h0.shape, dtype=wide)
         grad_c0 = y.new_empty((*h0.shape[:2], pitch * cell.has_c), dtype=wide)
+        fresh = (rows.masks.reset_h, rows.masks.reset_c) if rows.masks else (None, None)
+        grad_reset_h, grad_reset_c = (
+            None if state is None else y.new_zeros(state.shape, dtype=wide) for state in fresh
+        )
         self.ops.scan_backward(
             cell.index,
             _aligned(grads.y),
             _aligned(grads.h_n, wide),
             _aligned(grads.c_n, wide),
+            _aligned(grads.cells, wide),
             [_aligned(w.w_hh) for w in weights],
             _aligned(h0),
             _aligned(c0, wide),
             self.hidden,
-            *_row_tensors(rows, y.device),
+            *_row_tensors(rows, y, wide),
             y,
             _aligned(saved.gates),
             _aligned(saved.cells),
             grad_gates,
             grad_h0,
             grad_c0,
-            None,
-            None,
+            grad_reset_h,
+            grad_reset_c,
             _stream(y),
         )
-        dtype = problem.dtype
-        return ScanGrads(grad_gates, grad_h0.to(dtype), grad_c0.to(dtype) if cell.has_c else None)
+        states = (grad_h0, grad_c0 if cell.has_c else None, grad_reset_h, grad_reset_c)
+        h0, c0, reset_h, reset_c = (None if s is None else s.to(problem.dtype) for s in states)
+        return ScanGrads(grad_gates, h0, c0, reset_h=reset_h, reset_c=reset_c)
+
+
+def _through_float32(problem: Problem) -> bool:
+    # As in the CPU backend: relu's gradient jumps where a rounded h turns the sign of a sum.
+    return is_half(problem.dtype) and problem.cell_name == "rnn_relu"
 
 
 def _aligned(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -289,17 +330,21 @@ def _hidden_bias(cell: Cell, weights: list[DirectionWeights]) -> Tensor | None:
     return torch.stack([w.b_hh.chunk(3)[2] for w in weights]).to(torch.float32)
 
 
-def _row_tensors(rows: Rows, device: torch.device) -> tuple[Tensor | None, ...]:
-    """lengths [B] and offsets [T] of packed rows, and resets, reset_h, reset_c."""
+def _row_tensors(rows: Rows, like: Tensor, wide: torch.dtype) -> tuple[Tensor | None, ...]:
+    """lengths [B], offsets [T] of packed rows, resets [T, B], reset_h and reset_c."""
     if not rows.packed:
-        return None, None, None, None, None
+        lengths, resets, reset_h, reset_c = rows.masks or (None, None, None, None)
+        return (
+            _aligned(lengths), None, _aligned(resets), _aligned(reset_h, like.dtype),
+            _aligned(reset_c, wide),
+        )  # fmt: skip
     sizes = rows.batch_sizes_tensor
     lengths = rows.timesteps - torch.searchsorted(
         sizes.flip(0), torch.arange(rows.batch_size), right=True
     )
     offsets = sizes.cumsum(0) - sizes
     # One copy, which does not wait for the device.
-    both = torch.cat((lengths, offsets)).to(device, non_blocking=True)
+    both = torch.cat((lengths, offsets)).to(like.device, non_blocking=True)
     return both[: rows.batch_size], both[rows.batch_size :].clone(), None, None, None
 
 
