@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cases import DTYPES, GATES, INFERENCE_AND_TRAINING, MODES, SETS, Case, Group
 from ceiling import Ceiling
-from fused_rnn.dispatch import BACKENDS
+from fused_rnn.testing import backends_on
 from providers import DEFAULT, PROVIDERS, Provider, is_ours
 from report import (
     print_ceiling,
@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--bidirectional", action="store_true", help="of --shape")
     add("--dtype", choices=DTYPES, default="float32", help="of --shape")
     add("--provider", action="append", choices=PROVIDERS, help=f"default: {', '.join(DEFAULT)}")
-    add("--backend", choices=BACKENDS, help="force fused_rnn's backend")
+    add("--backend", choices=backends_on("cpu"), help="force fused_rnn's backend")
     add("--seconds", type=float, default=1.5, help="about how long a group of cases is measured")
     add("--threads", type=int, default=torch.get_num_threads(), help="of every provider")
     add("--json", type=Path, help="write everything that was found to this file")

@@ -17,7 +17,7 @@ import torch
 import fused_rnn
 from cases import Case
 from data import Data, Results, module_call
-from fused_rnn.dispatch import BACKENDS
+from fused_rnn.testing import backends_on
 
 
 class CannotDoError(Exception):
@@ -184,7 +184,10 @@ PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("fused_rnn", partial(_fused_rnn, backend="auto")),
-        *(Provider(f"fused_rnn/{name}", partial(_fused_rnn, backend=name)) for name in BACKENDS),
+        *(
+            Provider(f"fused_rnn/{name}", partial(_fused_rnn, backend=name))
+            for name in backends_on("cpu")
+        ),
         Provider("torch.nn", _torch_nn),
         Provider("openvino", _openvino, ("openvino", "onnx")),
         Provider("onnxruntime", _onnxruntime, ("onnxruntime", "onnx")),
