@@ -57,6 +57,26 @@ class Masks(NamedTuple):
     reset_h: Tensor | None = None  # [D, B, P]; None: zeros
     reset_c: Tensor | None = None  # [D, B, H], LSTM only; None: zeros
 
+    def check(self, timesteps: int) -> None:
+        """Lengths lie within the sequence. Where they are on a device the host does not wait for
+        them: the device asserts it, and torch reports that at its next synchronisation.
+
+        Raises:
+            RuntimeError: a length is below 0 or above T.
+        """
+        if self.lengths is None or self.lengths.numel() == 0:
+            return
+        if self.lengths.is_cpu:
+            low, high = (int(bound) for bound in torch.aminmax(self.lengths))
+            if not 0 <= low <= high <= timesteps:
+                raise RuntimeError(
+                    f"lengths: expected values from 0 to {timesteps}, the timesteps of input, "
+                    f"got {low} to {high}"
+                )
+        elif not self.lengths.is_meta:
+            fits = ((self.lengths >= 0) & (self.lengths <= timesteps)).all()
+            torch._assert_async(fits, f"lengths: expected values from 0 to {timesteps}")
+
     def restarts(self, reverse: bool) -> Tensor | None:
         """bool [T, B]: before which steps of a direction the state is replaced; None: nowhere."""
         if self.resets is None or not reverse:

@@ -61,10 +61,18 @@ class Backend:
         return self.name
 
     def forward(self, problem: Problem, *args) -> LayerOutput:
-        """`layer_forward` on any rows."""
-        if (problem.lengths or problem.resets) and not self.takes_masks:
-            return pieces.forward_in_pieces(self.layer_forward, problem, *args)
-        return self.layer_forward(problem, *args)
+        """`layer_forward` on any rows.
+
+        Raises:
+            RuntimeError: lengths do not lie within the sequence.
+        """
+        if not (problem.lengths or problem.resets):
+            return self.layer_forward(problem, *args)
+        rows = args[-2]
+        rows.masks.check(rows.timesteps)
+        if self.takes_masks:
+            return self.layer_forward(problem, *args)
+        return pieces.forward_in_pieces(self.layer_forward, problem, *args)
 
     def backward(self, problem: Problem, *args) -> InputGrads:
         """`layer_backward` on any rows."""

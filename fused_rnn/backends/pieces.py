@@ -22,11 +22,7 @@ from .bundles import InputGrads, LayerOutput, Needs, OutputGrads
 
 
 class Pieces:
-    """The pieces of a padded batch, the longest first.
-
-    Raises:
-        RuntimeError: a length is below 0 or above T.
-    """
+    """The pieces of a padded batch, the longest first. Lengths lie within the sequence."""
 
     def __init__(self, masks: Masks, timesteps: int, batch_size: int):
         self.timesteps, self.batch_size = timesteps, batch_size
@@ -35,15 +31,7 @@ class Pieces:
     def _cut(self, masks: Masks) -> None:
         """Where each piece lies. Row by row and from left to right first, then sorted."""
         steps, batch = self.timesteps, self.batch_size
-        if masks.lengths is None:
-            lengths = torch.full((batch,), steps)
-        else:
-            lengths = masks.lengths.cpu()
-            if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
-                raise RuntimeError(
-                    f"lengths: expected values from 0 to {steps}, the timesteps of input, "
-                    f"got {int(lengths.min())} to {int(lengths.max())}"
-                )
+        lengths = torch.full((batch,), steps) if masks.lengths is None else masks.lengths.cpu()
         starts = torch.zeros((batch, steps), dtype=torch.bool)
         if masks.resets is not None:
             starts |= masks.resets.t().cpu()
