@@ -91,8 +91,11 @@ def _advice() -> list[str]:
             "for the CPU kernels install a C++ compiler (Debian: apt-get install g++), unset "
             "FUSED_RNN_SKIP_BUILD and install fused_rnn again"
         )
-    if torch.cuda.is_available():
-        advice.append("GPU tensors run on the reference backend: this version has no GPU kernels")
+    if torch.cuda.is_available() and native.cuda_library_error():
+        advice.append(
+            "for the CUDA kernels put nvcc on the PATH and install fused_rnn again with "
+            "FUSED_RNN_CUDA=1"
+        )
     return advice or ["nothing is missing"]
 
 

@@ -85,8 +85,13 @@ def is_redirected(name: str) -> bool:
 
 
 def reasons(problem: Problem) -> list[tuple[str, str | None]]:
-    """Every backend in order of preference, with why it cannot take the problem (None: it can)."""
-    return [(b.name, b.unsupported(problem)) for b in BACKENDS.values()]
+    """Every backend for the problem's device in order of preference, with why it cannot take the
+    problem (None: it can)."""
+    return [
+        (b.name, b.unsupported(problem))
+        for b in BACKENDS.values()
+        if b.device_type in (None, problem.device_type)
+    ]
 
 
 def find(name: str) -> Backend:

@@ -77,7 +77,10 @@ def bfloat16_capability() -> str:
 
 def build_facts() -> dict[str, object]:
     """What the doctor prints: how the compiled parts were built, or why they are absent."""
-    facts: dict[str, object] = {"cpu_library": cpu_library_error() or str(_LIBRARY)}
+    facts: dict[str, object] = {
+        "cpu_library": cpu_library_error() or str(_LIBRARY),
+        "cuda_library": cuda_library_error() or str(_CUDA_LIBRARY),
+    }
     if _skipped():
         return facts
     try:

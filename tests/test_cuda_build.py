@@ -44,9 +44,10 @@ ONE_OF_EACH = """
 #include "csrc/cuda/launch.h"
 namespace fused_rnn {
 template __global__ void scan_forward<LstmCell<Bfloat16Math>, Bfloat16Element,
-                                      forward_tiles<CellKind::lstm, 2>()[0]>(ForwardParams);
+                                      TypeOfForward<forward_tiles<CellKind::lstm, 2>()[0]>>(ForwardParams);
 template __global__ void scan_backward<LstmCell<Bfloat16Math>, Bfloat16Element,
-                                       backward_tiles<CellKind::lstm, 2>()[0], CellKind::lstm>(
+                                       TypeOfBackward<backward_tiles<CellKind::lstm, 2>()[0]>,
+                                       CellKind::lstm>(
     BackwardParams);
 }
 """

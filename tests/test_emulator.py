@@ -42,21 +42,21 @@ MUTATIONS = [
     Mutation(
         "gx is waited for one step late",
         FORWARD,
-        [("copy_wait<tile.ring - 1>();", "copy_wait<tile.ring>();")],
+        [("copy_wait<Tile::ring - 1>();", "copy_wait<Tile::ring>();")],
     ),
     Mutation(
         "gx is fetched into a slot in use",
         FORWARD,
         [
-            ("prefetch(s + tile.ring - 1);", "prefetch(s + tile.ring);"),
-            ("s < tile.ring - 1; s++) prefetch", "s < tile.ring; s++) prefetch"),
-            ("copy_wait<tile.ring - 1>();", "copy_wait<tile.ring>();"),
+            ("prefetch(s + Tile::ring - 1);", "prefetch(s + Tile::ring);"),
+            ("s < Tile::ring - 1; s++) prefetch", "s < Tile::ring; s++) prefetch"),
+            ("copy_wait<Tile::ring - 1>();", "copy_wait<Tile::ring>();"),
         ],
     ),
     Mutation(
         "no barrier before partial sums are added",
         FORWARD,
-        [("named_sync(1 + column, kWarp * tile.split_k);", "")],
+        [("named_sync(1 + column, kWarp * Tile::split_k);", "")],
     ),
     Mutation(
         "h is sent in the last step",
@@ -132,7 +132,7 @@ MUTATIONS = [
     Mutation(
         "saved gates are waited for one step late",
         BACKWARD,
-        [("copy_wait<tile.ring - 1>();", "copy_wait<tile.ring>();")],
+        [("copy_wait<Tile::ring - 1>();", "copy_wait<Tile::ring>();")],
     ),
     Mutation(
         "sums go to the slot of the wrong CTA",

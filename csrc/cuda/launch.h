@@ -126,14 +126,14 @@ const Kernel<Params>* kernel_table(std::index_sequence<index...>) {
   if constexpr (std::is_same_v<Params, ForwardParams>) {
     constexpr const auto& tiles = forward_tiles<kind, Element::kBytes>();
     static constexpr Kernel<Params> kernels[] = {
-        {launch_kernel<scan_forward<Cell, Element, tiles[index]>, Params>,
-         active_clusters<scan_forward<Cell, Element, tiles[index]>>}...};
+        {launch_kernel<scan_forward<Cell, Element, TypeOfForward<tiles[index]>>, Params>,
+         active_clusters<scan_forward<Cell, Element, TypeOfForward<tiles[index]>>>}...};
     return kernels;
   } else {
     constexpr const auto& tiles = backward_tiles<kind, Element::kBytes>();
     static constexpr Kernel<Params> kernels[] = {
-        {launch_kernel<scan_backward<Cell, Element, tiles[index], kind>, Params>,
-         active_clusters<scan_backward<Cell, Element, tiles[index], kind>>}...};
+        {launch_kernel<scan_backward<Cell, Element, TypeOfBackward<tiles[index]>, kind>, Params>,
+         active_clusters<scan_backward<Cell, Element, TypeOfBackward<tiles[index]>, kind>>}...};
     return kernels;
   }
 }

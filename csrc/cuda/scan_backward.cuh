@@ -15,18 +15,18 @@ constexpr int gate_of_grad(int q) {
   return Cell::kGates == 3 ? (q + 2) % 3 : q;
 }
 
-template <class Cell, class Element, BackwardTile tile, CellKind kind>
-FUSED_RNN_KERNEL(tile.warps* kWarp)
+template <class Cell, class Element, class Tile, CellKind kind>
+FUSED_RNN_KERNEL(Tile::warps* kWarp)
 scan_backward(const BackwardParams p) {
-  static_assert(is_whole(tile, kind, Element::kBytes));
-  constexpr BackwardLayout kLayout = layout_of(tile, kind, Element::kBytes);
+  static_assert(is_whole(Tile::value, kind, Element::kBytes));
+  constexpr BackwardLayout kLayout = layout_of(Tile::value, kind, Element::kBytes);
   constexpr int kGates = Cell::kGates, kGrads = Cell::kGradGates, kSaved = Cell::kSavedGates;
-  constexpr int kBlocks = tile.row_blocks, kItems = kLayout.items_per_warp;
+  constexpr int kBlocks = Tile::row_blocks, kItems = kLayout.items_per_warp;
   constexpr int kProducts = kLayout.products, kWords = Element::kWords;
   constexpr int kBlockWords = kWarp * kWords, kBlockBytes = block_bytes(Element::kBytes);
   constexpr int kGroupsPerStep = step_depth(Element::kBytes) / kGroup;
   constexpr int kRowGroups = kLayout.row_groups;
-  constexpr bool kAlone = tile.cluster == 1;
+  constexpr bool kAlone = Tile::cluster == 1;
   using Stored = typename Element::Stored;
 
 #if !FUSED_RNN_HAS_CLUSTERS
@@ -44,7 +44,8 @@ scan_backward(const BackwardParams p) {
   const bool has_items = warp < kLayout.item_warps;
   const int rank = kAlone ? 0 : static_cast<int>(cluster_rank());
   const int direction = block_y();
-  const TileRows<kBlocks> rows(p.rows, block_x() / tile.cluster * kGroup * kBlocks, direction == 1);
+  const TileRows<kBlocks> rows(p.rows, block_x() / Tile::cluster * kGroup * kBlocks,
+                               direction == 1);
   const int64_t pitch = p.pitch;
   const int group0 = rank * kLayout.groups;  // of this CTA
 
@@ -62,8 +63,8 @@ scan_backward(const BackwardParams p) {
 
   // Of each warp some 16-unit columns of W_hh, over the CTA's gate rows. CTAs begin at their own
   // units, so that at no time all send to the same.
-  constexpr int kAllProducts = tile.hidden / (2 * kGroup);
-  const int product0 = (warp * kProducts + rank * kAllProducts / tile.cluster) % kAllProducts;
+  constexpr int kAllProducts = Tile::hidden / (2 * kGroup);
+  const int product0 = (warp * kProducts + rank * kAllProducts / Tile::cluster) % kAllProducts;
   const auto product = [&](int i) {
     const int at = product0 + i;
     return at >= kAllProducts ? at - kAllProducts : at;
@@ -78,9 +79,9 @@ scan_backward(const BackwardParams p) {
         },
         product(i) * 2 * kGroup, p.pitch);
   };
-  Fragment weights[tile.register_steps > 0 ? tile.register_steps : 1][kProducts];
+  Fragment weights[Tile::register_steps > 0 ? Tile::register_steps : 1][kProducts];
   FUSED_RNN_UNROLL
-  for (int k = 0; k < tile.register_steps; k++) {
+  for (int k = 0; k < Tile::register_steps; k++) {
     FUSED_RNN_UNROLL
     for (int i = 0; i < kProducts; i++) weights[k][i] = fragment(k, i);
     warp_sync();  // keeps the loads of one step from those of the next, which would spill
@@ -90,7 +91,7 @@ scan_backward(const BackwardParams p) {
 #pragma unroll 1
   for (int k = 0; k < kLayout.shared_steps; k++) {
     for (int i = 0; i < kProducts; i++) {
-      shared_weights[(k * kProducts + i) * kWarp] = fragment(tile.register_steps + k, i);
+      shared_weights[(k * kProducts + i) * kWarp] = fragment(Tile::register_steps + k, i);
     }
   }
   if (!kAlone && thread_index() == 0) {
@@ -152,7 +153,7 @@ scan_backward(const BackwardParams p) {
   if (!p.rows.offsets) {
     const uint32_t zeros[kWords] = {};
     for (int64_t t = rows.steps; t < p.rows.timesteps; t++) {
-      for (int i = warp; i < kLayout.items * kGrads; i += tile.warps) {
+      for (int i = warp; i < kLayout.items * kGrads; i += Tile::warps) {
         store(t, i / kBlocks / kGrads, i / kBlocks % kGrads, i % kBlocks, zeros);
       }
     }
@@ -164,7 +165,7 @@ scan_backward(const BackwardParams p) {
   // What the pointwise part of step s reads, on its way into the ring: the saved gates; the state
   // before the step, or where that is of no use after it; the gradient of y.
   const auto ring_item = [&](int s, int j) {
-    const int slot = s & (tile.ring - 1);
+    const int slot = s & (Tile::ring - 1);
     return shared_at + kRingAt + (slot * kLayout.items + warp * kItems + j) * kLayout.item_bytes;
   };
   const auto prefetch = [&](int s) {
@@ -232,7 +233,7 @@ scan_backward(const BackwardParams p) {
         reinterpret_cast<const float*>(shared + kSlotsAt + (s & 1) * kLayout.slot_bytes);
     sum[0] = sum[1] = 0.0f;
 #pragma unroll 8
-    for (int from = 0; from < tile.cluster; from++) {
+    for (int from = 0; from < Tile::cluster; from++) {
       const float2 part = reinterpret_cast<const float2*>(
           slots)[(from * kLayout.items + group_of(j) * kBlocks + block_of(j)) * kWarp + lane];
       sum[0] += part.x;
@@ -244,11 +245,11 @@ scan_backward(const BackwardParams p) {
     if (!kAlone) barrier_wait<Order::acquire>(barriers_at + 8 * (s & 1), (message >> 1) & 1);
   };
 
-  for (int i = 1; i < tile.ring; i++) prefetch(rows.steps - i);
+  for (int i = 1; i < Tile::ring; i++) prefetch(rows.steps - i);
 #pragma unroll 1
   for (int s = rows.steps - 1; s >= 0; s--) {
     warp_sync();  // every lane has read the slot that is filled next
-    prefetch(s - tile.ring + 1);
+    prefetch(s - Tile::ring + 1);
     const int64_t t = rows.time(s);
     uint32_t* grads_now =
         reinterpret_cast<uint32_t*>(shared + kGradsAt + (s & 1) * kLayout.grads_bytes);
@@ -256,7 +257,7 @@ scan_backward(const BackwardParams p) {
       barrier_expect(barriers_at + 8 * ((s + 1) & 1), kLayout.slot_bytes);
     }
     if (has_items) {
-      copy_wait<tile.ring - 1>();
+      copy_wait<Tile::ring - 1>();
       warp_sync();
       float factors[kItems][2][Cell::kFactors], arriving[kItems][2];
       uint32_t next_anew = 0;
@@ -347,12 +348,12 @@ scan_backward(const BackwardParams p) {
       }
     };
     FUSED_RNN_UNROLL
-    for (int k = 0; k < tile.register_steps; k++) {
+    for (int k = 0; k < Tile::register_steps; k++) {
       multiply(k, [&](int i) -> const Fragment& { return weights[k][i]; });
     }
     FUSED_RNN_UNROLL
     for (int k = 0; k < kLayout.shared_steps; k++) {
-      multiply(tile.register_steps + k,
+      multiply(Tile::register_steps + k,
                [&](int i) { return shared_weights[(k * kProducts + i) * kWarp]; });
     }
     const int slot_at = kSlotsAt + ((s + 1) & 1) * kLayout.slot_bytes;
@@ -380,7 +381,7 @@ scan_backward(const BackwardParams p) {
       }
     }
 
-    for (int i = warp; i < kLayout.items * kGrads; i += tile.warps) {
+    for (int i = warp; i < kLayout.items * kGrads; i += Tile::warps) {
       store(t, i / kBlocks / kGrads, i / kBlocks % kGrads, i % kBlocks,
             grads_now + i * kBlockWords + lane * kWords);
     }

@@ -8,16 +8,16 @@
 
 namespace fused_rnn {
 
-template <class Cell, class Element, ForwardTile tile>
-FUSED_RNN_KERNEL(layout_of(tile, Cell::kGates, Element::kBytes).threads)
+template <class Cell, class Element, class Tile>
+FUSED_RNN_KERNEL(layout_of(Tile::value, Cell::kGates, Element::kBytes).threads)
 scan_forward(const ForwardParams p) {
-  static_assert(is_whole(tile, Cell::kGates, Element::kBytes));
-  constexpr ForwardLayout kLayout = layout_of(tile, Cell::kGates, Element::kBytes);
-  constexpr int kGates = Cell::kGates, kBlocks = tile.row_blocks, kUnits = tile.unit_groups;
+  static_assert(is_whole(Tile::value, Cell::kGates, Element::kBytes));
+  constexpr ForwardLayout kLayout = layout_of(Tile::value, Cell::kGates, Element::kBytes);
+  constexpr int kGates = Cell::kGates, kBlocks = Tile::row_blocks, kUnits = Tile::unit_groups;
   constexpr int kProducts = kLayout.products, kWords = Element::kWords;
   constexpr int kDepth = step_depth(Element::kBytes);
   constexpr int kBlockWords = kWarp * kWords;
-  constexpr bool kAlone = tile.cluster == 1;
+  constexpr bool kAlone = Tile::cluster == 1;
   using Stored = typename Element::Stored;
 
 #if !FUSED_RNN_HAS_CLUSTERS
@@ -38,7 +38,8 @@ scan_forward(const ForwardParams p) {
   const bool leads = part == 0;  // the warp that does the pointwise part of its unit groups
   const int rank = kAlone ? 0 : static_cast<int>(cluster_rank());
   const int direction = block_y();
-  const TileRows<kBlocks> rows(p.rows, block_x() / tile.cluster * kGroup * kBlocks, direction == 1);
+  const TileRows<kBlocks> rows(p.rows, block_x() / Tile::cluster * kGroup * kBlocks,
+                               direction == 1);
   const int64_t pitch = p.pitch;
   const int group0 = rank * kLayout.groups + column * kUnits;  // of this warp
 
@@ -59,9 +60,9 @@ scan_forward(const ForwardParams p) {
         },
         (part * kLayout.k_steps + step) * kDepth, p.pitch);
   };
-  Fragment weights[tile.register_steps > 0 ? tile.register_steps : 1][kProducts];
+  Fragment weights[Tile::register_steps > 0 ? Tile::register_steps : 1][kProducts];
   FUSED_RNN_UNROLL
-  for (int k = 0; k < tile.register_steps; k++) {
+  for (int k = 0; k < Tile::register_steps; k++) {
     FUSED_RNN_UNROLL
     for (int i = 0; i < kProducts; i++) weights[k][i] = fragment(k, i);
   }
@@ -69,7 +70,7 @@ scan_forward(const ForwardParams p) {
       weights_memory + warp * kLayout.shared_steps * kProducts * kWarp + lane;
   for (int k = 0; k < kLayout.shared_steps; k++) {
     for (int i = 0; i < kProducts; i++) {
-      shared_weights[(k * kProducts + i) * kWarp] = fragment(tile.register_steps + k, i);
+      shared_weights[(k * kProducts + i) * kWarp] = fragment(Tile::register_steps + k, i);
     }
   }
 
@@ -109,7 +110,7 @@ scan_forward(const ForwardParams p) {
   }
 
   // The first h goes to this CTA's own buffer: every CTA reads all of it for itself.
-  for (int i = warp; i < tile.hidden / kGroup * kBlocks; i += kLayout.threads / kWarp) {
+  for (int i = warp; i < Tile::hidden / kGroup * kBlocks; i += kLayout.threads / kWarp) {
     const int n = i % kBlocks, unit = i / kBlocks * kGroup + (lane >> 2);
     float v[2];
     FUSED_RNN_UNROLL
@@ -174,7 +175,7 @@ scan_forward(const ForwardParams p) {
 
   // gx of step s on its way into the ring; each warp reads only what it asked for itself.
   const auto ring_block = [&](int s, int j, int n) {
-    const int slot = s & (tile.ring - 1);
+    const int slot = s & (Tile::ring - 1);
     return ring_at +
            ((slot * kLayout.groups + column * kUnits + j) * kBlocks + n) * kLayout.gx_block_bytes;
   };
@@ -200,12 +201,12 @@ scan_forward(const ForwardParams p) {
     }
     copy_commit();
   };
-  for (int s = 0; s < tile.ring - 1; s++) prefetch(s);
+  for (int s = 0; s < Tile::ring - 1; s++) prefetch(s);
 
 #pragma unroll 1
   for (int s = 0; s < rows.steps; s++) {
     warp_sync();  // every lane has read the slot that is filled next
-    prefetch(s + tile.ring - 1);
+    prefetch(s + Tile::ring - 1);
     const bool last = s + 1 == rows.steps;
     bool anew[kBlocks][2] = {};  // whether the next step begins from a fresh state
     if (p.rows.resets && leads && !last) {
@@ -243,14 +244,14 @@ scan_forward(const ForwardParams p) {
       }
     };
     FUSED_RNN_UNROLL
-    for (int k = 0; k < tile.register_steps; k++) multiply(k, weights[k]);
+    for (int k = 0; k < Tile::register_steps; k++) multiply(k, weights[k]);
     if constexpr (kLayout.shared_steps > 0) {
 #pragma unroll 4
       for (int k = 0; k < kLayout.shared_steps; k++) {
         Fragment a[kProducts];
         FUSED_RNN_UNROLL
         for (int i = 0; i < kProducts; i++) a[i] = shared_weights[(k * kProducts + i) * kWarp];
-        multiply(tile.register_steps + k, a);
+        multiply(Tile::register_steps + k, a);
       }
     }
     float totals[kProducts][kBlocks][4];
@@ -259,7 +260,7 @@ scan_forward(const ForwardParams p) {
       FUSED_RNN_UNROLL
       for (int n = 0; n < kBlocks; n++) sums[i][n].finish(totals[i][n]);
     }
-    if constexpr (tile.split_k > 1) {
+    if constexpr (Tile::split_k > 1) {
       // Added in a fixed order, so that the same inputs give the same bits.
       const auto partial = [&](int of, int i, int n) -> float4& {
         return partials[(((of - 1) * kLayout.warp_columns + column) * kProducts * kBlocks +
@@ -275,10 +276,10 @@ scan_forward(const ForwardParams p) {
           if (!leads) partial(part, i, n) = make_float4(v[0], v[1], v[2], v[3]);
         }
       }
-      named_sync(1 + column, kWarp * tile.split_k);
+      named_sync(1 + column, kWarp * Tile::split_k);
       if (leads) {
         FUSED_RNN_UNROLL
-        for (int of = 1; of < tile.split_k; of++) {
+        for (int of = 1; of < Tile::split_k; of++) {
           FUSED_RNN_UNROLL
           for (int i = 0; i < kProducts; i++) {
             FUSED_RNN_UNROLL
@@ -298,7 +299,7 @@ scan_forward(const ForwardParams p) {
     // The pointwise part: `out` is y's row, h what the next step starts from.
     const int64_t t = rows.time(s);
     float out[kUnits][kBlocks][2], c[kUnits][kBlocks][2], saved[kUnits][kBlocks][4][2];
-    copy_wait<tile.ring - 1>();
+    copy_wait<Tile::ring - 1>();
     warp_sync();
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnits; j++) {
@@ -353,9 +354,9 @@ scan_forward(const ForwardParams p) {
         }
       } else {
 #pragma unroll 4
-        for (int d = 0; d < tile.cluster; d++) {
+        for (int d = 0; d < Tile::cluster; d++) {
           // Each begins with itself, so that at no time all send to the same.
-          const uint32_t peer = (rank + d) & (tile.cluster - 1);
+          const uint32_t peer = (rank + d) & (Tile::cluster - 1);
           const uint32_t to = peer_address(h_at + (block0 + lane * kWords) * 4, peer);
           const uint32_t barrier = peer_address(barriers_at + 8 * ((s + 1) & 1), peer);
           FUSED_RNN_UNROLL
