@@ -43,12 +43,11 @@ def check_resources(reports: dict[str, str]) -> None:
 ONE_OF_EACH = """
 #include "csrc/cuda/launch.h"
 namespace fused_rnn {
-template __global__ void scan_forward<LstmCell<Bfloat16Math>, Bfloat16Element,
-                                      TypeOfForward<forward_tiles<CellKind::lstm, 2>()[0]>>(ForwardParams);
-template __global__ void scan_backward<LstmCell<Bfloat16Math>, Bfloat16Element,
-                                       TypeOfBackward<backward_tiles<CellKind::lstm, 2>()[0]>,
-                                       CellKind::lstm>(
-    BackwardParams);
+using Cell = LstmCell<Bfloat16Math>;
+template __global__ void scan_forward<Cell, Bfloat16Element, ForwardTileAt<CellKind::lstm, 2, 0>>(
+    ForwardParams);
+template __global__ void scan_backward<Cell, Bfloat16Element, BackwardTileAt<CellKind::lstm, 2, 0>,
+                                       CellKind::lstm>(BackwardParams);
 }
 """
 

@@ -204,4 +204,23 @@ constexpr const auto& backward_tiles() {
   }
 }
 
+// The tile of a kernel, as a type: nvcc's host code cannot name a kernel that has a struct among
+// its template arguments.
+template <CellKind kind, int element_bytes, int index>
+struct ForwardTileAt {
+  static constexpr ForwardTile value = forward_tiles<kind, element_bytes>()[index];
+  static constexpr int hidden = value.hidden, cluster = value.cluster;
+  static constexpr int row_blocks = value.row_blocks, unit_groups = value.unit_groups;
+  static constexpr int split_k = value.split_k, register_steps = value.register_steps;
+  static constexpr int ring = value.ring;
+};
+
+template <CellKind kind, int element_bytes, int index>
+struct BackwardTileAt {
+  static constexpr BackwardTile value = backward_tiles<kind, element_bytes>()[index];
+  static constexpr int hidden = value.hidden, cluster = value.cluster;
+  static constexpr int row_blocks = value.row_blocks, warps = value.warps;
+  static constexpr int register_steps = value.register_steps, ring = value.ring;
+};
+
 }  // namespace fused_rnn

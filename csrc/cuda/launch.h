@@ -120,20 +120,21 @@ using ElementOf = std::conditional_t<
     kind == ElementKind::bfloat16, Bfloat16Element,
     std::conditional_t<kind == ElementKind::float16, Float16Element, FloatElement>>;
 
-template <CellKind kind, class Element, class Params, size_t... index>
-const Kernel<Params>* kernel_table(std::index_sequence<index...>) {
+template <CellKind kind, class Element, class Params, int... index>
+const Kernel<Params>* kernel_table(std::integer_sequence<int, index...>) {
   using Cell = typename CellOf<kind, typename Element::Math>::Type;
+  constexpr int kBytes = Element::kBytes;
   if constexpr (std::is_same_v<Params, ForwardParams>) {
-    constexpr const auto& tiles = forward_tiles<kind, Element::kBytes>();
     static constexpr Kernel<Params> kernels[] = {
-        {launch_kernel<scan_forward<Cell, Element, TypeOfForward<tiles[index]>>, Params>,
-         active_clusters<scan_forward<Cell, Element, TypeOfForward<tiles[index]>>>}...};
+        {launch_kernel<scan_forward<Cell, Element, ForwardTileAt<kind, kBytes, index>>, Params>,
+         active_clusters<scan_forward<Cell, Element, ForwardTileAt<kind, kBytes, index>>>}...};
     return kernels;
   } else {
-    constexpr const auto& tiles = backward_tiles<kind, Element::kBytes>();
     static constexpr Kernel<Params> kernels[] = {
-        {launch_kernel<scan_backward<Cell, Element, TypeOfBackward<tiles[index]>, kind>, Params>,
-         active_clusters<scan_backward<Cell, Element, TypeOfBackward<tiles[index]>, kind>>}...};
+        {launch_kernel<scan_backward<Cell, Element, BackwardTileAt<kind, kBytes, index>, kind>,
+                       Params>,
+         active_clusters<
+             scan_backward<Cell, Element, BackwardTileAt<kind, kBytes, index>, kind>>}...};
     return kernels;
   }
 }
@@ -148,7 +149,8 @@ const Kernel<Params>* kernels_of() {
     constexpr bool kForward = std::is_same_v<Params, ForwardParams>;
     constexpr size_t kCount = kForward ? forward_tiles<kind, Element::kBytes>().size()
                                        : backward_tiles<kind, Element::kBytes>().size();
-    return kernel_table<kind, Element, Params>(std::make_index_sequence<kCount>());
+    return kernel_table<kind, Element, Params>(
+        std::make_integer_sequence<int, static_cast<int>(kCount)>());
   }
 }
 

@@ -136,29 +136,4 @@ constexpr bool is_whole(const BackwardTile& tile, CellKind cell, int element_byt
          (tile.cluster > 1 || l.items_per_warp == 2 * l.products * tile.row_blocks);
 }
 
-// Tiles as types: nvcc's host code cannot name a kernel that has a struct as template argument.
-template <int kHidden, int kCluster, int kRowBlocks, int kUnitGroups, int kSplitK,
-          int kRegisterSteps, int kRing>
-struct ForwardTileType {
-  static constexpr int hidden = kHidden, cluster = kCluster, row_blocks = kRowBlocks;
-  static constexpr int unit_groups = kUnitGroups, split_k = kSplitK;
-  static constexpr int register_steps = kRegisterSteps, ring = kRing;
-  static constexpr ForwardTile value{hidden,  cluster,        row_blocks, unit_groups,
-                                     split_k, register_steps, ring};
-};
-
-template <int kHidden, int kCluster, int kRowBlocks, int kWarps, int kRegisterSteps, int kRing>
-struct BackwardTileType {
-  static constexpr int hidden = kHidden, cluster = kCluster, row_blocks = kRowBlocks;
-  static constexpr int warps = kWarps, register_steps = kRegisterSteps, ring = kRing;
-  static constexpr BackwardTile value{hidden, cluster, row_blocks, warps, register_steps, ring};
-};
-
-template <ForwardTile t>
-using TypeOfForward = ForwardTileType<t.hidden, t.cluster, t.row_blocks, t.unit_groups, t.split_k,
-                                      t.register_steps, t.ring>;
-template <BackwardTile t>
-using TypeOfBackward =
-    BackwardTileType<t.hidden, t.cluster, t.row_blocks, t.warps, t.register_steps, t.ring>;
-
 }  // namespace fused_rnn
