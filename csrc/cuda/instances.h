@@ -149,7 +149,7 @@ inline constexpr std::array kRnnBackward2 = {
 inline constexpr std::array kLstmBackward4 = {
     BackwardTile{64, 1, 1, 4, 20, 4},  BackwardTile{64, 1, 2, 4, 20, 2},
     BackwardTile{128, 2, 1, 8, 24, 4}, BackwardTile{256, 8, 1, 8, 12, 4},
-    BackwardTile{384, 16, 1, 8, 8, 4}, BackwardTile{512, 16, 1, 8, 6, 2},
+    BackwardTile{384, 16, 1, 8, 8, 4},
 };
 inline constexpr std::array kGruBackward4 = {
     BackwardTile{64, 1, 1, 4, 20, 4},  BackwardTile{64, 1, 2, 4, 20, 2},

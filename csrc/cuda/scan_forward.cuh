@@ -117,7 +117,7 @@ scan_forward(const ForwardParams p) {
     for (int e = 0; e < 2; e++) {
       const int row = rows.first + alive.row(n, e);
       const bool there = unit < p.hidden && row < p.rows.batch;
-      const bool anew = there && rows.begins(alive.length[n][e], alive.row(n, e), 0);
+      const bool anew = there && rows.begins(rows.length_of(alive.row(n, e)), alive.row(n, e), 0);
       const Stored* from = static_cast<const Stored*>(anew ? p.reset_h : p.h0);
       v[e] = there && from ? Element::to_float(from + states_at + row * pitch + unit) : 0.0f;
     }
@@ -146,7 +146,9 @@ scan_forward(const ForwardParams p) {
   if (leads && !p.rows.offsets) {
     const float zeros[2] = {};
     for (int64_t t = rows.steps; t < p.rows.timesteps; t++) {
+      FUSED_RNN_UNROLL
       for (int j = 0; j < kUnits; j++) {
+        FUSED_RNN_UNROLL
         for (int n = 0; n < kBlocks; n++) {
           if (!group_is_there(j)) continue;
           const int64_t unit = (group0 + j) * kGroup;
@@ -154,11 +156,13 @@ scan_forward(const ForwardParams p) {
           if (Cell::kSavedGates > 0 && p.gates) {
             Stored* gates = static_cast<Stored*>(p.gates) +
                             direction * p.rows.count * Cell::kSavedGates * pitch + unit;
+            FUSED_RNN_UNROLL
             for (int q = 0; q < Cell::kSavedGates; q++) {
               store(gates + q * pitch, Cell::kSavedGates * pitch, t, n, zeros);
             }
           }
           if (Cell::kHasC && p.cells) {
+            FUSED_RNN_UNROLL
             for (int e = 0; e < 2; e++) {
               const int row = alive.row(n, e);
               if (rows.first + row >= p.rows.batch) continue;
