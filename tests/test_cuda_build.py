@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import fused_rnn
-from fused_rnn import native
+from fused_rnn import native, ops, testing
+from fused_rnn.backends.cuda import CudaEmulatedBackend
+from fused_rnn.testing import LayerCase
 
 ROOT = Path(__file__).parents[1]
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the PATH")
@@ -162,6 +164,23 @@ def test_a_library_that_does_not_load_is_a_reason(tmp_path, monkeypatch):
         assert "cannot be loaded" in native.cuda_library_error()
     finally:
         native.cuda_library_error.cache_clear()
+
+
+def test_a_device_that_cannot_be_used_is_a_reason():
+    class BrokenOps:
+        @staticmethod
+        def refusal(*arguments):
+            raise RuntimeError("CUDA: driver version is insufficient\nfrom somewhere")
+
+    class Backend(CudaEmulatedBackend):
+        ops = BrokenOps
+
+        def library_error(self):
+            return None
+
+    problem = ops.make_problem(*testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)).args, True)
+    reason = Backend().unsupported(problem)
+    assert reason == "the device cannot be used: CUDA: driver version is insufficient"
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,12 @@ class CudaBackend(Backend):
                 "needs at least one hidden unit and one batch row, got "
                 f"hidden_size={problem.hidden_size} and batch size {problem.batch_size}"
             )
-        return self.library_error() or self.ops.refusal(*self._plan_arguments(problem)) or None
+        if error := self.library_error():
+            return error
+        try:
+            return self.ops.refusal(*self._plan_arguments(problem)) or None
+        except RuntimeError as error:  # a driver older than the library, say
+            return f"the device cannot be used: {str(error).splitlines()[0]}"
 
     def describe(self, problem: Problem) -> str:
         kernels = self.ops.describe(*self._plan_arguments(problem))
