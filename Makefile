@@ -6,14 +6,22 @@
 #                      sanitizers, in build/asan; not part of the others
 # make emulate         the CUDA kernels for the CPU, thread by thread, which the tests run
 # make build-cuda      the CUDA library, with nvcc and without a GPU; some minutes
-# make bench-cpu       the CPU benchmark with its peers, and whether the targets are met
+# make bench           the CPU benchmark with every peer that installs, and all that is made of its
+#                      results: docs/performance.md, its plots, README.md's tables
+# make bench-cpu       the measurement alone, and whether the targets are met
+# make publish         docs/performance.md, plots and README.md's tables from benchmarks/results
+# make gpu             all that needs a GPU, into GPU_OUT; make gpu-wheels fetches what it takes along
+# make examples        the seventeen examples, each at the size of the tests
+# make examples-full   each at full size (an hour or so); the docs keep the results
+# make docs            the documentation, in build/site
 # make lint            ruff and clang-format
 # make clean           remove what was built; .venv stays (git clean -xdf removes that too)
 #
 # Each installs what it needs into .venv first. With FUSED_RNN_SKIP_BUILD=1 in the environment
 # nothing is compiled. Variables: PYTHON, PIP_ARGS, TORCH_INDEX (one more package index, as
 # https://download.pytorch.org/whl/cpu for the small build without CUDA), WORKERS, PYTEST_ARGS,
-# DEMO_ARGS, BENCH_ARGS.
+# DEMO_ARGS, BENCH_ARGS, EXAMPLES (names, as "names online"; all when empty), GPU_OUT, GPU_WHEELS,
+# GPU_PYTHON (the Python of the GPU machine), GPU_ARGS.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -22,6 +30,11 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+EXAMPLES ?=
+GPU_OUT ?= out/gpu
+GPU_WHEELS ?= out/wheels
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
@@ -38,7 +51,8 @@ BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 # Tests that need a team ask for one with torch.set_num_threads.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-reference test-asan emulate build-cuda bench-cpu lint clean
+.PHONY: demo test test-all test-reference test-asan emulate build-cuda bench bench-cpu publish gpu gpu-wheels \
+	examples examples-full docs lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
@@ -50,7 +64,7 @@ test: $(INSTALLED) $(EMULATED)
 test-reference: $(INSTALLED)
 	FUSED_RNN_SKIP_BUILD=1 $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(INSTALLED) $(EMULATED)
+test-all: $(INSTALLED) $(EMULATED) .venv/.toolbox
 	$(PYTEST) $(PYTEST_ARGS)
 	$(MAKE) test-reference
 
@@ -85,8 +99,39 @@ fused_rnn/libfused_rnn_cuda_emulated.so: $(INSTALLED)
 build-cuda: $(INSTALLED)
 	FORCE_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 
+# Below ten minutes on two cores; what a busy machine does not reach by then is named.
+bench: $(INSTALLED) .venv/.peers
+	$(BIN)/python benchmarks/cpu.py --seconds 0.3 --limit 560 --save $(BENCH_ARGS)
+	$(BIN)/python benchmarks/publish.py
+
 bench-cpu: $(INSTALLED) .venv/.peers
 	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
+
+publish: $(INSTALLED) .venv/.peers
+	$(BIN)/python benchmarks/publish.py
+
+# Installs nothing: the machine may have no network. The tree brings its built libraries.
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu/campaign.py $(GPU_OUT) \
+		$(if $(wildcard $(GPU_WHEELS)),--wheels $(GPU_WHEELS)) $(GPU_ARGS)
+
+gpu-wheels: .venv/.created
+	$(PIP) pip
+	mkdir -p $(GPU_WHEELS)
+	$(BIN)/python -m pip download --disable-pip-version-check --quiet --no-deps $(PIP_ARGS) \
+		--only-binary=:all: --python-version 3.12 --implementation cp \
+		$(foreach glibc,2_28 2_27 2_17,--platform manylinux_$(glibc)_x86_64) \
+		--dest $(GPU_WHEELS) -r benchmarks/gpu/wheels.txt
+
+# One thread each: at these sizes a team of threads mostly waits.
+examples: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/run_all.py --small $(EXAMPLES)
+
+examples-full: $(INSTALLED)
+	$(BIN)/python examples/run_all.py --publish $(EXAMPLES)
+
+docs: $(INSTALLED) .venv/.docs
+	$(BIN)/python -m mkdocs build --strict
 
 lint: .venv/.linters
 	$(BIN)/ruff check
@@ -103,7 +148,7 @@ clean:
 # Editable, so that a change to a Python file needs no new installation. Without build isolation,
 # so that the extension is built against the torch that it will run with, and torch comes once.
 $(INSTALLED): .venv/.dependencies $(BUILT_FROM)
-	$(PIP) --no-build-isolation -e '.[test,demo]'
+	$(PIP) --no-build-isolation -e '.[test,examples]'
 	@$(BIN)/python -c 'from fused_rnn import native; \
 		print("fused_rnn:", native.cpu_library_error() or "the CPU library is built")'
 	@touch $@
@@ -117,7 +162,16 @@ $(INSTALLED): .venv/.dependencies $(BUILT_FROM)
 
 # Every name of the extra "bench", without installing the package itself again.
 .venv/.peers: .venv/.created constraints.txt
-	$(PIP) onnx onnxruntime openvino rich
+	$(PIP) jax keras matplotlib onnx onnxruntime openvino rich
+	@touch $@
+
+# Every name of the extra "toolbox", likewise.
+.venv/.toolbox: .venv/.created constraints.txt
+	$(PIP) accelerate lightning onnx onnxruntime onnxscript safetensors
+	@touch $@
+
+.venv/.docs: .venv/.created constraints.txt
+	$(PIP) mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 .venv/.linters: .venv/.created constraints.txt

@@ -1,18 +1,13 @@
-"""What is measured: one layer call is a `Case`, and the named sets of cases are in `SETS`.
-
-Cases that a set compares with each other (two dtypes, two thread counts, two sizes) form a
-`Group`: everything in a group is measured in turns, so that a ratio within it means something.
-"""
+"""What is measured: one layer call is a `Case`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}  # rnn is tanh
 MODES = ("inference", "training", "step", "packed")
-DTYPES = ("float32", "bfloat16", "float64")
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # and their bytes
+LENGTHS = ("uniform", "sentences")
 
 
 @dataclass(frozen=True)
@@ -21,7 +16,7 @@ class Case:
 
     mode is "inference" (no gradients), "training" (forward, then the gradients of the input and of
     every parameter), "step" (one timestep of a stream: inference with states in and out) or
-    "packed" (training on a PackedSequence, lengths drawn from 1..T).
+    "packed" (training on a PackedSequence whose lengths are drawn as `lengths` says).
     """
 
     cell: str  # a key of GATES
@@ -34,13 +29,20 @@ class Case:
     bidirectional: bool = False
     dtype: str = "float32"
     threads: int = 0  # 0: as many as the run has
+    heads: int = 1  # W_hh is block-diagonal with so many blocks; dense arithmetic is allowed
+    lengths: str = "uniform"  # of packed rows, one of LENGTHS
+    resets: float = 0.0  # the part of all (timestep, row) pairs that start from a zero state
+    name: str = ""  # the model it is taken from, where it has a name
 
     def __post_init__(self) -> None:
-        for name, known in (("cell", GATES), ("mode", MODES), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
+        known = {"cell": GATES, "mode": MODES, "dtype": DTYPES, "lengths": LENGTHS}
+        for field, names in known.items():
+            if getattr(self, field) not in names:
                 raise ValueError(
-                    f"{name}: expected one of {', '.join(known)}; got {getattr(self, name)!r}"
+                    f"{field}: expected one of {', '.join(names)}; got {getattr(self, field)!r}"
                 )
+        if self.H % self.heads:
+            raise ValueError(f"heads: expected a divisor of H = {self.H}; got {self.heads}")
 
     @property
     def has_grad(self) -> bool:
@@ -56,8 +58,12 @@ class Case:
     def traits(self) -> str:
         """What the shape and the mode do not say; empty for most cases."""
         parts = [
+            self.name,
             f"{self.layers} layers" if self.layers > 1 else "",
             "bidirectional" if self.bidirectional else "",
+            f"{self.heads} heads" if self.heads > 1 else "",
+            self.lengths if self.mode == "packed" and self.lengths != "uniform" else "",
+            f"{self.resets:.0%} resets" if self.resets else "",
             self.dtype if self.dtype != "float32" else "",
             f"{self.threads} thread{'s' * (self.threads > 1)}" if self.threads else "",
         ]
@@ -66,131 +72,41 @@ class Case:
     def __str__(self) -> str:
         return " ".join(filter(None, (self.cell, self.shape, self.mode, self.traits)))
 
+    @property
+    def _layer_inputs(self) -> list[int]:
+        return [self.I] + [self.directions * self.H] * (self.layers - 1)
+
+    @property
+    def directions(self) -> int:
+        return 1 + self.bidirectional
+
+    @property
+    def weights(self) -> int:
+        """Elements of all weight matrices; of W_hh only the blocks."""
+        per_input = self.directions * GATES[self.cell] * self.H
+        return sum(per_input * (i + self.H // self.heads) for i in self._layer_inputs)
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """Of one direction's W_hh, or of one of its blocks: what a step reads again."""
+        return GATES[self.cell] * (self.H // self.heads) ** 2 * DTYPES[self.dtype]
+
     def flops(self, rows: int) -> int:
         """Floating-point operations of one call on `rows` input rows (T*B unless packed).
 
         Only the matrix products count, a multiplication and an addition each as one. Training has
         three times the products of inference: forward, the gradients of inputs and of weights.
         """
-        directions = 1 + self.bidirectional
-        inputs = [self.I] + [directions * self.H] * (self.layers - 1)
-        products = sum(directions * GATES[self.cell] * self.H * (i + self.H) for i in inputs)
-        return 2 * rows * products * (3 if self.has_grad else 1)
+        return 2 * rows * self.weights * (3 if self.has_grad else 1)
 
+    def bytes(self, rows: int) -> int:
+        """Bytes that a call cannot avoid to move: inputs and weights read once, results written.
 
-Group = tuple[Case, ...]  # the case that the others are compared with first
-
-
-@dataclass(frozen=True)
-class CaseSet:
-    """Groups that answer one question."""
-
-    name: str
-    question: str
-    groups: tuple[Group, ...]
-    peers: bool = True  # False: only fused_rnn is measured, since its cases compare to each other
-
-    def select(self, cells: Iterable[str], modes: Iterable[str]) -> list[Group]:
-        """The groups of these cells and modes."""
-        cells, modes = set(cells), set(modes)
-        return [g for g in self.groups if g[0].cell in cells and g[0].mode in modes]
-
-
-STANDING = (
-    (128, 1, 128),
-    (128, 1, 512),
-    (128, 32, 256),
-    (512, 64, 128),
-    (100, 64, 512),
-    (50, 64, 1024),
-)
-INFERENCE_AND_TRAINING = ("inference", "training")
-
-
-def cases_of(
-    shapes: Iterable[tuple[int, int, int]], modes: Iterable[str], **options
-) -> Iterator[Case]:
-    """A case for each cell, shape (T, B, H=I) and mode."""
-    for cell, (timesteps, batch, hidden), mode in product(GATES, shapes, modes):
-        yield Case(cell, timesteps, batch, hidden, hidden, mode, **options)
-
-
-def alone(cases: Iterable[Case]) -> tuple[Group, ...]:
-    return tuple((case,) for case in cases)
-
-
-def beside(cases: Iterable[Case], **change) -> tuple[Group, ...]:
-    """Each case together with what it becomes by the change."""
-    return tuple((case, replace(case, **change)) for case in cases)
-
-
-def round_and_odd() -> Iterator[Group]:
-    """An odd size beside the nearest round one, which for H is a multiple of 64.
-
-    T is short where H is large, to keep a call near 100 ms.
-    """
-    neighbours = [
-        ((100, 32, 128), (100, 32, 100)),
-        ((32, 32, 640), (32, 32, 650)),
-        ((16, 32, 1024), (16, 32, 1000)),
-        ((100, 4, 256), (100, 3, 256)),
-        ((32, 128, 256), (32, 129, 256)),
-    ]
-    for shapes in neighbours:
-        round_cases, odd_cases = (cases_of([s], INFERENCE_AND_TRAINING) for s in shapes)
-        yield from zip(round_cases, odd_cases, strict=True)
-
-
-SETS: dict[str, CaseSet] = {
-    s.name: s
-    for s in (
-        CaseSet(
-            "standing",
-            "How fast is a layer, against everything else that computes it?",
-            alone(cases_of(STANDING, INFERENCE_AND_TRAINING)),
-        ),
-        CaseSet(
-            "streaming",
-            "What does one timestep cost, called through the module?",
-            alone(cases_of([(1, 1, 64), (1, 1, 128), (1, 1, 512)], ["step"])),
-        ),
-        CaseSet(
-            "packed",
-            "How fast is training on packed sequences, lengths uniform in 1..T?",
-            alone(cases_of([(128, 32, 256), (100, 64, 128)], ["packed"])),
-        ),
-        CaseSet(
-            "small",
-            "How fast are the small layers of teaching code and of forecasters?",
-            alone(cases_of([(100, 32, h) for h in (8, 16, 32, 64)], INFERENCE_AND_TRAINING)),
-        ),
-        CaseSet(
-            "odd",
-            "What does a size cost that no vector and no tile divides?",
-            tuple(round_and_odd()),
-            peers=False,
-        ),
-        CaseSet(
-            "threads",
-            "How much faster are two threads than one?",
-            beside(
-                cases_of(
-                    [(128, 32, 256), (256, 64, 128), (50, 64, 512)],
-                    INFERENCE_AND_TRAINING,
-                    threads=1,
-                ),
-                threads=2,
-            ),
-            peers=False,
-        ),
-        CaseSet(
-            "bf16",
-            "How much faster is training in bfloat16 than in float32?",
-            beside(
-                cases_of([(128, 32, 256), (50, 64, 512), (16, 64, 1024)], ["training"]),
-                dtype="bfloat16",
-            ),
-            peers=False,
-        ),
-    )
-}
+        Training reads the input again for the gradients of the weights, its own results and their
+        gradient, and writes the gradients of input and weights; what lies between forward and
+        backward otherwise is the provider's choice and does not count.
+        """
+        x, y = rows * self.I, rows * self.directions * self.H
+        forward = x + self.weights + y
+        backward = x + 2 * y + self.weights + x + self.weights
+        return DTYPES[self.dtype] * (forward + backward * self.has_grad)

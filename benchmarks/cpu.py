@@ -1,4 +1,5 @@
-"""Times the recurrent layers of fused_rnn on the CPU against torch.nn, OpenVINO and ONNX Runtime.
+"""Times the recurrent layers of fused_rnn on the CPU against torch.nn, OpenVINO, ONNX Runtime and
+others.
 
 python benchmarks/cpu.py                                    every set, then the targets
 python benchmarks/cpu.py --set standing --cell gru --json gru.json
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -17,10 +20,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cases import DTYPES, GATES, INFERENCE_AND_TRAINING, MODES, SETS, Case, Group
+from cases import DTYPES, GATES, MODES, Case
 from ceiling import Ceiling
-from fused_rnn.testing import backends_on
-from providers import DEFAULT, PROVIDERS, Provider, is_ours
+from fused_rnn.dispatch import BACKENDS
+from providers import PROVIDERS, Provider, Setting, default, is_ours
 from report import (
     print_ceiling,
     print_comparison,
@@ -31,8 +34,10 @@ from report import (
 )
 from results import Run, describe_run
 from runner import measure
+from sets import INFERENCE_AND_TRAINING, SETS, Group
 from targets import judge
 
+CPU_SETS = [name for name, case_set in SETS.items() if case_set.device == "cpu"]
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 WIDTH = 160  # of what is printed where there is no terminal
 
@@ -50,16 +55,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     several = "; may be given again"
-    add("--set", action="append", choices=SETS, help="a set of cases" + several)
+    add("--set", action="append", choices=CPU_SETS, help="a set of cases" + several)
     add("--cell", action="append", choices=GATES, help="only these cells" + several)
     add("--mode", action="append", choices=MODES, help="only these modes" + several)
     add("--shape", action="append", type=shape, help="T,B,H or T,B,I,H, not a set" + several)
     add("--layers", type=int, default=1, help="of --shape")
     add("--bidirectional", action="store_true", help="of --shape")
     add("--dtype", choices=DTYPES, default="float32", help="of --shape")
-    add("--provider", action="append", choices=PROVIDERS, help=f"default: {', '.join(DEFAULT)}")
-    add("--backend", choices=backends_on("cpu"), help="force fused_rnn's backend")
+    add("--provider", action="append", choices=PROVIDERS, help="default: all that are installed")
+    add("--backend", choices=BACKENDS, help="force fused_rnn's backend")
     add("--seconds", type=float, default=1.5, help="about how long a group of cases is measured")
+    add("--limit", type=float, default=float("inf"), help="seconds after which no group starts")
     add("--threads", type=int, default=torch.get_num_threads(), help="of every provider")
     add("--json", type=Path, help="write everything that was found to this file")
     add("--save", action="store_true", help="write it to benchmarks/results/cpu.json")
@@ -85,19 +91,27 @@ def chosen_groups(args: argparse.Namespace) -> list[tuple[str, Group]]:
             ("", (Case(cell, *sizes, mode, **options),))
             for cell, sizes, mode in product(cells, args.shape, modes)
         ]
-    names = args.set or list(SETS)
+    names = args.set or CPU_SETS
     modes = args.mode or MODES
     return [(name, group) for name in names for group in SETS[name].select(cells, modes)]
 
 
 def chosen_providers(args: argparse.Namespace) -> tuple[list[Provider], dict[str, str]]:
     """Those that take part, and those that were asked for but cannot, with the reason."""
-    names = args.provider or list(DEFAULT)
+    names = args.provider or list(default("cpu"))
     if args.backend:
         names = [f"fused_rnn/{args.backend}" if name == "fused_rnn" else name for name in names]
     reasons = {name: PROVIDERS[name].unavailable() for name in dict.fromkeys(names)}
     absent = {name: reason for name, reason in reasons.items() if reason}
     return [PROVIDERS[name] for name in reasons if name not in absent], absent
+
+
+def taking_part(set_name: str, providers: list[Provider], named: bool) -> list[Provider]:
+    """Who is measured in a set; a shape of one's own has the usual rivals and whom one `named`."""
+    rivals = SETS[set_name].rivals if set_name in SETS else "all" if named else "fast"
+    if rivals == "none":
+        return [provider for provider in providers if is_ours(provider.name)]
+    return [provider for provider in providers if rivals == "all" or not provider.slow]
 
 
 def saved_to(args: argparse.Namespace) -> list[Path]:
@@ -111,8 +125,9 @@ def run_benchmark(
     args: argparse.Namespace,
     run: Run,
 ) -> None:
-    """Fills the run; prints the table of each set and saves what is there when it is complete."""
-    ceiling = Ceiling(args.threads)
+    """Fills the run, saves it after every group and prints the table of every set."""
+    ceiling, setting = Ceiling(args.threads), Setting("cpu", args.threads)
+    end = time.monotonic() + args.limit
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -122,19 +137,27 @@ def run_benchmark(
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(groups))
         for number, (name, group) in enumerate(groups):
+            if time.monotonic() > end:
+                late = groups[number:]
+                run.meta["not_reached"] = dict(Counter(name for name, _ in late))
+                if number and groups[number - 1][0] == name:
+                    print_rows(console, run, name)
+                break
             progress.update(task, description=str(group[-1]))
             ceiling.measure()
             run.ceiling = ceiling.as_json()
-            everyone = name not in SETS or SETS[name].peers
-            taking_part = [p for p in providers if everyone or is_ours(p.name)]
-            rows = measure(name, number, group, taking_part, args.seconds, args.threads)
-            run.rows += rows
+            there = taking_part(name, providers, bool(args.provider))
+            run.rows += measure(name, number, group, there, args.seconds, setting)
+            run.summary = [outcome.as_json() for outcome in judge(run)]
+            for path in saved_to(args):
+                run.save(path)
             progress.advance(task)
             if number + 1 == len(groups) or groups[number + 1][0] != name:
-                run.summary = [outcome.as_json() for outcome in judge(run)]
                 print_rows(console, run, name)
-                for path in saved_to(args):
-                    run.save(path)
+    for name, count in run.meta.get("not_reached", {}).items():
+        console.print(f"[yellow]no time was left[/] for {count} groups of {name}", highlight=False)
+    for path in saved_to(args):
+        run.save(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -149,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = chosen_groups(args)
     if not groups or not providers:
         raise SystemExit("nothing to measure: no case or no provider is left")
-    run = Run(describe_run(args.threads, args.seconds, absent))
+    run = Run(describe_run(Setting("cpu", args.threads), args.seconds, absent))
     print_setting(console, run)
     run_benchmark(console, groups, providers, args, run)
     print_ceiling(console, run)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cases import SETS
 from results import WILD, Row, Run
+from sets import SETS
 from targets import Outcome, geometric_mean, over_best, over_torch, second_over_first
 
 # A smaller change is never called one, however small the spread within each run.
 NOISE = 0.03
 BUSY = 0.5  # load average of the last minute before a run, above which it warns
+MOST_COLUMNS = 5  # of providers; more stand below each other
 NOTHING = "-"  # in place of a time; a note below the table says why
 
 
@@ -26,52 +28,92 @@ def number(value: float | None, digits: int = 2) -> str:
 def milliseconds(row: Row) -> str:
     """The median and the spread, or in a word why there is none."""
     if row.ms is None:
-        return "[red]wrong[/]" if row.wrong else NOTHING
+        return (
+            f"[red]{row.note.partition(':')[0]}[/]"
+            if row.note.startswith(("wrong", "failed"))
+            else NOTHING
+        )
     digits = 4 if row.ms < 0.1 else 3 if row.ms < 10 else 1
     return f"{row.ms:.{digits}f} ±{100 * row.spread:.0f}%"
 
 
 def print_rows(console: Console, run: Run, set_name: str) -> None:
-    """One table of a set: a line for each case, and the columns that have something to say."""
+    """The table of a set: a line for each case, or for each row where many providers took part."""
     groups = [group for group in run.groups() if group[0].set == set_name]
     providers = list(dict.fromkeys(row.provider for group in groups for row in group))
-    lines = [line for group in groups for line in _lines(group, run)]
-    headers = [
-        *("cell", "T,B,[I,]H", "mode", ""),
-        *(f"{name}\nms" for name in providers),
-        *("torch.nn\n/ ours", "best\n/ ours", "rate\n/ first's", "GFLOP/s", "of peak", "kernel"),
-    ]
+    if len(providers) > MOST_COLUMNS:
+        headers, lines = _long_table(groups)
+    else:
+        lines = [line for group in groups for line in _lines(group, run, providers)]
+        headers = [
+            *("cell", "T,B,[I,]H", "mode", ""),
+            *(f"{name}\nms" for name in providers),
+            *("torch.nn\n/ ours", "best\n/ ours", "rate\n/ first's", "GFLOP/s", "of peak"),
+            *("of bound", "kernel"),
+        ]
     question = SETS[set_name].question if set_name in SETS else ""
     title = f"{set_name}: {question}" if question else None
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     used = [i for i in range(len(headers)) if any(line[i] not in ("", NOTHING) for line in lines)]
     for i in used:
-        words = headers[i] in ("cell", "T,B,[I,]H", "mode", "", "kernel")
-        table.add_column(headers[i], justify="left" if words else "right")
-    for line in lines:
-        table.add_row(*(line[i] for i in used))
+        table.add_column(headers[i], justify="left" if headers[i] in WORDS else "right")
+    for line, following in zip_longest(lines, lines[1:]):
+        ends_case = len(providers) > MOST_COLUMNS and following is not None and following[0] != ""
+        table.add_row(*(line[i] for i in used), end_section=ends_case)
     console.print(table)
     notes = dict.fromkeys((r.provider, r.note) for group in groups for r in group if r.note)
     for provider, note in notes:
         console.print(f"  {provider}: {note}", highlight=False, markup=False)
 
 
-def _lines(group: list[Row], run: Run) -> Iterator[list[str]]:
+WORDS = ("cell", "T,B,[I,]H", "mode", "", "kernel", "case", "provider")
+
+
+def _lines(group: list[Row], run: Run, providers: list[str]) -> Iterator[list[str]]:
     """The cells of print_rows' table for each case of a group."""
     for case in dict.fromkeys(row.case for row in group):
-        rows = [row for row in group if row.case == case]
-        ours = next((row for row in rows if row.ours), rows[0])
-        part = run.of_peak(ours)
+        rows = {row.provider: row for row in group if row.case == case}
+        ours = next((row for row in rows.values() if row.ours), next(iter(rows.values())))
         yield [
             *(case.cell, case.shape, case.mode, case.traits),
-            *(milliseconds(row) for row in rows),
-            number(over_torch(rows, run)),
-            number(over_best(rows, run)),
+            *(milliseconds(rows[name]) if name in rows else "" for name in providers),
+            number(over_torch(list(rows.values()), run)),
+            number(over_best(list(rows.values()), run)),
             number(second_over_first(group, run)) if ours.variant == 1 else "",
             number(ours.gflops, 1),
-            "" if part is None else f"{part:.0%}",
+            percent(run.of_peak(ours)),
+            percent(ours.of_bound),
             ours.kernel,
         ]
+
+
+def _long_table(groups: list[list[Row]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines, a line for each row, the fastest of a case first."""
+    headers = ["case", "provider", "ms", "/ ours", "error", "GFLOP/s", "of bound", "MiB", "kernel"]
+    lines = []
+    for group in groups:
+        ours = next((row for row in group if row.ours), group[0])
+        ordered = sorted(group, key=lambda row: row.ms or float("inf"))
+        for row in ordered:
+            ratio = row.ms / ours.ms if row.ms and ours.ms else None
+            lines.append(
+                [
+                    str(row.case) if row is ordered[0] else "",
+                    row.provider,
+                    milliseconds(row),
+                    number(ratio),
+                    "" if row.error is None else f"{row.error:.0e}",
+                    number(row.gflops, 1),
+                    percent(row.of_bound),
+                    number(row.peak_mib, 1),
+                    row.kernel,
+                ]
+            )
+    return headers, lines
+
+
+def percent(part: float | None) -> str:
+    return "" if part is None else f"{part:.0%}"
 
 
 def print_setting(console: Console, run: Run) -> None:

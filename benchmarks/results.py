@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -10,7 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,9 +19,10 @@ import torch
 import fused_rnn
 from cases import Case
 from fused_rnn.native import cpu_capability, cpu_library_error
-from providers import PROVIDERS, is_ours
+from providers import PROVIDERS, Setting, is_ours
 
 WILD = 0.2  # spread above which a median is not worth much
+ON_CHIP_BYTES = 340 << 10  # of weights, in registers and shared memory of one multiprocessor
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,14 @@ class Row:
     samples: int = 0
     gflops: float | None = None  # GFLOP/s by Case.flops at the median
     kernel: str = ""
-    note: str = ""  # "cannot: ..." or "wrong: ..."
+    note: str = ""  # "cannot: ...", "wrong: ..." or "failed: ..."
+    flops: int = 0  # Case.flops and Case.bytes of the rows that there were
+    bytes: int = 0
+    error: float | None = None  # the largest relative error of all results
+    peak_mib: float | None = None  # of memory, see memory.py
+    bound_ms: float | None = None  # the least that the machine's ceilings allow
+    bound: str = ""  # by which of them: "compute", "memory" or "steps"
+    of_bound: float | None = None  # bound_ms over ms
 
     @property
     def ours(self) -> bool:
@@ -46,7 +55,7 @@ class Row:
 
     @property
     def wrong(self) -> bool:
-        return self.note.startswith("wrong")
+        return self.note.startswith(("wrong", "failed") if self.ours else "wrong")
 
     @property
     def spread(self) -> float:
@@ -76,15 +85,62 @@ class Run:
         return list(grouped.values())
 
     def of_peak(self, row: Row) -> float | None:
-        """A row's rate over the peak of as many threads, where both are float32 and known."""
-        peak = self.ceiling["peak_gflops"].get(str(row.case.threads or self.meta["threads"]))
-        if not peak or not row.gflops or row.case.dtype != "float32":
+        """A row's rate over the peak of as many threads, or of its dtype; None where unknown."""
+        peak = self._peak(row)
+        return row.gflops / peak if peak and row.gflops else None
+
+    def _peak(self, row: Row) -> float | None:
+        """GFLOP/s."""
+        peaks = self.ceiling.get("peak_gflops", {})
+        if self.on_gpu:
+            provider = PROVIDERS.get(row.provider)
+            tf32 = provider is not None and provider.tf32 and row.case.dtype == "float32"
+            return peaks.get("tf32" if tf32 else row.case.dtype)
+        if row.case.dtype != "float32":
             return None
-        return row.gflops / peak
+        return peaks.get(str(row.case.threads or self.meta["threads"]))
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.meta.get("device", "cpu") != "cpu"
+
+    def with_bound(self, row: Row) -> Row:
+        """The row with the bound that the ceilings of this run put on it."""
+        peak, copies = self._peak(row), self.ceiling.get("copy_gbs")
+        if not peak or not copies or not row.flops:
+            return row
+        sizes = sorted(copies, key=int)
+        size = next((size for size in sizes if int(size) >= row.bytes), sizes[-1])
+        bounds = {
+            "compute": row.flops / (peak * 1e6),
+            "memory": row.bytes / (copies[size] * 1e6),
+            "steps": row.case.T * row.case.layers * self._step_us(row) / 1e3,
+        }
+        bound = max(bounds, key=bounds.get)
+        part = bounds[bound] / row.ms if row.ms else None
+        return replace(row, bound=bound, bound_ms=bounds[bound], of_bound=part)
+
+    def _step_us(self, row: Row) -> float:
+        """Microseconds that a step of time costs for synchronisation alone.
+
+        On the CPU a barrier where there are more threads than rows, which share nothing; on a GPU
+        that of the smallest part of it which holds the recurrent weights on chip.
+        """
+        floors, case = self.ceiling.get("step_us", {}), row.case
+        if not self.on_gpu:
+            threads = case.threads or self.meta["threads"]
+            return floors.get(str(threads), 0.0) if threads > case.B else 0.0
+        multiprocessors = case.recurrent_bytes / ON_CHIP_BYTES
+        scope = "block" if multiprocessors <= 1 else "cluster" if multiprocessors <= 16 else "grid"
+        return floors.get(scope, 0.0)
 
     def save(self, path: Path) -> None:
+        """All or nothing: who is killed while writing leaves the file as it was."""
+        self.rows = [self.with_bound(row) for row in self.rows]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        written = path.with_name(path.name + ".part")
+        written.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        written.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -93,13 +149,15 @@ class Run:
         return cls(rows=rows, **content)
 
 
-def describe_run(threads: int, seconds: float, absent: dict[str, str]) -> dict:
+def describe_run(setting: Setting, seconds: float, absent: dict[str, str]) -> dict:
     """Machine, versions, threads, commit, date and command. `absent`: providers and why."""
-    distributions = {name for p in PROVIDERS.values() for name in ("torch", *p.requires)}
+    modules = {name.split(".")[0] for p in PROVIDERS.values() for name in p.requires}
+    distributions = sorted({"torch", "triton", "numpy"} | modules)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *map(_relative, sys.argv)]),
         "commit": _commit(),
+        "device": setting.device,
         "machine": {
             "cpu": _cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
@@ -107,27 +165,57 @@ def describe_run(threads: int, seconds: float, absent: dict[str, str]) -> dict:
             "fused_rnn_capability": cpu_library_error() or cpu_capability(),
             "load": os.getloadavg()[0],  # of the minute before
             "system": f"{platform.system()} {platform.machine()}",
-        },
+        }
+        | (_gpu_facts(setting.device) if setting.device != "cpu" else {}),
         "versions": {
             "python": platform.python_version(),
             "fused_rnn": fused_rnn.__version__,
-            **{name: _version(name) for name in sorted(distributions)},
+            **{name: _version(name) for name in distributions},
         },
-        "threads": threads,
+        "threads": setting.threads,
         "seconds_per_group": seconds,
         "absent": absent,
     }
 
 
-def _version(distribution: str) -> str | None:
+def _relative(argument: str) -> str:
+    """An argument without the folders of this machine."""
+    folder = str(Path(__file__).parents[1])
+    return argument.removeprefix(folder + os.sep)
+
+
+def _gpu_facts(device: str) -> dict:
+    properties = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv"]
     try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        smi = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        smi = ""
+    return {
+        "gpu": properties.name,
+        "gpu_capability": f"{properties.major}.{properties.minor}",
+        "gpu_multiprocessors": properties.multi_processor_count,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nvidia_smi": smi.strip().splitlines()[-1:],
+    }
+
+
+def _version(name: str) -> str | None:
+    for distribution in importlib.metadata.packages_distributions().get(name, [name]):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return None
 
 
 def _commit() -> str:
-    """The commit of the source tree, with "+" behind it when files differ from it."""
+    """The commit of the source tree, with "+" behind it when files differ from it.
+
+    BENCHMARK_COMMIT in the environment says it where the tree was copied without its history.
+    """
+    if named := os.environ.get("BENCHMARK_COMMIT"):
+        return named
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]

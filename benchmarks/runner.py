@@ -7,16 +7,22 @@ import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
-from cases import Case, Group
-from data import Data, Results, expected_results, make_data
+import torch
+
+from cases import Case
+from data import Data, Results, expected_results, make_data, masked
 from fused_rnn.testing import relative_error
-from providers import CannotDoError, Provider, Session
+from memory import PeakMemory
+from providers import CannotDoError, Provider, Session, Setting
 from results import Row
+from sets import Group
 
-# Relative to torch.nn's, over a whole tensor: long sums added in another order, and the roundings
-# of a half type. What is wrong is wrong by far more.
-LARGEST_ERROR = {"float32": 1e-4, "bfloat16": 3e-2, "float64": 1e-10}
+# Relative to the expected results, over a whole tensor: long sums added in another order, and the
+# roundings of a half type or of TF32. What is wrong is wrong by far more.
+LARGEST_ERROR = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2, "float64": 1e-10}
+LARGEST_TF32_ERROR = 1e-2
 
 # A turn is a run of calls of one provider, and its first calls do not count while they take less
 # than LEAD_IN together: threads of the provider before still spin on the cores, and the caches
@@ -36,6 +42,14 @@ FEWEST_TURNS = 5
 PATIENCE = 20.0  # seconds, after which two turns must do
 
 
+class DeviceLostError(Exception):
+    """A provider left the GPU in a state in which nothing runs any more in this process."""
+
+    def __init__(self, provider: str, case: Case, reason: str) -> None:
+        super().__init__(f"{provider} on {case}: {reason}")
+        self.provider = provider
+
+
 @dataclass
 class Contender:
     """A provider with a case, and the seconds per call it has taken so far."""
@@ -43,7 +57,9 @@ class Contender:
     session: Session
     row: Row  # what is known before anything is timed
     flops: int
+    gpu: bool = False
     bundle: int = 1  # calls per sample
+    per_turn: int = 1  # samples, on a GPU
     lead_in: float = LEAD_IN  # seconds, 0 for long calls
     samples: list[float] = field(default_factory=list)
 
@@ -53,34 +69,54 @@ class Contender:
             self._call_for(LEAD_IN)
             taken = self._call_for(LEAD_IN)
         self.bundle = max(1, round(SHORTEST_SAMPLE / taken))
+        self.per_turn = max(1, round(TURN / (taken * self.bundle)))
         self.lead_in = LEAD_IN if taken < 2 * LEAD_IN else 0.0
 
     def turn(self) -> None:
-        call, clock = self.session.call, time.perf_counter
         with self.session.active():
             if self.lead_in:
                 self._call_for(self.lead_in)
-            end = clock() + TURN
-            while True:
-                start = clock()
-                for _ in range(self.bundle):
-                    call()
-                stop = clock()
-                self.samples.append((stop - start) / self.bundle)
-                if stop >= end:
-                    break
+            (self._gpu_samples if self.gpu else self._cpu_samples)()
+
+    def _cpu_samples(self) -> None:
+        call, clock = self.session.call, time.perf_counter
+        end = clock() + TURN
+        while True:
+            start = clock()
+            for _ in range(self.bundle):
+                call()
+            stop = clock()
+            self.samples.append((stop - start) / self.bundle)
+            if stop >= end:
+                break
+
+    def _gpu_samples(self) -> None:
+        """By events, in one go: what the CPU spends counts only where the GPU waits for it."""
+        call = self.session.call
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(self.per_turn + 1)]
+        events[0].record()
+        for event in events[1:]:
+            for _ in range(self.bundle):
+                call()
+            event.record()
+        events[-1].synchronize()
+        for before, after in pairwise(events):
+            self.samples.append(before.elapsed_time(after) / 1e3 / self.bundle)
 
     def _call_for(self, seconds: float) -> float:
         """Calls at least once and until the time is over; returns the mean seconds of a call."""
         start, calls, taken = time.perf_counter(), 0, 0.0
         while calls == 0 or taken < seconds:
             self.session.call()
+            if self.gpu:
+                torch.cuda.synchronize()
             calls += 1
             taken = time.perf_counter() - start
         return taken / calls
 
     def measured_row(self) -> Row:
-        low, median, high = (q * 1e3 for q in statistics.quantiles(self.samples, n=4))
+        samples = self.samples if len(self.samples) > 1 else self.samples * 2
+        low, median, high = (q * 1e3 for q in statistics.quantiles(samples, n=4))
         rate = self.flops / (median * 1e6)
         figures = {"ms": median, "low_ms": low, "high_ms": high, "gflops": rate}
         return replace(self.row, samples=len(self.samples), kernel=self.session.kernel, **figures)
@@ -92,30 +128,30 @@ def measure(
     group: Group,
     providers: Iterable[Provider],
     seconds: float,
-    threads: int,
+    setting: Setting,
 ) -> list[Row]:
     """A row for every case of the group and every provider, also for those that are not timed.
 
     Args:
         number: the group's in this run, to tell which rows were measured together.
         seconds: about how long the turns take together; at least FEWEST_TURNS of each are taken.
-        threads: of the cases that do not name a number themselves.
+        setting: of the run; a case's own number of threads goes before it.
+
+    Raises:
+        DeviceLostError: a provider brought the GPU down, so that nothing more can be measured.
     """
     entrants: list[Contender | Row] = []
     for variant, case in enumerate(group):
-        data = make_data(case)
+        own = replace(setting, threads=case.threads or setting.threads)
+        data = make_data(case, setting.device)
         expected = expected_results(case, data)
+        counts = {"flops": case.flops(data.rows), "bytes": case.bytes(data.rows)}
         for provider in providers:
-            row = Row(set_name, number, variant, case, provider.name)
-            try:
-                session = _checked(provider, case, data, expected, threads)
-            except CannotDoError as error:
-                entrants.append(replace(row, note=f"cannot: {error}"))
-            except _WrongError as error:
-                entrants.append(replace(row, note=f"wrong: {error}"))
-            else:
-                entrants.append(Contender(session, row, case.flops(data.rows)))
-        del expected
+            if not provider.wants(case):
+                continue
+            row = Row(set_name, number, variant, case, provider.name, **counts)
+            entrants.append(entrant_of(provider, row, data, expected, own))
+        del expected, data
     gc.collect()
     gc.disable()  # a collection would fall into one call of many
     try:
@@ -126,20 +162,69 @@ def measure(
 
 
 class _WrongError(Exception):
-    """A provider's results are not torch.nn's."""
+    """A provider's results are not the expected ones."""
 
 
-def _checked(
-    provider: Provider, case: Case, data: Data, expected: Results, threads: int
-) -> Session:
-    session = provider.prepare(case, data, case.threads or threads)
-    with session.active():
-        actual = session.results(session.call())
+def entrant_of(
+    provider: Provider, row: Row, data: Data, expected: Results, setting: Setting
+) -> Contender | Row:
+    """The provider ready to be timed, or its row with the reason why it is not."""
+    case, gpu = row.case, setting.device != "cpu"
+    try:
+        session = provider.prepare(case, data, setting)
+        with session.active():
+            with PeakMemory(setting.device) as peak:
+                output = session.call()
+            actual = masked(case, session.results(output))
+        largest = LARGEST_TF32_ERROR if _rounds(provider, case) else LARGEST_ERROR[case.dtype]
+        error = _compared(actual, expected, largest)
+    except CannotDoError as error:
+        return replace(row, note=f"cannot: {error}")
+    except _WrongError as error:
+        return replace(row, note=f"wrong: {error}")
+    except Exception as error:  # peers fail in ways of their own; the run goes on without
+        reason = _reason(error)
+        if _is_fatal(error):
+            raise DeviceLostError(provider.name, case, reason) from error
+        return replace(row, note=f"failed: {reason}")
+    row = replace(row, error=error, peak_mib=peak.mib)
+    return Contender(session, row, row.flops, gpu)
+
+
+def _rounds(provider: Provider, case: Case) -> bool:
+    return provider.tf32 and case.dtype == "float32"
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Whether CUDA reported an error that stays: all but running out of memory do."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    lost = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, lost) or "CUDA error" in str(error)
+
+
+def _compared(actual: Results, expected: Results, largest: float) -> float:
+    """The largest relative error of all results.
+
+    Raises:
+        _WrongError: it is too large, or a result is missing.
+    """
+    worst = 0.0
     for name, value in expected.items():
-        error = relative_error(actual[name].detach(), value.detach())
-        if not error <= LARGEST_ERROR[case.dtype]:
-            raise _WrongError(f"{name} differs from torch.nn's by {error:.1e} relative")
-    return session
+        if name not in actual:
+            raise _WrongError(f"{name} is missing")
+        found = actual[name].detach()
+        if found.shape != value.shape:
+            raise _WrongError(f"{name} has shape {list(found.shape)}, not {list(value.shape)}")
+        error = relative_error(found, value.detach())
+        if not error <= largest:
+            raise _WrongError(f"{name} differs from what is expected by {error:.1e} relative")
+        worst = max(worst, error)
+    return worst
 
 
 def _take_turns(contenders: list[Contender], seconds: float) -> None:

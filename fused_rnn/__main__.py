@@ -1,5 +1,5 @@
 """The command line: `python -m fused_rnn doctor` tells what this installation can do, and why not
-more."""
+more; `python -m fused_rnn bench` times a layer or a model before and after conversion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import torch
 
-from . import __version__, dispatch, native
+from . import __version__, bench, dispatch, native
 from .cells import CELLS
 from .problem import Problem
 
@@ -24,7 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_rnn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="versions, libraries, devices, and what runs where")
-    parser.parse_args(arguments)
+    bench.add_arguments(
+        commands.add_parser("bench", help="time a layer, or your model, before and after replace")
+    )
+    args = parser.parse_args(arguments)
+    if args.command == "bench":
+        return bench.run(args)
     for title, lines in _sections():
         print(title)
         print("".join(f"  {line}\n" for line in lines))

@@ -1,8 +1,9 @@
 """Recurrent networks as functions of tensors: stacks of layers, dropout, projections, packed rows.
 
 Weights come as one flat list in the order of torch.nn's `_flat_weights`: layer after layer,
-forward direction before reverse, each w_ih [G*H, I], w_hh [G*H, P][, b_ih, b_hh [G*H]]
-[, w_hr [P, H]]; G gates, H hidden_size, P proj_size or H.
+forward direction before reverse, each w_ih [G*H, I], w_hh [G*H, P], then b_ih and b_hh [G*H] if
+there are biases, then w_hr [P, H] if there is a projection; G gates, H hidden_size, P proj_size or
+H.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def rnn_tanh(
         input: [T, B, I], [B, T, I] with `batch_first`, or packed rows [N, I] with `batch_sizes`.
         hx: [num_layers*D, B, H], or None for zeros; D is 2 when bidirectional, else 1.
         weights: see the module's docstring.
-        options: see `Options`; what they mean is told at :class:`fused_rnn.RNN`.
+        options: see `Options`; what they mean is told at `fused_rnn.RNN`.
 
     Returns:
         output [T, B, D*H] (laid out as `input` is) and h_n [num_layers*D, B, H]. With
@@ -135,7 +136,7 @@ def recurrent(
         input = input.transpose(0, 1)
     batch_size = 0
     if packed:
-        batch_size = _first_batch_size(batch_sizes)
+        batch_size = _first_batch_size(batch_sizes, states)
     elif input.dim() == 3:
         batch_size = input.shape[1]
     checks.recurrent_arguments(
@@ -194,7 +195,7 @@ def _masks(
     return Masks(lengths, resets)
 
 
-def _first_batch_size(batch_sizes: Tensor) -> int:
+def _first_batch_size(batch_sizes: Tensor, states: Sequence[Tensor] | None) -> int:
     """The batch size of packed rows; the values after the first are checked where they are used."""
     checks.is_dense_tensor(batch_sizes, "batch_sizes")
     if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not batch_sizes.is_cpu:
@@ -204,6 +205,14 @@ def _first_batch_size(batch_sizes: Tensor) -> int:
         )
     if batch_sizes.shape[0] == 0:
         raise RuntimeError("batch_sizes: Expected sequence length to be larger than 0 in RNN")
+    if torch.compiler.is_compiling():
+        # A number that a graph computes cannot be asked about, and breaks it where it is not
+        # compiled in full; the operator looks at it when it runs.
+        if states is not None and states[0].dim() == 3:
+            return states[0].shape[1]
+        first = batch_sizes[0].item()
+        torch._check(first >= 0)
+        return first
     first = int(batch_sizes[0])
     if first < 1:
         raise RuntimeError(f"batch_sizes: expected positive sizes, got {first} for the first step")

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, direct, functional
+from . import checks, direct, functional, torchscript
 from .cells import CELLS, Cell
 
 
-class _RecurrentLayers(torch.nn.RNNBase):
+class _RecurrentLayers(torchscript.NotScriptable, torch.nn.RNNBase):
     """What RNN, GRU and LSTM share: every form of input torch.nn takes.
 
     A subclass of RNNBase and not of nn.LSTM and friends: torch.compile breaks the graph at
     those and their subclasses.
     """
+
+    _torch_class: type[torch.nn.RNNBase]
 
     # Of the class too, for modules that were made before there were such options.
     recompute = False
@@ -74,9 +76,22 @@ class _RecurrentLayers(torch.nn.RNNBase):
             self._carry(result[1])
         return result
 
+    def _traced(self, input, hx, masks: dict[str, Any], return_states: bool):
+        own = return_states or any(mask is not None for mask in masks.values())
+        if own or self._cell().name == "gru_reset_before":
+            raise RuntimeError(
+                f"torch.jit.trace of fused_rnn.{self._torch_class.__name__}: expected no lengths, "
+                "resets, reset_hx, return_states and reset_after=False, which torch.nn does not "
+                "have; use torch.export"
+            )
+        names = self._flat_weights_names
+        return torchscript.traced(self, self._torch_class, names, input, hx)
+
     def _forward(self, input, hx, masks: dict[str, Any], return_states: bool):
         """Any call, the general way."""
         cell = self._cell()
+        if torch.jit.is_tracing():
+            return self._traced(input, hx, masks, return_states)
         checks.layer_input(input, self._get_name())
         packed = isinstance(input, PackedSequence)
         batched = packed or input.dim() == 3
@@ -118,11 +133,20 @@ class _RecurrentLayers(torch.nn.RNNBase):
         if hx is not None and sorted_indices is not None:
             checks.permutable(hx, sorted_indices)
             hx = tuple(state.index_select(1, sorted_indices) for state in hx)
+        elif hx is None and sorted_indices is not None and torch.compiler.is_compiling():
+            hx = self._zero_states(cell, data, sorted_indices.shape[0])
         output, states, *histories = self._run(cell, data, hx, masks, return_states, batch_sizes)
         if unsorted_indices is not None:
             states = tuple(state.index_select(1, unsorted_indices) for state in states)
         output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return output, states, *histories
+
+    def _zero_states(self, cell: Cell, data: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+        """What None stands for. A compiler needs to know the batch size without looking at the
+        values of batch_sizes, or it breaks its graph."""
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        widths = (self.proj_size or self.hidden_size, self.hidden_size)
+        return tuple(data.new_zeros((layers, batch_size, w)) for w in widths[: 1 + cell.has_c])
 
     def _run(self, cell, input, hx, masks, return_states, batch_sizes=None):
         # By name, not from _flat_weights: a parametrization or functional_call may be in place.
@@ -179,7 +203,7 @@ _NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"
 class RNN(_RecurrentLayers):
     r"""Elman layers, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu for tanh.
 
-    A drop-in replacement for :class:`torch.nn.RNN`: same arguments, parameters, initialisation
+    A drop-in replacement for `torch.nn.RNN`: same arguments, parameters, initialisation
     from the same seed, and results.
 
     Args:
@@ -231,6 +255,8 @@ class RNN(_RecurrentLayers):
         tensor(0., grad_fn=<MaxBackward1>)
     """
 
+    _torch_class = torch.nn.RNN
+
     def __init__(
         self,
         input_size: int,
@@ -270,8 +296,8 @@ class GRU(_RecurrentLayers):
     n_t = tanh(W_in x_t + b_in + r_t * (W_hn h_{t-1} + b_hn))
     h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
-    A drop-in replacement for :class:`torch.nn.GRU`. Arguments, inputs, results and errors are
-    those of :class:`RNN`, without `nonlinearity`, and
+    A drop-in replacement for `torch.nn.GRU`. Arguments, inputs, results and errors are
+    those of `RNN`, without `nonlinearity`, and
 
     Args:
         reset_after: without it the reset gate comes before the product, as in the first paper
@@ -286,6 +312,8 @@ class GRU(_RecurrentLayers):
         >>> output.shape, h_n.shape
         (torch.Size([3, 5, 40]), torch.Size([2, 3, 20]))
     """
+
+    _torch_class = torch.nn.GRU
 
     def __init__(
         self,
@@ -333,8 +361,8 @@ class LSTM(_RecurrentLayers):
     c_t = f_t * c_{t-1} + i_t * g_t
     h_t = o_t * tanh(c_t), times W_hr where proj_size > 0
 
-    A drop-in replacement for :class:`torch.nn.LSTM`. Arguments, inputs, results and errors are
-    those of :class:`RNN`, with these differences.
+    A drop-in replacement for `torch.nn.LSTM`. Arguments, inputs, results and errors are
+    those of `RNN`, with these differences.
 
     Args:
         proj_size: if positive, the size P < H of the states h and of the output; else P is H.
@@ -353,6 +381,8 @@ class LSTM(_RecurrentLayers):
         >>> output.shape, h_n.shape, c_n.shape
         (torch.Size([5, 3, 5]), torch.Size([1, 3, 5]), torch.Size([1, 3, 20]))
     """
+
+    _torch_class = torch.nn.LSTM
 
     def __init__(
         self,
@@ -384,15 +414,19 @@ def _reject(kwargs: dict[str, Any], owner: str) -> None:
         raise TypeError(f"{owner}: unexpected keyword argument {next(iter(kwargs))!r}")
 
 
-class _RecurrentCell(torch.nn.RNNCellBase):
+class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
     """What the cells share: one timestep, batched or not."""
 
     _cell_name: str
+    _torch_class: type[torch.nn.RNNCellBase]
 
     def forward(self, input: Tensor, hx: Any = None):
         cell = self._cell()
         if (result := direct.step(self, cell, input, hx)) is not None:
             return result
+        if torch.jit.is_tracing():
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            return torchscript.traced(self, self._torch_class, names, input, hx)
         states = checks.cell_arguments(
             self._get_name(), cell, input, hx, self.weight_ih, self.hidden_size
         )
@@ -422,9 +456,9 @@ class _RecurrentCell(torch.nn.RNNCellBase):
 
 
 class RNNCell(_RecurrentCell):
-    r"""One step of an :class:`RNN`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu.
+    r"""One step of an `RNN`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu.
 
-    A drop-in replacement for :class:`torch.nn.RNNCell`.
+    A drop-in replacement for `torch.nn.RNNCell`.
 
     Args:
         input_size, hidden_size: I and H.
@@ -444,6 +478,7 @@ class RNNCell(_RecurrentCell):
     """
 
     __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012
+    _torch_class = torch.nn.RNNCell
 
     def __init__(
         self,
@@ -465,9 +500,9 @@ class RNNCell(_RecurrentCell):
 
 
 class GRUCell(_RecurrentCell):
-    r"""One step of a :class:`GRU`. A drop-in replacement for :class:`torch.nn.GRUCell`.
+    r"""One step of a `GRU`. A drop-in replacement for `torch.nn.GRUCell`.
 
-    Arguments, inputs and results are those of :class:`RNNCell`, without `nonlinearity`.
+    Arguments, inputs and results are those of `RNNCell`, without `nonlinearity`.
 
     Example:
         >>> GRUCell(10, 20)(torch.randn(10)).shape
@@ -475,6 +510,7 @@ class GRUCell(_RecurrentCell):
     """
 
     _cell_name = "gru"
+    _torch_class = torch.nn.GRUCell
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None
@@ -483,9 +519,9 @@ class GRUCell(_RecurrentCell):
 
 
 class LSTMCell(_RecurrentCell):
-    r"""One step of an :class:`LSTM`. A drop-in replacement for :class:`torch.nn.LSTMCell`.
+    r"""One step of an `LSTM`. A drop-in replacement for `torch.nn.LSTMCell`.
 
-    Arguments and inputs are those of :class:`GRUCell`, but hx is a pair (h, c), each [B, H] or
+    Arguments and inputs are those of `GRUCell`, but hx is a pair (h, c), each [B, H] or
     [H], and so is the result.
 
     Example:
@@ -495,6 +531,7 @@ class LSTMCell(_RecurrentCell):
     """
 
     _cell_name = "lstm"
+    _torch_class = torch.nn.LSTMCell
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None

@@ -57,6 +57,11 @@ def cuda_emulated_library_error() -> str | None:
     return _load_error(_CUDA_EMULATED_LIBRARY, "emulated CUDA", "run make emulate")
 
 
+def library_path() -> Path:
+    """Where the CPU library is, for processes that load it without this package."""
+    return _LIBRARY
+
+
 def cpu_capability() -> str:
     """The instruction set the CPU library runs with.
 

@@ -12,12 +12,13 @@ H), D directions, G gates. Sequences are [T, B, ...], or [N, ...] with `batch_si
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, onnx
 from .backends.base import LayerOutput, Needs, OutputGrads
 from .cells import CELLS, DirectionWeights, state_dtype
 from .oracle import run as oracle_run
@@ -93,7 +94,10 @@ def layer(
     states = states and CELLS[cell].has_c
     inputs = (x, h0, c0, weights, batch_sizes, *(masks or Masks()))
     if torch.compiler.is_compiling():
-        save = torch.is_grad_enabled() or states
+        if onnx.is_exporting():
+            return onnx_layer(cell, x, h0, c0, weights, batch_sizes, masks, states)
+        # An exported program is trained through the operator's Autograd kernel, or not at all.
+        save = states or (torch.is_grad_enabled() and not torch.compiler.is_exporting())
         out = torch.ops.fused_rnn.layer_forward(*inputs, cell, save, states, recompute, "")
     elif _needs_oracle(x):
         return oracle(cell, x, h0, c0, weights, batch_sizes, masks, states=states)
@@ -106,6 +110,33 @@ def layer(
     elif batch_sizes is None:
         cells = cells.unflatten(1, x.shape[:2])
     return LayerResult(y, h_n, c_n if CELLS[cell].has_c else None, cells)
+
+
+def onnx_layer(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Masks | None,
+    states: bool,
+) -> LayerResult:
+    """What `layer` computes, as a node of ONNX.
+
+    Raises:
+        RuntimeError: ONNX has no such operator.
+    """
+    masks = masks or Masks()
+    for name, given in (
+        ("a PackedSequence as input; give the model the padded batch, and lengths", batch_sizes),
+        ("resets", masks.resets),
+        ("return_states of an LSTM", states or None),
+    ):
+        if given is not None:
+            raise RuntimeError(f"torch.onnx.export: ONNX's recurrent operators do not have {name}")
+    split = split_by_direction(h0, c0, weights)
+    return LayerResult(*onnx.layer(cell, x, h0, c0, split, masks.lengths), None)
 
 
 def oracle(
@@ -181,6 +212,13 @@ def _layout(
     if masks is not None and masks.lengths is None and masks.resets is None:
         masks = None
     rows = Rows(timesteps, h0.shape[1], batch_sizes, x.shape[0], masks)
+    return _Layout(rows, split_by_direction(h0, c0, weights))
+
+
+def split_by_direction(
+    h0: Tensor, c0: Tensor | None, weights: list[Tensor]
+) -> list[DirectionWeights]:
+    """The flat list as each direction's parameters."""
     projected = c0 is not None and c0.shape[2] != h0.shape[2]
     per_direction = len(weights) // h0.shape[0]
     split = []
@@ -188,7 +226,7 @@ def _layout(
         one = weights[start : start + per_direction]
         biases = one[2:4] if len(one) >= 4 else (None, None)
         split.append(DirectionWeights(one[0], one[1], *biases, one[-1] if projected else None))
-    return _Layout(rows, split)
+    return split
 
 
 def _rows_of(sequence: Tensor | None, packed: bool) -> Tensor | None:
@@ -225,7 +263,7 @@ def _forward_fake(
     spec = CELLS[cell]
     directions, batch, out = h0.shape
     hidden = weights[1].shape[0] // spec.gates
-    count = x.shape[:-1].numel()
+    count = math.prod(x.shape[:-1])  # Size.numel would make the sizes constants
     save = states or (save and not recompute)
     return (
         x.new_empty((*x.shape[:-1], directions * out)),

@@ -115,7 +115,8 @@ class Rows:
         `room`: for how many rows what is saved should have memory, if for more than N.
 
         Raises:
-            RuntimeError: batch_sizes grow, fall below 1, or do not add up to `count`.
+            RuntimeError: batch_sizes grow, fall below 1, do not start at `batch_size`, or do not
+                add up to `count`.
         """
         self.packed = batch_sizes is not None
         self.timesteps = timesteps
@@ -132,6 +133,11 @@ class Rows:
         if any(after > before for before, after in pairwise(sizes)) or sizes[-1] < 1:
             raise RuntimeError(
                 f"batch_sizes: expected positive, non-increasing sizes, got {_abridged(sizes)}"
+            )
+        if sizes[0] != self.batch_size:
+            raise RuntimeError(
+                f"batch_sizes: expected {self.batch_size} rows in the first step, as many as the "
+                f"states have, got {sizes[0]}"
             )
         if sum(sizes) != count:
             raise RuntimeError(

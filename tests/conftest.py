@@ -15,6 +15,15 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--library",
+        choices=["fused_rnn", "torch.nn"],
+        default="fused_rnn",
+        help="whose modules tests/toolbox is run on",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

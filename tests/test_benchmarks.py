@@ -1,32 +1,289 @@
-"""The benchmark program runs, compares before it measures, and writes what it measured."""
+"""The benchmark compares before it measures, and says what it measured and who is left out."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / "cpu.py"), *map(str, arguments)]
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    """The modules of benchmarks/, which is no package but a folder of scripts."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    pytest.importorskip("rich")  # of the tables
+    import cases
+    import data
+    import memory
+    import providers
+    import report
+    import results
+    import runner
+    import sets
+    import targets
+
+    return SimpleNamespace(**{m.__name__: m for m in (
+        cases, data, memory, providers, report, results, runner, sets, targets
+    )})  # fmt: skip
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_one_shape(tmp_path):
+def measured(modules, case, *names, seconds=0.0):
+    who = [modules.providers.PROVIDERS[name] for name in names]
+    setting = modules.providers.Setting("cpu", torch.get_num_threads())
+    rows = modules.runner.measure("set", 0, (case,), who, seconds, setting)
+    return {row.provider: row for row in rows}
+
+
+def test_program_writes_what_it_measured(modules, tmp_path, capsys):
     path = tmp_path / "run.json"
-    providers = ("--provider", "fused_rnn", "--provider", "torch.nn")
+    who = ("--provider", "fused_rnn", "--provider", "torch.nn")
     shape = ("--cell", "gru", "--shape", "3,2,8", "--mode", "training", "--seconds", 0)
-    result = run(*shape, *providers, "--json", path)
+    result = run("cpu.py", *shape, *who, "--json", path)
     assert result.returncode == 0, result.stderr
-    rows = json.loads(path.read_text())["rows"]
-    assert {row["provider"] for row in rows} == {"fused_rnn", "torch.nn"}
-    assert all(row["ms"] > 0 and not row["note"] for row in rows)
+    content = json.loads(path.read_text())
+    assert {row["provider"] for row in content["rows"]} == {"fused_rnn", "torch.nn"}
+    for row in content["rows"]:
+        assert row["ms"] > 0 and not row["note"]
+        assert row["flops"] and row["bytes"] and row["bound_ms"] > 0 and row["error"] < 1e-4
+    assert {"date", "command", "commit", "machine", "versions", "threads"} <= content["meta"].keys()
+    import cpu
+
+    cpu.main(["--compare", str(path), str(path)])
+    assert "x1.00" in capsys.readouterr().out
 
 
-def test_unknown_provider():
-    result = run("--provider", "abacus")
-    assert result.returncode == 2
-    assert "abacus" in result.stderr
+def test_unknown_provider(modules, capsys):
+    import cpu
+
+    with pytest.raises(SystemExit):
+        cpu.main(["--provider", "abacus"])
+    assert "abacus" in capsys.readouterr().err
+
+
+PEERS = (
+    "loop",
+    "openvino",
+    "onnxruntime",
+    "keras torch",
+    "keras jax",
+    "jax scan",
+    "flashrnn vanilla",
+)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("name", PEERS)
+def test_peer_computes_what_torch_does(modules, name, cell):
+    """Each adapter's gate orders, layouts and gradients, on sizes that all differ."""
+    mode = "inference" if name in ("openvino", "onnxruntime") else "training"
+    reason = modules.providers.PROVIDERS[name].unavailable()
+    if reason:
+        pytest.skip(reason)
+    case = modules.cases.Case(cell, 5, 3, 4, 6, mode)
+    setting = modules.providers.Setting("cpu", len(os.sched_getaffinity(0)))
+    data = modules.data.make_data(case)
+    entrant = modules.runner.entrant_of(
+        modules.providers.PROVIDERS[name],
+        modules.results.Row("set", 0, 0, case, name),
+        data,
+        modules.data.expected_results(case, data),
+        setting,
+    )
+    assert isinstance(entrant, modules.runner.Contender), entrant.note
+
+
+@pytest.mark.parametrize("name", ["fused_rnn", "torch.nn", "loop"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": 2, "bidirectional": True},
+        {"heads": 3},
+        {"mode": "packed", "lengths": "sentences"},
+        {"mode": "step", "T": 1},
+        {"dtype": "bfloat16", "mode": "training"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_case(modules, name, change):
+    case = replace(modules.cases.Case("lstm", 5, 3, 4, 6, "training"), **change)
+    row = measured(modules, case, name)[name]
+    if row.note:
+        assert (name, case.mode) == ("loop", "packed")
+        assert row.note.startswith("cannot")
+    else:
+        assert row.ms > 0
+
+
+def test_resets_start_from_zero(modules):
+    """The loop's resets, by which others are judged, against sequences cut in pieces."""
+    case = modules.cases.Case("gru", 12, 1, 3, 4, resets=0.5)
+    data = modules.data.make_data(case)
+    starts = [0, *(t for t in range(1, 12) if data.resets[t, 0]), 12]
+    assert len(starts) > 2
+    pieces = [data.layer(data.x[a:b])[0] for a, b in pairwise(starts)]
+    expected = modules.data.expected_results(case, data)["y"]
+    torch.testing.assert_close(expected, torch.cat(pieces).detach())
+
+
+def broken(modules, spoil):
+    """A provider that is torch.nn but for what `spoil` does to its results."""
+    base = modules.providers.PROVIDERS["torch.nn"]
+
+    def prepare(case, data, setting):
+        session = base.prepare(case, data, setting)
+        return replace(session, results=lambda output: spoil(session.results(output)))
+
+    return replace(base, name="broken", prepare=prepare)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda r: r | {"grad x": r["grad x"] * 1.01}, "differs"),
+        (lambda r: r | {"y": r["y"] * float("nan")}, "differs"),
+        (lambda r: {k: v for k, v in r.items() if k != "grad bias_hh_l0"}, "missing"),
+        (lambda r: r | {"y": r["y"][:-1]}, "shape"),
+    ],
+)
+def test_wrong_results_are_not_timed(modules, spoil, word):
+    case = modules.cases.Case("gru", 3, 2, 4, 5, "training")
+    setting = modules.providers.Setting("cpu", 1)
+    (row,) = modules.runner.measure("set", 0, (case,), [broken(modules, spoil)], 0.0, setting)
+    assert row.ms is None
+    assert row.note.startswith("wrong") and word in row.note
+
+
+def test_peer_that_fails_is_named(modules):
+    def fail(case, data, setting):
+        raise ZeroDivisionError("no such kernel")
+
+    provider = replace(modules.providers.PROVIDERS["torch.nn"], name="peer", prepare=fail)
+    case, setting = modules.cases.Case("gru", 3, 2, 4, 5), modules.providers.Setting("cpu", 1)
+    (row,) = modules.runner.measure("set", 0, (case,), [provider], 0.0, setting)
+    assert row.note == "failed: ZeroDivisionError: no such kernel"
+
+
+def test_absent_peer_is_named(modules):
+    provider = modules.providers.Provider("peer", None, ("no_such_module.kernels",))
+    assert "no_such_module" in provider.unavailable()
+    assert modules.providers.PROVIDERS["torch.nn"].unavailable() is None
+
+
+def test_gpu_samples_are_times_between_events(modules, monkeypatch):
+    """With events that count calls, each sample is the calls of its bundle, and inputs rotate."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(calls)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return float(other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    case = modules.cases.Case("gru", 1, 1, 1, 1)
+    inputs = [torch.zeros(1), torch.ones(1), torch.full((1,), 2.0)]
+    data = SimpleNamespace(xs=inputs)
+    call = modules.data.Data.in_turn(data, lambda x: calls.append(int(x)))
+    row = modules.results.Row("set", 0, 0, case, "peer")
+    session = modules.providers.Session(call, None)
+    contender = modules.runner.Contender(session, row, 1, gpu=True, bundle=2, per_turn=3, lead_in=0)
+    contender.turn()
+    assert contender.samples == [1e-3] * 3
+    assert calls == [0, 1, 2, 0, 1, 2]
+
+
+def test_bound_is_the_largest_of_three(modules):
+    case = modules.cases.Case("lstm", 10, 1, 8, 8)
+    ceiling = {
+        "peak_gflops": {"2": 1.0},
+        "copy_gbs": {"1000": 10.0, "100000000": 1.0},
+        "step_us": {"2": 50.0},
+    }
+    found = modules.results.Run({"threads": 2, "device": "cpu"}, ceiling=ceiling)
+    row = modules.results.Row("set", 0, 0, case, "torch.nn", flops=3_000, bytes=2_000_000)
+    bounded = found.with_bound(row)
+    assert (bounded.bound, bounded.bound_ms) == ("memory", pytest.approx(2.0))
+    bounded = found.with_bound(replace(row, bytes=500))
+    assert (bounded.bound, bounded.bound_ms) == ("steps", pytest.approx(0.5))
+    bounded = found.with_bound(replace(row, flops=3_000_000, bytes=500))
+    assert (bounded.bound, bounded.bound_ms) == ("compute", pytest.approx(3.0))
+
+
+def test_flops_and_bytes_of_a_small_layer(modules):
+    case = modules.cases.Case("gru", 2, 3, 5, 4)
+    assert case.flops(6) == 2 * 6 * 3 * 4 * (5 + 4)
+    assert case.bytes(6) == 4 * (6 * 5 + 3 * 4 * (5 + 4) + 6 * 4)
+    assert replace(case, heads=2).flops(6) == 2 * 6 * 3 * 4 * (5 + 2)
+
+
+def test_peak_memory_sees_what_a_call_takes(modules):
+    with modules.memory.PeakMemory("cpu") as peak:
+        torch.ones(64 << 20, dtype=torch.uint8)
+    if peak.mib is None:
+        pytest.skip("this system does not tell the peak of a process")
+    assert 60 < peak.mib < 80
+
+
+def test_names_of_sets_and_providers(modules):
+    """Every backend that exists is a provider, and GPU sets name GPU cases only."""
+    from fused_rnn.dispatch import BACKENDS
+
+    assert {f"fused_rnn/{name}" for name in BACKENDS} <= modules.providers.PROVIDERS.keys()
+    for name, case_set in modules.sets.SETS.items():
+        assert name.startswith("gpu-") == (case_set.device == "cuda")
+        groups = case_set.groups
+        assert groups and len(set(groups)) == len(groups), name
+
+
+def test_documents_say_what_the_results_say(modules, capsys):
+    import publish
+
+    assert publish.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_plots_are_made_from_a_run(modules, tmp_path):
+    pytest.importorskip("matplotlib")
+    import plots
+
+    run_of_cpu = modules.results.Run.load(BENCHMARKS / "results" / "cpu.json")
+    written = plots.plot_all(run_of_cpu, tmp_path, "cpu")
+    assert {"cpu-ratios.png", "cpu-step.png", "cpu-scaling.png"} <= {p.name for p in written}
+    assert all(path.stat().st_size > 5000 for path in written)
+
+
+def test_precision_leaves_cudnn_on_and_puts_everything_back(modules):
+    """torch's own context manager for one of these switches turns cuDNN off."""
+    from precision import gpu_precision
+
+    flags = torch.backends.cudnn
+    before = flags.enabled, flags.allow_tf32, torch.get_float32_matmul_precision()
+    for tf32 in (False, True):
+        with gpu_precision(tf32):
+            assert flags.enabled
+            assert flags.allow_tf32 == tf32 == torch.backends.cuda.matmul.allow_tf32
+    with gpu_precision(tf32=False, cudnn=False):
+        assert not flags.enabled
+    assert before == (flags.enabled, flags.allow_tf32, torch.get_float32_matmul_precision())

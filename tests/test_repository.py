@@ -21,15 +21,16 @@ PACKAGE = ROOT / "fused_rnn"
 # where that is a package (backends).
 LAYERS = [
     {"_C"},
-    {"cells", "native"},
-    {"problem", "checks"},
+    {"cells", "native", "torchscript"},
+    {"problem", "checks", "onnx"},
     {"oracle"},
     {"backends"},
     {"dispatch"},
     {"ops", "direct"},
     {"functional"},
     {"modules"},
-    {"convert", "explain", "testing"},
+    {"convert", "explain", "export", "testing"},
+    {"bench"},
     {"__init__"},
     {"__main__"},
 ]
@@ -130,24 +131,6 @@ def test_docstring_examples_run(name):
         importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     )
     assert result.failed == 0, f"{result.failed} of {result.attempted} examples failed, see stdout"
-
-
-def readme_blocks():
-    readme = ROOT / "README.md"
-    text = readme.read_text() if readme.exists() else ""
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-def test_readme_examples_run(tmp_path, monkeypatch):
-    """The README's blocks run one after the other, as a reader would type them."""
-    if not (ROOT / "README.md").exists():
-        pytest.skip("README.md is absent")
-    blocks = readme_blocks()
-    assert blocks, "README.md has no python block"
-    monkeypatch.chdir(tmp_path)
-    names = {"__name__": "readme"}
-    for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"README.md, python block {number}", "exec"), names)
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)

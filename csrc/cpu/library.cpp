@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -520,6 +521,19 @@ Outputs infer_cell_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights
                  : infer(s, 1, x, weights, h0, c0, {}, {s.output}, {s.hidden});
 }
 
+std::tuple<Tensor, Tensor, Tensor> layer_op(int64_t cell, const Tensor& x,
+                                            std::vector<Tensor> weights, const Tensor& h0,
+                                            std::optional<Tensor> c0) {
+  const LayerShape s = layer_shape(cell, x, h0, c0);
+  const int64_t c_width = c0 ? s.hidden : 0;
+  Tensor y = empty({s.count, s.directions * s.output});
+  Tensor h_n = empty({s.directions, s.rows.batch, s.output});
+  Tensor c_n = empty({s.directions, s.rows.batch, c_width});
+  const Tensor nothing = empty({s.directions, s.count, 0});
+  forward_op(cell, x, std::move(weights), h0, c0, std::nullopt, y, h_n, c_n, nothing, nothing);
+  return {y, h_n, c_n};
+}
+
 }  // namespace
 }  // namespace fused_rnn
 
@@ -527,6 +541,8 @@ Outputs infer_cell_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights
 // flat list w_ih, w_hh[, b_ih, b_hh][, w_hr] of each direction. Outputs are written in place. Zero
 // columns in `gates` mean that nothing is saved; a gradient that is not wanted comes as an empty
 // 0-d or 3-d tensor. Elements have the dtype of x, Float or BFloat16, all others are Float.
+// `layer` is the forward operator of padded rows in Float with outputs of its own, for programs
+// that run without the package.
 // The operators of inference take x and states as torch.nn's modules do, in Float, and return y,
 // h_n and c_n, those that the module has; or nothing, when the call is not for them.
 STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
@@ -541,6 +557,9 @@ STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
       "Tensor cells, Tensor(a!) grad_x, Tensor(b!) grad_h0, Tensor(c!) grad_c0, "
       "Tensor(d!)[] grad_weights) -> ()");
   m.def(
+      "layer(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n)");
+  m.def(
       "infer_layers(int cell, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, int layers, "
       "int directions, bool time_first) -> Tensor[]");
   m.def(
@@ -552,6 +571,7 @@ STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&fused_rnn::forward_op));
+  m.impl("layer", TORCH_BOX(&fused_rnn::layer_op));
   m.impl("layer_backward", TORCH_BOX(&fused_rnn::backward_op));
 }
 

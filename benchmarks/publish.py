@@ -1,0 +1,244 @@
+"""Makes the tables and plots of the documentation from benchmarks/results/*.json.
+
+python benchmarks/publish.py            docs/performance.md, docs/images/*.png, README.md's tables
+python benchmarks/publish.py --check    writes nothing; fails where a text is not what they say
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from captions import CAPTIONS
+from cases import GATES
+from report import number, percent
+from results import WILD, Row, Run
+from sets import SETS
+from targets import geometric_mean, judge, over_best, over_torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+DOCUMENT = ROOT / "docs" / "performance.md"
+IMAGES = ROOT / "docs" / "images"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- {}: made by benchmarks/publish.py -->", "<!-- end of {} -->"
+NOT_YET = "Not yet measured: no GPU has run this package so far."
+
+
+def load(device: str) -> Run | None:
+    path = RESULTS / f"{device}.json"
+    return Run.load(path) if path.exists() else None
+
+
+def table(headers: list[str], lines: list[list[str]], words: int = 1) -> str:
+    """Markdown; the first `words` columns are text, the others numbers."""
+    rules = ["---" if i < words else "---:" for i in range(len(headers))]
+    rows = [headers, rules, *([cell.replace("|", "/") for cell in line] for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def summary(run: Run) -> str:
+    """A line for each cell and mode: geometric means over the standing set."""
+    lines = []
+    for cell in GATES:
+        for mode in ("inference", "training"):
+            rows = [
+                group
+                for group in run.groups()
+                if group[0].set in ("standing", "gpu-standing")
+                and (group[0].case.cell, group[0].case.mode) == (cell, mode)
+            ]
+            torch_ratios = _known(over_torch(group, run) for group in rows)
+            best_ratios = _known(over_best(group, run) for group in rows)
+            if torch_ratios:
+                lines.append(
+                    [
+                        f"{cell} {mode}",
+                        f"{geometric_mean(torch_ratios):.2f}",
+                        f"{min(torch_ratios):.2f} to {max(torch_ratios):.2f}",
+                        f"{geometric_mean(best_ratios):.2f}",
+                        f"{min(best_ratios):.2f} to {max(best_ratios):.2f}",
+                    ]
+                )
+    headers = ["", "faster than torch.nn", "from, to", "than the fastest of all others", "from, to"]
+    return table(headers, lines)
+
+
+def _known(ratios: Iterator[float | None]) -> list[float]:
+    return [ratio for ratio in ratios if ratio is not None]
+
+
+def setting(run: Run) -> str:
+    """One sentence: when, where, with what."""
+    meta, machine = run.meta, run.meta["machine"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {meta['threads']} threads"
+    timed = [row for row in run.rows if row.ms]
+    wild = sum(row.wild for row in timed)
+    busy = f", load average {machine['load']:.1f} before the run" if machine["load"] > 0.5 else ""
+    versions = ", ".join(f"{n} {v}" for n, v in sorted(meta["versions"].items()) if v)
+    late = ", ".join(
+        f"{count} groups of {name}" for name, count in meta.get("not_reached", {}).items()
+    )
+    return (
+        (f"No time was left for {late}. " if late else "")
+        + f"{meta['date'][:10]}, {where}{busy}; {len(timed)} medians, {wild} of them with a spread "
+        f"above {WILD:.0%}; commit {meta['commit'][:12]}; {versions}."
+    )
+
+
+def readme_cpu() -> str:
+    run = load("cpu")
+    if run is None:
+        return "Not yet measured."
+    return f"{summary(run)}\n\nRatios of medians, geometric means over six shapes. {setting(run)}"
+
+
+def readme_gpu() -> str:
+    run = load("gpu")
+    return NOT_YET if run is None else f"{summary(run)}\n\n{setting(run)}"
+
+
+def readme() -> str:
+    """README.md with its generated parts as they should be."""
+    text = README.read_text()
+    for name, content in (("cpu table", readme_cpu()), ("gpu table", readme_gpu())):
+        begin, end = BEGIN.format(name), END.format(name)
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise SystemExit(f"README.md: expected {begin!r} and {end!r}")
+        text = f"{before}{begin}\n{content}\n{end}{after}"
+    return text
+
+
+def document() -> str:
+    """docs/performance.md."""
+    parts = [
+        "# Performance",
+        "Made by `make bench` from `benchmarks/results/`; `benchmarks/README.md` says how it is "
+        "measured. Times are medians of one call in milliseconds with half the distance of the "
+        "quartiles; every column counts the input projection, and training all gradients. "
+        '"Of bound" is the least time that the machine\'s own ceilings allow, over ours: matrix '
+        "products at its measured peak, bytes that must move at its copy rate, steps at the cost "
+        "of a synchronisation.",
+    ]
+    for device, title in (("cpu", "CPU"), ("gpu", "GPU")):
+        parts.append(f"## {title}")
+        run = load(device)
+        if run is None:
+            parts.append(NOT_YET)
+            continue
+        parts += [setting(run), _ceilings(run), summary(run)]
+        parts += [
+            f"![{caption}](images/{name})\n\n{caption}." for name, caption in image_names(run)
+        ]
+        for name in dict.fromkeys(row.set for row in run.rows):
+            parts += [f"### {name}", SETS[name].question if name in SETS else "", _set(run, name)]
+        if device == "cpu":
+            parts += ["### Targets", _targets(run)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def image_names(run: Run) -> list[tuple[str, str]]:
+    """The plots that there are, with captions, in the order of plots.plot_all."""
+    prefix = "gpu" if run.on_gpu else "cpu"
+    names = [(f"{prefix}-{name}.png", caption) for name, caption in CAPTIONS.items()]
+    return [(name, caption) for name, caption in names if (IMAGES / name).exists()]
+
+
+def _ceilings(run: Run) -> str:
+    lines = []
+    kinds = {"peak_gflops": "GFLOP/s", "copy_gbs": "GB/s", "step_us": "us per step"}
+    for kind, unit in kinds.items():
+        for name, value in run.ceiling.get(kind, {}).items():
+            what = {
+                "peak_gflops": f"{run.ceiling['peak']}, {name}" + " threads" * (not run.on_gpu),
+                "copy_gbs": f"copying {int(name) >> 20} MiB" if kind == "copy_gbs" else "",
+                "step_us": f"synchronising {name}" + " threads" * (not run.on_gpu),
+            }[kind]
+            lines.append([what, f"{value:.4g} {unit}"])
+    return table(["what this machine does at most", ""], lines)
+
+
+def _set(run: Run, name: str) -> str:
+    groups = [group for group in run.groups() if group[0].set == name]
+    providers = list(dict.fromkeys(row.provider for group in groups for row in group))
+    lines = []
+    for group in groups:
+        for case in dict.fromkeys(row.case for row in group):
+            rows = {row.provider: row for row in group if row.case == case}
+            ours = rows.get("fused_rnn")
+            lines.append(
+                [
+                    str(case),
+                    *(_time(rows.get(provider)) for provider in providers),
+                    number(over_torch(list(rows.values()), run)),
+                    number(over_best(list(rows.values()), run)),
+                    percent(ours.of_bound) if ours else "",
+                    number(ours.peak_mib, 1) if ours else "",
+                    ours.kernel if ours else "",
+                ]
+            )
+    tail = ["torch.nn / ours", "best / ours", "of bound", "MiB", "kernel"]
+    headers = ["case", *providers, *tail]
+    used = [i for i in range(len(headers)) if any(line[i] for line in lines)]
+    notes = dict.fromkeys(f"- {r.provider}: {r.note}" for g in groups for r in g if r.note)
+    shown = table([headers[i] for i in used], [[line[i] for i in used] for line in lines])
+    return "\n\n".join(filter(None, [shown, "\n".join(notes)]))
+
+
+def _time(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.ms is None:
+        return row.note.partition(":")[0]
+    digits = 4 if row.ms < 0.1 else 3 if row.ms < 10 else 1
+    return f"{row.ms:.{digits}f} ±{100 * row.spread:.0f}%"
+
+
+def _targets(run: Run) -> str:
+    lines = [
+        [
+            outcome.text,
+            number(outcome.geometric_mean),
+            number(outcome.goal),
+            number(outcome.worst),
+            number(outcome.floor),
+            outcome.worst_case,
+            outcome.verdict,
+        ]
+        for outcome in judge(run)
+    ]
+    headers = ["target", "geometric mean", "goal", "worst", "floor", "worst case", ""]
+    note = "A question mark counts groups with a row that spreads too much to be trusted."
+    return f"{table(headers, lines)}\n\n{note}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    if args.check:
+        made = {DOCUMENT: document(), README: readme()}
+        stale = [path for path, text in made.items() if path.read_text() != text]
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not what benchmarks/results says: make publish")
+        return 1 if stale else 0
+    from plots import plot_all
+
+    for device in ("cpu", "gpu"):
+        if run := load(device):
+            for path in plot_all(run, IMAGES, device):
+                print(f"written: {path.relative_to(ROOT)}")
+    for path, text in ((README, readme()), (DOCUMENT, document())):
+        path.write_text(text)
+        print(f"written: {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

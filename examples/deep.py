@@ -1,0 +1,111 @@
+"""Deep against wide: stacks of layers with dropout, at equal numbers of parameters.
+
+The same budget of parameters is spent on one wide layer, on two, or on four narrow ones, with and
+without dropout between the layers. They classify handwritten digits read as a sequence of pixels,
+row after row, two pixels at a time: 32 steps, of which the first show little. The digits are real
+(scikit-learn's `load_digits`) and few (1,437 to train on), so dropout has something to prevent.
+
+Depth is not free: on so short a task the one wide layer does best, and the narrow stack is where
+dropout is needed. The baseline is logistic regression on the same pixels, all at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+import common
+
+PIXELS = 2  # per step
+DEPTHS = (1, 2, 4)
+
+
+class Classifier(nn.Module):
+    def __init__(self, cell: str, width: int, depth: int, dropout: float):
+        super().__init__()
+        # With one layer there is nothing between layers, and torch.nn warns.
+        between = dropout if depth > 1 else 0.0
+        self.rnn = common.LAYERS[cell](PIXELS, width, depth, dropout=between)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        # images: [B, 64] -> logits [B, 10]
+        steps = images.view(len(images), -1, PIXELS).transpose(0, 1)
+        return self.head(self.dropout(common.last_layer(self.rnn(steps)[1])))
+
+
+def width_for(cell: str, depth: int, budget: int) -> int:
+    """The largest width with at most `budget` parameters."""
+    width = 1
+    while common.parameter_count(Classifier(cell, width + 1, depth, 0.0)) <= budget:
+        width += 1
+    return width
+
+
+def train(args, model: Classifier, images: Tensor, labels: Tensor, name: str) -> None:
+    trainer = common.Trainer(model, args.steps, lr=1e-2)
+    steps = common.Steps(args.steps, name)
+    for _ in steps:
+        rows = torch.randint(len(images), (64,), device=images.device)
+        steps.note = f"loss {trainer.step(F.cross_entropy(model(images[rows]), labels[rows])):.3f}"
+
+
+@torch.inference_mode()
+def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
+    return (model.eval()(images).argmax(-1) == labels).float().mean().item()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = common.Parser(__doc__, cell="lstm", steps=(700, 120), budget=(60_000, 8000))
+    args = parser.parse(argv)
+    digits = load_digits()
+    images = torch.from_numpy(digits.data).float().to(args.device) / 16
+    labels = torch.from_numpy(digits.target).to(args.device)
+    order = torch.randperm(len(images)).to(args.device)
+    test, training = order[:360], order[360:]
+    linear = LogisticRegression(max_iter=2000)
+    linear.fit(images[training].cpu().numpy(), labels[training].cpu().numpy())
+    baseline = linear.score(images[test].cpu().numpy(), labels[test].cpu().numpy())
+
+    table = common.Table("layers", "width", "parameters", "dropout", "training", "test")
+    accuracies = {}
+    for depth in DEPTHS[: 2 if args.small else 3]:
+        width = width_for(args.cell, depth, args.budget)
+        for dropout in (0.0, 0.3):
+            torch.manual_seed(args.seed)
+            model = Classifier(args.cell, width, depth, dropout).to(args.device)
+            name = f"{depth} x {width}, dropout {dropout}"
+            train(args, model, images[training], labels[training], name)
+            known = accuracy(model, images[training], labels[training])
+            accuracies[depth, dropout] = accuracy(model, images[test], labels[test])
+            table.add_row(
+                str(depth), str(width), f"{common.parameter_count(model):,}", str(dropout),
+                f"{known:.1%}", f"{accuracies[depth, dropout]:.1%}",
+            )  # fmt: skip
+    common.console.print(table)
+    results = [
+        common.Result(
+            "accuracy on digits never seen, 1 layer with dropout",
+            accuracies[1, 0.3],
+            0.1 if args.small else baseline,
+            "guessing" if args.small else "logistic regression on all pixels at once",
+            goal=0.45 if args.small else 0.95,
+        )
+    ]
+    if not args.small:
+        deepest = DEPTHS[-1]
+        results.append(
+            common.Result(
+                f"accuracy on digits never seen, {deepest} layers with dropout",
+                accuracies[deepest, 0.3], accuracies[deepest, 0.0], "without dropout", goal=0.9,
+            )
+        )  # fmt: skip
+    return common.report(args, "deep", results)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

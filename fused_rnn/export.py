@@ -1,0 +1,186 @@
+"""Exported programs for those who do not have this package: tables of decompositions.
+
+torch.export keeps a layer as one operator, `fused_rnn::layer_forward`, which runs wherever this
+package is imported. Each function here gives a table for `ExportedProgram.run_decompositions` that
+puts something else in its place:
+
+    core_aten            torch's core operators, for any runtime of exported programs
+    onnx_operators       the standard ONNX operators, for torch.onnx.export of a program
+    cpu_library          the C++ operator alone, for a process without Python
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dispatch, ops
+from .cells import CELLS, state_dtype
+from .native import cpu_library_error
+from .problem import Masks
+
+Decompositions = dict[torch._ops.OperatorBase, Callable]
+
+
+def core_aten() -> Decompositions:
+    """Turns each layer into operators of core ATen, one timestep after the other.
+
+    As large as torch.nn's own decomposition, and as slow: for runtimes that know nothing else.
+
+    Returns:
+        A table that also holds torch's default decompositions.
+
+    Raises:
+        RuntimeError (`run_decompositions` does): the program has a dynamic number of timesteps,
+            for which core ATen has no loop, or packed rows.
+
+    Example:
+        >>> import torch, fused_rnn
+        >>> program = torch.export.export(fused_rnn.GRU(3, 4), (torch.randn(5, 2, 3),))
+        >>> program = program.run_decompositions(core_aten())
+        >>> any("fused_rnn" in str(node.target) for node in program.graph.nodes)
+        False
+    """
+    return _table(_steps)
+
+
+def onnx_operators() -> Decompositions:
+    """Turns each layer into ONNX's LSTM, GRU or RNN, as torch.onnx.export of a module does.
+
+    Returns:
+        A table that holds nothing else: torch.onnx.export decomposes the rest.
+
+    Raises:
+        RuntimeError (`run_decompositions` does): the program has packed rows, or a dtype that
+            ONNX's operators do not take.
+
+    Example:
+        >>> import torch, fused_rnn
+        >>> program = torch.export.export(fused_rnn.GRU(3, 4), (torch.randn(5, 2, 3),))
+        >>> program = program.run_decompositions(onnx_operators())
+        >>> # torch.onnx.export(program) now gives a GRU node
+    """
+    return {torch.ops.fused_rnn.layer_forward.default: _onnx_node}
+
+
+def cpu_library() -> Decompositions:
+    """Turns each float32 layer of padded rows into the C++ library's operator.
+
+    What AOTInductor makes of the program runs in any process that has loaded the library
+    (`fused_rnn.native.library_path()`), with or without Python. Other layers stay as they are.
+
+    Returns:
+        A table that also holds torch's default decompositions.
+
+    Raises:
+        RuntimeError: the library was not built.
+
+    Example:
+        >>> import torch, fused_rnn
+        >>> program = torch.export.export(fused_rnn.GRU(3, 4), (torch.randn(5, 2, 3),))
+        >>> program = program.run_decompositions(cpu_library())
+        >>> torch._inductor.aoti_compile_and_package(program)  # doctest: +SKIP
+    """
+    if reason := cpu_library_error():
+        raise RuntimeError(f"export.cpu_library: {reason}")
+    return _table(_library_call)
+
+
+def _table(decomposition: Callable) -> Decompositions:
+    table = torch.export.default_decompositions()
+    table[torch.ops.fused_rnn.layer_forward.default] = decomposition
+    return table
+
+
+class _Call(NamedTuple):
+    """The arguments of `fused_rnn::layer_forward`."""
+
+    x: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    weights: list[Tensor]
+    batch_sizes: Tensor | None
+    lengths: Tensor | None
+    resets: Tensor | None
+    reset_h: Tensor | None
+    reset_c: Tensor | None
+    cell: str
+    save: bool
+    states: bool
+    recompute: bool
+    backend: str
+
+    @property
+    def masks(self) -> Masks:
+        return Masks(self.lengths, self.resets, self.reset_h, self.reset_c)
+
+    @property
+    def inputs(self) -> tuple:
+        return self.cell, self.x, self.h0, self.c0, self.weights, self.batch_sizes, self.masks
+
+
+def _steps(*arguments):
+    call = _Call(*arguments)
+    _padded("core_aten", call.batch_sizes)
+    if isinstance(call.x.shape[0], torch.SymInt):
+        raise RuntimeError(
+            "export.core_aten: input: expected a fixed number of timesteps, since core ATen has "
+            "no loop, got a dynamic one; export the model with that dimension static"
+        )
+    return _as_operator(call, ops.oracle(*call.inputs, states=call.states))
+
+
+def _onnx_node(*arguments):
+    call = _Call(*arguments)
+    _padded("onnx_operators", call.batch_sizes)
+    return _as_operator(call, ops.onnx_layer(*call.inputs, call.states))
+
+
+def _library_call(*arguments):
+    call = _Call(*arguments)
+    problem = ops.make_problem(*call.inputs, training=False, states=call.states)
+    unlike = problem.packed or problem.lengths or problem.resets or problem.states
+    wanted = call.x.dtype == torch.float32 and not unlike
+    if not wanted or dispatch.BACKENDS["cpu"].unsupported(problem) is not None:
+        return NotImplemented
+    _register_fake()
+    y, h_n, c_n = torch.ops.fused_rnn_cpu.layer(
+        CELLS[call.cell].index,
+        call.x.flatten(0, 1).contiguous(),
+        [w.contiguous() for w in call.weights],
+        call.h0.contiguous(),
+        None if call.c0 is None else call.c0.contiguous(),
+    )
+    y = y.unflatten(0, (call.x.shape[0], call.x.shape[1]))
+    return _as_operator(call, ops.LayerResult(y, h_n, None if call.c0 is None else c_n))
+
+
+@cache
+def _register_fake() -> None:
+    @torch.library.register_fake("fused_rnn_cpu::layer")
+    def _(cell, x, weights, h0, c0):
+        directions, batch, out = h0.shape
+        c_n = x.new_empty((directions, batch, 0)) if c0 is None else torch.empty_like(c0)
+        return x.new_empty((x.shape[0], directions * out)), torch.empty_like(h0), c_n
+
+
+def _padded(table: str, batch_sizes: Tensor | None) -> None:
+    if batch_sizes is not None:
+        raise RuntimeError(
+            f"export.{table}: input: expected padded rows, got a PackedSequence, whose layout is "
+            "known only when it runs"
+        )
+
+
+def _as_operator(call: _Call, out: ops.LayerResult) -> tuple[Tensor, ...]:
+    """A layer's results as `fused_rnn::layer_forward` returns them, with no gates saved."""
+    x, directions = call.x, call.h0.shape[0]
+    count = x.shape[0] * x.shape[1]
+    gates = x.new_empty((directions, count, 0))
+    cells = x.new_empty((directions, count, 0)) if out.cells is None else out.cells.flatten(1, 2)
+    c_n = x.new_empty((directions, x.shape[1], 0)) if out.c_n is None else out.c_n
+    return out.y, out.h_n, c_n, gates, cells.to(state_dtype(x.dtype))

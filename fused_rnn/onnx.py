@@ -1,0 +1,145 @@
+"""A layer as the standard ONNX operator, LSTM, GRU or RNN, while torch.onnx.export traces.
+
+The operators are specified at https://onnx.ai/onnx/operators. What differs from ours: the gates
+come in another order, the biases of a direction in one vector, the directions of Y in a
+dimension of their own; and there is no projection, which is turned into an LSTM without one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cells import CELLS, DirectionWeights
+
+# Theirs, i o f c and z r h, out of ours.
+_GATE_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru_reset_before": (1, 0, 2)}
+_DTYPES = (torch.float16, torch.float32, torch.float64)
+
+
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether torch.onnx.export traces. Of torch's own function dynamo thinks that it is False,
+    though strict export, the exporter's second attempt, goes through dynamo."""
+    return torch.onnx.is_in_onnx_export()
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[DirectionWeights],
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer of padded rows: y [T, B, D*P], h_n [D, B, P], c_n [D, B, H] or None.
+
+    Args:
+        cell: a name in `cells.CELLS`.
+        x: [T, B, I].
+        h0: [D, B, P].
+        c0: [D, B, H] for LSTM, else None.
+        weights: of each direction.
+        lengths: int64 [B], or None: of each row.
+
+    Raises:
+        RuntimeError: ONNX's operators do not take x's dtype.
+    """
+    if x.dtype not in _DTYPES:
+        raise RuntimeError(
+            f"torch.onnx.export: input: ONNX's {_operator(cell)} takes float16, float32 and "
+            f"float64, got {x.dtype}; export the model in float32"
+        )
+    projections, initial = [w.w_hr for w in weights], (h0, c0)
+    if projections[0] is not None:
+        x, h0, weights = _without_projection(x, h0, weights, lengths)
+    y, h_n, c_n = _node(cell, x, h0, c0, weights, lengths)
+    if projections[0] is not None:
+        turned = torch.stack([w.t() for w in projections])  # [D, H, P]
+        y, h_n = y @ turned, h_n @ turned
+    if lengths is not None:
+        # What the state is where no step is taken, the operator leaves open.
+        empty = (lengths == 0).unsqueeze(-1)
+        h_n = torch.where(empty, initial[0], h_n)
+        c_n = None if c_n is None else torch.where(empty, initial[1], c_n)
+    return y.transpose(1, 2).flatten(2), h_n, c_n
+
+
+def _node(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[DirectionWeights],
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operator itself. Its Y is [T, D, B, H]."""
+    spec, directions = CELLS[cell], len(weights)
+    batch, hidden = h0.shape[1:]
+    biases = None
+    if weights[0].b_ih is not None:
+        parts = [torch.cat([_reorder(cell, w.b_ih), _reorder(cell, w.b_hh)]) for w in weights]
+        biases = torch.stack(parts)
+    attributes = {
+        "hidden_size": hidden,
+        "direction": "bidirectional" if directions == 2 else "forward",
+    }
+    if cell.startswith("gru"):
+        attributes["linear_before_reset"] = int(cell == "gru")
+    if cell.startswith("rnn"):
+        attributes["activations"] = [cell.removeprefix("rnn_").capitalize()] * directions
+    inputs = [
+        x,
+        torch.stack([_reorder(cell, w.w_ih) for w in weights]),
+        torch.stack([_reorder(cell, w.w_hh) for w in weights]),
+        biases,
+        None if lengths is None else lengths.to(torch.int32),
+        h0,
+    ]
+    shapes = [(x.shape[0], directions, batch, hidden), (directions, batch, hidden)]
+    if spec.has_c:
+        inputs.append(c0)
+        shapes.append(shapes[1])
+    outputs = torch.onnx.ops.symbolic_multi_out(
+        _operator(cell), inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
+    )
+    return tuple(outputs) if spec.has_c else (*outputs, None)
+
+
+def _operator(cell: str) -> str:
+    return cell.split("_")[0].upper()
+
+
+def _reorder(cell: str, parameter: Tensor) -> Tensor:
+    """[G*H, ...] with the gates in ONNX's order."""
+    if cell not in _GATE_ORDER:
+        return parameter
+    rows = parameter.shape[0] // CELLS[cell].gates
+    # Not chunk: the exporter does not compute a Split of constants in advance.
+    return torch.cat([parameter.narrow(0, i * rows, rows) for i in _GATE_ORDER[cell]])
+
+
+def _without_projection(
+    x: Tensor, h0: Tensor, weights: list[DirectionWeights], lengths: Tensor | None
+) -> tuple[Tensor, Tensor, list[DirectionWeights]]:
+    """The LSTM whose state is m = o * tanh(c) [H] instead of h = W_hr m [P].
+
+    Its recurrent weight is W_hh W_hr, since W_hh h = (W_hh W_hr) m. No m need belong to h0, so
+    that enters as further features of the first step's input, which W_hh faces; m starts at zero.
+    """
+    timesteps, batch = x.shape[:2]
+    directions = h0.shape[0]
+    hidden = weights[0].w_hr.shape[1]
+    steps = torch.arange(timesteps, device=x.device).unsqueeze(1)  # [T, 1]
+    last = timesteps - 1 if lengths is None else lengths - 1
+    features = [x]
+    plain = []
+    for d, w in enumerate(weights):
+        first = steps == (last if d else 0)  # [T, B], or [T, 1]
+        features.append(torch.where(first.unsqueeze(-1), h0[d], h0.new_zeros(())))
+        facing = [torch.zeros_like(w.w_hh)] * directions
+        facing[d] = w.w_hh
+        plain.append(
+            w._replace(w_ih=torch.cat([w.w_ih, *facing], 1), w_hh=w.w_hh @ w.w_hr, w_hr=None)
+        )
+    return torch.cat(features, -1), h0.new_zeros((directions, batch, hidden)), plain

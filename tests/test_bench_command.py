@@ -1,0 +1,90 @@
+"""`python -m fused_rnn bench` times what it says it times."""
+
+import copy
+
+import pytest
+import torch
+
+from fused_rnn import __main__
+from fused_rnn.bench import time_module
+
+SMALL = ["--hidden", "8", "--batch", "2", "--timesteps", "3", "--seconds", "0"]
+
+
+class Tagger(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = torch.nn.LSTM(6, 8, bidirectional=True)
+        self.out = torch.nn.Linear(16, 3)
+
+    def forward(self, x):
+        return {"scores": self.out(self.lstm(x)[0])}
+
+
+def test_prints_both_modes_with_ratio_and_kernel(capsys):
+    assert __main__.main(["bench", "--cell", "gru", *SMALL, "--backend", "reference"]) == 0
+    _, inference, training = capsys.readouterr().out.splitlines()
+    for mode, line in (("inference", inference), ("training", training)):
+        assert line.startswith(mode)
+        assert "times as fast" in line
+        assert "reference" in line
+
+
+def test_times_a_saved_model(tmp_path, capsys):
+    path = tmp_path / "model.pt"
+    torch.save(Tagger(), path)
+    arguments = ["bench", "--model", str(path), "--input", "4,2,6", "--seconds", "0"]
+    assert __main__.main(arguments) == 0
+    assert capsys.readouterr().out.count("times as fast") == 2
+
+
+def test_module_stays_as_it_is():
+    model = Tagger()
+    before = copy.deepcopy(model.state_dict())
+    timing = time_module(model, torch.randn(4, 2, 6), mode="training", seconds=0)
+    assert type(model.lstm) is torch.nn.LSTM
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert timing.before > 0 and timing.after > 0
+    assert timing.difference < 1e-5
+
+
+def test_difference_of_outputs_is_told(monkeypatch):
+    """A conversion that computes something else must show."""
+    from fused_rnn import bench
+
+    def spoil(model):
+        with torch.no_grad():
+            model.out.bias += 1
+        return model
+
+    monkeypatch.setattr(bench, "replace", spoil)
+    assert time_module(Tagger(), torch.randn(4, 2, 6), seconds=0).difference > 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hidden", "0"], "positive"),
+        (["--cell", "elman"], "elman"),
+        (["--input", "3,x"], "positive"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        __main__.main(["bench", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--input", "3,4,5"], "T,B,I"), (["--model", "some.pt"], "--input")],
+)
+def test_inputs_that_do_not_fit(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        __main__.main(["bench", *arguments])
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="mode: expected"):
+        time_module(Tagger(), torch.randn(4, 2, 6), mode="backward")

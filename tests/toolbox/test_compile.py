@@ -1,0 +1,256 @@
+"""torch.compile: one graph, forward and backward, whatever the sizes; and the errors of eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toolkit import Inputs, leaves, loss_of, near, train_step
+from torch._dynamo.utils import counters
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import fused_rnn
+
+pytestmark = [
+    pytest.mark.costly,
+    pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
+]
+
+BACKENDS = [
+    pytest.param("aot_eager", id="aot_eager"),
+    pytest.param("inductor", marks=pytest.mark.slow, id="inductor"),
+]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+OPTIONS = [
+    pytest.param({}, id="plain", marks=pytest.mark.slow),
+    pytest.param({"num_layers": 2, "bidirectional": True}, id="bidirectional-2"),
+    pytest.param({"batch_first": True, "bias": False}, id="no_bias", marks=pytest.mark.slow),
+]
+with_and_without_hx = pytest.mark.parametrize(
+    "with_hx",
+    [pytest.param(False, id="zeros", marks=pytest.mark.slow), pytest.param(True, id="hx")],
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    assert not counters["graph_break"], counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+@every_backend
+@with_and_without_hx
+@pytest.mark.parametrize("options", OPTIONS)
+def test_training_step(layer, options, with_hx, backend, make):
+    """Forward and backward in one graph each, inputs and states among what gets gradients."""
+    module, theirs = make.pair(layer, **options)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    args = Inputs(module, with_hx).args
+    near(train_step(compiled, module, *args), train_step(theirs, theirs, *args))
+    assert graphs() == 1
+
+
+@every_backend
+@with_and_without_hx
+def test_cells(cell, with_hx, backend, make):
+    module, theirs = make.pair(cell)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    args = Inputs(module, with_hx).args
+    near(train_step(compiled, module, *args), train_step(theirs, theirs, *args))
+
+
+@every_backend
+@with_and_without_hx
+def test_any_sizes_with_one_graph(layer, with_hx, backend, make):
+    """dynamic=True: T and B change and nothing is compiled again. Sizes of 1 are constants to
+    torch.compile, whatever the model, and are not among them."""
+    module, theirs = make.pair(layer, num_layers=2, bidirectional=True)
+    compiled = torch.compile(module, fullgraph=True, backend=backend, dynamic=True)
+    for timesteps, batch in ((6, 7), (9, 4), (2, 2), (31, 8)):
+        args = Inputs(module, with_hx, timesteps, batch).args
+        near(train_step(compiled, module, *args), train_step(theirs, theirs, *args))
+    assert graphs() == 1
+
+
+@every_backend
+def test_inference(layer, backend, make):
+    module, theirs = make.pair(layer, num_layers=2, dropout=0.5)
+    module.eval(), theirs.eval()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            args = Inputs(module).args
+            near(compiled(*args), theirs(*args))
+
+
+# Sizes that are equal at first are one symbol to torch.compile, so none is.
+def packed_batch(lengths, sort: bool) -> PackedSequence:
+    lengths = sorted(lengths, reverse=True) if sort else lengths
+    return pack_sequence([torch.randn(n, 3) for n in lengths], enforce_sorted=sort)
+
+
+@every_backend
+@pytest.mark.parametrize("kind", ["hx", "unsorted", "neither"])
+def test_packed(layer, kind, backend, make):
+    """One graph for any lengths. Where neither states nor a permutation tell the batch size it is
+    a number that the graph computes, which torch.compile takes with fullgraph=True only."""
+    module, theirs = make.pair(layer, num_layers=2, bidirectional=True)
+    compiled = torch.compile(module, fullgraph=kind == "neither", backend=backend, dynamic=True)
+    for lengths in ((6, 2, 9, 5, 1, 1), (9, 9, 1, 4, 8, 2, 2), (8, 7)):
+        packed = packed_batch(lengths, sort=kind != "unsorted")
+        args = Inputs(module, True, batch=len(lengths)).args[1:] if kind == "hx" else ()
+
+        def step(call, owner, data, *hx, packed=packed):
+            return train_step(
+                lambda data, *hx: leaves_of_packed(call(PackedSequence(data, *packed[1:]), *hx)),
+                owner,
+                data,
+                *hx,
+            )
+
+        near(step(compiled, module, packed.data, *args), step(theirs, theirs, packed.data, *args))
+    assert graphs() == 1
+
+
+def leaves_of_packed(outputs):
+    output, states = outputs
+    return [output.data, *leaves(states)]
+
+
+class Translator(torch.nn.Module):
+    """An encoder, an attention that calls a cell per step, and operations around them."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(13, 3)
+        self.encoder = make("lstm", num_layers=2, bidirectional=True, batch_first=True)
+        self.bridge = torch.nn.Linear(10, 5)
+        self.decoder = make("gru_cell")
+        self.head = torch.nn.Linear(5, 13)
+
+    def forward(self, source, target):
+        memory = self.bridge(self.encoder(self.embedding(source))[0]).relu()
+        state = memory.mean(1)
+        logits = []
+        for t in range(target.shape[1]):
+            scores = torch.softmax((memory @ state.unsqueeze(-1)).squeeze(-1), -1)
+            state = state + (scores.unsqueeze(-1) * memory).sum(1)
+            state = self.decoder(self.embedding(target[:, t]), state)
+            logits.append(self.head(state))
+        return torch.stack(logits, 1)
+
+
+@every_backend
+def test_inside_a_model(backend, make):
+    model = Translator(make)
+    source, target = torch.randint(13, (4, 7)), torch.randint(13, (4, 3))
+    results = []
+    for call in (model, torch.compile(model, fullgraph=True, backend=backend)):
+        model.zero_grad()
+        logits = call(source, target)
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+    near(results[1], results[0])
+
+
+@every_backend
+def test_whole_training_step_compiled(backend, make):
+    """Loss, backward and optimizer around a compiled model, several steps."""
+    module, theirs = make.pair("gru", num_layers=2)
+    losses = []
+    for owner, call in ((module, torch.compile(module, fullgraph=True, backend=backend)),
+                        (theirs, theirs)):  # fmt: skip
+        torch.manual_seed(5)
+        optimizer = torch.optim.AdamW(owner.parameters(), lr=0.02)
+        losses.append([])
+        for _ in range(4):
+            loss = loss_of(call(*Inputs(owner).args))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.detach())
+    near(*losses)
+
+
+def test_gradient_penalty_is_refused_by_torch(make):
+    """Double backward through a compiled graph is torch's to allow; it must not be wrong."""
+    module = make("gru")
+    (x,) = Inputs(module).args
+    x.requires_grad_()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    (grad,) = torch.autograd.grad(loss_of(compiled(x)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        grad.square().sum().backward()
+
+
+def test_autocast(layer, make):
+    module = make(layer, num_layers=2)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    args = Inputs(module, True).args
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = compiled(*args), module(*args)
+    assert leaves(actual)[0].dtype == leaves(expected)[0].dtype
+    near(actual, expected, rtol=0.02, atol=0.02)
+
+
+WRONG = {
+    "features": lambda: (torch.randn(6, 4, 2),),
+    "dtype": lambda: (torch.randn(6, 4, 3, dtype=torch.float64),),
+    "dimensions": lambda: (torch.randn(6, 4, 3, 1),),
+    "states": lambda: (torch.randn(6, 4, 3), torch.randn(1, 3, 5)),
+    "no timesteps": lambda: (torch.randn(0, 4, 3),),
+    "type": lambda: (torch.randn(6, 4, 3), "zeros"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_errors_are_eager_modes(what):
+    """The class and the message; with fullgraph=True torch wraps both in an error of its own."""
+    module, args = fused_rnn.GRU(3, 5), WRONG[what]()
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as eager:
+        module(*args)
+    with pytest.raises(type(eager.value)) as compiled:
+        torch.compile(module, backend="aot_eager")(*args)
+    assert type(compiled.value) is type(eager.value)
+    assert str(compiled.value) == str(eager.value)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported) as in_full:
+        torch.compile(module, backend="aot_eager", fullgraph=True)(*args)
+    assert str(eager.value) in str(in_full.value)
+
+
+@pytest.mark.parametrize("sizes", [[2, 1], [2, 3], [4, 1], [5, 0]])
+def test_packed_layouts_are_checked_when_the_graph_runs(sizes):
+    layer = torch.compile(fused_rnn.GRU(3, 5), fullgraph=True, backend="aot_eager")
+    layer(PackedSequence(torch.randn(5, 3), torch.tensor([3, 2])), torch.zeros(1, 3, 5))
+    with pytest.raises(RuntimeError, match="batch_sizes: expected"):
+        layer(PackedSequence(torch.randn(5, 3), torch.tensor(sizes)), torch.zeros(1, 3, 5))
+
+
+def test_forced_backend_is_asked_when_the_graph_runs():
+    layer = fused_rnn.GRU(3, 5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(6, 4, 3)
+    compiled(x)
+    with fused_rnn.backend("reference"):
+        assert fused_rnn.explain(layer, x).backend == "reference"
+        near(compiled(x), layer(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_with_cuda_graphs(layer, mode, make):
+    module, theirs = make.pair(layer, num_layers=2, bidirectional=True)
+    module, theirs = module.cuda(), theirs.cuda()
+    compiled = torch.compile(module, fullgraph=True, mode=mode)
+    for _ in range(4):
+        args = [a.cuda() for a in Inputs(module).args]
+        torch.compiler.cudagraph_mark_step_begin()
+        near(train_step(compiled, module, *args), train_step(theirs, theirs, *args))

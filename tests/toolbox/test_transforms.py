@@ -1,0 +1,370 @@
+"""torch.func and torch.autograd: every derivative, over batches, ensembles and samples."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from toolkit import Inputs, leaves, loss_of, near, train_step
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vjp,
+    vmap,
+)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+
+def options_of(variant: str) -> dict:
+    return {} if variant.endswith("_cell") else {"num_layers": 2, "bidirectional": True}
+
+
+def pair_of(make, variant: str, **options):
+    module, theirs = make.pair(variant, **(options or options_of(variant)))
+    return module.double(), theirs.double()
+
+
+def args_of(module, with_hx: bool = False, **sizes):
+    return Inputs(module, with_hx, dtype=torch.float64, **sizes).args
+
+
+def parameters_of(module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+def loss_function(module):
+    """(parameters, arguments...) -> the loss."""
+    return lambda parameters, *args: loss_of(functional_call(module, parameters, args))
+
+
+def grads_of(module, *args) -> dict[str, Tensor]:
+    module.zero_grad()
+    loss_of(module(*args)).backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters()}
+
+
+def test_vmap_over_a_batch(variant, make):
+    module, theirs = pair_of(make, variant)
+    batch = [args_of(module, True) for _ in range(3)]
+    stacked = torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *batch)
+    results = vmap(lambda *args: tuple(leaves(module(*args))))(*stacked)
+    for i, args in enumerate(batch):
+        near([r[i] for r in results], theirs(*args), **EXACT)
+
+
+def test_vmap_over_parameters(variant, make):
+    """An ensemble: stack_module_state, and one call for all of its members."""
+    members = [make(variant).double() for _ in range(3)]
+    for i, member in enumerate(members):
+        with torch.no_grad():
+            for p in member.parameters():
+                p.mul_(1 + i / 4)
+    parameters, buffers = stack_module_state(members)
+    skeleton = copy.deepcopy(members[0]).to("meta")
+    args = args_of(members[0])
+
+    def call(parameters, buffers):
+        return tuple(leaves(functional_call(skeleton, (parameters, buffers), args)))
+
+    results = vmap(call)(parameters, buffers)
+    for i, member in enumerate(members):
+        near([r[i] for r in results], member(*args), **EXACT)
+
+
+def test_vmap_with_randomness(make):
+    """Dropout between layers under vmap: torch's rules for it hold."""
+    module = make("gru", num_layers=2, dropout=0.5).double()
+    batch = torch.randn(3, 6, 7, 3, dtype=torch.float64)[:1].expand(3, -1, -1, -1)
+    different = vmap(lambda x: module(x)[0], randomness="different")(batch)
+    same = vmap(lambda x: module(x)[0], randomness="same")(batch)
+    assert not torch.equal(different[0], different[1])
+    assert torch.equal(same[0], same[1])
+
+
+def test_grad_with_respect_to_parameters(variant, make):
+    module, theirs = pair_of(make, variant)
+    args = args_of(module, True)
+    actual = grad(loss_function(module))(parameters_of(module), *args)
+    near(actual, grads_of(theirs, *args), **EXACT)
+
+
+def test_per_sample_gradients(variant, make):
+    module, theirs = pair_of(make, variant)
+    batch = [args_of(module, batch=1) for _ in range(3)]
+    stacked = torch.stack([args[0] for args in batch])
+    function = vmap(grad(loss_function(module)), in_dims=(None, 0))
+    actual = function(parameters_of(module), stacked)
+    for i, args in enumerate(batch):
+        near({k: v[i] for k, v in actual.items()}, grads_of(theirs, *args), **EXACT)
+
+
+def test_vjp(variant, make):
+    module, theirs = pair_of(make, variant)
+    args = args_of(module, True)
+    outputs, pull_back = vjp(lambda *args: tuple(leaves(module(*args))), *args)
+    cotangents = tuple(torch.randn_like(o) for o in outputs)
+    actual = pull_back(cotangents)
+    inputs = torch.utils._pytree.tree_map(lambda t: t.clone().requires_grad_(), args)
+    expected = torch.autograd.grad(leaves(theirs(*inputs)), leaves(inputs), cotangents)
+    near(actual, expected, **EXACT)
+
+
+def differences(function, args, tangents, step: float = 1e-6):
+    """The directional derivative, by central differences."""
+    flat, spec = torch.utils._pytree.tree_flatten(args)
+
+    def at(sign):
+        moved = [a + sign * step * t for a, t in zip(flat, tangents, strict=True)]
+        return leaves(function(*torch.utils._pytree.tree_unflatten(moved, spec)))
+
+    with torch.no_grad():
+        return [(a - b) / (2 * step) for a, b in zip(at(1), at(-1), strict=True)]
+
+
+def test_jvp(variant, make):
+    """Compared with differences: torch.nn has no forward mode for some cells."""
+    module, theirs = pair_of(make, variant)
+    args = args_of(module, True)
+    flat, spec = torch.utils._pytree.tree_flatten(args)
+    tangents = [torch.randn_like(a) for a in flat]
+    outputs, actual = jvp(
+        lambda *args: tuple(leaves(module(*args))),
+        args,
+        torch.utils._pytree.tree_unflatten(tangents, spec),
+    )
+    near(outputs, theirs(*args), **EXACT)
+    near(actual, differences(theirs, args, tangents), rtol=1e-5, atol=1e-7)
+
+
+def test_forward_ad(variant, make):
+    module, theirs = pair_of(make, variant)
+    (x,) = args_of(module)
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        outputs = leaves(module(forward_ad.make_dual(x, tangent)))
+        actual = [forward_ad.unpack_dual(o).tangent for o in outputs]
+    near(actual, differences(theirs, (x,), [tangent]), rtol=1e-5, atol=1e-7)
+
+
+def test_jacrev_and_jacfwd(variant, make):
+    """The whole Jacobian, row by row by backward, and column by column forward."""
+    module, theirs = pair_of(make, variant)
+    (x,) = args_of(module, timesteps=2, batch=2)
+    expected = torch.autograd.functional.jacobian(lambda x: leaves(theirs(x))[0], x)
+    near(jacrev(lambda x: leaves(module(x))[0])(x), expected, **EXACT)
+    near(jacfwd(lambda x: leaves(module(x))[0])(x), expected, **EXACT)
+
+
+def test_hessian(variant, make):
+    module, theirs = pair_of(make, variant, **({} if variant.endswith("_cell") else {"bias": True}))
+    (x,) = args_of(module, timesteps=2, batch=1)
+    expected = torch.autograd.functional.hessian(lambda x: loss_of(theirs(x)), x)
+    near(hessian(lambda x: loss_of(module(x)))(x), expected, **EXACT)
+
+
+@pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
+def test_gradcheck_and_gradgradcheck(variant, with_hx, make):
+    module, _ = pair_of(make, variant)
+    args = args_of(module, with_hx, timesteps=3, batch=2)
+    flat, spec = torch.utils._pytree.tree_flatten(args)
+    flat = [t.requires_grad_() for t in flat]
+
+    def function(*flat):
+        return tuple(leaves(module(*torch.utils._pytree.tree_unflatten(flat, spec))))
+
+    assert gradcheck(function, flat, fast_mode=True)
+    assert gradgradcheck(function, flat, fast_mode=True)
+
+
+def test_functional_call_under_grad_of_grad(layer, make):
+    """A step of meta-learning: gradients through a gradient step."""
+    module, theirs = pair_of(make, layer)
+    args = args_of(module)
+    results = []
+    for owner in (module, theirs):
+        parameters = {k: p.requires_grad_() for k, p in copy.deepcopy(parameters_of(owner)).items()}
+        loss = loss_of(functional_call(owner, parameters, args))
+        first = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+        moved = {k: p - 0.1 * g for (k, p), g in zip(parameters.items(), first, strict=True)}
+        loss = loss_of(functional_call(owner, moved, args))
+        results.append(torch.autograd.grad(loss, list(parameters.values())))
+    near(*results, **EXACT)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(variant, use_reentrant, make):
+    module, theirs = pair_of(make, variant)
+    args = args_of(module, True)
+
+    def call(*args):
+        flat, spec = torch.utils._pytree.tree_flatten(args)
+        return checkpoint(
+            lambda *flat: tuple(leaves(module(*torch.utils._pytree.tree_unflatten(flat, spec)))),
+            *flat,
+            use_reentrant=use_reentrant,
+        )
+
+    near(train_step(call, module, *args), train_step(theirs, theirs, *args), **EXACT)
+
+
+def test_selective_checkpoint(layer, make):
+    """What is saved is chosen operator by operator; a layer is one of them."""
+    module, theirs = pair_of(make, layer)
+    (x,) = args_of(module)
+
+    def contexts():
+        return create_selective_checkpoint_contexts([torch.ops.fused_rnn.layer_forward.default])
+
+    def call(x):
+        return checkpoint(
+            lambda x: tuple(leaves(module(x * 2))), x, use_reentrant=False, context_fn=contexts
+        )
+
+    near(train_step(call, module, x), train_step(lambda x: theirs(x * 2), theirs, x), **EXACT)
+
+
+def test_save_on_cpu(variant, make):
+    module, theirs = pair_of(make, variant)
+    args = args_of(module, True)
+
+    def call(*args):
+        with torch.autograd.graph.save_on_cpu():
+            return module(*args)
+
+    near(train_step(call, module, *args), train_step(theirs, theirs, *args), **EXACT)
+
+
+def test_saved_tensor_hooks(variant, make):
+    """What is saved goes out as other bytes, and comes back as another tensor."""
+    module, theirs = pair_of(make, variant)
+    args = args_of(module, True)
+    packed = []
+
+    def pack(tensor):
+        packed.append(tensor.shape)
+        return tensor.detach().numpy().copy() if tensor.numel() else tensor
+
+    def unpack(value):
+        return value if isinstance(value, Tensor) else torch.from_numpy(value.copy())
+
+    def call(*args):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return module(*args)
+
+    near(train_step(call, module, *args), train_step(theirs, theirs, *args), **EXACT)
+    assert packed
+
+
+def times(factor, grads):
+    """A pair of states inside the outputs is no tensor, and its place in `grads` is None."""
+    return tuple(None if g is None else factor * g for g in grads)
+
+
+def test_full_backward_hooks(variant, make):
+    """What they see, and what they put in its place."""
+    module, theirs = pair_of(make, variant)
+    args = args_of(module)
+    results = []
+    for owner in (module, theirs):
+        seen = []
+
+        def pre_hook(owner, after, seen=seen):
+            seen.extend(after)
+            return times(2, after)
+
+        def hook(owner, before, after, seen=seen):
+            seen.extend([*before, *after])
+            return times(3, before)
+
+        owner.register_full_backward_pre_hook(pre_hook)
+        owner.register_full_backward_hook(hook)
+        results.append([*train_step(owner, owner, *args), *leaves(seen)])
+    assert len(results[0]) > len(leaves(module(*args))) + 1
+    near(*results, **EXACT)
+
+
+def test_gradient_hooks_and_retained_gradients(variant, make):
+    module, theirs = pair_of(make, variant)
+    args = args_of(module, True)
+    results = []
+    for owner in (module, theirs):
+        seen = []
+        for p in owner.parameters():
+            p.register_hook(lambda g: 2 * g)
+            p.register_post_accumulate_grad_hook(lambda p, seen=seen: seen.append(p.grad.clone()))
+        outputs = leaves(owner(*args))
+        # torch.nn's LSTMCell computes h from the very c that it returns: another gradient.
+        watched = outputs[:1] if variant == "lstm_cell" else outputs
+        for output in watched:
+            output.retain_grad()
+            output.register_hook(lambda g: g + 1)
+        loss_of(outputs).backward()
+        seen.sort(key=lambda t: (t.shape, t.sum().item()))
+        results.append([*seen, *(o.grad for o in watched), *(p.grad for p in owner.parameters())])
+    near(*results, rtol=1e-8, atol=1e-10)
+
+
+def test_partial_inputs(variant, make):
+    """torch.autograd.grad for one tensor at a time, others left without."""
+    module, theirs = pair_of(make, variant)
+    args = torch.utils._pytree.tree_map(lambda t: t.requires_grad_(), args_of(module, True))
+    for name in ("args", *dict(module.named_parameters())):
+        wanted = [
+            leaves(args) if name == "args" else [owner.get_parameter(name)]
+            for owner in (module, theirs)
+        ]
+        results = [
+            torch.autograd.grad(loss_of(owner(*args)), each)
+            for owner, each in zip((module, theirs), wanted, strict=True)
+        ]
+        near(*results, **EXACT)
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_repeated_backward_per_timestep(layer, make):
+    """retain_graph: the gradient of every timestep's output by itself."""
+    module, theirs = pair_of(make, layer, num_layers=2)
+    (x,) = args_of(module)
+    results = []
+    for owner in (module, theirs):
+        leaf = x.clone().requires_grad_()
+        y = owner(leaf)[0]
+        results.append(
+            [torch.autograd.grad(step.sin().sum(), leaf, retain_graph=True)[0] for step in y]
+        )
+    near(*results, **EXACT)
+
+
+def test_anomaly_mode_and_determinism(variant, make):
+    module, theirs = pair_of(make, variant)
+    args = args_of(module, True)
+    expected = train_step(theirs, theirs, *args)
+    with torch.autograd.set_detect_anomaly(True):
+        near(train_step(module, module, *args), expected, **EXACT)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (train_step(module, module, *args) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    near(first, expected, **EXACT)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_inference_mode(variant, make):
+    module, theirs = pair_of(make, variant)
+    args = args_of(module, True)
+    with torch.inference_mode():
+        outputs = module(*args)
+    assert all(leaf.is_inference() for leaf in leaves(outputs))
+    near(outputs, theirs(*args), **EXACT)
