@@ -111,7 +111,7 @@ inline constexpr std::array kRnnForward2 = {
 inline constexpr std::array kLstmForward4 = {
     ForwardTile{64, 1, 1, 1, 1, 8, 4},   ForwardTile{64, 1, 2, 1, 1, 8, 4},
     ForwardTile{128, 2, 1, 1, 1, 16, 4}, ForwardTile{256, 8, 1, 1, 2, 16, 4},
-    ForwardTile{384, 16, 1, 1, 4, 9, 4}, ForwardTile{512, 16, 1, 1, 2, 16, 4},
+    ForwardTile{384, 16, 1, 1, 2, 16, 4}, ForwardTile{512, 16, 1, 1, 2, 16, 4},
 };
 inline constexpr std::array kGruForward4 = kLstmForward4;
 inline constexpr std::array kRnnForward4 = {
