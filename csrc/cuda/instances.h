@@ -94,11 +94,11 @@ inline constexpr std::array kLstmForward2 = {
     ForwardTile{640, 16, 1, 1, 1, 16, 4}, ForwardTile{768, 16, 1, 1, 1, 20, 2},
 };
 inline constexpr std::array kGruForward2 = {
-    ForwardTile{64, 1, 1, 2, 2, 2, 4},    ForwardTile{64, 1, 2, 2, 2, 2, 4},
-    ForwardTile{128, 1, 1, 2, 1, 8, 4},   ForwardTile{128, 1, 2, 2, 1, 8, 4},
-    ForwardTile{256, 4, 1, 2, 2, 8, 4},   ForwardTile{256, 4, 2, 2, 2, 8, 4},
-    ForwardTile{384, 8, 1, 2, 4, 5, 4},   ForwardTile{512, 16, 1, 2, 4, 8, 4},
-    ForwardTile{512, 16, 2, 2, 4, 8, 4},  ForwardTile{640, 16, 1, 1, 2, 9, 4},
+    ForwardTile{64, 1, 1, 2, 2, 2, 4},   ForwardTile{64, 1, 2, 2, 2, 2, 4},
+    ForwardTile{128, 1, 1, 2, 1, 8, 4},  ForwardTile{128, 1, 2, 2, 1, 8, 4},
+    ForwardTile{256, 4, 1, 2, 2, 8, 4},  ForwardTile{256, 4, 2, 2, 2, 8, 4},
+    ForwardTile{384, 8, 1, 2, 4, 5, 4},  ForwardTile{512, 16, 1, 2, 4, 8, 4},
+    ForwardTile{512, 16, 2, 2, 4, 8, 4}, ForwardTile{640, 16, 1, 1, 2, 9, 4},
     ForwardTile{768, 16, 1, 1, 2, 9, 4},
 };
 inline constexpr std::array kRnnForward2 = {
@@ -109,8 +109,8 @@ inline constexpr std::array kRnnForward2 = {
     ForwardTile{1024, 16, 1, 2, 2, 32, 4},
 };
 inline constexpr std::array kLstmForward4 = {
-    ForwardTile{64, 1, 1, 1, 1, 8, 4},   ForwardTile{64, 1, 2, 1, 1, 8, 4},
-    ForwardTile{128, 2, 1, 1, 1, 16, 4}, ForwardTile{256, 8, 1, 1, 2, 16, 4},
+    ForwardTile{64, 1, 1, 1, 1, 8, 4},    ForwardTile{64, 1, 2, 1, 1, 8, 4},
+    ForwardTile{128, 2, 1, 1, 1, 16, 4},  ForwardTile{256, 8, 1, 1, 2, 16, 4},
     ForwardTile{384, 16, 1, 1, 2, 16, 4}, ForwardTile{512, 16, 1, 1, 2, 16, 4},
 };
 inline constexpr std::array kGruForward4 = kLstmForward4;
