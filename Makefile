@@ -4,6 +4,8 @@
 # make test-all        all tests, then test-reference
 # make test-asan       tests of the CPU library built with gcc's address and undefined-behaviour
 #                      sanitizers, in build/asan; not part of the others
+# make emulate         the CUDA kernels for the CPU, thread by thread, which the tests run
+# make build-cuda      the CUDA library, with nvcc and without a GPU; some minutes
 # make bench           the CPU benchmark with every peer that installs, and all that is made of its
 #                      results: docs/performance.md, its plots, README.md's tables
 # make bench-cpu       the measurement alone, and whether the targets are met
@@ -42,26 +44,27 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constr
 # pass for a build later on.
 SKIP_BUILD := $(filter-out 0,$(FUSED_RNN_SKIP_BUILD))
 INSTALLED := .venv/.installed$(if $(SKIP_BUILD),-without-library)
+EMULATED := $(if $(SKIP_BUILD),,fused_rnn/libfused_rnn_cuda_emulated.so)
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 
 # xdist brings one process per core; a team of threads in each would only fight over the cores.
 # Tests that need a team ask for one with torch.set_num_threads.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-reference test-asan bench bench-cpu publish gpu gpu-wheels \
+.PHONY: demo test test-all test-reference test-asan emulate build-cuda bench bench-cpu publish gpu gpu-wheels \
 	examples examples-full docs lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(EMULATED)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # At run time the variable makes a library that is built count as absent.
 test-reference: $(INSTALLED)
 	FUSED_RNN_SKIP_BUILD=1 $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(INSTALLED) .venv/.toolbox
+test-all: $(INSTALLED) $(EMULATED) .venv/.toolbox
 	$(PYTEST) $(PYTEST_ARGS)
 	$(MAKE) test-reference
 
@@ -86,6 +89,15 @@ test-asan: $(INSTALLED)
 		sys.exit(native.cpu_library_error())'
 	cd build/asan && $(ASAN_ENV) $(PYTEST) --capture=sys --max-worker-restart=0 -m "not slow" \
 		$(PYTEST_ARGS) $(ASAN_TESTS)
+
+emulate: $(EMULATED)
+
+fused_rnn/libfused_rnn_cuda_emulated.so: $(INSTALLED)
+	FUSED_RNN_EMULATE=1 $(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+build-cuda: $(INSTALLED)
+	FORCE_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 
 # Below ten minutes on two cores; what a busy machine does not reach by then is named.
 bench: $(INSTALLED) .venv/.peers

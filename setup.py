@@ -1,9 +1,14 @@
-"""Builds fused_rnn: a CPU library against torch's stable ABI, and a small pybind11 module.
+"""Builds fused_rnn: libraries against torch's stable ABI, and a small pybind11 module.
+
+The CPU library is built wherever there is a C++ compiler; without one the package installs as pure
+Python. The CUDA library takes nvcc, no GPU and some minutes, and is built when it is asked for:
+FUSED_RNN_CUDA=1, =auto (when nvcc is there), or FORCE_CUDA=1 (or fail). FUSED_RNN_EMULATE=1 builds
+the CUDA kernels for the CPU, for tests.
 
 The metadata is in pyproject.toml. Environment: CXX (or CC) names the compiler, MAX_JOBS the
-compilations at a time, DEBUG=1 builds without optimisation and with symbols, CXXFLAGS and
-LDFLAGS are added, FUSED_RNN_SKIP_BUILD=1 builds nothing. Without a C++ compiler the package
-installs as pure Python. Which CPU or GPU the building machine has does not matter.
+compilations at a time, TORCH_CUDA_ARCH_LIST and NVCC_THREADS are as for torch's own extensions,
+DEBUG=1 builds without optimisation and with symbols, CXXFLAGS and LDFLAGS are added,
+FUSED_RNN_SKIP_BUILD=1 builds nothing. Which CPU or GPU the building machine has does not matter.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from ninja import ninja_syntax
@@ -24,7 +30,11 @@ from setuptools.command.build_ext import build_ext
 DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 MACOS = sys.platform == "darwin"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-LIBRARY = "fused_rnn.libfused_rnn_cpu"  # a plain shared library, no Python module
+# Plain shared libraries, no Python modules.
+CPU_LIBRARY = "fused_rnn.libfused_rnn_cpu"
+CUDA_LIBRARY = "fused_rnn.libfused_rnn_cuda"
+EMULATED_LIBRARY = "fused_rnn.libfused_rnn_cuda_emulated"
+LIBRARIES = (CPU_LIBRARY, CUDA_LIBRARY, EMULATED_LIBRARY)
 
 # -ffp-contract: a * b + c becomes one multiply-add, which the kernels count on.
 BASE_FLAGS = [
@@ -46,6 +56,22 @@ ISA_FLAGS = {
     ],
 }
 
+# The CUDA kernels, compiled once per element type and direction of time, side by side.
+SCAN_SOURCES = tuple(f"csrc/cuda/scan_{cell}.cu" for cell in ("lstm", "gru", "rnn"))
+SCAN_VARIANTS = tuple(
+    [f"-DFUSED_RNN_ELEMENT={element}", f"-DFUSED_RNN_PARAMS={params}"]
+    for element in ("bfloat16", "float16", "float32")
+    for params in ("BackwardParams", "ForwardParams")
+)
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
+]
+# For the emulation, which is slow for other reasons, compilers should rather be quick.
+EMULATED_FLAGS = ["-O1", "-DFUSED_RNN_EMULATED", "-Wno-unknown-pragmas"]
+# Of PTX, that of compute_90a would run on nothing newer.
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0+PTX"
+
 
 def env_flags(name: str) -> list[str]:
     return shlex.split(os.environ.get(name, ""))
@@ -63,6 +89,36 @@ def find_compiler() -> list[str] | None:
     return None
 
 
+def is_set(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def wants_cuda() -> bool:
+    """Whether to build the CUDA library; ends the build where it is forced and cannot be."""
+    forced = is_set("FORCE_CUDA")
+    wanted = os.environ.get("FUSED_RNN_CUDA", "0") or "0"
+    if wanted not in ("0", "1", "auto"):
+        raise SystemExit(f"fused_rnn: FUSED_RNN_CUDA: expected 0, 1 or auto, got {wanted!r}")
+    if shutil.which("nvcc"):
+        return forced or wanted != "0"
+    if forced:
+        raise SystemExit("fused_rnn: FORCE_CUDA is set, but there is no nvcc on the PATH")
+    if wanted == "1":
+        say("NO NVCC on the PATH: building WITHOUT the CUDA kernels; FORCE_CUDA=1 would fail")
+    return False
+
+
+def architecture_flags() -> list[str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST: numbers, of which +PTX adds the portable form."""
+    flags = []
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    for name in names.replace(" ", ";").split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        codes = [f"sm_{number}", *([f"compute_{number}"] if name.endswith("+PTX") else [])]
+        flags.append(f"-gencode=arch=compute_{number},code=[{','.join(codes)}]")
+    return flags
+
+
 def library_sources() -> list[str]:
     kernels = list(ISA_FLAGS) if X86 else ["csrc/cpu/kernels_portable.cpp"]
     names = ("library", "border", "stepper", "layer", "team")
@@ -77,10 +133,15 @@ def extensions() -> list[Extension]:
         wanted = os.environ.get("CXX") or os.environ.get("CC") or "c++"
         say(f"NO C++ COMPILER ({wanted}): installing pure Python, WITHOUT the fast CPU kernels")
         return []
-    found = [Extension(LIBRARY, library_sources())]
+    found = [Extension(CPU_LIBRARY, library_sources())]
+    scans = ["csrc/cuda/library.cpp", "csrc/plan.cpp", *SCAN_SOURCES]
+    if is_set("FUSED_RNN_EMULATE"):
+        found.append(Extension(EMULATED_LIBRARY, [*scans, "csrc/cuda/emulator.cpp"]))
+    if wants_cuda():
+        found.append(Extension(CUDA_LIBRARY, scans))
     # Debian keeps Python's headers in python3-dev. Without them only the doctor knows less.
     if Path(sysconfig.get_path("include"), "Python.h").exists():
-        found.append(Extension("fused_rnn._C", ["csrc/build_info.cpp"]))
+        found.append(Extension("fused_rnn._C", ["csrc/build_info.cpp", "csrc/plan.cpp"]))
     return found
 
 
@@ -99,7 +160,7 @@ class BuildExt(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         # setuptools asks with and without the package in front.
-        if fullname in (LIBRARY, LIBRARY.rpartition(".")[2]):
+        if fullname.removeprefix("fused_rnn.") in (name.partition(".")[2] for name in LIBRARIES):
             return fullname.replace(".", os.sep) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -124,21 +185,41 @@ class BuildExt(build_ext):
         out.rule("compile", f"{compile_} $flags -MMD -MF $out.d -c $in -o $out", "compile $in",
                  depfile="$out.d", deps="gcc")  # fmt: skip
         out.rule("link", f"{shlex.join([*compiler, *shared])} $in $flags -o $out", "link $out")
+        nvcc = ["nvcc", "-ccbin", compiler[0], *NVCC_FLAGS, *architecture_flags()]
+        nvcc += ["--threads", os.environ["NVCC_THREADS"]] if is_set("NVCC_THREADS") else []
+        out.rule("nvcc", f"{ninja_flags(nvcc)} $flags -MD -MF $out.d -c $in -o $out", "nvcc $out",
+                 depfile="$out.d", deps="gcc")  # fmt: skip
+        out.rule("nvcc_link", f"{shlex.join(nvcc[:3])} -shared -cudart static $in $flags -o $out",
+                 "link $out")  # fmt: skip
         for ext in self.extensions:
-            options = self.library_options if ext.name == LIBRARY else self.module_options
+            cuda = ext.name == CUDA_LIBRARY
+            options = self.library_options if ext.name in LIBRARIES else self.module_options
             includes, libraries = options()
             objects = []
-            for source in ext.sources:
-                flags = [*ISA_FLAGS.get(source, []), *includes, *env_flags("CXXFLAGS")]
-                object_ = ninja_syntax.escape_path(f"{Path(source).stem}.o")
+            for source, variant, number in self.compilations(ext):
+                flags = [*includes, *variant, *([] if cuda else env_flags("CXXFLAGS"))]
+                stem = f"{ext.name.rpartition('.')[2]}-{Path(source).stem}{number}"
+                object_ = ninja_syntax.escape_path(f"{stem}.o")
                 path = ninja_syntax.escape_path(str(Path(source).resolve()))
-                out.build(object_, "compile", path, variables={"flags": ninja_flags(flags)})
+                out.build(object_, "nvcc" if cuda else "compile", path,
+                          variables={"flags": ninja_flags(flags)})  # fmt: skip
                 objects.append(object_)
             target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            flags = [*libraries, *env_flags("LDFLAGS")]
-            out.build(ninja_syntax.escape_path(str(target)), "link", objects,
-                      variables={"flags": ninja_flags(flags)})  # fmt: skip
+            flags = [*libraries, *([] if cuda else env_flags("LDFLAGS"))]
+            out.build(ninja_syntax.escape_path(str(target)), "nvcc_link" if cuda else "link",
+                      objects, variables={"flags": ninja_flags(flags)})  # fmt: skip
+
+    def compilations(self, ext: Extension) -> Iterator[tuple[str, list[str], str]]:
+        """Source, flags of its own, and what tells its object from others of the source."""
+        own = EMULATED_FLAGS if ext.name == EMULATED_LIBRARY else []
+        for source in ext.sources:
+            if not source.endswith(".cu"):
+                yield source, [*ISA_FLAGS.get(source, []), *own], ""
+                continue
+            language = ["-x", "c++"] if ext.name == EMULATED_LIBRARY else []
+            for number, variant in enumerate(SCAN_VARIANTS):
+                yield source, [*own, *variant, *language], str(number)
 
     def library_options(self) -> tuple[list[str], list[str]]:
         from torch.utils import cpp_extension

@@ -1,9 +1,11 @@
-// fused_rnn._C: how the package was built and what this CPU has, for the doctor.
+// fused_rnn._C: how the package was built and what this CPU has, for the doctor; and the planner of
+// the CUDA kernels, which needs no GPU.
 //
 // Torch-free, so that it can be imported where the library itself cannot be loaded.
 #include <pybind11/pybind11.h>
 
 #include "cpu/features.h"
+#include "plan.h"
 
 namespace py = pybind11;
 
@@ -44,10 +46,60 @@ py::dict cpu_features() {
   return features;
 }
 
+py::dict tile_facts(const fused_rnn::ForwardTile& tile) {
+  py::dict facts;
+  facts["hidden"] = tile.hidden;
+  facts["cluster"] = tile.cluster;
+  facts["row_blocks"] = tile.row_blocks;
+  facts["split_k"] = tile.split_k;
+  return facts;
+}
+
+py::dict tile_facts(const fused_rnn::BackwardTile& tile) {
+  py::dict facts;
+  facts["hidden"] = tile.hidden;
+  facts["cluster"] = tile.cluster;
+  facts["row_blocks"] = tile.row_blocks;
+  return facts;
+}
+
+template <class Tile>
+py::object plan_facts(const fused_rnn::Plan<Tile>& plan) {
+  if (plan.index < 0) return py::none();
+  py::dict facts = tile_facts(plan.tile);
+  facts["ctas"] = plan.shape.ctas;
+  facts["threads"] = plan.shape.threads;
+  facts["shared_bytes"] = plan.shape.shared_bytes;
+  return facts;
+}
+
+py::dict plan(int cell, int element_bytes, int64_t hidden_size, int64_t batch_size,
+              int64_t directions, int capability, int processors, int shared_bytes,
+              int max_cluster) {
+  if (cell < 0 || cell > 3) throw py::value_error("cell: expected 0 to 3");
+  if (element_bytes != 2 && element_bytes != 4) {
+    throw py::value_error("element_bytes: expected 2 or 4");
+  }
+  const fused_rnn::ScanProblem problem{static_cast<fused_rnn::CellKind>(cell), element_bytes,
+                                       hidden_size, batch_size, directions};
+  const fused_rnn::Device device{capability, processors, shared_bytes, max_cluster};
+  py::dict facts;
+  facts["forward"] = plan_facts(plan_forward(problem, device));
+  facts["backward"] = plan_facts(plan_backward(problem, device));
+  facts["refusal"] = plan_refusal(problem, device, true);
+  return facts;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts of fused_rnn's compiled parts.";
   m.def("build_facts", &build_facts, "Compiler, flags, torch version and instruction sets.");
   m.def("cpu_features", &cpu_features, "Which instruction sets this CPU can run.");
+  m.def("plan", &plan,
+        "The CUDA kernels for a layer on a device: of each pass its tile, or None; and why a layer "
+        "in training is refused, or ''.",
+        py::arg("cell"), py::arg("element_bytes"), py::arg("hidden_size"), py::arg("batch_size"),
+        py::arg("directions"), py::arg("capability"), py::arg("processors"),
+        py::arg("shared_bytes"), py::arg("max_cluster"));
 }

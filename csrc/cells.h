@@ -1,17 +1,24 @@
 // The pointwise part of each cell, forward and backward.
 //
 // Math supplies Value (a scalar or a vector of units) and its functions, so that the same text
-// serves every instruction set. Gate orders are those of fused_rnn/cells.py.
+// serves every instruction set and CUDA. Gate orders are those of fused_rnn/cells.py.
 //
 // forward:  gx, gh   input- and hidden-side pre-activations (GRU: gh[2] holds b_hn already)
 //           h_prev   state before the step; given only where kUsesPreviousH
 //           c        LSTM's c, in and out
 //           saved    what backward will want
 //           returns the new h
+// factors:  what backward needs of the saved values, before any gradient is known
 // backward: d_h      whole gradient of the new h
 //           carry    LSTM: gradient of c, in and out. GRU: out, the part of d_h that goes round
-//           W_hh grads    gradients of the pre-activations
+//           W_hh grads    gradients of the pre-activations, linear in d_h and carry
 #pragma once
+
+#if defined(__CUDACC__)
+#define FUSED_RNN_CELL __device__ __forceinline__ static
+#else
+#define FUSED_RNN_CELL static inline
+#endif
 
 namespace fused_rnn {
 
@@ -21,10 +28,11 @@ struct RnnCell {
   static constexpr int kGates = 1;
   static constexpr int kSavedGates = 0;
   static constexpr int kGradGates = 1;
+  static constexpr int kFactors = 1;
   static constexpr bool kHasC = false;
   static constexpr bool kUsesPreviousH = false;
 
-  static inline Value forward(const Value* gx, const Value* gh, Value, Value&, Value*) {
+  FUSED_RNN_CELL Value forward(const Value* gx, const Value* gh, Value, Value&, Value*) {
     const Value sum = gx[0] + gh[0];
     if constexpr (kRelu) {
       return Math::relu(sum);
@@ -33,12 +41,19 @@ struct RnnCell {
     }
   }
 
-  static inline void backward(const Value*, Value h, Value, Value, Value, Value d_h, Value&,
-                              Value* grads) {
+  FUSED_RNN_CELL void factors(const Value*, Value h, Value, Value, Value, Value* k) {
     if constexpr (kRelu) {
-      grads[0] = Math::relu_grad(h, d_h);
+      k[0] = h;
     } else {
-      grads[0] = d_h * (1.0f - h * h);
+      k[0] = 1.0f - h * h;
+    }
+  }
+
+  FUSED_RNN_CELL void backward(const Value* k, Value d_h, Value&, Value* grads) {
+    if constexpr (kRelu) {
+      grads[0] = Math::relu_grad(k[0], d_h);
+    } else {
+      grads[0] = d_h * k[0];
     }
   }
 };
@@ -49,11 +64,12 @@ struct GruCell {
   static constexpr int kGates = 3;
   static constexpr int kSavedGates = 4;
   static constexpr int kGradGates = 4;
+  static constexpr int kFactors = 5;
   static constexpr bool kHasC = false;
   static constexpr bool kUsesPreviousH = true;
 
-  static inline Value forward(const Value* gx, const Value* gh, Value h_prev, Value&,
-                              Value* saved) {
+  FUSED_RNN_CELL Value forward(const Value* gx, const Value* gh, Value h_prev, Value&,
+                               Value* saved) {
     const Value r = Math::sigmoid(gx[0] + gh[0]);
     const Value z = Math::sigmoid(gx[1] + gh[1]);
     const Value n = Math::tanh(r * gh[2] + gx[2]);
@@ -64,15 +80,22 @@ struct GruCell {
     return z * (h_prev - n) + n;
   }
 
-  static inline void backward(const Value* saved, Value, Value h_prev, Value, Value, Value d_h,
-                              Value& carry, Value* grads) {
+  FUSED_RNN_CELL void factors(const Value* saved, Value, Value h_prev, Value, Value, Value* k) {
     const Value hn = saved[0], r = saved[1], z = saved[2], n = saved[3];
-    const Value d_n = d_h * (1.0f - z) * (1.0f - n * n);
-    grads[0] = d_n * r;
-    grads[1] = d_n * hn * r * (1.0f - r);
-    grads[2] = d_h * (h_prev - n) * z * (1.0f - z);
+    k[0] = (1.0f - z) * (1.0f - n * n);
+    k[1] = r;
+    k[2] = hn * r * (1.0f - r);
+    k[3] = (h_prev - n) * z * (1.0f - z);
+    k[4] = z;
+  }
+
+  FUSED_RNN_CELL void backward(const Value* k, Value d_h, Value& carry, Value* grads) {
+    const Value d_n = d_h * k[0];
+    grads[0] = d_n * k[1];
+    grads[1] = d_n * k[2];
+    grads[2] = d_h * k[3];
     grads[3] = d_n;
-    carry = d_h * z;
+    carry = d_h * k[4];
   }
 };
 
@@ -84,33 +107,39 @@ struct GruResetBeforeCell {
   static constexpr int kGates = 3;
   static constexpr int kSavedGates = 3;
   static constexpr int kGradGates = 3;
+  static constexpr int kFactors = 3;
   static constexpr bool kHasC = false;
   static constexpr bool kUsesPreviousH = true;
 
   // Returns r * h_prev.
-  static inline Value forward_gates(const Value* gx, const Value* gh, Value h_prev, Value& r,
-                                    Value& z) {
+  FUSED_RNN_CELL Value forward_gates(const Value* gx, const Value* gh, Value h_prev, Value& r,
+                                     Value& z) {
     r = Math::sigmoid(gx[0] + gh[0]);
     z = Math::sigmoid(gx[1] + gh[1]);
     return r * h_prev;
   }
 
-  static inline Value forward_candidate(Value gx, Value gh, Value h_prev, Value z, Value& n) {
+  FUSED_RNN_CELL Value forward_candidate(Value gx, Value gh, Value h_prev, Value z, Value& n) {
     n = Math::tanh(gx + gh);
     return z * (h_prev - n) + n;
   }
 
-  // All but grads[0].
-  static inline void backward(const Value* saved, Value, Value h_prev, Value, Value, Value d_h,
-                              Value& carry, Value* grads) {
+  FUSED_RNN_CELL void factors(const Value* saved, Value, Value h_prev, Value, Value, Value* k) {
     const Value z = saved[1], n = saved[2];
-    grads[1] = d_h * (h_prev - n) * z * (1.0f - z);
-    grads[2] = d_h * (1.0f - z) * (1.0f - n * n);
-    carry = d_h * z;
+    k[0] = (h_prev - n) * z * (1.0f - z);
+    k[1] = (1.0f - z) * (1.0f - n * n);
+    k[2] = z;
+  }
+
+  // All but grads[0].
+  FUSED_RNN_CELL void backward(const Value* k, Value d_h, Value& carry, Value* grads) {
+    grads[1] = d_h * k[0];
+    grads[2] = d_h * k[1];
+    carry = d_h * k[2];
   }
 
   // Returns grads[0]. d_product: gradient of r * h_prev; carry: in and out.
-  static inline Value backward_reset(Value r, Value h_prev, Value d_product, Value& carry) {
+  FUSED_RNN_CELL Value backward_reset(Value r, Value h_prev, Value d_product, Value& carry) {
     carry = d_product * r + carry;
     return d_product * h_prev * r * (1.0f - r);
   }
@@ -122,10 +151,11 @@ struct LstmCell {
   static constexpr int kGates = 4;
   static constexpr int kSavedGates = 4;
   static constexpr int kGradGates = 4;
+  static constexpr int kFactors = 6;
   static constexpr bool kHasC = true;
   static constexpr bool kUsesPreviousH = false;
 
-  static inline Value forward(const Value* gx, const Value* gh, Value, Value& c, Value* saved) {
+  FUSED_RNN_CELL Value forward(const Value* gx, const Value* gh, Value, Value& c, Value* saved) {
     const Value i = Math::sigmoid(gx[0] + gh[0]);
     const Value f = Math::sigmoid(gx[1] + gh[1]);
     const Value g = Math::tanh(gx[2] + gh[2]);
@@ -138,17 +168,27 @@ struct LstmCell {
     return o * Math::tanh(c);
   }
 
-  static inline void backward(const Value* saved, Value, Value, Value c, Value c_prev, Value d_h,
-                              Value& carry, Value* grads) {
+  FUSED_RNN_CELL void factors(const Value* saved, Value, Value, Value c, Value c_prev, Value* k) {
     const Value i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const Value tanh_c = Math::tanh(c);
-    const Value d_c = d_h * o * (1.0f - tanh_c * tanh_c) + carry;
-    grads[0] = d_c * g * i * (1.0f - i);
-    grads[1] = d_c * c_prev * f * (1.0f - f);
-    grads[2] = d_c * i * (1.0f - g * g);
-    grads[3] = d_h * tanh_c * o * (1.0f - o);
-    carry = d_c * f;
+    k[0] = o * (1.0f - tanh_c * tanh_c);
+    k[1] = g * i * (1.0f - i);
+    k[2] = c_prev * f * (1.0f - f);
+    k[3] = i * (1.0f - g * g);
+    k[4] = tanh_c * o * (1.0f - o);
+    k[5] = f;
+  }
+
+  FUSED_RNN_CELL void backward(const Value* k, Value d_h, Value& carry, Value* grads) {
+    const Value d_c = d_h * k[0] + carry;
+    grads[0] = d_c * k[1];
+    grads[1] = d_c * k[2];
+    grads[2] = d_c * k[3];
+    grads[3] = d_h * k[4];
+    carry = d_c * k[5];
   }
 };
 
 }  // namespace fused_rnn
+
+#undef FUSED_RNN_CELL

@@ -111,7 +111,12 @@ def _advice() -> list[str]:
             "FUSED_RNN_SKIP_BUILD and install fused_rnn again"
         )
     if torch.cuda.is_available() and not find_spec("triton"):
-        advice.append("for the GPU kernels install triton: pip install triton")
+        advice.append("for the Triton kernels install triton: pip install triton")
+    if torch.cuda.is_available() and native.cuda_library_error():
+        advice.append(
+            "for the CUDA kernels put nvcc on the PATH and install fused_rnn again with "
+            "FUSED_RNN_CUDA=1"
+        )
     return advice or ["nothing is missing"]
 
 

@@ -14,14 +14,17 @@ from contextvars import ContextVar
 
 from .backends.base import Backend
 from .backends.cpu import CpuBackend
+from .backends.cuda import CudaBackend, CudaEmulatedBackend
 from .backends.reference import ReferenceBackend
 from .backends.triton import TritonBackend
 from .problem import Problem
 
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (TritonBackend(), CpuBackend(), ReferenceBackend())
+    b.name: b for b in (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 }
+# Those that are used only when they are asked for by name.
+ON_REQUEST: dict[str, Backend] = {b.name: b for b in (CudaEmulatedBackend(),)}
 
 _Recorder = Callable[[Problem, Backend, bool], None]  # problem, chosen backend, whether forced
 
@@ -34,8 +37,8 @@ class UnsupportedProblemError(RuntimeError):
 
 
 def _check_name(name: str, source: str) -> str:
-    if name not in ("", "auto", *BACKENDS):
-        known = ", ".join(["auto", *BACKENDS])
+    if name not in ("", "auto", *BACKENDS, *ON_REQUEST):
+        known = ", ".join(["auto", *BACKENDS, *ON_REQUEST])
         raise ValueError(f"{source}: expected one of {known}; got {name!r}")
     return "" if name == "auto" else name
 
@@ -48,7 +51,7 @@ def backend(name: str) -> Iterator[None]:
     that its forward was given. "auto" lifts an outer block's choice.
 
     Args:
-        name: "cpu", "triton", "reference", or "auto".
+        name: "cuda", "triton", "cpu", "reference", or "auto"; "cuda_emulated" for tests.
 
     Raises:
         ValueError: the name is not a backend's.
@@ -83,9 +86,18 @@ def is_redirected(name: str) -> bool:
 
 
 def reasons(problem: Problem) -> list[tuple[str, str | None]]:
-    """Every backend in order of preference, with why it does not take the problem by itself (None:
-    it does)."""
-    return [(b.name, _automatic_refusal(b, problem)) for b in BACKENDS.values()]
+    """Every backend for the problem's device in order of preference, with why it does not take the
+    problem by itself (None: it does)."""
+    return [
+        (b.name, _automatic_refusal(b, problem))
+        for b in BACKENDS.values()
+        if b.device_type in (None, problem.device_type)
+    ]
+
+
+def find(name: str) -> Backend:
+    """The backend of that name, which must be one."""
+    return BACKENDS[name] if name in BACKENDS else ON_REQUEST[name]
 
 
 def _refusal(candidate: Backend, problem: Problem) -> str | None:
@@ -125,7 +137,7 @@ def recording(recorder: _Recorder) -> Iterator[None]:
 
 
 def _forced_backend(problem: Problem, name: str) -> Backend:
-    chosen = BACKENDS[name]
+    chosen = find(name)
     if reason := _refusal(chosen, problem):
         raise UnsupportedProblemError(
             f"backend {name!r} was asked for by name but cannot take this layer: {reason}"

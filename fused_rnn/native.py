@@ -1,8 +1,9 @@
 """Finds and loads the compiled parts; everything else works without them.
 
-The CPU library is a plain shared library that registers operators with torch. `_C` is a small
-module with the facts of the build. FUSED_RNN_SKIP_BUILD=1 in the environment makes both count
-as absent, as if the package had been built that way.
+The libraries are plain shared libraries that register operators with torch: for the CPU, for
+CUDA, and for the CUDA kernels' emulation on the CPU. `_C` is a small module with the facts of the
+build and the planner of the CUDA kernels. FUSED_RNN_SKIP_BUILD=1 in the environment makes all of
+them count as absent, as if the package had been built that way.
 """
 
 from __future__ import annotations
@@ -13,28 +14,47 @@ from pathlib import Path
 
 import torch
 
-_LIBRARY = Path(__file__).parent / "libfused_rnn_cpu.so"
+_FOLDER = Path(__file__).parent
+_LIBRARY = _FOLDER / "libfused_rnn_cpu.so"
+_CUDA_LIBRARY = _FOLDER / "libfused_rnn_cuda.so"
+_CUDA_EMULATED_LIBRARY = _FOLDER / "libfused_rnn_cuda_emulated.so"
 
 
 def _skipped() -> bool:
     return os.environ.get("FUSED_RNN_SKIP_BUILD", "0") not in ("", "0")
 
 
+def _load_error(path: Path, kind: str, absent: str) -> str | None:
+    """Loads a library. Why it cannot be used, or None when its operators work."""
+    if _skipped():
+        return "FUSED_RNN_SKIP_BUILD is set"
+    if not path.exists():
+        return f"the {kind} library was not built: {absent}"
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        return f"the {kind} library cannot be loaded: {error}"
+    return None
+
+
 @cache
 def cpu_library_error() -> str | None:
     """Loads the CPU library once. Why it is absent, or None when torch.ops.fused_rnn_cpu works."""
-    if _skipped():
-        return "FUSED_RNN_SKIP_BUILD is set"
-    if not _LIBRARY.exists():
-        return (
-            "the CPU library was not built: no C++ compiler, or FUSED_RNN_SKIP_BUILD set, "
-            "when fused_rnn was installed"
-        )
-    try:
-        torch.ops.load_library(_LIBRARY)
-    except (OSError, RuntimeError) as error:
-        return f"the CPU library cannot be loaded: {error}"
-    return None
+    absent = "no C++ compiler, or FUSED_RNN_SKIP_BUILD set, when fused_rnn was installed"
+    return _load_error(_LIBRARY, "CPU", absent)
+
+
+@cache
+def cuda_library_error() -> str | None:
+    """Loads the CUDA library once. Why it is absent, or None when its operators work."""
+    absent = "install with FUSED_RNN_CUDA=1, or run make build-cuda"
+    return _load_error(_CUDA_LIBRARY, "CUDA", absent)
+
+
+@cache
+def cuda_emulated_library_error() -> str | None:
+    """The same for the emulation of the CUDA kernels, torch.ops.fused_rnn_cuda_emulated."""
+    return _load_error(_CUDA_EMULATED_LIBRARY, "emulated CUDA", "run make emulate")
 
 
 def library_path() -> Path:
@@ -62,7 +82,10 @@ def bfloat16_capability() -> str:
 
 def build_facts() -> dict[str, object]:
     """What the doctor prints: how the compiled parts were built, or why they are absent."""
-    facts: dict[str, object] = {"cpu_library": cpu_library_error() or str(_LIBRARY)}
+    facts: dict[str, object] = {
+        "cpu_library": cpu_library_error() or str(_LIBRARY),
+        "cuda_library": cuda_library_error() or str(_CUDA_LIBRARY),
+    }
     if _skipped():
         return facts
     try:

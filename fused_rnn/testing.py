@@ -239,10 +239,15 @@ def batch_sizes_of(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([sum(length > t for length in lengths) for t in range(lengths[0])])
 
 
+def backends_on(device_type: str) -> list[str]:
+    """The names of the backends that may be chosen for tensors there."""
+    return [b.name for b in dispatch.BACKENDS.values() if b.device_type in (None, device_type)]
+
+
 def refusal(backend: str, inputs: LayerInputs, training: bool = True) -> str | None:
     """Why the backend of that name cannot take these inputs, or None if it can."""
     problem = ops.make_problem(*inputs.args, training, inputs.states)
-    reason = dispatch.BACKENDS[backend].unsupported(problem)
+    reason = dispatch.find(backend).unsupported(problem)
     return reason and f"{backend}: {reason}"
 
 

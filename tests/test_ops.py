@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fused_rnn import dispatch, testing
+from fused_rnn import testing
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase
 
@@ -35,7 +35,7 @@ def _cases(cell: str) -> list[LayerCase]:
 every_case = pytest.mark.parametrize(
     "case", [pytest.param(case, id=f"{cell}-{case}") for cell in CELLS for case in _cases(cell)]
 )
-every_backend = pytest.mark.parametrize("backend", dispatch.BACKENDS)
+every_backend = pytest.mark.parametrize("backend", testing.backends_on("cpu"))
 every_cell = pytest.mark.parametrize("cell", CELLS)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fused_rnn
-from fused_rnn import dispatch, native, testing
+from fused_rnn import native, testing
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase
 
@@ -142,7 +142,7 @@ def _params(cases, dtypes=DTYPES, losses=("all",), marks=()):
         for dtype in dtypes
         for loss in losses
         if (loss != "c_n" or CELLS[cell].has_c) and (loss != "cells" or case.states)
-        for backend in dispatch.BACKENDS
+        for backend in testing.backends_on(device)
     ]
 
 

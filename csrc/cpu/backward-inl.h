@@ -59,7 +59,9 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
         carry = load(r.grad_c[row] + unit, valid);
         if (r.grad_cells.base) carry += load(r.grad_cells[row] + unit, valid);
       }
-      Cell::backward(saved, h, h_prev, c, c_prev, d_h, carry, grads);
+      Vector factors[Cell::kFactors];
+      Cell::factors(saved, h, h_prev, c, c_prev, factors);
+      Cell::backward(factors, d_h, carry, grads);
       FUSED_RNN_UNROLL
       for (int i = kResetBefore<Cell> ? 1 : 0; i < Cell::kGradGates; i++) {
         store(r.grad_gates[row] + i * hidden + unit, grads[i], valid);

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
-#include <string>
 
+#include "../tensor_checks.h"
 #include "layer.h"
 
 namespace fused_rnn {
@@ -19,13 +19,6 @@ using Shape = std::initializer_list<int64_t>;
 const KernelsOf<float>& kernels();
 
 Threads torch_threads();
-
-template <class Sizes>
-std::string shape_text(const Sizes& sizes) {
-  std::string text = "[";
-  for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  return text + "]";
-}
 
 // Whether a tensor is a dense float32 one on the CPU.
 bool is_plain(const Tensor& tensor);

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "../tensor_checks.h"
 #include "border.h"
 #include "features.h"
 #include "layer.h"
@@ -66,15 +67,7 @@ constexpr ScalarType kScalarType<BFloat16> = ScalarType::BFloat16;
 void check(const Tensor& tensor, const char* name, ScalarType type,
            std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected dtype ",
-                  torch::headeronly::toString(type), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-  const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(
-      sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()), name,
-      ": expected shape ", shape_text(shape), ", got ", shape_text(sizes));
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor, got strides ",
-                  shape_text(tensor.strides()));
+  check_dense(tensor, name, type, shape);
 }
 
 template <class E = float>

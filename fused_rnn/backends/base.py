@@ -49,6 +49,7 @@ class Backend:
     """One way of computing a recurrent layer."""
 
     name: str
+    device_type: str | None = None  # where its tensors have to be; None: anywhere
     takes_masks = False  # whether its layers look at rows.masks; else they get packed pieces
 
     def unsupported(self, problem: Problem) -> str | None:

@@ -18,6 +18,7 @@ from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, allocate_saved
 
 class CpuBackend(Backend):
     name = "cpu"
+    device_type = "cpu"
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":

@@ -1,0 +1,34 @@
+// Runs CUDA kernels on the host, one fiber per thread, to find out whether they are right: the
+// order in which threads run is random and unfair, what may arrive late does.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace fused_rnn::emulator {
+
+struct Grid {
+  int x, y;     // CTAs; x is a multiple of `cluster`
+  int cluster;  // CTAs that run at once and may write to each other
+  int threads;  // of a CTA
+  int shared_bytes;
+};
+
+// Where the running fiber stands.
+struct Place {
+  int thread, rank, block_x, block_y;
+};
+extern Place current;
+
+unsigned char* shared_memory();
+
+// Runs the kernel for every thread, cluster after cluster.
+//
+// Throws std::runtime_error when threads wait for each other in vain, when something is still on
+// its way to a CTA that has left, or when a primitive is used against its rules.
+void run(const Grid& grid, const std::function<void()>& kernel);
+
+// Of the random choices in all that is run from now on.
+void set_seed(uint64_t seed);
+
+}  // namespace fused_rnn::emulator

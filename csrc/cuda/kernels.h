@@ -1,0 +1,30 @@
+// The compiled kernels, as the library sees them: plain functions, in the order of instances.h.
+#pragma once
+
+#include "../layer_params.h"
+#include "params.h"
+
+namespace fused_rnn {
+
+// In the order in which fused_rnn/backends/cuda.py names them.
+enum class ElementKind { bfloat16, float16, float32 };
+
+struct LaunchShape {
+  int ctas, directions;  // the grid
+  int cluster;           // CTAs of a cluster
+  int threads;           // of a CTA
+  int shared_bytes;
+};
+
+template <class Params>
+struct Kernel {
+  // On the stream, of the current device.
+  void (*launch)(const Params&, const LaunchShape&, void* stream);
+  // How many clusters the current device runs at a time.
+  int (*active_clusters)(const LaunchShape&);
+};
+
+template <CellKind kind, ElementKind element, class Params>
+const Kernel<Params>* kernels_of();
+
+}  // namespace fused_rnn

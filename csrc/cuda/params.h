@@ -1,0 +1,61 @@
+// What the CUDA kernels know of a scan, filled once at the operators' border.
+//
+// Letters as in ../layer_params.h. E is the elements' dtype. Rows of matrices are `pitch` wide, a
+// multiple of 8 at or above H, of which units from H on are padding: their gates, gradients and
+// states are zero. Arrays are dense, row-major.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_rnn {
+
+// Which rows there are, and which of them are alive.
+struct ScanRows {
+  int64_t timesteps;       // T
+  int64_t batch;           // B
+  int64_t count;           // N
+  const int64_t* lengths;  // [B]: step t of row b is taken where t < lengths[b]; null: t < T
+  const int64_t* offsets;  // [T] when packed: the row of step t's first; null: t * B
+  const uint8_t* resets;   // [T, B], where a row's state begins anew; null: nowhere
+};
+
+struct ForwardParams {
+  ScanRows rows;
+  int hidden, pitch, directions;
+  const void* gx;        // E [D, N, G*pitch]; `gates` may be the same memory
+  const void* w_hh[2];   // E [G*pitch, pitch] of each direction
+  const float* b_hn;     // [D, pitch], GRU's b_hn, or null
+  const void* h0;        // E [D, B, pitch]
+  const float* c0;       // [D, B, pitch], LSTM
+  const void* reset_h;   // E [D, B, pitch], the state after a reset; null: zeros
+  const float* reset_c;  // [D, B, pitch]
+  void* y;               // E [N, D*pitch]
+  void* h_n;             // E [D, B, pitch]
+  float* c_n;            // [D, B, pitch], LSTM
+  void* gates;           // E [D, N, S*pitch], or null where nothing is saved
+  float* cells;          // [D, N, pitch] c after each step, LSTM, or null
+};
+
+struct BackwardParams {
+  ScanRows rows;
+  int hidden, pitch, directions;
+  const void* w_hh[2];
+  const void* h0;
+  const float* c0;
+  const void* reset_h;
+  const float* reset_c;
+  const void* y;  // as forward wrote them
+  const void* gates;
+  const float* cells;
+  const void* grad_y;       // E [N, D*pitch], or null
+  const float* grad_h_n;    // [D, B, pitch], or null
+  const float* grad_c_n;    // [D, B, pitch], or null
+  const float* grad_cells;  // [D, N, pitch], where c after each step is an output, or null
+  void* grad_gates;         // E [D, N, Q*pitch]
+  float* grad_h0;           // [D, B, pitch]
+  float* grad_c0;           // [D, B, pitch], LSTM
+  float* grad_reset_h;      // [D, B, pitch], zeros on entry, or null
+  float* grad_reset_c;
+};
+
+}  // namespace fused_rnn

@@ -1,0 +1,85 @@
+// Which batch rows a cluster has, when they are alive and where they lie in memory.
+#pragma once
+
+#include "elements.h"
+#include "params.h"
+
+namespace fused_rnn {
+
+// A tile of kBlocks * 8 batch rows. Rows are counted from the tile's first; steps in the order of
+// the scan, which the second direction goes from the last timestep to the first.
+template <int kBlocks>
+struct TileRows {
+  const ScanRows& all;
+  const int first;
+  const bool reverse;
+  int steps;  // of the longest row; no row takes a timestep at or after it
+
+  FUSED_RNN_DEVICE_MEMBER TileRows(const ScanRows& scan_rows, int first_row, bool in_reverse)
+      : all(scan_rows), first(first_row), reverse(in_reverse), steps(0) {
+    for (int row = 0; row < kGroup * kBlocks; row++) {
+      const int length = length_of(row);
+      steps = length > steps ? length : steps;
+    }
+  }
+
+  FUSED_RNN_DEVICE_MEMBER int length_of(int row) const {
+    if (first + row >= all.batch) return 0;
+    if (!all.lengths) return static_cast<int>(all.timesteps);
+    // Lengths on a device cannot be checked without waiting for it.
+    const int64_t length = all.lengths[first + row];
+    return static_cast<int>(length < 0 ? 0 : length > all.timesteps ? all.timesteps : length);
+  }
+
+  FUSED_RNN_DEVICE_MEMBER int64_t time(int step) const { return reverse ? steps - 1 - step : step; }
+
+  // The number of the memory row of a batch row at time t.
+  FUSED_RNN_DEVICE_MEMBER int64_t index(int64_t t, int row) const {
+    return (all.offsets ? all.offsets[t] : t * all.batch) + first + row;
+  }
+
+  FUSED_RNN_DEVICE_MEMBER bool exists(int length, int row, int64_t t) const {
+    return t < length && first + row < all.batch;
+  }
+
+  // Whether the row has memory at time t: packed rows end, padded ones go on with zeros.
+  FUSED_RNN_DEVICE_MEMBER bool stored(int length, int row, int64_t t) const {
+    return first + row < all.batch && (!all.offsets || t < length);
+  }
+
+  // Whether the row's state begins anew before this step. Against time, the step before a reset is
+  // the last of a piece, hence the first of it that is taken.
+  FUSED_RNN_DEVICE_MEMBER bool begins(int length, int row, int step) const {
+    if (!all.resets || step >= steps) return false;
+    const int64_t t = time(step) + (reverse ? 1 : 0);
+    return t < length && all.resets[t * all.batch + first + row] != 0;
+  }
+};
+
+// Lengths of the rows a lane deals with, in the arrangements in which it does.
+template <class Element, int kBlocks>
+struct LaneRows {
+  int length[kBlocks][2];                       // in lane order
+  int stored_length[kBlocks][Element::kWords];  // of its words
+  int copied_length[kBlocks];                   // of the row it copies from global memory
+
+  FUSED_RNN_DEVICE_MEMBER explicit LaneRows(const TileRows<kBlocks>& rows) {
+    constexpr int kPieces = Element::kBytes / 2;
+    FUSED_RNN_UNROLL
+    for (int n = 0; n < kBlocks; n++) {
+      FUSED_RNN_UNROLL
+      for (int e = 0; e < 2; e++) length[n][e] = rows.length_of(row(n, e));
+      FUSED_RNN_UNROLL
+      for (int w = 0; w < Element::kWords; w++) {
+        stored_length[n][w] = rows.length_of(n * kGroup + Element::row(w));
+      }
+      copied_length[n] = rows.length_of(n * kGroup + lane_index() / kPieces % kGroup);
+    }
+  }
+
+  FUSED_RNN_DEVICE_MEMBER static int row(int n, int e) {
+    return n * kGroup + 2 * (lane_index() & 3) + e;
+  }
+};
+
+}  // namespace fused_rnn

@@ -1,0 +1,412 @@
+// The backward scan: against the order of the forward scan, with W_hh transposed on chip. A CTA
+// owns the same units as in the forward scan; the gradients of its gates never leave it, but the
+// sum over all gate rows that makes the gradient of h does, in one part from each CTA.
+#pragma once
+
+#include "elements.h"
+#include "params.h"
+#include "rows.h"
+
+namespace fused_rnn {
+
+// The gate of W_hh, in torch's order, that the q-th gradient faces. GRU's come as (n, r, z).
+template <class Cell>
+constexpr int gate_of_grad(int q) {
+  return Cell::kGates == 3 ? (q + 2) % 3 : q;
+}
+
+template <class Cell, class Element, class Tile, CellKind kind>
+FUSED_RNN_KERNEL(Tile::warps* kWarp)
+scan_backward(const BackwardParams p) {
+  static_assert(is_whole(Tile::value, kind, Element::kBytes));
+  constexpr BackwardLayout kLayout = layout_of(Tile::value, kind, Element::kBytes);
+  constexpr int kGates = Cell::kGates, kGrads = Cell::kGradGates, kSaved = Cell::kSavedGates;
+  constexpr int kBlocks = Tile::row_blocks, kItems = kLayout.items_per_warp;
+  constexpr int kProducts = kLayout.products, kWords = Element::kWords;
+  constexpr int kBlockWords = kWarp * kWords, kBlockBytes = block_bytes(Element::kBytes);
+  constexpr int kGroupsPerStep = step_depth(Element::kBytes) / kGroup;
+  constexpr int kRowGroups = kLayout.row_groups;
+  constexpr bool kAlone = Tile::cluster == 1;
+  using Stored = typename Element::Stored;
+
+#if !FUSED_RNN_HAS_CLUSTERS
+  if constexpr (!kAlone) return;  // the planner never asks for it
+#endif
+  FUSED_RNN_SHARED(shared);
+  constexpr int kSlotsAt = kLayout.weights_bytes;
+  constexpr int kGradsAt = kSlotsAt + 2 * kLayout.slot_bytes;
+  constexpr int kRingAt = kGradsAt + 2 * kLayout.grads_bytes;
+  const uint32_t shared_at = shared_address(shared);
+  const uint32_t barriers_at = shared_at + kRingAt + kLayout.ring_bytes;
+  Fragment* weights_memory = reinterpret_cast<Fragment*>(shared);
+
+  const int lane = lane_index(), warp = warp_index();
+  const bool has_items = warp < kLayout.item_warps;
+  const int rank = kAlone ? 0 : static_cast<int>(cluster_rank());
+  const int direction = block_y();
+  const TileRows<kBlocks> rows(p.rows, block_x() / Tile::cluster * kGroup * kBlocks,
+                               direction == 1);
+  const int64_t pitch = p.pitch;
+  const int group0 = rank * kLayout.groups;  // of this CTA
+
+  const Stored* w_hh = static_cast<const Stored*>(p.w_hh[direction]);
+  const int64_t y_pitch = p.directions * pitch;
+  const Stored* y = static_cast<const Stored*>(p.y) + direction * pitch;
+  const Stored* grad_y =
+      p.grad_y ? static_cast<const Stored*>(p.grad_y) + direction * pitch : nullptr;
+  const Stored* gates =
+      static_cast<const Stored*>(p.gates) + direction * p.rows.count * kSaved * pitch;
+  const float* cells = Cell::kHasC ? p.cells + direction * p.rows.count * pitch : nullptr;
+  Stored* grad_gates =
+      static_cast<Stored*>(p.grad_gates) + direction * p.rows.count * kGrads * pitch;
+  const int64_t states_at = direction * p.rows.batch * pitch;
+
+  // Of each warp some 16-unit columns of W_hh, over the CTA's gate rows. CTAs begin at their own
+  // units, so that at no time all send to the same.
+  constexpr int kAllProducts = Tile::hidden / (2 * kGroup);
+  const int product0 = (warp * kProducts + rank * kAllProducts / Tile::cluster) % kAllProducts;
+  const auto product = [&](int i) {
+    const int at = product0 + i;
+    return at >= kAllProducts ? at - kAllProducts : at;
+  };
+  const auto fragment = [&](int step, int i) {
+    return Element::fragment_transposed(
+        [&](int half, int row_in_group) -> const Stored* {
+          const int index = step * kGroupsPerStep + half;
+          const int unit = (group0 + index / kGates) * kGroup + row_in_group;
+          if (index >= kRowGroups || unit >= pitch) return nullptr;
+          return w_hh + (gate_of_grad<Cell>(index % kGates) * pitch + unit) * pitch;
+        },
+        product(i) * 2 * kGroup, p.pitch);
+  };
+  Fragment weights[Tile::register_steps > 0 ? Tile::register_steps : 1][kProducts];
+  FUSED_RNN_UNROLL
+  for (int k = 0; k < Tile::register_steps; k++) {
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kProducts; i++) weights[k][i] = fragment(k, i);
+    warp_sync();  // keeps the loads of one step from those of the next, which would spill
+  }
+  Fragment* shared_weights =
+      weights_memory + warp * kLayout.shared_steps * kProducts * kWarp + lane;
+#pragma unroll 1
+  for (int k = 0; k < kLayout.shared_steps; k++) {
+    for (int i = 0; i < kProducts; i++) {
+      shared_weights[(k * kProducts + i) * kWarp] = fragment(Tile::register_steps + k, i);
+    }
+  }
+  if (!kAlone && thread_index() == 0) {
+    barrier_init(barriers_at, 1);
+    barrier_init(barriers_at + 8, 1);
+    barrier_init_fence();
+  }
+
+  // Item j of a warp: a unit group of this CTA by a row block.
+  const auto group_of = [&](int j) { return (warp * kItems + j) / kBlocks; };
+  const auto block_of = [&](int j) { return (warp * kItems + j) % kBlocks; };
+  const auto unit_of = [&](int j) { return (group0 + group_of(j)) * kGroup + (lane >> 2); };
+  const auto group_is_there = [&](int group) { return (group0 + group) * kGroup < p.pitch; };
+  const auto row_of = [&](int j, int e) { return block_of(j) * kGroup + 2 * (lane & 3) + e; };
+  const auto state_index = [&](int j, int e) {
+    return states_at + (rows.first + row_of(j, e)) * pitch + unit_of(j);
+  };
+  const auto cell_index = [&](int64_t t, int j, int e) {
+    return rows.index(t, row_of(j, e)) * pitch + unit_of(j);
+  };
+
+  // In lane order: lengths (0 for units that are padding), the gradients that wait for a row's
+  // next live step, and LSTM's c after the step at hand. Then the lengths of the rows that the
+  // lane copies from global memory.
+  constexpr int kPieces = Element::kBytes / 2;  // of 16 bytes, in a row of a block
+  int length[kItems][2], copied_length[kItems], copied_c_length[kItems];
+  float held[kItems][2], grad_c[kItems][2], c[kItems][2];
+  // Bit 2 * j + e: whether the step at hand, and the one after it, began from a fresh state.
+  uint32_t anew = 0, began = 0;
+  FUSED_RNN_UNROLL
+  for (int j = 0; j < kItems; j++) {
+    copied_length[j] = rows.length_of(block_of(j) * kGroup + lane / kPieces % kGroup);
+    copied_c_length[j] = rows.length_of(block_of(j) * kGroup + lane / 2 % kGroup);
+    FUSED_RNN_UNROLL
+    for (int e = 0; e < 2; e++) {
+      const bool real = has_items && unit_of(j) < p.hidden;
+      length[j][e] = real ? rows.length_of(row_of(j, e)) : 0;
+      const bool there = real && rows.first + row_of(j, e) < p.rows.batch;
+      held[j][e] = there && p.grad_h_n ? p.grad_h_n[state_index(j, e)] : 0.0f;
+      grad_c[j][e] = there && p.grad_c_n ? p.grad_c_n[state_index(j, e)] : 0.0f;
+      c[j][e] = 0.0f;
+      if (rows.begins(length[j][e], row_of(j, e), rows.steps - 1)) anew |= 1u << (2 * j + e);
+      const int64_t t = rows.time(rows.steps - 1);
+      if (Cell::kHasC && t >= 0 && t < length[j][e]) c[j][e] = cells[cell_index(t, j, e)];
+    }
+  }
+
+  // Gradients of the gates at steps that no row of the tile takes.
+  const auto store = [&](int64_t t, int group, int q, int n, const uint32_t* words) {
+    FUSED_RNN_UNROLL
+    for (int w = 0; w < kWords; w++) {
+      const int row = n * kGroup + Element::row(w);
+      if (!group_is_there(group) || !rows.stored(rows.length_of(row), row, t)) continue;
+      Stored* at = grad_gates + (rows.index(t, row) * kGrads + q) * pitch +
+                   (group0 + group) * kGroup + Element::column();
+      *reinterpret_cast<uint32_t*>(at) = words[w];
+    }
+  };
+  if (!p.rows.offsets) {
+    const uint32_t zeros[kWords] = {};
+    for (int64_t t = rows.steps; t < p.rows.timesteps; t++) {
+      for (int i = warp; i < kLayout.items * kGrads; i += Tile::warps) {
+        store(t, i / kBlocks / kGrads, i / kBlocks % kGrads, i % kBlocks, zeros);
+      }
+    }
+  }
+
+  block_sync();
+  if (!kAlone) cluster_sync();
+
+  // What the pointwise part of step s reads, on its way into the ring: the saved gates; the state
+  // before the step, or where that is of no use after it; the gradient of y.
+  const auto ring_item = [&](int s, int j) {
+    const int slot = s & (Tile::ring - 1);
+    return shared_at + kRingAt + (slot * kLayout.items + warp * kItems + j) * kLayout.item_bytes;
+  };
+  const auto prefetch = [&](int s) {
+    if (has_items && s >= 0) {
+      const int row_in_block = lane / kPieces % kGroup;
+      const int64_t t = rows.time(s), before = t + (rows.reverse ? 1 : -1);
+      FUSED_RNN_UNROLL
+      for (int j = 0; j < kItems; j++) {
+        const uint32_t item = ring_item(s, j);
+        const int n = block_of(j), row = n * kGroup + row_in_block;
+        const int64_t group_at = (group0 + group_of(j)) * kGroup;
+        const bool there = group_is_there(group_of(j)) && rows.exists(copied_length[j], row, t);
+        const bool has_before = before >= 0 && before < copied_length[j];
+        const int64_t index = there ? rows.index(t, row) : 0;
+        FUSED_RNN_UNROLL
+        for (int piece = lane; piece < kSaved * kGroup * kPieces; piece += kWarp) {
+          const int64_t at = (index * kSaved + piece / (kGroup * kPieces)) * pitch + group_at +
+                             piece % kPieces * 4;
+          copy_async(item + piece * 16, gates + (there ? at : 0), there);
+        }
+        const uint32_t state_at = item + kSaved * kBlockBytes;
+        if constexpr (Cell::kHasC) {
+          // float32, whatever the elements are: two pieces in a row.
+          if (lane < 2 * kGroup) {
+            const int c_row = n * kGroup + lane / 2;
+            // Also where step t itself is not taken: its c before is the next live step's c after.
+            const bool c_there = group_is_there(group_of(j)) && rows.first + c_row < p.rows.batch;
+            const int64_t column = group_at + lane % 2 * 4;
+            const float* from = p.c0 + states_at + (rows.first + c_row) * pitch + column;
+            if (before >= 0 && before < copied_c_length[j]) {
+              from = cells + rows.index(before, c_row) * pitch + column;
+            }
+            copy_async(state_at + lane * 16, c_there ? from : p.c0, c_there);
+          }
+        } else if (lane < kGroup * kPieces) {
+          const int64_t column = group_at + lane % kPieces * 4;
+          const Stored* from = y + index * y_pitch + column;
+          if (Cell::kUsesPreviousH) {
+            from = has_before ? y + rows.index(before, row) * y_pitch + column
+                              : static_cast<const Stored*>(p.h0) + states_at +
+                                    (rows.first + row) * pitch + column;
+          }
+          copy_async(state_at + lane * 16, there ? from : y, there);
+        }
+        if (lane < kGroup * kPieces) {
+          const int64_t at = index * y_pitch + group_at + lane % kPieces * 4;
+          const bool given = there && grad_y;
+          copy_async(state_at + kLayout.state_bytes + lane * 16, given ? grad_y + at : y, given);
+        }
+      }
+    }
+    copy_commit();
+  };
+
+  // The state after a step had no successor: what arrives is the fresh one's.
+  const auto give_to_fresh_state = [&](int j, int e) {
+    if (p.grad_reset_h) p.grad_reset_h[state_index(j, e)] += held[j][e];
+    if (Cell::kHasC && p.grad_reset_c) p.grad_reset_c[state_index(j, e)] += grad_c[j][e];
+    held[j][e] = grad_c[j][e] = 0.0f;
+  };
+
+  // Parts of the gradient of h after step s, in the order of the CTAs they come from.
+  const auto received = [&](int s, int j, float (&sum)[2]) {
+    const float* slots =
+        reinterpret_cast<const float*>(shared + kSlotsAt + (s & 1) * kLayout.slot_bytes);
+    sum[0] = sum[1] = 0.0f;
+#pragma unroll 8
+    for (int from = 0; from < Tile::cluster; from++) {
+      const float2 part = reinterpret_cast<const float2*>(
+          slots)[(from * kLayout.items + group_of(j) * kBlocks + block_of(j)) * kWarp + lane];
+      sum[0] += part.x;
+      sum[1] += part.y;
+    }
+  };
+  const auto wait = [&](int s) {
+    const int message = rows.steps - 2 - s;
+    if (!kAlone) barrier_wait<Order::acquire>(barriers_at + 8 * (s & 1), (message >> 1) & 1);
+  };
+
+  for (int i = 1; i < Tile::ring; i++) prefetch(rows.steps - i);
+#pragma unroll 1
+  for (int s = rows.steps - 1; s >= 0; s--) {
+    warp_sync();  // every lane has read the slot that is filled next
+    prefetch(s - Tile::ring + 1);
+    const int64_t t = rows.time(s);
+    uint32_t* grads_now =
+        reinterpret_cast<uint32_t*>(shared + kGradsAt + (s & 1) * kLayout.grads_bytes);
+    if (!kAlone && thread_index() == 0) {
+      barrier_expect(barriers_at + 8 * ((s + 1) & 1), kLayout.slot_bytes);
+    }
+    if (has_items) {
+      copy_wait<Tile::ring - 1>();
+      warp_sync();
+      float factors[kItems][2][Cell::kFactors], arriving[kItems][2];
+      uint32_t next_anew = 0;
+      FUSED_RNN_UNROLL
+      for (int j = 0; j < kItems; j++) {
+        const uint32_t item = ring_item(s, j), state_at = item + kSaved * kBlockBytes;
+        float saved[4][2] = {}, state[1][2], from_y[1][2];
+        if constexpr (kSaved > 0) Element::template load_blocks<kSaved>(item, saved);
+        if constexpr (Cell::kHasC) {
+          FloatElement::load_blocks<1>(state_at, state);
+        } else {
+          Element::template load_blocks<1>(state_at, state);
+        }
+        Element::template load_blocks<1>(state_at + kLayout.state_bytes, from_y);
+        FUSED_RNN_UNROLL
+        for (int e = 0; e < 2; e++) {
+          float values[4], before = state[0][e];
+          FUSED_RNN_UNROLL
+          for (int q = 0; q < 4; q++) values[q] = saved[q][e];
+          if (s > 0 && rows.begins(length[j][e], row_of(j, e), s - 1)) {
+            next_anew |= 1u << (2 * j + e);
+          }
+          if (anew >> (2 * j + e) & 1) {
+            before = 0.0f;
+            if (Cell::kHasC && p.reset_c) before = p.reset_c[state_index(j, e)];
+            if (Cell::kUsesPreviousH && p.reset_h) {
+              before = Element::to_float(static_cast<const Stored*>(p.reset_h) + state_index(j, e));
+            }
+          }
+          Cell::factors(values, state[0][e], before, c[j][e], before, factors[j][e]);
+          if (Cell::kHasC) c[j][e] = state[0][e];
+          arriving[j][e] = from_y[0][e];
+        }
+      }
+      if (s + 1 < rows.steps) wait(s);
+      FUSED_RNN_UNROLL
+      for (int j = 0; j < kItems; j++) {
+        float sum[2] = {};
+        if (s + 1 < rows.steps) received(s, j, sum);
+        float grads[2][kGrads];
+        FUSED_RNN_UNROLL
+        for (int e = 0; e < 2; e++) {
+          const int64_t after = t + (rows.reverse ? -1 : 1);
+          if (after < length[j][e] && after >= 0) held[j][e] += sum[e];
+          if (began >> (2 * j + e) & 1) give_to_fresh_state(j, e);
+          const bool taken = t < length[j][e];
+          float carry = grad_c[j][e];
+          if (Cell::kHasC && p.grad_cells && taken) {
+            carry += p.grad_cells[direction * p.rows.count * pitch + cell_index(t, j, e)];
+          }
+          Cell::backward(factors[j][e], held[j][e] + arriving[j][e], carry, grads[e]);
+          // Selects, not products: what was never saved may be NaN.
+          if (taken) {
+            held[j][e] = Cell::kUsesPreviousH ? carry : 0.0f;
+            if (Cell::kHasC) grad_c[j][e] = carry;
+          }
+          FUSED_RNN_UNROLL
+          for (int q = 0; q < kGrads; q++) grads[e][q] = taken ? grads[e][q] : 0.0f;
+        }
+        FUSED_RNN_UNROLL
+        for (int q = 0; q < kGrads; q++) {
+          const float v[2] = {grads[0][q], grads[1][q]};
+          uint32_t words[kWords];
+          Element::to_words(v, words);
+          const int at = ((group_of(j) * kGrads + q) * kBlocks + block_of(j)) * kBlockWords;
+          FUSED_RNN_UNROLL
+          for (int w = 0; w < kWords; w++) grads_now[at + lane * kWords + w] = words[w];
+        }
+      }
+      began = anew;
+      anew = next_anew;
+    }
+    block_sync();  // the gradients of all the CTA's gates are there
+
+    typename Element::Sum sums[kProducts][kBlocks];
+    const auto multiply = [&](int step, const auto& weight) {
+      FUSED_RNN_UNROLL
+      for (int n = 0; n < kBlocks; n++) {
+        const auto block = [&](int index) -> const uint32_t* {
+          if (index >= kRowGroups) return nullptr;
+          const int at = index / kGates * kGrads + index % kGates;
+          return grads_now + (at * kBlocks + n) * kBlockWords;
+        };
+        const int index = step * kGroupsPerStep;
+        const auto b = Element::operand(block(index), block(index + 1));
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < kProducts; i++) Element::multiply(sums[i][n], weight(i), b);
+      }
+    };
+    FUSED_RNN_UNROLL
+    for (int k = 0; k < Tile::register_steps; k++) {
+      multiply(k, [&](int i) -> const Fragment& { return weights[k][i]; });
+    }
+    FUSED_RNN_UNROLL
+    for (int k = 0; k < kLayout.shared_steps; k++) {
+      multiply(Tile::register_steps + k,
+               [&](int i) { return shared_weights[(k * kProducts + i) * kWarp]; });
+    }
+    const int slot_at = kSlotsAt + ((s + 1) & 1) * kLayout.slot_bytes;
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kProducts; i++) {
+      float totals[kBlocks][4];
+      FUSED_RNN_UNROLL
+      for (int n = 0; n < kBlocks; n++) sums[i][n].finish(totals[n]);
+      FUSED_RNN_UNROLL
+      for (int half = 0; half < 2; half++) {
+        const int group = product(i) * 2 + half;
+        const int owner = group / kLayout.groups, item = group % kLayout.groups * kBlocks;
+        const int at = slot_at + ((rank * kLayout.items + item) * kWarp + lane) * 8;
+        FUSED_RNN_UNROLL
+        for (int n = 0; n < kBlocks; n++) {
+          const float2 v = make_float2(totals[n][2 * half], totals[n][2 * half + 1]);
+          if constexpr (kAlone) {
+            *reinterpret_cast<float2*>(shared + at + n * kWarp * 8) = v;
+          } else {
+            const uint32_t words[2] = {bits_of(v.x), bits_of(v.y)};
+            send<2>(peer_address(shared_at + at + n * kWarp * 8, owner), words,
+                    peer_address(barriers_at + 8 * ((s + 1) & 1), owner));
+          }
+        }
+      }
+    }
+
+    for (int i = warp; i < kLayout.items * kGrads; i += Tile::warps) {
+      store(t, i / kBlocks / kGrads, i / kBlocks % kGrads, i % kBlocks,
+            grads_now + i * kBlockWords + lane * kWords);
+    }
+  }
+
+  // The gradient of the state before the first step. To have received it also means that nothing
+  // is on its way to this CTA when it leaves.
+  if (has_items) {
+    if (rows.steps > 0) wait(-1);
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kItems; j++) {
+      float sum[2] = {};
+      if (rows.steps > 0) received(-1, j, sum);
+      FUSED_RNN_UNROLL
+      for (int e = 0; e < 2; e++) {
+        const int64_t t = rows.time(0);
+        if (t < length[j][e]) held[j][e] += sum[e];
+        if (began >> (2 * j + e) & 1) give_to_fresh_state(j, e);
+        if (unit_of(j) < p.pitch && rows.first + row_of(j, e) < p.rows.batch) {
+          p.grad_h0[state_index(j, e)] = held[j][e];
+          if (Cell::kHasC) p.grad_c0[state_index(j, e)] = grad_c[j][e];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,154 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cuda/instances.h"
+
+namespace fused_rnn {
+namespace {
+
+// The kernels of all dtypes and cells: no launch has more row blocks than this many in its grid.
+constexpr int64_t kMaxCtas = int64_t{1} << 30;
+
+template <class Tiles>
+auto list(const Tiles& tiles) {
+  return std::vector(tiles.begin(), tiles.end());
+}
+
+template <CellKind kind>
+std::vector<ForwardTile> tiles_of(int element_bytes, ForwardTile) {
+  return element_bytes == 2 ? list(forward_tiles<kind, 2>()) : list(forward_tiles<kind, 4>());
+}
+
+template <CellKind kind>
+std::vector<BackwardTile> tiles_of(int element_bytes, BackwardTile) {
+  return element_bytes == 2 ? list(backward_tiles<kind, 2>()) : list(backward_tiles<kind, 4>());
+}
+
+template <class Tile>
+std::vector<Tile> tiles_of(const ScanProblem& problem) {
+  switch (problem.cell) {
+    case CellKind::lstm:
+      return tiles_of<CellKind::lstm>(problem.element_bytes, Tile{});
+    case CellKind::gru:
+      return tiles_of<CellKind::gru>(problem.element_bytes, Tile{});
+    default:
+      return tiles_of<CellKind::rnn_tanh>(problem.element_bytes, Tile{});
+  }
+}
+
+ForwardLayout layout(const ForwardTile& tile, const ScanProblem& problem) {
+  return layout_of(tile, static_cast<int>(cell_sizes(problem.cell).gates), problem.element_bytes);
+}
+
+BackwardLayout layout(const BackwardTile& tile, const ScanProblem& problem) {
+  return layout_of(tile, problem.cell, problem.element_bytes);
+}
+
+// Whether two tiles add up in the same order.
+bool same_sums(const ForwardTile& a, const ForwardTile& b) {
+  return a.hidden == b.hidden && a.cluster == b.cluster && a.split_k == b.split_k;
+}
+
+bool same_sums(const BackwardTile& a, const BackwardTile& b) {
+  return a.hidden == b.hidden && a.cluster == b.cluster;
+}
+
+// How many clusters run at a time. Clusters of 16 need a whole GPC each, smaller ones leave about a
+// tenth of the SMs without one (15 clusters of 8 on the 132 SMs of an H100).
+int64_t concurrent_clusters(int cluster, const Device& device) {
+  if (cluster == 1) return device.processors;
+  if (cluster > 8) return std::max(device.processors / 18, 1);
+  return std::max(device.processors * 10 / (11 * cluster), 1);
+}
+
+template <class Tile>
+Plan<Tile> plan(const ScanProblem& problem, const Device& device) {
+  const std::vector<Tile> tiles = tiles_of<Tile>(problem);
+  const auto runs = [&](const Tile& tile) {
+    return tile.hidden >= problem.hidden && tile.cluster <= device.max_cluster &&
+           layout(tile, problem).shared_bytes <= device.shared_bytes;
+  };
+  const Tile* preferred = nullptr;
+  for (const Tile& tile : tiles) {
+    if (runs(tile) && (preferred == nullptr || tile.hidden < preferred->hidden)) preferred = &tile;
+  }
+  if (preferred == nullptr) return {};
+
+  // The fewest rows to a cluster with which all clusters run at once, else the most.
+  const int64_t at_once = concurrent_clusters(preferred->cluster, device);
+  const auto clusters = [&](const Tile& tile) {
+    const int64_t rows = tile.row_blocks * kGroup;
+    return (problem.batch + rows - 1) / rows;
+  };
+  const Tile* best = preferred;
+  for (const Tile& tile : tiles) {
+    if (!runs(tile) || !same_sums(tile, *preferred)) continue;
+    const bool fits = clusters(tile) * problem.directions <= at_once;
+    const bool best_fits = clusters(*best) * problem.directions <= at_once;
+    if (fits ? !best_fits || tile.row_blocks < best->row_blocks
+             : !best_fits && tile.row_blocks > best->row_blocks) {
+      best = &tile;
+    }
+  }
+  const int64_t ctas = clusters(*best) * best->cluster;
+  if (ctas > kMaxCtas) return {};
+  const auto l = layout(*best, problem);
+  return {static_cast<int>(best - tiles.data()), *best,
+          LaunchShape{static_cast<int>(ctas), static_cast<int>(problem.directions), best->cluster,
+                      l.threads, l.shared_bytes}};
+}
+
+std::string text(const char* pass, int hidden, int cluster, int row_blocks) {
+  return std::string(pass) + " H<=" + std::to_string(hidden) + " on clusters of " +
+         std::to_string(cluster) + ", " + std::to_string(row_blocks * kGroup) + " rows each";
+}
+
+}  // namespace
+
+Plan<ForwardTile> plan_forward(const ScanProblem& problem, const Device& device) {
+  return plan<ForwardTile>(problem, device);
+}
+
+Plan<BackwardTile> plan_backward(const ScanProblem& problem, const Device& device) {
+  return plan<BackwardTile>(problem, device);
+}
+
+std::string plan_refusal(const ScanProblem& problem, const Device& device, bool training) {
+  if (device.capability < 80) {
+    return "needs compute capability 8.0 or newer, got " + std::to_string(device.capability / 10) +
+           "." + std::to_string(device.capability % 10);
+  }
+  const auto limit = [&](const auto& tiles) {
+    int largest = 0;
+    for (const auto& tile : tiles) {
+      const bool runs = tile.cluster <= device.max_cluster &&
+                        layout(tile, problem).shared_bytes <= device.shared_bytes;
+      if (runs) largest = std::max(largest, tile.hidden);
+    }
+    return largest;
+  };
+  int largest = limit(tiles_of<ForwardTile>(problem));
+  if (training) largest = std::min(largest, limit(tiles_of<BackwardTile>(problem)));
+  if (problem.hidden > largest) {
+    return "W_hh does not fit on chip: needs hidden_size up to " + std::to_string(largest) +
+           " for this cell, dtype and device, got " + std::to_string(problem.hidden);
+  }
+  if (plan_forward(problem, device).index < 0) {
+    return "batch size " + std::to_string(problem.batch) + " is too large";
+  }
+  return "";
+}
+
+std::string describe_plan(const ScanProblem& problem, const Device& device, bool training) {
+  const ForwardTile forward = plan_forward(problem, device).tile;
+  std::string result = text("scan", forward.hidden, forward.cluster, forward.row_blocks);
+  if (training) {
+    const BackwardTile backward = plan_backward(problem, device).tile;
+    result += "; " + text("back", backward.hidden, backward.cluster, backward.row_blocks);
+  }
+  return result;
+}
+
+}  // namespace fused_rnn

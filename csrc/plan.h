@@ -1,0 +1,42 @@
+// The choice of CUDA kernels: what is to be scanned and what the device can do -> tiles. Plain C++,
+// so that every choice can be looked at, and tested, where there is no GPU.
+#pragma once
+
+#include <string>
+
+#include "cuda/kernels.h"
+#include "cuda/tiles.h"
+
+namespace fused_rnn {
+
+struct Device {
+  int capability;    // 10 * major + minor
+  int processors;    // SMs
+  int shared_bytes;  // that one CTA may have
+  int max_cluster;   // CTAs; 1 where there are no clusters
+};
+
+struct ScanProblem {
+  CellKind cell;
+  int element_bytes;
+  int64_t hidden, batch, directions;
+};
+
+// One kernel of the tables in cuda/instances.h, and how to launch it.
+template <class Tile>
+struct Plan {
+  int index = -1;  // in its table; -1: there is none
+  Tile tile{};
+  LaunchShape shape{};
+};
+
+Plan<ForwardTile> plan_forward(const ScanProblem& problem, const Device& device);
+Plan<BackwardTile> plan_backward(const ScanProblem& problem, const Device& device);
+
+// Why there is no plan, or nothing when there is one.
+std::string plan_refusal(const ScanProblem& problem, const Device& device, bool training);
+
+// The kernels in a few words.
+std::string describe_plan(const ScanProblem& problem, const Device& device, bool training);
+
+}  // namespace fused_rnn

@@ -1,0 +1,35 @@
+// What the operators' borders share: an argument is a dense tensor of just this device, dtype and
+// shape, or an error that names it.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+namespace fused_rnn {
+
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::string text = "[";
+  for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
+inline void check_dense(const torch::stable::Tensor& tensor, const char* name,
+                        torch::headeronly::ScalarType type, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected dtype ",
+                  torch::headeronly::toString(type), ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(
+      sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()), name,
+      ": expected shape ", shape_text(shape), ", got ", shape_text(sizes));
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor, got strides ",
+                  shape_text(tensor.strides()));
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,359 @@
+"""The CUDA backend: scans that keep W_hh on chip for the whole sequence (csrc/cuda).
+
+`cuda_emulated` runs the very same kernel sources on the CPU, thread by thread: it exists for tests,
+is slow, and is used only where it is asked for by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import native
+from ..cells import Cell, DirectionWeights, is_half
+from ..problem import Problem, Rows
+from .base import Backend, backward_in_float32, forward_in_float32
+from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
+
+_GROUP = 8  # rows of matrices are a multiple of so many columns
+_CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+    device_type = "cuda"
+    takes_masks = True
+
+    def library_error(self) -> str | None:
+        return native.cuda_library_error()
+
+    @property
+    def ops(self):
+        return torch.ops.fused_rnn_cuda
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.device_type != self.device_type:
+            return f"needs tensors on {self.device_type}, got {problem.device_type}"
+        if problem.dtype != torch.float32 and not is_half(problem.dtype):
+            return f"needs dtype float32, bfloat16 or float16, got {problem.dtype}"
+        if problem.cell_name not in _CELLS:
+            return f"has no kernel for {problem.cell_name}"
+        if problem.proj_size:
+            return f"has no projection, got proj_size={problem.proj_size}"
+        if problem.hidden_size == 0 or problem.batch_size == 0:
+            return (
+                "needs at least one hidden unit and one batch row, got "
+                f"hidden_size={problem.hidden_size} and batch size {problem.batch_size}"
+            )
+        if error := self.library_error():
+            return error
+        try:
+            return self.ops.refusal(*self._plan_arguments(problem)) or None
+        except RuntimeError as error:  # a driver older than the library, say
+            return f"the device cannot be used: {str(error).splitlines()[0]}"
+
+    def describe(self, problem: Problem) -> str:
+        kernels = self.ops.describe(*self._plan_arguments(problem))
+        return f"{self.name}/{kernels}{' in float32' if _through_float32(problem) else ''}"
+
+    def _plan_arguments(self, problem: Problem) -> tuple:
+        device = torch.cuda.current_device() if self.device_type == "cuda" else 0
+        return (
+            problem.cell.index,
+            4 if _through_float32(problem) else problem.dtype.itemsize,
+            problem.hidden_size,
+            problem.batch_size,
+            problem.directions,
+            problem.training,
+            device,
+        )
+
+    def layer_forward(self, problem, *args) -> LayerOutput:
+        if _through_float32(problem):
+            return forward_in_float32(self._forward, problem, *args)
+        return self._forward(problem, *args)
+
+    def layer_backward(self, problem, *args) -> InputGrads:
+        if _through_float32(problem):
+            return backward_in_float32(self._backward, problem, *args)
+        return self._backward(problem, *args)
+
+    def _forward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        rows: Rows,
+        save: bool,
+    ) -> LayerOutput:
+        cell, hidden = problem.cell, problem.hidden_size
+        pad = _Padding(cell, hidden)
+        out = _Scans(self.ops, hidden).layer_forward(
+            pad.problem(problem),
+            x,
+            [pad.weights(w) for w in weights],
+            pad.states(h0),
+            pad.states(c0),
+            pad.rows(rows),
+            save,
+        )
+        return LayerOutput(
+            y=pad.cut(out.y, problem.directions),
+            h_n=pad.cut(out.h_n),
+            c_n=pad.cut(out.c_n),
+            gates=pad.cut(out.gates, cell.saved_gates),
+            cells=pad.cut(out.cells),
+        )
+
+    def _backward(
+        self,
+        problem: Problem,
+        grads: OutputGrads,
+        x: Tensor,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        rows: Rows,
+        saved: LayerOutput,
+        needs: Needs,
+    ) -> InputGrads:
+        cell, directions = problem.cell, problem.directions
+        pad = _Padding(cell, problem.hidden_size)
+        result = _Scans(self.ops, problem.hidden_size).layer_backward(
+            pad.problem(problem),
+            OutputGrads(
+                pad.columns(grads.y, directions),
+                pad.states(grads.h_n),
+                pad.states(grads.c_n),
+                pad.states(grads.cells),
+            ),
+            x,
+            [pad.weights(w) for w in weights],
+            pad.states(h0),
+            pad.states(c0),
+            pad.rows(rows),
+            LayerOutput(
+                y=pad.columns(saved.y, directions),
+                h_n=None,
+                c_n=None,
+                gates=pad.columns(saved.gates, cell.saved_gates),
+                cells=pad.states(saved.cells),
+            ),
+            needs,
+        )
+        return result._replace(
+            h0=pad.cut(result.h0),
+            c0=pad.cut(result.c0),
+            reset_h=pad.cut(result.reset_h),
+            reset_c=pad.cut(result.reset_c),
+            weights=pad.cut_weights(result.weights, len(weights)),
+        )
+
+
+class CudaEmulatedBackend(CudaBackend):
+    name = "cuda_emulated"
+    device_type = "cpu"
+
+    def library_error(self) -> str | None:
+        return native.cuda_emulated_library_error()
+
+    @property
+    def ops(self):
+        return torch.ops.fused_rnn_cuda_emulated
+
+
+class _Padding:
+    """Zero units up to a multiple of 8. Where hidden_size is one, everything stays as it is."""
+
+    def __init__(self, cell: Cell, hidden: int):
+        self.cell, self.hidden = cell, hidden
+        self.extra = -hidden % _GROUP
+
+    def problem(self, problem: Problem) -> Problem:
+        return replace(problem, hidden_size=self.hidden + self.extra)
+
+    def columns(self, values: Tensor | None, count: int) -> Tensor | None:
+        """[..., count*H] padded to [..., count*(H + extra)]."""
+        if values is None or not self.extra or not values.shape[-1]:
+            return values
+        return F.pad(values.unflatten(-1, (count, self.hidden)), (0, self.extra)).flatten(-2)
+
+    def states(self, values: Tensor | None) -> Tensor | None:
+        return self.columns(values, 1)
+
+    def rows(self, rows: Rows) -> Rows:
+        masks = rows.masks
+        if masks is None or not self.extra:
+            return rows
+        masks = masks._replace(
+            reset_h=self.states(masks.reset_h), reset_c=self.states(masks.reset_c)
+        )
+        return Rows(rows.timesteps, rows.batch_size, None, rows.count, masks)
+
+    def weights(self, w: DirectionWeights) -> DirectionWeights:
+        if not self.extra:
+            return w
+        gates = self.cell.gates
+        return DirectionWeights(
+            w_ih=self.columns(w.w_ih.t(), gates).t(),
+            w_hh=self.states(self.columns(w.w_hh.t(), gates).t()),
+            b_ih=self.columns(w.b_ih, gates),
+            b_hh=self.columns(w.b_hh, gates),
+        )
+
+    def cut(self, values: Tensor | None, count: int = 1) -> Tensor | None:
+        """The reverse of `columns`."""
+        if values is None or not self.extra or not values.shape[-1]:
+            return values
+        return values.unflatten(-1, (count, -1))[..., : self.hidden].flatten(-2)
+
+    def cut_weights(self, grads: list[Tensor | None], directions: int) -> list[Tensor | None]:
+        if not self.extra:
+            return grads
+        gates, per_direction = self.cell.gates, len(grads) // directions
+        result = []
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                grad = self.cut(grad.t(), gates).t() if grad.dim() == 2 else self.cut(grad, gates)
+                grad = self.cut(grad) if i % per_direction == 1 else grad  # w_hh
+                grad = grad.contiguous()
+            result.append(grad)
+        return result
+
+
+class _Scans(Backend):
+    """The two scans, of layers whose rows are padded; `hidden` is their true hidden_size."""
+
+    def __init__(self, ops, hidden: int):
+        self.ops, self.hidden = ops, hidden
+
+    def scan_forward(
+        self,
+        problem: Problem,
+        gx: Tensor,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        rows: Rows,
+        save: bool,
+    ) -> LayerOutput:
+        cell, pitch = problem.cell, problem.hidden_size
+        directions, batch, count = problem.directions, problem.batch_size, gx.shape[1]
+        wide = torch.float32
+        # Each element of gx is read before the saved gates take its place.
+        in_place = save and cell.saved_gates == cell.gates
+        out = LayerOutput(
+            y=gx.new_empty((count, directions * pitch)),
+            h_n=torch.empty_like(h0, memory_format=torch.contiguous_format),
+            c_n=gx.new_empty((directions, batch, pitch * cell.has_c), dtype=wide),
+            gates=gx
+            if in_place
+            else gx.new_empty((directions, count, pitch * cell.saved_gates * save)),
+            cells=gx.new_empty((directions, count, pitch * (cell.has_c and save)), dtype=wide),
+        )
+        self.ops.scan_forward(
+            cell.index,
+            gx,
+            [_aligned(w.w_hh) for w in weights],
+            _hidden_bias(cell, weights),
+            _aligned(h0),
+            _aligned(c0, wide),
+            self.hidden,
+            *_row_tensors(rows, gx, wide),
+            *out,
+            _stream(gx),
+        )
+        return out._replace(c_n=out.c_n.to(problem.dtype))
+
+    def scan_backward(
+        self,
+        problem: Problem,
+        grads: OutputGrads,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        rows: Rows,
+        saved: LayerOutput,
+    ) -> ScanGrads:
+        cell, pitch, wide = problem.cell, problem.hidden_size, torch.float32
+        y = _aligned(saved.y)
+        grad_gates = y.new_empty((problem.directions, y.shape[0], cell.grad_gates * pitch))
+        grad_h0 = y.new_empty(h0.shape, dtype=wide)
+        grad_c0 = y.new_empty((*h0.shape[:2], pitch * cell.has_c), dtype=wide)
+        fresh = (rows.masks.reset_h, rows.masks.reset_c) if rows.masks else (None, None)
+        grad_reset_h, grad_reset_c = (
+            None if state is None else y.new_zeros(state.shape, dtype=wide) for state in fresh
+        )
+        self.ops.scan_backward(
+            cell.index,
+            _aligned(grads.y),
+            _aligned(grads.h_n, wide),
+            _aligned(grads.c_n, wide),
+            _aligned(grads.cells, wide),
+            [_aligned(w.w_hh) for w in weights],
+            _aligned(h0),
+            _aligned(c0, wide),
+            self.hidden,
+            *_row_tensors(rows, y, wide),
+            y,
+            _aligned(saved.gates),
+            _aligned(saved.cells),
+            grad_gates,
+            grad_h0,
+            grad_c0,
+            grad_reset_h,
+            grad_reset_c,
+            _stream(y),
+        )
+        states = (grad_h0, grad_c0 if cell.has_c else None, grad_reset_h, grad_reset_c)
+        h0, c0, reset_h, reset_c = (None if s is None else s.to(problem.dtype) for s in states)
+        return ScanGrads(grad_gates, h0, c0, reset_h=reset_h, reset_c=reset_c)
+
+
+def _through_float32(problem: Problem) -> bool:
+    # As in the CPU backend: relu's gradient jumps where a rounded h turns the sign of a sum.
+    return is_half(problem.dtype) and problem.cell_name == "rnn_relu"
+
+
+def _aligned(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Dense, and where 16 bytes may be copied at a time; as `dtype` if it is given."""
+    if tensor is None:
+        return None
+    dense = tensor.to(dtype or tensor.dtype).contiguous()
+    return dense.clone() if dense.data_ptr() % 16 else dense
+
+
+def _hidden_bias(cell: Cell, weights: list[DirectionWeights]) -> Tensor | None:
+    """float32 [D, H], GRU's b_hn, which r multiplies; None for other cells and without biases."""
+    if cell.name != "gru" or weights[0].b_hh is None:
+        return None
+    return torch.stack([w.b_hh.chunk(3)[2] for w in weights]).to(torch.float32)
+
+
+def _row_tensors(rows: Rows, like: Tensor, wide: torch.dtype) -> tuple[Tensor | None, ...]:
+    """lengths [B], offsets [T] of packed rows, resets [T, B], reset_h and reset_c."""
+    if not rows.packed:
+        lengths, resets, reset_h, reset_c = rows.masks or (None, None, None, None)
+        return (
+            _aligned(lengths), None, _aligned(resets), _aligned(reset_h, like.dtype),
+            _aligned(reset_c, wide),
+        )  # fmt: skip
+    sizes = rows.batch_sizes_tensor
+    lengths = rows.timesteps - torch.searchsorted(
+        sizes.flip(0), torch.arange(rows.batch_size), right=True
+    )
+    offsets = sizes.cumsum(0) - sizes
+    # One copy, which does not wait for the device.
+    both = torch.cat((lengths, offsets)).to(like.device, non_blocking=True)
+    return both[: rows.batch_size], both[rows.batch_size :].clone(), None, None, None
+
+
+def _stream(tensor: Tensor) -> int:
+    if tensor.device.type != "cuda":
+        return 0
+    return torch.cuda.current_stream(tensor.device).cuda_stream

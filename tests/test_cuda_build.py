@@ -1,0 +1,208 @@
+"""The CUDA library compiles without a GPU, its kernels keep to their registers, and it does no harm
+where there is none."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_rnn
+from fused_rnn import native, ops, testing
+from fused_rnn.backends.cuda import CudaEmulatedBackend
+from fused_rnn.testing import LayerCase
+
+ROOT = Path(__file__).parents[1]
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the PATH")
+MAX_REGISTERS, MAX_SHARED = 255, 227 << 10
+
+
+def compile_kernels(folder: Path, source: str, arch: str, *options: str) -> dict[str, str]:
+    """What ptxas says of each kernel, by its mangled name."""
+    command = [
+        *("nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={arch}", "-cubin"),
+        *("-Xptxas", "-v", *options, "-o", str(folder / "kernels.cubin"), source),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    parts = re.split(r"Compiling entry function '(\w+)'", done.stderr)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def check_resources(reports: dict[str, str]) -> None:
+    assert reports
+    for name, report in reports.items():
+        spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert spilled and spilled.groups() == ("0", "0"), f"{name}: {report}"
+        registers = int(re.search(r"Used (\d+) registers", report)[1])
+        assert registers <= MAX_REGISTERS, f"{name}: {registers} registers"
+
+
+ONE_OF_EACH = """
+#include "csrc/cuda/launch.h"
+namespace fused_rnn {
+using Cell = LstmCell<Bfloat16Math>;
+template __global__ void scan_forward<Cell, Bfloat16Element, ForwardTileAt<CellKind::lstm, 2, 0>>(
+    ForwardParams);
+template __global__ void scan_backward<Cell, Bfloat16Element, BackwardTileAt<CellKind::lstm, 2, 0>,
+                                       CellKind::lstm>(BackwardParams);
+}
+"""
+
+
+@needs_nvcc
+def test_a_kernel_of_each_direction_compiles(tmp_path):
+    """The quick part of the matrix below."""
+    source = tmp_path / "kernels.cu"
+    source.write_text(ONE_OF_EACH)
+    check_resources(compile_kernels(tmp_path, str(source), "sm_90a", "-I", str(ROOT)))
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100"])
+@pytest.mark.parametrize("params", ["ForwardParams", "BackwardParams"])
+@pytest.mark.parametrize("element", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_no_kernel_spills(cell, element, params, arch, tmp_path):
+    defines = [f"-DFUSED_RNN_ELEMENT={element}", f"-DFUSED_RNN_PARAMS={params}"]
+    check_resources(compile_kernels(tmp_path, f"csrc/cuda/scan_{cell}.cu", arch, *defines))
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_microbenchmarks_compile(tmp_path):
+    source = str(ROOT / "benchmarks" / "gpu" / "microbenchmarks.cu")
+    compile_kernels(tmp_path, source, "sm_90a")
+
+
+TABLE = """
+#include <cstdio>
+#include "csrc/cuda/instances.h"
+using namespace fused_rnn;
+template <CellKind kind, int bytes>
+int check(int limit) {
+  int wrong = 0;
+  for (const auto& tile : forward_tiles<kind, bytes>()) {
+    const int gates = static_cast<int>(cell_sizes(kind).gates);
+    const auto l = layout_of(tile, gates, bytes);
+    if (is_whole(tile, gates, bytes) && l.shared_bytes <= limit && l.threads <= 1024) continue;
+    std::printf("forward %d, %d, %d: %d bytes\\n", tile.hidden, tile.cluster, tile.row_blocks,
+                l.shared_bytes);
+    wrong++;
+  }
+  for (const auto& tile : backward_tiles<kind, bytes>()) {
+    const auto l = layout_of(tile, kind, bytes);
+    if (is_whole(tile, kind, bytes) && l.shared_bytes <= limit && l.threads <= 1024) continue;
+    std::printf("backward %d, %d, %d: %d bytes\\n", tile.hidden, tile.cluster, tile.row_blocks,
+                l.shared_bytes);
+    wrong++;
+  }
+  return wrong;
+}
+int main() {
+  return check<CellKind::lstm, 2>(LIMIT) + check<CellKind::gru, 2>(LIMIT) +
+         check<CellKind::rnn_tanh, 2>(LIMIT) + check<CellKind::lstm, 4>(LIMIT) +
+         check<CellKind::gru, 4>(LIMIT) + check<CellKind::rnn_tanh, 4>(LIMIT);
+}
+"""
+
+
+def test_every_tile_of_the_table_is_whole_and_fits(tmp_path):
+    """With any C++ compiler: shared memory of the largest device, threads, divisibility."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not compiler:
+        pytest.skip("needs a C++ compiler")
+    source = tmp_path / "table.cpp"
+    source.write_text(TABLE)
+    program = tmp_path / "table"
+    command = [compiler, "-std=c++20", f"-DLIMIT={MAX_SHARED}", "-I", str(ROOT), str(source)]
+    subprocess.run([*command, "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture
+def cuda_library():
+    if reason := native.cuda_library_error():
+        pytest.skip(reason)
+    return torch.ops.fused_rnn_cuda
+
+
+def test_the_library_loads_beside_any_torch(cuda_library):
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    assert {"fused_rnn_cuda::scan_forward", "fused_rnn_cuda::scan_backward"} <= set(names)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(cuda_library):
+    with pytest.raises(RuntimeError, match="CUDA: "):
+        cuda_library.refusal(3, 2, 64, 8, 1, True, 0)
+    with pytest.raises(RuntimeError, match="device: expected an index"):
+        cuda_library.refusal(3, 2, 64, 8, 1, True, -1)
+
+
+def test_cpu_tensors_are_none_of_its_business():
+    layer = fused_rnn.LSTM(3, 4)
+    with (
+        fused_rnn.backend("cuda"),
+        pytest.raises(fused_rnn.UnsupportedProblemError, match="needs tensors on cuda, got cpu"),
+    ):
+        layer(torch.randn(2, 1, 3))
+
+
+def test_a_library_that_does_not_load_is_a_reason(tmp_path, monkeypatch):
+    broken = tmp_path / "libfused_rnn_cuda.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(native, "_CUDA_LIBRARY", broken)
+    native.cuda_library_error.cache_clear()
+    try:
+        assert "cannot be loaded" in native.cuda_library_error()
+    finally:
+        native.cuda_library_error.cache_clear()
+
+
+def test_a_device_that_cannot_be_used_is_a_reason():
+    class BrokenOps:
+        @staticmethod
+        def refusal(*arguments):
+            raise RuntimeError("CUDA: driver version is insufficient\nfrom somewhere")
+
+    class Backend(CudaEmulatedBackend):
+        ops = BrokenOps
+
+        def library_error(self):
+            return None
+
+    problem = ops.make_problem(*testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)).args, True)
+    reason = Backend().unsupported(problem)
+    assert reason == "the device cannot be used: CUDA: driver version is insufficient"
+
+
+@pytest.mark.parametrize(
+    ("variables", "path", "message"),
+    [
+        ({"FORCE_CUDA": "1"}, "empty", "FORCE_CUDA is set, but there is no nvcc"),
+        ({"FUSED_RNN_CUDA": "1"}, "empty", "NO NVCC on the PATH"),
+        ({"FUSED_RNN_CUDA": "yes"}, "", "expected 0, 1 or auto, got 'yes'"),
+    ],
+)
+def test_what_a_build_says_without_nvcc(variables, path, message, tmp_path):
+    """setup.py only has to look around: `--name` builds nothing."""
+    env = {k: v for k, v in os.environ.items() if k not in ("FORCE_CUDA", "FUSED_RNN_CUDA")}
+    env |= variables
+    if path:
+        compiler = shutil.which("c++") or shutil.which("g++")
+        if not compiler:
+            pytest.skip("needs a C++ compiler")
+        env |= {"PATH": str(tmp_path), "CXX": compiler}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "--name"],
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert message in done.stderr
+    assert (done.returncode != 0) == ("NO NVCC" not in message)

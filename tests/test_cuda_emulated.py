@@ -1,0 +1,224 @@
+"""The CUDA kernels' sources on the CPU, one fiber per thread: right whatever the threads' order.
+
+A seed is one random course of events: which thread runs, which warps starve, when copies and
+messages arrive. Shared memory and outputs start as NaN, deadlocks and messages to a CTA that has
+left are errors. tests/test_emulator.py shows which mistakes are found.
+"""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fused_rnn
+from fused_rnn import dispatch, native, ops, testing
+from fused_rnn.cells import CELLS
+from fused_rnn.testing import LayerCase
+
+BACKEND = "cuda_emulated"
+KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def library(poisoned):
+    if reason := native.cuda_emulated_library_error():
+        pytest.skip(reason)
+    return torch.ops.fused_rnn_cuda_emulated
+
+
+def _cases(cell: str) -> list[LayerCase]:
+    """One for each kernel there is to emulate, at sizes that fill none of them."""
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    every_mask = {"resets": True, "reset_states": True, "states": CELLS[cell].has_c}
+    return [
+        case(5, 3, 4, 13),
+        case(6, 9, 4, 29, directions=2),
+        case(4, 30, 4, 32),
+        case(3, 5, 4, 50, bias=False),
+        packed([7, 4, 4, 1], 3, 33, directions=2),
+        packed([3, 1, 1, 1, 1, 1, 1, 1, 1, 1], 3, 24, directions=2),
+        case(1, 1, 1, 1),
+        case(6, 11, 3, 32, ends=(6, 0, 3, 1, 5, 2, 2, 4, 0, 1, 3), directions=2),
+        case(7, 5, 3, 21, ends=(3, 0, 5, 1, 5), directions=2, **every_mask),
+        case(6, 3, 2, 9, resets=True, states=CELLS[cell].has_c),
+    ]
+
+
+def _slow_cases(cell: str) -> list[LayerCase]:
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    return [
+        *(case(t, b, 3, h, directions=2) for t in (2, 9) for b in (1, 17) for h in (8, 17, 31, 64)),
+        *(packed(lengths, 3, h) for lengths in ([9, 8, 1], [2] * 20 + [1]) for h in (16, 40)),
+    ]
+
+
+def _params(cases, seeds, marks=()):
+    return [
+        pytest.param(
+            replace(case, dtype=dtype),
+            seeds,
+            id="-".join((cell, str(dtype).removeprefix("torch."), str(case))),
+            marks=marks,
+        )
+        for cell in KERNELS
+        for case in cases(cell)
+        for dtype in DTYPES
+    ]
+
+
+def _run(case: LayerCase, seed: int) -> dict[str, torch.Tensor]:
+    torch.ops.fused_rnn_cuda_emulated.seed(seed)
+    with fused_rnn.backend(BACKEND):
+        return testing.results_of_draws(testing.run_layer, case)
+
+
+@pytest.mark.parametrize(
+    ("case", "seeds"),
+    [
+        *_params(_cases, 2),
+        *_params(_cases, 16, [pytest.mark.slow]),
+        *_params(_slow_cases, 8, [pytest.mark.slow]),
+    ],
+)
+def test_accuracy(case, seeds):
+    """Outputs, states and gradients as accurate as torch.nn's, and the same bits for every seed."""
+    results = [_run(case, seed) for seed in range(seeds)]
+    testing.assert_accurate(
+        results[0],
+        testing.results_of_draws(testing.run_oracle, case, "all", torch.float64),
+        testing.results_of_draws(testing.run_torch, case),
+        case,
+    )
+    for seed, other in enumerate(results):
+        for name, tensor in other.items():
+            assert torch.equal(tensor, results[0][name]), f"seed {seed}: other bits in {name}"
+
+
+@pytest.mark.parametrize("cell", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_row_has_the_same_bits_in_every_batch(cell, dtype):
+    """Clusters of 8 and of 16 rows add up in the same order."""
+    case = LayerCase(cell, 3, 30, 5, 31, dtype=dtype)
+    inputs = testing.make_inputs(case)
+    # The input projection is torch's, whose sums may depend on the batch.
+    inputs = replace(inputs, x=inputs.x.round(), weights=[w.clone() for w in inputs.weights])
+    inputs.weights[0].zero_()
+    few = replace(inputs, x=inputs.x[:, :3], h0=inputs.h0[:, :3])
+    if inputs.c0 is not None:
+        few = replace(few, c0=inputs.c0[:, :3])
+    with fused_rnn.backend(BACKEND):
+        many_y, few_y = testing.run_layer(inputs)[0], testing.run_layer(few)[0]
+    assert torch.equal(many_y[:, :3], few_y)
+
+
+@pytest.mark.parametrize("cell", KERNELS)
+def test_inference_gives_the_same_numbers_as_training(cell):
+    inputs = testing.make_inputs(LayerCase(cell, 4, 3, 5, 20, directions=2))
+    with fused_rnn.backend(BACKEND):
+        training = testing.run_layer(inputs.leaves())
+        with torch.no_grad():
+            inference = testing.run_layer(inputs)
+    for a, b in zip(training, inference, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_whole_modules_run_through_it(monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_BACKEND", BACKEND)
+    module = fused_rnn.LSTM(5, 12, num_layers=2, bidirectional=True, batch_first=True)
+    expected = torch.nn.LSTM(5, 12, num_layers=2, bidirectional=True, batch_first=True)
+    expected.load_state_dict(module.state_dict())
+    x = torch.randn(3, 4, 5)
+    actual, wanted = module(x)[0], expected(x)[0]
+    torch.testing.assert_close(actual, wanted)
+    actual.sum().backward()
+    wanted.sum().backward()
+    for (name, ours), theirs in zip(module.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda m, n=name: f"{n}: {m}")
+    lines = str(fused_rnn.explain(module, x))
+    assert "cuda_emulated/scan H<=16 on clusters of 1, 8 rows each" in lines
+
+
+def test_only_who_asks_gets_it(monkeypatch):
+    monkeypatch.delenv("FUSED_RNN_BACKEND", raising=False)
+    problem = ops.make_problem(*testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)).args, True)
+    assert BACKEND not in dict(dispatch.reasons(problem))
+    assert dispatch.select(problem).name != BACKEND
+    assert dispatch.select(problem, BACKEND).name == BACKEND
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (LayerCase("lstm", 3, 2, 4, 5, dtype=torch.float64), "float64"),
+        (LayerCase("lstm", 3, 2, 4, 5, proj_size=2), "proj_size=2"),
+        (LayerCase("gru", 3, 0, 4, 5), "batch size 0"),
+        (LayerCase("gru_reset_before", 3, 2, 4, 5), "no kernel for gru_reset_before"),
+        (LayerCase("gru", 3, 2, 4, 65), "hidden_size up to 64 .* got 65"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_take_has_a_reason(case, reason):
+    with (
+        fused_rnn.backend(BACKEND),
+        pytest.raises(fused_rnn.UnsupportedProblemError, match=reason),
+    ):
+        testing.run_layer(testing.make_inputs(case))
+
+
+# ---- Bad input, at the operators' border.
+
+
+def _arguments(**changes):
+    """Those of scan_forward, for an LSTM with T=2, B=3, H=16."""
+    arguments = {
+        "cell": CELLS["lstm"].index,
+        "gx": torch.zeros(1, 6, 64),
+        "w_hh": [torch.zeros(64, 16)],
+        "b_hn": None,
+        "h0": torch.zeros(1, 3, 16),
+        "c0": torch.zeros(1, 3, 16),
+        "hidden_size": 16,
+        "lengths": None,
+        "offsets": None,
+        "resets": None,
+        "reset_h": None,
+        "reset_c": None,
+        "y": torch.zeros(6, 16),
+        "h_n": torch.zeros(1, 3, 16),
+        "c_n": torch.zeros(1, 3, 16),
+        "gates": torch.zeros(1, 6, 64),
+        "cells": torch.zeros(1, 6, 16),
+        "stream": 0,
+    }
+    return arguments | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cell": 4}, "cell: expected 0 to 3, got 4"),
+        ({"gx": torch.zeros(1, 6, 64).double()}, "gx: expected dtype .*got Double"),
+        ({"gx": torch.zeros(1, 6, 63)}, r"gx: expected shape \[1, 6, 64\], got \[1, 6, 63\]"),
+        ({"gx": torch.zeros(6, 64)}, "gx: expected"),
+        ({"gx": torch.zeros(1, 5, 64)}, "gx: expected a multiple of the batch size 3"),
+        ({"w_hh": []}, "w_hh: expected 1 matrices, got 0"),
+        ({"w_hh": [torch.zeros(16, 64).t()]}, "w_hh: expected a contiguous tensor"),
+        ({"h0": torch.zeros(1, 3, 16).half()}, "h0: expected dtype Float, got Half"),
+        ({"h0": torch.zeros(3, 3, 16)}, "h0: expected 1 or 2 directions, got 3"),
+        ({"h0": torch.zeros(1, 3, 15)}, "h0: expected rows of a multiple of 8 columns"),
+        ({"h0": torch.zeros(1, 0, 16)}, "h0: expected at least one batch row"),
+        ({"c0": None}, "c0: expected a tensor for lstm"),
+        ({"hidden_size": 17}, "h0: expected rows of a multiple of 8 columns"),
+        ({"lengths": torch.zeros(2).long()}, r"lengths: expected shape \[3\], got \[2\]"),
+        ({"lengths": torch.zeros(3)}, "lengths: expected dtype Long, got Float"),
+        ({"offsets": torch.zeros(2).long()}, "offsets: packed rows need lengths"),
+        ({"resets": torch.zeros(2, 2).bool()}, r"resets: expected shape \[2, 3\]"),
+        ({"y": torch.zeros(97)[1:].view(6, 16)}, "y: expected memory aligned to 16 bytes"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(library, changes, message):
+    with pytest.raises(RuntimeError, match=message):
+        library.scan_forward(*_arguments(**changes).values())

@@ -1,0 +1,263 @@
+"""The emulator finds mistakes: kernels with one each, in a copy of the sources, must all fail.
+
+Each mutant, of the float32 LSTM, is compiled and run in a process of its own, with one seed after
+the other until it is caught.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from fused_rnn import native
+
+ROOT = Path(__file__).parents[1]
+FORWARD, BACKWARD = "scan_forward.cuh", "scan_backward.cuh"
+SEEDS = 40
+
+pytestmark = pytest.mark.slow
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str  # in csrc/cuda
+    changes: list[tuple[str, str]]
+
+
+MUTATIONS = [
+    Mutation("none", FORWARD, []),
+    Mutation(
+        "one buffer for h",
+        FORWARD,
+        [
+            ("h_memory + (s & 1) * (kLayout.h_bytes / 4)", "h_memory"),
+            ("((s + 1) & 1) * (kLayout.h_bytes / 4) + group0", "group0"),
+        ],
+    ),
+    Mutation(
+        "gx is waited for one step late",
+        FORWARD,
+        [("copy_wait<Tile::ring - 1>();", "copy_wait<Tile::ring>();")],
+    ),
+    Mutation(
+        "gx is fetched into a slot in use",
+        FORWARD,
+        [
+            ("prefetch(s + Tile::ring - 1);", "prefetch(s + Tile::ring);"),
+            ("s < Tile::ring - 1; s++) prefetch", "s < Tile::ring; s++) prefetch"),
+            ("copy_wait<Tile::ring - 1>();", "copy_wait<Tile::ring>();"),
+        ],
+    ),
+    Mutation(
+        "no barrier before partial sums are added",
+        FORWARD,
+        [("named_sync(1 + column, kWarp * Tile::split_k);", "")],
+    ),
+    Mutation(
+        "h is sent in the last step",
+        FORWARD,
+        [("if (!last) {\n      const int block0", "if (true) {\n      const int block0")],
+    ),
+    Mutation("h is not waited for", FORWARD, [("if (s > 0) {", "if (false) {")]),
+    Mutation(
+        "half of h is waited for",
+        FORWARD,
+        [("& 1), kLayout.h_bytes)", "& 1), kLayout.h_bytes / 2)")],
+    ),
+    Mutation(
+        "h is waited for without acquire",
+        FORWARD,
+        [("barrier_wait<Order::acquire>", "barrier_wait<Order::relaxed>")],
+    ),
+    Mutation(
+        "no fence after the barriers' initialisation",
+        FORWARD,
+        [("    barrier_init_fence();\n", "")],
+    ),
+    Mutation(
+        "no cluster barrier before the first message",
+        FORWARD,
+        [("block_sync();\n  if (!kAlone) cluster_sync();", "block_sync();")],
+    ),
+    Mutation(
+        "rows of h_n are not written",
+        FORWARD,
+        [(">= p.rows.batch) continue;\n          Stored*", ">= 1) continue;\n          Stored*")],
+    ),
+    Mutation(
+        "gates are not saved in the last step",
+        FORWARD,
+        [("p.gates) {\n          Stored*", "p.gates && !last) {\n          Stored*")],
+    ),
+    Mutation(
+        "a row that has ended goes on",
+        FORWARD,
+        [("const bool taken = real && t < alive.length[n][e];", "const bool taken = real;")],
+    ),
+    Mutation(
+        "one buffer for received sums",
+        BACKWARD,
+        [
+            ("kSlotsAt + (s & 1) * kLayout.slot_bytes", "kSlotsAt"),
+            ("kSlotsAt + ((s + 1) & 1) * kLayout.slot_bytes", "kSlotsAt"),
+        ],
+    ),
+    Mutation(
+        "one buffer for the gates' gradients",
+        BACKWARD,
+        [("kGradsAt + (s & 1) * kLayout.grads_bytes", "kGradsAt")],
+    ),
+    Mutation(
+        "no barrier after the pointwise part",
+        BACKWARD,
+        [("block_sync();  // the gradients of all", "// the gradients of all")],
+    ),
+    Mutation("sums are not waited for", BACKWARD, [("if (s + 1 < rows.steps) wait(s);", "")]),
+    Mutation("the last sums are not waited for", BACKWARD, [("if (rows.steps > 0) wait(-1);", "")]),
+    Mutation(
+        "sums are waited for without acquire",
+        BACKWARD,
+        [("barrier_wait<Order::acquire>", "barrier_wait<Order::relaxed>")],
+    ),
+    Mutation(
+        "no fence after the barriers' initialisation",
+        BACKWARD,
+        [("    barrier_init_fence();\n", "")],
+    ),
+    Mutation(
+        "saved gates are waited for one step late",
+        BACKWARD,
+        [("copy_wait<Tile::ring - 1>();", "copy_wait<Tile::ring>();")],
+    ),
+    Mutation(
+        "sums go to the slot of the wrong CTA",
+        BACKWARD,
+        [("((rank * kLayout.items + item)", "((owner * kLayout.items + item)")],
+    ),
+    Mutation(
+        "a row that has ended keeps its gradients",
+        BACKWARD,
+        [("grads[e][q] = taken ? grads[e][q] : 0.0f", "grads[e][q] = grads[e][q]")],
+    ),
+    Mutation(
+        "gradients of steps that nobody takes are not written",
+        BACKWARD,
+        [
+            (
+                "int64_t t = rows.steps; t < p.rows.timesteps",
+                "int64_t t = p.rows.timesteps; t < p.rows.timesteps",
+            )
+        ],
+    ),
+]
+
+# Runs small layers with one seed after the other; prints what caught the mutant, or nothing.
+RUN = """
+import sys
+import torch
+from fused_rnn import native
+native._CUDA_EMULATED_LIBRARY = type(native._CUDA_EMULATED_LIBRARY)(sys.argv[1])
+sys.path.insert(0, sys.argv[2])
+import test_cuda_emulated as emulated
+from fused_rnn import testing
+from fused_rnn.testing import LayerCase
+
+torch.set_num_threads(1)
+assert native.cuda_emulated_library_error() is None
+cases = [
+    LayerCase("lstm", 7, 9, 3, 32),
+    LayerCase("lstm", 5, 3, 3, 50, directions=2),
+    LayerCase.packed("lstm", [6, 4, 1], 3, 32),
+    LayerCase("lstm", 6, 3, 3, 32, ends=(4, 0, 5), directions=2, resets=True, reset_states=True),
+]
+references = [
+    (
+        testing.results_of_draws(testing.run_oracle, case, "all", torch.float64),
+        testing.results_of_draws(testing.run_torch, case),
+    )
+    for case in cases
+]
+with testing.poisoned_memory():
+    for seed in range(int(sys.argv[3])):
+        for case, expected in zip(cases, references):
+            try:
+                testing.assert_accurate(emulated._run(case, seed), *expected, case)
+            except (AssertionError, RuntimeError) as error:
+                print(f"caught by seed {seed}: {str(error).splitlines()[0]}")
+                sys.exit()
+"""
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory):
+    """The objects of the emulated library, unchanged, by name."""
+    if reason := native.cuda_emulated_library_error():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("objects")
+    commands = {}
+    for source in ("cuda/library.cpp", "plan.cpp", "cuda/emulator.cpp"):
+        commands[Path(source).stem] = compile_command(ROOT, source)
+    for cell in ("lstm", "gru", "rnn"):
+        for element in ("bfloat16", "float16", "float32"):
+            for params in ("Forward", "Backward"):
+                name = f"{cell}_{element}_{params}"
+                commands[name] = scan_command(ROOT, cell, element, params)
+    with ThreadPoolExecutor(2) as pool:
+        for name, command in commands.items():
+            pool.submit(run, [*command, "-o", str(folder / f"{name}.o")])
+    return {name: folder / f"{name}.o" for name in commands}
+
+
+def compile_command(root: Path, source: str) -> list[str]:
+    from torch.utils import cpp_extension
+
+    flags = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    return [
+        *(os.environ.get("CXX", "c++"), "-std=c++20", "-fPIC", "-O1", "-ffp-contract=fast"),
+        *("-fvisibility=hidden", "-DFUSED_RNN_EMULATED", "-Wno-unknown-pragmas"),
+        *("-DTORCH_TARGET_VERSION=0x020a000000000000", *flags),
+        *("-c", "-x", "c++", str(root / "csrc" / source)),
+    ]
+
+
+def scan_command(root: Path, cell: str, element: str, params: str) -> list[str]:
+    defines = [f"-DFUSED_RNN_ELEMENT={element}", f"-DFUSED_RNN_PARAMS={params}Params"]
+    command = compile_command(root, f"cuda/scan_{cell}.cu")
+    return [command[0], *defines, *command[1:]]
+
+
+def run(command: list[str], **options) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file[5:-4]}: {m.name}")
+def test_mutants_are_caught(mutation, objects, tmp_path):
+    from torch.utils import cpp_extension
+
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc" / "cuda" / mutation.file
+    text = path.read_text()
+    for old, new in mutation.changes:
+        assert old in text, f"the kernel no longer has {old!r}"
+        text = text.replace(old, new)
+    path.write_text(text)
+    params = "Forward" if mutation.file == FORWARD else "Backward"
+    mutant, library = tmp_path / "mutant.o", tmp_path / "mutant.so"
+    run([*scan_command(tmp_path, "lstm", "float32", params), "-o", str(mutant)])
+    others = [str(o) for name, o in objects.items() if name != f"lstm_float32_{params}"]
+    paths = [f"-L{path}" for path in cpp_extension.library_paths()]
+    compiler = os.environ.get("CXX", "c++")
+    run([compiler, "-shared", str(mutant), *others, *paths, "-ltorch_cpu", "-o", str(library)])
+
+    seeds = 4 if mutation.name == "none" else SEEDS
+    arguments = [str(library), str(Path(__file__).parent), str(seeds)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = run([sys.executable, "-c", RUN, *arguments], env=env, timeout=900)
+    assert bool(found) == (mutation.name != "none"), found or "not caught"
