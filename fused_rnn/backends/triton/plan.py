@@ -342,7 +342,7 @@ def read_rows(path: Path) -> Table:
             _check(rows[-1], number)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: expected a table as `python -m fused_rnn tune` writes it; {error}"
+            f'{path}: expected a table as "python -m fused_rnn tune" writes it; {error}'
         ) from error
     return tuple(rows)
 
