@@ -124,6 +124,19 @@ def test_inference_gives_the_same_numbers_as_training(cell):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("hidden", [16, 20])
+def test_inference_gives_every_steps_c_alone(hidden):
+    case = LayerCase("lstm", 4, 3, 5, hidden, directions=2, ends=(4, 2, 0), states=True)
+    inputs = testing.make_inputs(case)
+    expected = testing.run_oracle(inputs.leaves(torch.float64))
+    with torch.no_grad(), testing.poisoned_memory(), fused_rnn.backend(BACKEND):
+        actual = testing.run_layer(inputs)
+        gates = torch.ops.fused_rnn.layer_forward(*inputs.forward_args(False, BACKEND))[3]
+    for ours, theirs in zip(actual, expected, strict=True):
+        testing.assert_near("states", ours, theirs, 1e-5, 1e-5)
+    assert gates.numel() == 0
+
+
 def test_whole_modules_run_through_it(monkeypatch):
     monkeypatch.setenv("FUSED_RNN_BACKEND", BACKEND)
     module = fused_rnn.LSTM(5, 12, num_layers=2, bidirectional=True, batch_first=True)

@@ -187,6 +187,18 @@ def test_inference_gives_the_same_bits_and_saves_nothing(cell):
     assert [tensor.numel() for tensor in saved] == [0, 0]
 
 
+def test_inference_gives_every_steps_c_alone():
+    case = LayerCase("lstm", 4, 3, 5, 20, directions=2, ends=(4, 2, 0), states=True)
+    inputs = testing.make_inputs(case)
+    expected = testing.run_oracle(inputs.leaves(torch.float64))
+    with torch.no_grad(), testing.poisoned_memory():
+        actual = testing.run_layer(inputs)
+        gates = torch.ops.fused_rnn.layer_forward(*inputs.forward_args(False, "triton"))[3]
+    for ours, theirs in zip(actual, expected, strict=True):
+        testing.assert_near("states", ours, theirs, 1e-5, 1e-5)
+    assert gates.numel() == 0
+
+
 @pytest.mark.parametrize(
     ("cell", "value"),
     [

@@ -259,6 +259,8 @@ void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const
   }
 }
 
+bool wanted(const Tensor& tensor) { return tensor.dim() != 3 || tensor.size(2) > 0; }
+
 void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
                 std::optional<Tensor> b_hn, const Tensor& h0, std::optional<Tensor> c0,
                 int64_t hidden, std::optional<Tensor> lengths, std::optional<Tensor> offsets,
@@ -274,11 +276,12 @@ void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
   const Shape states = {b.directions, b.batch, b.pitch};
   p.h_n = output(h_n, "h_n", b.type, states);
   if (b.sizes.has_c) p.c_n = float_output(c_n, "c_n", states);
-  const bool save = cells.dim() == 3 && (cells.size(2) > 0 || gates.size(2) > 0);
-  if (save) {
+  if (wanted(gates)) {
     p.gates =
         output(gates, "gates", b.type, {b.directions, b.count, b.sizes.saved_gates * b.pitch});
-    if (b.sizes.has_c) p.cells = float_output(cells, "cells", {b.directions, b.count, b.pitch});
+  }
+  if (b.sizes.has_c && wanted(cells)) {
+    p.cells = float_output(cells, "cells", {b.directions, b.count, b.pitch});
   }
   const int64_t index = gx.get_device_index();
   const CurrentDevice guard(static_cast<int32_t>(index));
@@ -359,7 +362,7 @@ void seed_op(int64_t seed) { emulator::set_seed(static_cast<uint64_t>(seed)); }
 #endif
 
 // Shapes and dtypes are in params.h. Outputs are written in place. Zero columns in `gates` and
-// `cells` mean that nothing is saved; gx and gates may be one tensor. `stream` is a cudaStream_t.
+// `cells` mean that they are not saved; gx and gates may be one tensor. `stream` is a cudaStream_t.
 // `offsets` make rows packed; lengths, offsets and resets are on the tensors' device.
 STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
   m.def(

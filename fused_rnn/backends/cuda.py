@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import native
 from ..cells import Cell, DirectionWeights, is_half
 from ..problem import Problem, Rows
-from .base import Backend, backward_in_float32, forward_in_float32
+from .base import Backend, allocate_output, backward_in_float32, forward_in_float32
 from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
 
 _GROUP = 8  # rows of matrices are a multiple of so many columns
@@ -242,20 +242,9 @@ class _Scans(Backend):
         rows: Rows,
         save: bool,
     ) -> LayerOutput:
-        cell, pitch = problem.cell, problem.hidden_size
-        directions, batch, count = problem.directions, problem.batch_size, gx.shape[1]
-        wide = torch.float32
-        # Each element of gx is read before the saved gates take its place.
-        in_place = save and cell.saved_gates == cell.gates
-        out = LayerOutput(
-            y=gx.new_empty((count, directions * pitch)),
-            h_n=torch.empty_like(h0, memory_format=torch.contiguous_format),
-            c_n=gx.new_empty((directions, batch, pitch * cell.has_c), dtype=wide),
-            gates=gx
-            if in_place
-            else gx.new_empty((directions, count, pitch * cell.saved_gates * save)),
-            cells=gx.new_empty((directions, count, pitch * (cell.has_c and save)), dtype=wide),
-        )
+        cell, wide = problem.cell, torch.float32
+        out = allocate_output(problem, gx, save)
+        out = out._replace(c_n=torch.empty_like(out.c_n, dtype=wide))
         self.ops.scan_forward(
             cell.index,
             gx,

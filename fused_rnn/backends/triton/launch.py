@@ -52,7 +52,7 @@ def forward(
         "h": h,
         "c": c,
         "gates": out.gates if save and cell.saved_gates else None,
-        "cells": out.cells if save and cell.has_c else None,
+        "cells": out.cells if problem.keeps_cells(save) else None,
     }
     constants = {
         "CELL": FUNCTIONS[cell.name].forward,
