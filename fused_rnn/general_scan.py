@@ -88,7 +88,7 @@ class GeneralScan:
             )
             dispatch.select(dataclasses.replace(problem, extras=self.traits))
         if masks is not None and not transformed:
-            _check_lengths(masks, x.shape[0], compiling)
+            masks.check(x.shape[0])
         dtype, directions = state_dtype(x.dtype), h0.shape[0]
         noise = [self._draw(x, h0[0], c0, batch_sizes, dtype) for _ in range(directions)]
         extras = self.extras[index * directions : (index + 1) * directions]
@@ -149,14 +149,6 @@ def _no_autocast(device_type: str) -> AbstractContextManager:
     if torch._C._is_any_autocast_enabled() and device_type != "meta":
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
-
-
-def _check_lengths(masks: Masks, timesteps: int, compiling: bool) -> None:
-    if not compiling:
-        masks.check(timesteps)
-    elif masks.lengths is not None:
-        fits = ((masks.lengths >= 0) & (masks.lengths <= timesteps)).all()
-        torch._assert_async(fits, f"lengths: expected values from 0 to {timesteps}")
 
 
 class _Product:

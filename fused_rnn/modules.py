@@ -469,6 +469,15 @@ def _reject(options: Mapping[str, Any], owner: str) -> None:
             raise TypeError(f"{owner}: unexpected keyword argument {name!r}")
 
 
+def make_module(cell: str, *args, **options) -> RNN | GRU | LSTM:
+    """A layer module for a name in `cells.CELLS`; the rest as its class takes it."""
+    if cell == "lstm":
+        return LSTM(*args, **options)
+    if "gru" in cell:
+        return GRU(*args, reset_after=cell == "gru", **options)
+    return RNN(*args, nonlinearity=cell.removeprefix("rnn_"), **options)
+
+
 class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
     """What the cells share: one timestep, batched or not."""
 

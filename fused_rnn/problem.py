@@ -64,14 +64,15 @@ class Masks(NamedTuple):
 
     def check(self, timesteps: int) -> None:
         """Lengths lie within the sequence. Where they are on a device the host does not wait for
-        them: the device asserts it, and torch reports that at its next synchronisation.
+        them: the device asserts it, and torch reports that at its next synchronisation. So does
+        a compiled graph, whose compiler does not know them.
 
         Raises:
             RuntimeError: a length is below 0 or above T.
         """
         if self.lengths is None or self.lengths.numel() == 0:
             return
-        if self.lengths.is_cpu:
+        if self.lengths.is_cpu and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in torch.aminmax(self.lengths))
             if not 0 <= low <= high <= timesteps:
                 raise RuntimeError(
@@ -116,7 +117,7 @@ class Rows:
         room: int = 0,
     ):
         """`batch_sizes`: int64 [T] on the CPU, as in a PackedSequence, or None when padded.
-        `count`: the number of rows there are in memory, N. `masks`: for a padded batch, or None.
+        `count`: the number of packed rows, N; a padded batch has T*B. `masks`: for one, or None.
         `room`: for how many rows what is saved should have memory, if for more than N.
 
         Raises:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import dispatch, modules, ops
+from . import dispatch, ops
 from .cells import CELLS, state_dtype
+from .modules import make_module as make_module
 from .problem import Masks
 
 # How many machine epsilons a result may be off where torch.nn happens to be exact: as much as the
@@ -223,15 +224,6 @@ def make_inputs(case: LayerCase, seed: int = 0) -> LayerInputs:
         masks=masks,
         states=case.states,
     )
-
-
-def make_module(cell: str, *args, **options) -> torch.nn.Module:
-    """A layer module of ours for a name in `cells.CELLS`."""
-    if cell.startswith("rnn_"):
-        return modules.RNN(*args, nonlinearity=cell.removeprefix("rnn_"), **options)
-    if cell == "gru_reset_before":
-        return modules.GRU(*args, reset_after=False, **options)
-    return {"gru": modules.GRU, "lstm": modules.LSTM}[cell](*args, **options)
 
 
 def batch_sizes_of(lengths: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..cells import DirectionWeights, is_half, state_dtype
 from ..native import bfloat16_capability, cpu_capability, cpu_library_error
 from ..problem import Problem, Rows
-from .base import Backend, backward_in_float32, forward_in_float32
+from .base import Backend, is_relu_of_half
 from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, allocate_saved
 
 
@@ -32,21 +32,15 @@ class CpuBackend(Backend):
     def describe(self, problem: Problem) -> str:
         if not is_half(problem.dtype):
             return f"cpu/{cpu_capability()} layer"
-        if _through_float32(problem):
+        if self.in_float32(problem):
             return f"cpu/{cpu_capability()} layer in float32"
         return f"cpu/{bfloat16_capability()} layer"
 
-    def layer_forward(self, problem, *args) -> LayerOutput:
-        if _through_float32(problem):
-            return forward_in_float32(self._forward, problem, *args)
-        return self._forward(problem, *args)
+    def in_float32(self, problem: Problem) -> bool:
+        native = problem.dtype == torch.bfloat16 and not is_relu_of_half(problem)
+        return is_half(problem.dtype) and not (native and bfloat16_capability())
 
-    def layer_backward(self, problem, *args) -> InputGrads:
-        if _through_float32(problem):
-            return backward_in_float32(self._backward, problem, *args)
-        return self._backward(problem, *args)
-
-    def _forward(
+    def layer_forward(
         self,
         problem: Problem,
         x: Tensor,
@@ -79,7 +73,7 @@ class CpuBackend(Backend):
             return out
         return out._replace(h_n=out.h_n.to(problem.dtype), c_n=out.c_n.to(problem.dtype))
 
-    def _backward(
+    def layer_backward(
         self,
         problem: Problem,
         grads: OutputGrads,
@@ -130,13 +124,6 @@ class CpuBackend(Backend):
                 for g, need in zip(grad_weights, needs.weights, strict=True)
             ],
         )
-
-
-def _through_float32(problem: Problem) -> bool:
-    # Relu's gradient jumps where a rounded h, as an operand of the products, turns the sign of a
-    # sum near zero: in float32 it jumps less often.
-    native = problem.dtype == torch.bfloat16 and problem.cell_name != "rnn_relu"
-    return is_half(problem.dtype) and not (native and bfloat16_capability())
 
 
 def _flat(weights: list[DirectionWeights]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import native
 from ..cells import Cell, DirectionWeights, is_half
 from ..problem import Problem, Rows
-from .base import Backend, allocate_output, backward_in_float32, forward_in_float32
+from .base import Backend, allocate_output, is_relu_of_half
 from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
 
 _GROUP = 8  # rows of matrices are a multiple of so many columns
@@ -57,13 +57,13 @@ class CudaBackend(Backend):
 
     def describe(self, problem: Problem) -> str:
         kernels = self.ops.describe(*self._plan_arguments(problem))
-        return f"{self.name}/{kernels}{' in float32' if _through_float32(problem) else ''}"
+        return f"{self.name}/{kernels}{' in float32' if self.in_float32(problem) else ''}"
 
     def _plan_arguments(self, problem: Problem) -> tuple:
         device = torch.cuda.current_device() if self.device_type == "cuda" else 0
         return (
             problem.cell.index,
-            4 if _through_float32(problem) else problem.dtype.itemsize,
+            4 if self.in_float32(problem) else problem.dtype.itemsize,
             problem.hidden_size,
             problem.batch_size,
             problem.directions,
@@ -71,17 +71,10 @@ class CudaBackend(Backend):
             device,
         )
 
-    def layer_forward(self, problem, *args) -> LayerOutput:
-        if _through_float32(problem):
-            return forward_in_float32(self._forward, problem, *args)
-        return self._forward(problem, *args)
+    def in_float32(self, problem: Problem) -> bool:
+        return is_relu_of_half(problem)
 
-    def layer_backward(self, problem, *args) -> InputGrads:
-        if _through_float32(problem):
-            return backward_in_float32(self._backward, problem, *args)
-        return self._backward(problem, *args)
-
-    def _forward(
+    def layer_forward(
         self,
         problem: Problem,
         x: Tensor,
@@ -110,7 +103,7 @@ class CudaBackend(Backend):
             cells=pad.cut(out.cells),
         )
 
-    def _backward(
+    def layer_backward(
         self,
         problem: Problem,
         grads: OutputGrads,
@@ -302,11 +295,6 @@ class _Scans(Backend):
         states = (grad_h0, grad_c0 if cell.has_c else None, grad_reset_h, grad_reset_c)
         h0, c0, reset_h, reset_c = (None if s is None else s.to(problem.dtype) for s in states)
         return ScanGrads(grad_gates, h0, c0, reset_h=reset_h, reset_c=reset_c)
-
-
-def _through_float32(problem: Problem) -> bool:
-    # As in the CPU backend: relu's gradient jumps where a rounded h turns the sign of a sum.
-    return is_half(problem.dtype) and problem.cell_name == "rnn_relu"
 
 
 def _aligned(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:

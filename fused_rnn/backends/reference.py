@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..cells import DirectionWeights, is_half
 from ..problem import Problem, Rows
-from .base import Backend, allocate_output, backward_in_float32, forward_in_float32
+from .base import Backend, allocate_output
 from .bundles import LayerOutput, OutputGrads, ScanGrads
 
 States = tuple[Tensor, ...]
@@ -37,17 +37,8 @@ class ReferenceBackend(Backend):
     def describe(self, problem: Problem) -> str:
         return ": ".join(filter(None, (self.name, ", ".join(problem.extras))))
 
-    def layer_forward(self, problem, *args):
-        forward = super().layer_forward
-        if is_half(problem.dtype):
-            return forward_in_float32(forward, problem, *args)
-        return forward(problem, *args)
-
-    def layer_backward(self, problem, *args):
-        backward = super().layer_backward
-        if is_half(problem.dtype):
-            return backward_in_float32(backward, problem, *args)
-        return backward(problem, *args)
+    def in_float32(self, problem: Problem) -> bool:
+        return is_half(problem.dtype)
 
     def scan_forward(
         self,

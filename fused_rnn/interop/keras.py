@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS, KERAS_GATES, Cell, DirectionWeights, reorder_gates, restore_gates
-from ..modules import GRU, LSTM, RNN
+from ..modules import GRU, LSTM, RNN, make_module
 from . import weights as module_weights
 
 
@@ -54,13 +54,7 @@ def from_keras(layer: Any) -> RNN | GRU | LSTM:
         "dtype": _torch_dtype(kernel),
         "stateful": bool(layers[0].stateful),
     }
-    sizes = kernel.shape[0], layers[0].units
-    if cell.name == "lstm":
-        module: RNN | GRU | LSTM = LSTM(*sizes, **options)
-    elif cell.gates == 3:
-        module = GRU(*sizes, reset_after=cell.name == "gru", **options)
-    else:
-        module = RNN(*sizes, nonlinearity=cell.name.removeprefix("rnn_"), **options)
+    module = make_module(cell.name, kernel.shape[0], layers[0].units, **options)
     module_weights.write(module, [_read(each, cell) for each in layers])
     return module
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS, ONNX_GATES, Cell, DirectionWeights, reorder_gates, restore_gates
-from ..modules import GRU, LSTM, RNN
+from ..modules import GRU, LSTM, RNN, make_module
 from . import weights as module_weights
 
 _ACTIVATIONS = {
@@ -149,13 +149,7 @@ def from_onnx(
         "bidirectional": directions == 2,
         "dtype": w.dtype,
     }
-    sizes = w.shape[2], hidden
-    if cell.name == "lstm":
-        module: RNN | GRU | LSTM = LSTM(*sizes, **options)
-    elif cell.gates == 3:
-        module = GRU(*sizes, reset_after=cell.name == "gru", **options)
-    else:
-        module = RNN(*sizes, nonlinearity=cell.name.removeprefix("rnn_"), **options)
+    module = make_module(cell.name, w.shape[2], hidden, **options)
     order = ONNX_GATES[cell.name]
     module_weights.write(
         module,

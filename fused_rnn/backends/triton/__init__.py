@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ...cells import DirectionWeights, is_half
 from ...problem import Problem, Rows
-from ..base import Backend, backward_in_float32, forward_in_float32
-from ..bundles import InputGrads, LayerOutput, OutputGrads, ScanGrads
+from ..base import Backend, is_relu_of_half
+from ..bundles import LayerOutput, OutputGrads, ScanGrads
 from .plan import Device, Plan, UnfitError, make_plan, requested_regime
 
 # Devices whose driver has refused to run all programs of a launch at once.
@@ -73,20 +73,11 @@ class TritonBackend(Backend):
         return None
 
     def describe(self, problem: Problem) -> str:
-        through = " in float32" if _through_float32(problem) else ""
+        through = " in float32" if self.in_float32(problem) else ""
         return f"triton scan{through} ({self._plan(problem)})"
 
-    def layer_forward(self, problem: Problem, *args) -> LayerOutput:
-        forward = super().layer_forward
-        if _through_float32(problem):
-            return forward_in_float32(forward, problem, *args)
-        return forward(problem, *args)
-
-    def layer_backward(self, problem: Problem, *args) -> InputGrads:
-        backward = super().layer_backward
-        if _through_float32(problem):
-            return backward_in_float32(backward, problem, *args)
-        return backward(problem, *args)
+    def in_float32(self, problem: Problem) -> bool:
+        return is_relu_of_half(problem)
 
     def scan_forward(
         self,
@@ -132,23 +123,16 @@ class TritonBackend(Backend):
             _uncooperative.add(torch.cuda.current_device())
             return scan(problem, self._plan(problem), _precision(), *args)
 
-    @staticmethod
-    def _plan(problem: Problem) -> Plan:
+    def _plan(self, problem: Problem) -> Plan:
         device = _INTERPRETER
         if problem.device_type == "cuda":
             index = torch.cuda.current_device()
             device = device_facts(index)
             if index in _uncooperative:
                 device = device._replace(cooperative=False)
-        if _through_float32(problem):
+        if self.in_float32(problem):
             problem = replace(problem, dtype=torch.float32)
         return make_plan(problem, device, _precision(), requested_regime())
-
-
-def _through_float32(problem: Problem) -> bool:
-    # Relu's gradient jumps where a rounded h turns the sign of a sum near zero; in float32 that
-    # happens less often.
-    return problem.cell_name == "rnn_relu" and is_half(problem.dtype)
 
 
 @cache
