@@ -63,6 +63,7 @@ SCAN_VARIANTS = tuple(
     for element in ("bfloat16", "float16", "float32")
     for params in ("BackwardParams", "ForwardParams")
 )
+STEP_SOURCE = "csrc/cuda/steps.cu"  # small kernels, for all of these at once
 NVCC_FLAGS = [
     *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
@@ -134,7 +135,8 @@ def extensions() -> list[Extension]:
         say(f"NO C++ COMPILER ({wanted}): installing pure Python, WITHOUT the fast CPU kernels")
         return []
     found = [Extension(CPU_LIBRARY, library_sources())]
-    scans = ["csrc/cuda/library.cpp", "csrc/plan.cpp", *SCAN_SOURCES]
+    host = [f"csrc/{name}.cpp" for name in ("cuda/library", "cuda/step_scan", "plan")]
+    scans = [*host, *SCAN_SOURCES, STEP_SOURCE]
     if is_set("FUSED_RNN_EMULATE"):
         found.append(Extension(EMULATED_LIBRARY, [*scans, "csrc/cuda/emulator.cpp"]))
     if wants_cuda():
@@ -220,7 +222,8 @@ class BuildExt(build_ext):
                 yield source, [*ISA_FLAGS.get(source, []), *own], ""
                 continue
             language = ["-x", "c++"] if ext.name == EMULATED_LIBRARY else []
-            for number, variant in enumerate(SCAN_VARIANTS):
+            variants = SCAN_VARIANTS if source in SCAN_SOURCES else [[]]
+            for number, variant in enumerate(variants):
                 yield source, [*own, *variant, *language], str(number)
 
     def library_options(self) -> tuple[list[str], list[str]]:
