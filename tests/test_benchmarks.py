@@ -73,7 +73,7 @@ def test_streaming_program(tmp_path):
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(path.read_text())
     assert all(0 < row["least_us"][way] <= row["median_us"][way] for way in row["least_us"])
-    assert {"stepper", "layer", "nn layer", "nn cell"} == row["least_us"].keys()
+    assert {"stepper", "bf16 stepper", "layer", "nn layer", "nn cell"} == row["least_us"].keys()
 
 
 @pytest.mark.slow
