@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.driver import driver
 
 from ...cells import DirectionWeights
 from ...problem import Masks, Problem, Rows
@@ -23,8 +22,6 @@ class RefusedLaunchError(RuntimeError):
     """The driver does not let all programs of a launch run at once; nothing has run."""
 
 
-_REGISTERS = 65536  # of an NVIDIA multiprocessor
-_MOST_REGISTERS = 255  # of a thread
 INTERPRETED = not isinstance(scan.scan_forward, triton.JITFunction)
 
 
@@ -216,10 +213,6 @@ def launch_options(config, exchange: str) -> dict:
     }
     if exchange == "grid":
         options["launch_cooperative_grid"] = True
-    if exchange != "launch" and driver.active.get_current_target().backend == "cuda":
-        # A program that runs all steps has a multiprocessor to itself. Else the compiler spills to
-        # fit a second one in.
-        options["maxnreg"] = min(_MOST_REGISTERS, _REGISTERS // (32 * config.warps))
     return options
 
 
