@@ -84,9 +84,10 @@ def _bounds():
 
 
 def _check_compiled(target, *numbers):
-    """Compiles rows of the table, without numbers all that the target uses. None spills or adds
+    """Compiles rows of the table, without numbers all that the target uses. None adds
     floating-point numbers atomically, each is within the machine and what the planner reckons
-    with; with the Triton that made tests/triton_bounds.json, within its bounds too."""
+    with; with the Triton that made tests/triton_bounds.json, none spills, and each is within its
+    bounds too."""
     done = _python(HERE / "triton_ahead.py", target, *numbers, timeout=7200)
     assert done.returncode == 0, done.stderr[-4000:]
     version, *reports = [json.loads(line) for line in done.stdout.splitlines()]
@@ -99,12 +100,13 @@ def _check_compiled(target, *numbers):
             hidden_size=row.hidden,
             dtype=torch.bfloat16 if row.kind == "half" else torch.float32,
         )
-        assert report["spills"] == report["floating_point_atomics"] == 0, report
+        assert report["floating_point_atomics"] == 0, report
         reckoned = planner.on_chip_bytes(row.config, problem, row.which, vendor)
         assert report["shared"] <= reckoned, (report, reckoned)
         assert report["shared"] <= SHARED_MEMORY[target], report
         bound = bounds[target][report["row"]]
         if version == bounds["triton"]:
+            assert report["spills"] == 0, report
             for fact in ("registers", "shared"):
                 assert report[fact] <= bound[fact], (fact, report, bound)
 
