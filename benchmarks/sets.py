@@ -270,7 +270,12 @@ ALL_SETS = (
     CaseSet(
         "gpu-torchrl",
         "Layers of reinforcement learning, without and with resets",
-        alone(torchrl_grid((256, 1024, 4096), (64, 16), (256, 128))),
+        alone(
+            [
+                *torchrl_grid((256, 1024, 4096), (64, 16), (256, 128)),
+                *torchrl_grid((16, 64, 128), (64,), (256,)),
+            ]
+        ),
         "cuda",
     ),
     CaseSet(
