@@ -117,13 +117,24 @@ def run_tests(campaign: Campaign) -> None:
     if not _has_module("pytest", paths) or not _has_module("hypothesis", paths):
         campaign.skip("tests", "pytest", "pytest or hypothesis is not installed, nor in the wheels")
         return
-    report = campaign.out / "tests.xml"
-    which, tests = "gpu", ROOT / "tests"
     if campaign.dry:
-        which, tests = "not gpu", tests / "test_doctor.py"
+        one_file = ROOT / "tests" / "test_doctor.py"
+        run_marked(campaign, "gpu tests", "not gpu", one_file, "tests.xml", 0.2)
+        return
+    # Those that compile or fill the memory for long come last, and may be stopped.
+    tests = ROOT / "tests"
+    run_marked(campaign, "gpu tests", "gpu and not slow", tests, "tests.xml", 0.16)
+    run_marked(campaign, "long gpu tests", "gpu and slow", tests, "tests-long.xml", 0.06)
+
+
+def run_marked(
+    campaign: Campaign, name: str, which: str, tests: Path, report_name: str, share: float
+) -> None:
+    """pytest on the tests with such markers, for a share of the campaign's time."""
+    report = campaign.out / report_name
     options = ["-q", "-m", which, "-p", "no:cacheprovider", f"--junitxml={report}"]
     command = campaign.python("-m", "pytest", *options, tests)
-    result = campaign.run("tests", "gpu tests", command, campaign.args.seconds * 0.2)
+    result = campaign.run("tests", name, command, campaign.args.seconds * share)
     if report.exists():
         suite = ElementTree.parse(report).getroot().find("testsuite")
         names = ("tests", "failures", "errors", "skipped")
