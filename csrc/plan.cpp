@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <vector>
 
 #include "cuda/instances.h"
@@ -10,6 +11,8 @@ namespace {
 
 // The kernels of all dtypes and cells: no launch has more row blocks than this many in its grid.
 constexpr int64_t kMaxCtas = int64_t{1} << 30;
+// Pitches have to stay below it, so that offsets within a row of gates fit 32 bits.
+constexpr int64_t kMaxPitch = int64_t{1} << 20;
 
 template <class Tiles>
 auto list(const Tiles& tiles) {
@@ -33,6 +36,8 @@ std::vector<Tile> tiles_of(const ScanProblem& problem) {
       return tiles_of<CellKind::lstm>(problem.element_bytes, Tile{});
     case CellKind::gru:
       return tiles_of<CellKind::gru>(problem.element_bytes, Tile{});
+    case CellKind::gru_reset_before:
+      return {};  // it would need a second exchange between CTAs in every step
     default:
       return tiles_of<CellKind::rnn_tanh>(problem.element_bytes, Tile{});
   }
@@ -64,7 +69,7 @@ int64_t concurrent_clusters(int cluster, const Device& device) {
 }
 
 template <class Tile>
-Plan<Tile> plan(const ScanProblem& problem, const Device& device) {
+Plan<Tile> plan_clusters(const ScanProblem& problem, const Device& device) {
   const std::vector<Tile> tiles = tiles_of<Tile>(problem);
   const auto runs = [&](const Tile& tile) {
     return tile.hidden >= problem.hidden && tile.cluster <= device.max_cluster &&
@@ -95,30 +100,48 @@ Plan<Tile> plan(const ScanProblem& problem, const Device& device) {
   const int64_t ctas = clusters(*best) * best->cluster;
   if (ctas > kMaxCtas) return {};
   const auto l = layout(*best, problem);
-  return {static_cast<int>(best - tiles.data()), *best,
+  return {Regime::cluster, static_cast<int>(best - tiles.data()), *best,
           LaunchShape{static_cast<int>(ctas), static_cast<int>(problem.directions), best->cluster,
                       l.threads, l.shared_bytes}};
 }
 
-std::string text(const char* pass, int hidden, int cluster, int row_blocks) {
-  return std::string(pass) + " H<=" + std::to_string(hidden) + " on clusters of " +
-         std::to_string(cluster) + ", " + std::to_string(row_blocks * kGroup) + " rows each";
+template <class Tile>
+Plan<Tile> plan_steps(const ScanProblem& problem) {
+  // hidden_size comes padded to a whole number of groups.
+  const int64_t pitch = (problem.hidden + kGroup - 1) / kGroup * kGroup;
+  if (pitch >= kMaxPitch) return {};
+  const int64_t per_row = step_ctas(static_cast<int>(pitch));
+  if (problem.batch > kMaxCtas / per_row) return {};
+  return {Regime::steps, -1, Tile{},
+          LaunchShape{static_cast<int>(problem.batch * per_row),
+                      static_cast<int>(problem.directions), 1, kStepThreads, 0}};
 }
 
-}  // namespace
-
-Plan<ForwardTile> plan_forward(const ScanProblem& problem, const Device& device) {
-  return plan<ForwardTile>(problem, device);
+template <class Tile>
+Plan<Tile> plan(const ScanProblem& problem, const Device& device, ForcedRegime forced) {
+  Plan<Tile> found;
+  if (forced.value_or(Regime::cluster) == Regime::cluster) {
+    found = plan_clusters<Tile>(problem, device);
+  }
+  if (found.regime == Regime::none && forced.value_or(Regime::steps) == Regime::steps) {
+    found = plan_steps<Tile>(problem);
+  }
+  return found;
 }
 
-Plan<BackwardTile> plan_backward(const ScanProblem& problem, const Device& device) {
-  return plan<BackwardTile>(problem, device);
+template <class Tile>
+std::string text(const char* pass, const Plan<Tile>& plan) {
+  if (plan.regime == Regime::steps) return std::string(pass) + " a product per step";
+  return std::string(pass) + " H<=" + std::to_string(plan.tile.hidden) + " on clusters of " +
+         std::to_string(plan.tile.cluster) + ", " + std::to_string(plan.tile.row_blocks * kGroup) +
+         " rows each";
 }
 
-std::string plan_refusal(const ScanProblem& problem, const Device& device, bool training) {
-  if (device.capability < 80) {
-    return "needs compute capability 8.0 or newer, got " + std::to_string(device.capability / 10) +
-           "." + std::to_string(device.capability % 10);
+// Why clusters cannot take it, or nothing.
+std::string cluster_refusal(const ScanProblem& problem, const Device& device, bool training) {
+  if (problem.cell == CellKind::gru_reset_before) {
+    return "clusters have no GRU with the reset gate before the product: a step would need a "
+           "second exchange";
   }
   const auto limit = [&](const auto& tiles) {
     int largest = 0;
@@ -131,23 +154,54 @@ std::string plan_refusal(const ScanProblem& problem, const Device& device, bool 
   };
   int largest = limit(tiles_of<ForwardTile>(problem));
   if (training) largest = std::min(largest, limit(tiles_of<BackwardTile>(problem)));
-  if (problem.hidden > largest) {
-    return "W_hh does not fit on chip: needs hidden_size up to " + std::to_string(largest) +
-           " for this cell, dtype and device, got " + std::to_string(problem.hidden);
+  if (problem.hidden <= largest) return "";
+  return "W_hh does not fit on chip: needs hidden_size up to " + std::to_string(largest) +
+         " for this cell, dtype and device, got " + std::to_string(problem.hidden);
+}
+
+}  // namespace
+
+ForcedRegime regime_called(const std::string& name) {
+  if (name.empty()) return {};
+  if (name == "cluster") return Regime::cluster;
+  if (name == "steps") return Regime::steps;
+  throw std::invalid_argument("regime: expected cluster, steps or nothing, got " + name);
+}
+
+Plan<ForwardTile> plan_forward(const ScanProblem& problem, const Device& device,
+                               ForcedRegime forced) {
+  return plan<ForwardTile>(problem, device, forced);
+}
+
+Plan<BackwardTile> plan_backward(const ScanProblem& problem, const Device& device,
+                                 ForcedRegime forced) {
+  return plan<BackwardTile>(problem, device, forced);
+}
+
+std::string plan_refusal(const ScanProblem& problem, const Device& device, bool training,
+                         ForcedRegime forced) {
+  if (device.capability < 80) {
+    return "needs compute capability 8.0 or newer, got " + std::to_string(device.capability / 10) +
+           "." + std::to_string(device.capability % 10);
   }
-  if (plan_forward(problem, device).index < 0) {
+  if (forced == Regime::cluster) {
+    if (std::string reason = cluster_refusal(problem, device, training); !reason.empty()) {
+      return reason;
+    }
+  }
+  if (problem.hidden > kMaxPitch - kGroup) {
+    return "hidden_size " + std::to_string(problem.hidden) + " is too large";
+  }
+  if (plan_forward(problem, device, forced).regime == Regime::none) {
     return "batch size " + std::to_string(problem.batch) + " is too large";
   }
   return "";
 }
 
-std::string describe_plan(const ScanProblem& problem, const Device& device, bool training) {
-  const ForwardTile forward = plan_forward(problem, device).tile;
-  std::string result = text("scan", forward.hidden, forward.cluster, forward.row_blocks);
-  if (training) {
-    const BackwardTile backward = plan_backward(problem, device).tile;
-    result += "; " + text("back", backward.hidden, backward.cluster, backward.row_blocks);
-  }
+std::string describe_plan(const ScanProblem& problem, const Device& device, bool training,
+                          ForcedRegime forced) {
+  std::string result = text("scan", plan_forward(problem, device, forced));
+  if (training) result += "; " + text("back", plan_backward(problem, device, forced));
   return result;
 }
 

@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+REGIMES = ("cluster", "steps")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -67,10 +68,42 @@ def test_accuracy(case, dtype):
     )
 
 
+def _step_cases(cell: str) -> list[LayerCase]:
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    masks = {"resets": True, "reset_states": True, "states": CELLS[cell].has_c}
+    return [
+        case(1, 1, 1, 1),
+        *(case(5, b, 9, h, directions=2) for b in (1, 3, 129) for h in (17, 650, 1024, 1500)),
+        case(4, 2, 9, 4096, bias=False),
+        packed(list(range(12, 0, -1)), 11, 1000, directions=2),
+        case(20, 5, 3, 900, ends=(20, 0, 7, 13, 1), directions=2, **masks),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=f"{cell}-{case}") for cell in CELLS for case in _step_cases(cell)],
+)
+def test_accuracy_step_by_step(case, dtype, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "steps")
+    test_accuracy(case, dtype)
+
+
 def _layer(cell, hidden, dtype=torch.bfloat16, **options):
-    modes = {"lstm": fused_rnn.LSTM, "gru": fused_rnn.GRU}
+    modes = {
+        "lstm": fused_rnn.LSTM,
+        "gru": fused_rnn.GRU,
+        "gru_reset_before": functools.partial(fused_rnn.GRU, reset_after=False),
+    }
     make = modes.get(cell) or functools.partial(fused_rnn.RNN, nonlinearity=cell[4:])
     return make(64, hidden, device="cuda", dtype=dtype, **options)
+
+
+def _force(regime, cell, monkeypatch):
+    if regime == "cluster" and cell not in KERNELS:
+        pytest.skip(f"clusters have no {cell}")
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", regime)
 
 
 def _results(layer, x):
@@ -95,8 +128,10 @@ def test_the_same_bits_every_time_beside_other_work(cell, hidden):
                 assert torch.equal(a, b), f"repetition {repetition}, result {i}"
 
 
-@pytest.mark.parametrize("cell", KERNELS)
-def test_a_cuda_graph_replays_it(cell):
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cuda_graph_replays_it(cell, regime, monkeypatch):
+    _force(regime, cell, monkeypatch)
     layer = _layer(cell, 256)
     x = torch.randn(30, 8, 64, device="cuda", dtype=torch.bfloat16)
     with fused_rnn.backend("cuda"):
@@ -115,8 +150,10 @@ def test_a_cuda_graph_replays_it(cell):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("cell", KERNELS)
-def test_the_host_does_not_wait(cell):
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_host_does_not_wait(cell, regime, monkeypatch):
+    _force(regime, cell, monkeypatch)
     layer = _layer(cell, 128, bidirectional=True)
     x = torch.randn(30, 8, 64, device="cuda", dtype=torch.bfloat16)
     lengths = torch.randint(1, 31, (8,), device="cuda")
@@ -149,3 +186,6 @@ def test_every_automatic_choice_says_which_kernel_ran():
     layer = _layer("gru", 256)
     text = str(fused_rnn.explain(layer, torch.randn(5, 3, 64, device="cuda").bfloat16()))
     assert "cuda/scan H<=" in text
+    layer = _layer("lstm", 5000)
+    text = str(fused_rnn.explain(layer, torch.randn(5, 3, 64, device="cuda").bfloat16()))
+    assert "cuda/scan a product per step" in text

@@ -1,7 +1,7 @@
 """The emulator finds mistakes: kernels with one each, in a copy of the sources, must all fail.
 
-Each mutant, of the float32 LSTM, is compiled and run in a process of its own, with one seed after
-the other until it is caught.
+Each mutant, of the float32 LSTM or of all cells' single steps, is compiled and run in a process of
+its own, with one seed after the other until it is caught.
 """
 
 import os
@@ -18,6 +18,9 @@ from fused_rnn import native
 
 ROOT = Path(__file__).parents[1]
 FORWARD, BACKWARD = "scan_forward.cuh", "scan_backward.cuh"
+STEPS, STEP_SCAN = "steps.cuh", "step_scan.cpp"
+# The sources of one object each: of every kernel, or of none.
+WHOLE = {STEPS: "cuda/steps.cu", STEP_SCAN: "cuda/step_scan.cpp"}
 SEEDS = 40
 
 pytestmark = pytest.mark.slow
@@ -154,11 +157,63 @@ MUTATIONS = [
             )
         ],
     ),
+    Mutation("none", STEPS, []),
+    Mutation(
+        "a row that has ended goes on",
+        STEPS,
+        [("const bool taken = t < length;", "const bool taken = true;")],
+    ),
+    Mutation(
+        "outputs of steps that are not taken are not written",
+        STEPS,
+        [("if (rows.stored(length, at.row, t)) {", "if (t < length) {")],
+    ),
+    Mutation(
+        "the gradient of a fresh state goes on to what was before it",
+        STEPS,
+        [("held[0] = held[1] = grad_c[0] = grad_c[1] = 0.0f;", "")],
+    ),
+    Mutation(
+        "gradients face the gates in the order they come",
+        STEPS,
+        [("operand_at + gate_of_grad<Cell>(q)", "operand_at + q")],
+    ),
+    Mutation(
+        "both directions have one operand",
+        STEPS,
+        [("operand_at = (at.direction * p.rows.batch + at.row)", "operand_at = at.row")],
+    ),
+    Mutation(
+        "the first step starts from the last state",
+        STEPS,
+        [("load_pair<Element>(first ? p.h0 : p.h_n", "load_pair<Element>(p.h_n")],
+    ),
+    Mutation(
+        "the second product of a step comes before its operand",
+        STEP_SCAN,
+        [
+            (
+                "      kernels.inner(step, scan.shape, scan.stream);\n      inner();",
+                "      inner();\n      kernels.inner(step, scan.shape, scan.stream);",
+            )
+        ],
+    ),
+    Mutation(
+        "the gradient of h0 lacks the last product",
+        STEP_SCAN,
+        [
+            (
+                "    outer();\n  }\n  kernels.outer",
+                "    if (step.step > 0) outer();\n  }\n  kernels.outer",
+            )
+        ],
+    ),
 ]
 
 # Runs small layers with one seed after the other; prints what caught the mutant, or nothing.
 RUN = """
 import sys
+from dataclasses import replace
 import torch
 from fused_rnn import native
 native._CUDA_EMULATED_LIBRARY = type(native._CUDA_EMULATED_LIBRARY)(sys.argv[1])
@@ -175,6 +230,7 @@ cases = [
     LayerCase.packed("lstm", [6, 4, 1], 3, 32),
     LayerCase("lstm", 6, 3, 3, 32, ends=(4, 0, 5), directions=2, resets=True, reset_states=True),
 ]
+cases = [replace(case, cell=cell) for cell in sys.argv[4:] for case in cases]
 references = [
     (
         testing.results_of_draws(testing.run_oracle, case, "all", torch.float64),
@@ -200,7 +256,7 @@ def objects(tmp_path_factory):
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("objects")
     commands = {}
-    for source in ("cuda/library.cpp", "plan.cpp", "cuda/emulator.cpp"):
+    for source in ("cuda/library.cpp", "plan.cpp", "cuda/emulator.cpp", *WHOLE.values()):
         commands[Path(source).stem] = compile_command(ROOT, source)
     for cell in ("lstm", "gru", "rnn"):
         for element in ("bfloat16", "float16", "float32"):
@@ -237,7 +293,7 @@ def run(command: list[str], **options) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file[5:-4]}: {m.name}")
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{Path(m.file).stem}: {m.name}")
 def test_mutants_are_caught(mutation, objects, tmp_path):
     from torch.utils import cpp_extension
 
@@ -248,16 +304,23 @@ def test_mutants_are_caught(mutation, objects, tmp_path):
         assert old in text, f"the kernel no longer has {old!r}"
         text = text.replace(old, new)
     path.write_text(text)
-    params = "Forward" if mutation.file == FORWARD else "Backward"
+    if mutation.file in WHOLE:
+        replaced, cells = Path(WHOLE[mutation.file]).stem, ("lstm", "gru", "gru_reset_before")
+        command = compile_command(tmp_path, WHOLE[mutation.file])
+    else:
+        params = "Forward" if mutation.file == FORWARD else "Backward"
+        replaced, cells = f"lstm_float32_{params}", ("lstm",)
+        command = scan_command(tmp_path, "lstm", "float32", params)
     mutant, library = tmp_path / "mutant.o", tmp_path / "mutant.so"
-    run([*scan_command(tmp_path, "lstm", "float32", params), "-o", str(mutant)])
-    others = [str(o) for name, o in objects.items() if name != f"lstm_float32_{params}"]
+    run([*command, "-o", str(mutant)])
+    others = [str(o) for name, o in objects.items() if name != replaced]
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     compiler = os.environ.get("CXX", "c++")
     run([compiler, "-shared", str(mutant), *others, *paths, "-ltorch_cpu", "-o", str(library)])
 
     seeds = 4 if mutation.name == "none" else SEEDS
-    arguments = [str(library), str(Path(__file__).parent), str(seeds)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = [str(library), str(Path(__file__).parent), str(seeds), *cells]
+    regime = "steps" if mutation.file in WHOLE else "cluster"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "FUSED_RNN_CUDA_REGIME": regime}
     found = run([sys.executable, "-c", RUN, *arguments], env=env, timeout=900)
     assert bool(found) == (mutation.name != "none"), found or "not caught"

@@ -18,8 +18,9 @@ DEVICES = {"H200": H200, "A100": A100, "RTX 4090": RTX_4090, "B200": B200}
 KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
 
-def plan(cell, element_bytes, hidden, batch=8, directions=1, device=H200):
-    return _C.plan(CELLS[cell].index, element_bytes, hidden, batch, directions, **device)
+def plan(cell, element_bytes, hidden, batch=8, directions=1, device=H200, regime=""):
+    sizes = (CELLS[cell].index, element_bytes, hidden, batch, directions)
+    return _C.plan(*sizes, **device, regime=regime)
 
 
 def tile(part):
@@ -47,6 +48,7 @@ def tile(part):
 def test_choices(cell, element_bytes, hidden, batch, directions, device, forward, backward):
     chosen = plan(cell, element_bytes, hidden, batch, directions, DEVICES[device])
     assert chosen["refusal"] == ""
+    assert chosen["forward"]["regime"] == chosen["backward"]["regime"] == "cluster"
     assert tile(chosen["forward"]) == forward
     assert tile(chosen["backward"]) == backward
 
@@ -61,9 +63,47 @@ def test_choices(cell, element_bytes, hidden, batch, directions, device, forward
     ],
 )
 def test_refusals_say_what_would_fit(cell, element_bytes, hidden, device, words):
-    chosen = plan(cell, element_bytes, hidden, device=DEVICES[device])
+    chosen = plan(cell, element_bytes, hidden, device=DEVICES[device], regime="cluster")
     assert chosen["forward"] is None or chosen["backward"] is None
     assert re.search(words, chosen["refusal"]), chosen["refusal"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "element_bytes", "hidden", "device", "forward", "backward"),
+    [
+        ("lstm", 2, 768, "H200", "cluster", "cluster"),
+        ("lstm", 2, 769, "H200", "steps", "steps"),
+        ("lstm", 4, 400, "H200", "cluster", "steps"),
+        ("lstm", 2, 129, "A100", "steps", "steps"),
+        ("rnn_tanh", 2, 5000, "B200", "steps", "steps"),
+        ("gru_reset_before", 2, 8, "H200", "steps", "steps"),
+    ],
+)
+def test_what_does_not_fit_runs_step_by_step(
+    cell, element_bytes, hidden, device, forward, backward
+):
+    chosen = plan(cell, element_bytes, hidden, device=DEVICES[device])
+    assert chosen["refusal"] == ""
+    assert chosen["forward"]["regime"] == forward
+    assert chosen["backward"]["regime"] == backward
+    assert ("a product per step" in chosen["kernels"]) == ("steps" in (forward, backward))
+
+
+def test_steps_can_be_forced_and_have_a_thread_for_two_units():
+    for hidden, batch in itertools.product((1, 8, 255, 256, 257, 2304), (1, 7, 3000)):
+        part = plan("gru", 2, hidden, batch, 2, regime="steps")["backward"]
+        assert part["regime"] == "steps"
+        assert part["shared_bytes"] == 0
+        pairs_of_a_row = part["ctas"] // batch * part["threads"]
+        assert 0 <= 2 * pairs_of_a_row - hidden < 2 * part["threads"] + 8
+
+
+@pytest.mark.parametrize(
+    ("hidden", "batch", "words"),
+    [(2**20, 1, "hidden_size 1048576 is too large"), (4096, 2**30, "batch size .* is too large")],
+)
+def test_what_no_grid_is_large_enough_for(hidden, batch, words):
+    assert re.search(words, plan("lstm", 2, hidden, batch)["refusal"])
 
 
 def test_old_devices_are_refused():
@@ -78,7 +118,7 @@ def test_every_plan_fits_its_device(device):
     for cell, element_bytes, hidden, batch in sizes:
         chosen = plan(cell, element_bytes, hidden, batch, 2, facts)
         for part in (chosen["forward"], chosen["backward"]):
-            if part is None:
+            if part["regime"] == "steps":
                 continue
             where = f"{cell} {element_bytes} bytes H={hidden} B={batch}: {part}"
             assert part["hidden"] >= hidden, where
@@ -102,7 +142,9 @@ def test_the_order_of_sums_does_not_depend_on_the_batch(cell, hidden):
     assert len(layouts) == 1
 
 
-@pytest.mark.parametrize("changes", [{"cell": 4}, {"cell": -1}, {"element_bytes": 8}])
+@pytest.mark.parametrize(
+    "changes", [{"cell": 5}, {"cell": -1}, {"element_bytes": 8}, {"regime": "a"}]
+)
 def test_bad_arguments(changes):
     arguments = {
         "cell": 0, "element_bytes": 2, "hidden_size": 8, "batch_size": 1, "directions": 1, **H200,

@@ -19,6 +19,14 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int step_depth(int element_bytes) { return 32 / element_bytes; }
 constexpr int block_bytes(int element_bytes) { return kGroup * kGroup * element_bytes; }
 
+// The kernels of single timesteps: two units to a thread, and no CTA has units of two rows.
+#if defined(FUSED_RNN_EMULATED)
+inline constexpr int kStepThreads = 32;
+#else
+inline constexpr int kStepThreads = 128;
+#endif
+constexpr int step_ctas(int pitch) { return ceil_div(pitch, 2 * kStepThreads); }  // of one row
+
 // One CTA owns hidden / cluster units: their gate rows of W_hh, their states.
 struct ForwardTile {
   int hidden;          // the largest hidden_size it takes; units beyond a layer's own are zero
