@@ -285,10 +285,9 @@ def _packed_layer(cell: Cell, weights: list[Tensor], dtype: torch.dtype) -> Tens
     in `dtype`."""
     w_ih, w_hh, *rest = weights
     hidden = w_ih.shape[0] // cell.gates
-    matrices = [_packed_matrix(w_ih, cell.gates), _packed_matrix(w_hh, cell.gates)]
+    parts = [_packed_matrix(w_ih, cell.gates, dtype), _packed_matrix(w_hh, cell.gates, dtype)]
     if len(rest) in (1, 3):
-        matrices.append(_packed_matrix(rest[-1], 1))
-    parts = [matrix.to(dtype).view(torch.float32) for matrix in matrices]
+        parts.append(_packed_matrix(rest[-1], 1, dtype))
     if len(rest) >= 2:
         b_ih, b_hh = rest[:2]
         if cell.name == "gru":
@@ -301,9 +300,12 @@ def _packed_layer(cell: Cell, weights: list[Tensor], dtype: torch.dtype) -> Tens
     return torch.cat(parts)
 
 
-def _packed_matrix(weight: Tensor, gates: int) -> Tensor:
+def _packed_matrix(weight: Tensor, gates: int, dtype: torch.dtype) -> Tensor:
     """[gates*H, K] in panels of [K][gate][vector][16] with up to 4 vectors of units where there is
-    one gate, else 1; zeros beyond the last unit."""
+    one gate, else 1; zeros beyond the last unit. Of bfloat16 two that follow one another in K lie
+    together, as one float."""
+    if dtype is torch.bfloat16:
+        weight = F.pad(weight, (0, weight.shape[1] % 2)).to(dtype).view(torch.float32)
     depth = weight.shape[1]
     units = weight.reshape(gates, -1, depth)
     units = F.pad(units, (0, 0, 0, -units.shape[1] % _WIDTH)).view(gates, -1, _WIDTH, depth)

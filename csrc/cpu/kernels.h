@@ -125,7 +125,8 @@ struct ForwardParamsOf : ForwardCallOf<E> {
 };
 
 // The layout of a stepper's matrices is the same for every instruction set: that of PackedMatrix
-// with vectors of so many floats, up to 4 of them in a panel where there is one gate, else 1.
+// with vectors of so many words, up to 4 of them in a panel where there is one gate, else 1. A word
+// is a float, or two BFloat16 that follow one another in depth.
 constexpr int kStepWidth = 16;
 constexpr int64_t step_vectors(int64_t gates) { return gates == 1 ? 4 : 1; }
 
@@ -140,7 +141,7 @@ struct PackedStepParams {
   float* h;                  // [B, P]; where projected, written by project_step
   float* c;                  // [B, H], LSTM only
   float* unprojected;        // [B, H] what the cells give, projected only, else null
-  bool half;                 // whether the matrices are BFloat16, else float
+  bool half;                 // whether the matrices are pairs of BFloat16, else float
   const void* w_ih;          // packed
   const void* w_hh;          // packed
   const void* w_hr;          // packed as one gate, projected only

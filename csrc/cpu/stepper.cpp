@@ -25,10 +25,10 @@ struct Offsets {
     const auto padded = [](int64_t units) { return ceil_div(units, kStepWidth) * kStepWidth; };
     const auto cell = static_cast<CellKind>(s.cell);
     const int64_t gates = cell_sizes(cell).gates;
-    const int64_t packed = s.half ? 2 : 1;  // in a float
-    w_hh = gates * padded(s.hidden) * input / packed;
-    w_hr = w_hh + gates * padded(s.hidden) * s.output / packed;
-    bias = w_hr + (s.output == s.hidden ? 0 : padded(s.output) * s.hidden / packed);
+    const auto words = [&s](int64_t depth) { return s.half ? ceil_div(depth, 2) : depth; };
+    w_hh = gates * padded(s.hidden) * words(input);
+    w_hr = w_hh + gates * padded(s.hidden) * words(s.output);
+    bias = w_hr + (s.output == s.hidden ? 0 : padded(s.output) * words(s.hidden));
     hidden_bias = bias + (s.bias ? padded(gates * s.hidden) : 0);
     end = hidden_bias + (s.bias && cell == CellKind::gru ? padded(s.hidden) : 0);
   }

@@ -20,21 +20,30 @@ constexpr int tile_rows(int columns) {
 
 FUSED_RNN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// tile [ROWS, COLUMNS] = a [ROWS, depth] times panel [depth, COLUMNS]. Panels are words, but for a
-// stepper's, which may be BFloat16 that become floats as they are read.
-template <int COLUMNS, int ROWS, class Stored>
+// Two BFloat16 that follow one another in depth and become floats as they are read; the second is
+// zero where depth is odd.
+struct HalfPair {
+  unsigned bits;
+};
+
+template <class Word>
+constexpr bool kOfHalves = false;
+template <>
+constexpr bool kOfHalves<HalfPair> = true;
+
+// tile [ROWS, COLUMNS] = a [ROWS, depth] times panel [words, COLUMNS]. Panels are words, floats as
+// such or, of a stepper, pairs of halves.
+template <int COLUMNS, int ROWS, class Word>
 __attribute__((noinline)) void multiply_tile(int64_t depth, const Element* a, int64_t a_stride,
-                                             const Stored* panel, Vector* tile) {
+                                             const Word* panel, Vector* tile) {
   Vector sum[ROWS][COLUMNS];
   FUSED_RNN_UNROLL
   for (int row = 0; row < ROWS; row++) {
     FUSED_RNN_UNROLL
     for (int column = 0; column < COLUMNS; column++) sum[row][column] = Vector{};
   }
-  const auto advance = [&](int64_t k, auto value_at) __attribute__((always_inline)) {
-    Vector b[COLUMNS];
-    FUSED_RNN_UNROLL
-    for (int column = 0; column < COLUMNS; column++) b[column] = load(panel + column * kWidth);
+  const auto advance = [&](int64_t k, const Vector(&b)[COLUMNS],
+                           auto value_at) __attribute__((always_inline)) {
     FUSED_RNN_UNROLL
     for (int row = 0; row < ROWS; row++) {
       const Vector value = value_at(a + row * a_stride + k);
@@ -43,14 +52,41 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const Element* a, in
         sum[row][column] = multiply_add(sum[row][column], value, b[column]);
       }
     }
+  };
+  const auto load_panel = [&](Vector(&b)[COLUMNS]) __attribute__((always_inline)) {
+    FUSED_RNN_UNROLL
+    for (int column = 0; column < COLUMNS; column++) {
+      b[column] = load((const float*)(panel + column * kWidth));
+    }
     panel += COLUMNS * kWidth;
   };
+  const auto word_at = [](const Element* p) { return broadcast_word(p); };
   int64_t k = 0;
-  for (; k + kPairs <= depth; k += kPairs)
-    advance(k, [](const Element* p) { return broadcast_word(p); });
+  Vector b[COLUMNS];
+  if constexpr (kOfHalves<Word>) {
+    for (; k < depth; k += 2) {
+      load_panel(b);
+      Vector high[COLUMNS];
+      FUSED_RNN_UNROLL
+      for (int column = 0; column < COLUMNS; column++) {
+        high[column] = (Vector)((VectorBits)b[column] & 0xffff0000u);
+        b[column] = (Vector)((VectorBits)b[column] << 16);
+      }
+      advance(k, b, word_at);
+      if (k + 1 < depth) advance(k + 1, high, word_at);
+    }
+  } else {
+    for (; k + kPairs <= depth; k += kPairs) {
+      load_panel(b);
+      advance(k, b, word_at);
+    }
 #if defined(FUSED_RNN_BFLOAT16)
-  if (k < depth) advance(k, [](const Element* p) { return broadcast_last(p); });
+    if (k < depth) {
+      load_panel(b);
+      advance(k, b, [](const Element* p) { return broadcast_last(p); });
+    }
 #endif
+  }
   FUSED_RNN_UNROLL
   for (int row = 0; row < ROWS; row++) {
     FUSED_RNN_UNROLL
@@ -59,8 +95,8 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const Element* a, in
   }
 }
 
-template <int COLUMNS, int ROWS = tile_rows(COLUMNS), class Stored>
-void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, const Stored* panel,
+template <int COLUMNS, int ROWS = tile_rows(COLUMNS), class Word>
+void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, const Word* panel,
                    Vector* tile) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
@@ -71,9 +107,9 @@ void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, 
   multiply_tile<COLUMNS, ROWS>(depth, a, a_stride, panel, tile);
 }
 
-template <class Stored>
+template <class Word>
 static void multiply(int columns, int rows, int64_t depth, const Element* a, int64_t a_stride,
-                     const Stored* panel, Vector* tile) {
+                     const Word* panel, Vector* tile) {
   switch (columns) {
     case 1:
       return multiply_rows<1>(rows, depth, a, a_stride, panel, tile);
