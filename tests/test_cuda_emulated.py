@@ -179,10 +179,55 @@ def test_what_it_cannot_take_has_a_reason(case, reason):
         testing.run_layer(testing.make_inputs(case))
 
 
+# ---- TF32, where the user lets torch have it.
+
+
+def _tf32_cases(cell: str) -> list[LayerCase]:
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    return [
+        case(5, 3, 4, 13, directions=2),
+        case(4, 30, 4, 32),
+        case(3, 5, 4, 50, bias=False),
+        packed([7, 4, 4, 1], 3, 33, directions=2),
+        case(7, 5, 3, 21, ends=(3, 0, 5, 1, 5), directions=2, resets=True),
+    ]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=f"{cell}-{case}") for cell in KERNELS for case in _tf32_cases(cell)],
+)
+def test_tf32_is_as_accurate_as_float16(case, monkeypatch):
+    """It has float16's mantissa: what torch.nn may be wrong by there is the measure here."""
+    exact = testing.results_of_draws(testing.run_oracle, case, "all", torch.float64)
+    half = replace(case, dtype=torch.float16)
+    of_half = testing.results_of_draws(testing.run_torch, half)
+    exact_of_half = testing.results_of_draws(testing.run_oracle, half, "all", torch.float64)
+    full = _run(case, 0)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    results = [_run(case, seed) for seed in range(2)]
+    slack = testing.ROUNDINGS * torch.finfo(torch.float16).eps
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), f"seed 1: other bits in {name}"
+        norm = 2 * testing.relative_error(of_half[name], exact_of_half[name]) + slack
+        worst = testing.worst_element_error(of_half[name], exact_of_half[name])
+        testing.assert_near(name, value, exact[name], norm, 2 * (2 * worst + slack))
+    errors = [testing.relative_error(out["y"], exact["y"]) for out in (full, results[0])]
+    assert errors[0] < 1e-6 < 1e-5 < errors[1], errors
+
+
+def test_explain_says_which_products(monkeypatch):
+    layer, x = fused_rnn.LSTM(3, 12), torch.randn(2, 1, 3)
+    with fused_rnn.backend(BACKEND):
+        assert "TF32" not in str(fused_rnn.explain(layer, x))
+        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+        assert "8 rows each with TF32 products" in str(fused_rnn.explain(layer, x))
+
+
 # ---- Bad input, at the operators' border.
 
 
-def _arguments(**changes):
+def forward_arguments(**changes):
     """Those of scan_forward, for an LSTM with T=2, B=3, H=16."""
     arguments = {
         "cell": CELLS["lstm"].index,
@@ -203,6 +248,7 @@ def _arguments(**changes):
         "gates": torch.zeros(1, 6, 64),
         "cells": torch.zeros(1, 6, 16),
         "regime": "",
+        "tf32": False,
         "stream": 0,
     }
     return arguments | changes
@@ -235,4 +281,4 @@ def _arguments(**changes):
 )
 def test_bad_arguments(library, changes, message):
     with pytest.raises(RuntimeError, match=message):
-        library.scan_forward(*_arguments(**changes).values())
+        library.scan_forward(*forward_arguments(**changes).values())

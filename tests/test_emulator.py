@@ -259,7 +259,7 @@ def objects(tmp_path_factory):
     for source in ("cuda/library.cpp", "plan.cpp", "cuda/emulator.cpp", *WHOLE.values()):
         commands[Path(source).stem] = compile_command(ROOT, source)
     for cell in ("lstm", "gru", "rnn"):
-        for element in ("bfloat16", "float16", "float32"):
+        for element in ("bfloat16", "float16", "float32", "tf32"):
             for params in ("Forward", "Backward"):
                 name = f"{cell}_{element}_{params}"
                 commands[name] = scan_command(ROOT, cell, element, params)
