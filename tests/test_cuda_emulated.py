@@ -6,6 +6,7 @@ left are errors. tests/test_emulator.py shows which mistakes are found.
 """
 
 import functools
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -182,6 +183,16 @@ def test_what_it_cannot_take_has_a_reason(case, reason):
 # ---- TF32, where the user lets torch have it.
 
 
+@contextmanager
+def _tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _tf32_cases(cell: str) -> list[LayerCase]:
     case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
     return [
@@ -197,15 +208,15 @@ def _tf32_cases(cell: str) -> list[LayerCase]:
     "case",
     [pytest.param(case, id=f"{cell}-{case}") for cell in KERNELS for case in _tf32_cases(cell)],
 )
-def test_tf32_is_as_accurate_as_float16(case, monkeypatch):
+def test_tf32_is_as_accurate_as_float16(case):
     """It has float16's mantissa: what torch.nn may be wrong by there is the measure here."""
     exact = testing.results_of_draws(testing.run_oracle, case, "all", torch.float64)
     half = replace(case, dtype=torch.float16)
     of_half = testing.results_of_draws(testing.run_torch, half)
     exact_of_half = testing.results_of_draws(testing.run_oracle, half, "all", torch.float64)
     full = _run(case, 0)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    results = [_run(case, seed) for seed in range(2)]
+    with _tf32():
+        results = [_run(case, seed) for seed in range(2)]
     slack = testing.ROUNDINGS * torch.finfo(torch.float16).eps
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), f"seed 1: other bits in {name}"
@@ -216,12 +227,12 @@ def test_tf32_is_as_accurate_as_float16(case, monkeypatch):
     assert errors[0] < 1e-6 < 1e-5 < errors[1], errors
 
 
-def test_explain_says_which_products(monkeypatch):
+def test_explain_says_which_products():
     layer, x = fused_rnn.LSTM(3, 12), torch.randn(2, 1, 3)
     with fused_rnn.backend(BACKEND):
         assert "TF32" not in str(fused_rnn.explain(layer, x))
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-        assert "8 rows each with TF32 products" in str(fused_rnn.explain(layer, x))
+        with _tf32():
+            assert "8 rows each with TF32 products" in str(fused_rnn.explain(layer, x))
 
 
 # ---- Bad input, at the operators' border.
