@@ -122,7 +122,7 @@ def architecture_flags() -> list[str]:
 
 def library_sources() -> list[str]:
     kernels = list(ISA_FLAGS) if X86 else ["csrc/cpu/kernels_portable.cpp"]
-    names = ("library", "border", "stepper", "layer", "team")
+    names = ("library", "border", "infer", "stepper", "direct", "layer", "team")
     return [*(f"csrc/cpu/{name}.cpp" for name in names), *kernels]
 
 
@@ -141,9 +141,11 @@ def extensions() -> list[Extension]:
         found.append(Extension(EMULATED_LIBRARY, [*scans, "csrc/cuda/emulator.cpp"]))
     if wants_cuda():
         found.append(Extension(CUDA_LIBRARY, scans))
-    # Debian keeps Python's headers in python3-dev. Without them only the doctor knows less.
+    # Debian keeps Python's headers in python3-dev. Without them the doctor knows less, and small
+    # calls take some microseconds more.
     if Path(sysconfig.get_path("include"), "Python.h").exists():
-        found.append(Extension("fused_rnn._C", ["csrc/build_info.cpp", "csrc/plan.cpp"]))
+        names = ("build_info", "direct_calls", "plan")
+        found.append(Extension("fused_rnn._C", [f"csrc/{name}.cpp" for name in names]))
     return found
 
 
@@ -244,7 +246,9 @@ class BuildExt(build_ext):
             "FUSED_RNN_CXX_FLAGS": shlex.join([*BASE_FLAGS, *env_flags("CXXFLAGS")]),
         }
         includes = [f'-D{name}="{value}"' for name, value in facts.items()]
-        for path in (sysconfig.get_path("include"), pybind11.get_include()):
+        # Of torch's headers only dlpack.h, which has nothing of torch.
+        torch_include = Path(torch.__file__).parent / "include"
+        for path in (sysconfig.get_path("include"), pybind11.get_include(), str(torch_include)):
             includes += ["-isystem", path]
         return includes, []
 

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/features.h"
+#include "direct_calls.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -98,6 +99,7 @@ py::dict plan(int cell, int element_bytes, int64_t hidden_size, int64_t batch_si
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  if (fused_rnn::add_direct_calls(m.ptr()) != 0) throw py::error_already_set();
   m.doc() = "Build facts of fused_rnn's compiled parts.";
   m.def("build_facts", &build_facts, "Compiler, flags, torch version and instruction sets.");
   m.def("cpu_features", &cpu_features, "Which instruction sets this CPU can run.");
