@@ -172,7 +172,7 @@ def test_cpu_tensors_do_not_get_as_far_as_a_kernel(cuda_library):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_compiler_knows_the_shapes_of_a_layer_on_cuda(cuda_library, cell):
+def test_a_compiler_knows_the_shapes_of_a_layer_on_cuda(cell):
     """Without a GPU, too: neither the library nor the device is asked."""
     inputs = testing.make_inputs(LayerCase(cell, 3, 2, 4, 5, directions=2))
     real = torch.ops.fused_rnn.layer_forward(*inputs.forward_args(True, "reference"))
