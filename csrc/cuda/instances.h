@@ -97,7 +97,7 @@ inline constexpr std::array kGruForward2 = {
     ForwardTile{64, 1, 1, 2, 2, 2, 4},   ForwardTile{64, 1, 2, 2, 2, 2, 4},
     ForwardTile{128, 1, 1, 2, 1, 8, 4},  ForwardTile{128, 1, 2, 2, 1, 8, 4},
     ForwardTile{256, 4, 1, 2, 2, 8, 4},  ForwardTile{256, 4, 2, 2, 2, 8, 4},
-    ForwardTile{384, 8, 1, 2, 4, 5, 4},  ForwardTile{512, 16, 1, 2, 4, 8, 4},
+    ForwardTile{384, 8, 1, 2, 4, 3, 4},  ForwardTile{512, 16, 1, 2, 4, 8, 4},
     ForwardTile{512, 16, 2, 2, 4, 8, 4}, ForwardTile{640, 16, 1, 1, 2, 9, 4},
     ForwardTile{768, 16, 1, 1, 2, 9, 4},
 };
