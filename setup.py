@@ -60,7 +60,7 @@ ISA_FLAGS = {
 SCAN_SOURCES = tuple(f"csrc/cuda/scan_{cell}.cu" for cell in ("lstm", "gru", "rnn"))
 SCAN_VARIANTS = tuple(
     [f"-DFUSED_RNN_ELEMENT={element}", f"-DFUSED_RNN_PARAMS={params}"]
-    for element in ("bfloat16", "float16", "float32")
+    for element in ("bfloat16", "float16", "float32", "tf32")
     for params in ("BackwardParams", "ForwardParams")
 )
 STEP_SOURCE = "csrc/cuda/steps.cu"  # small kernels, for all of these at once

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_cuda_emulated import assert_tf32_accurate, tf32
 
 import fused_rnn
 from fused_rnn import native, testing
@@ -88,6 +89,17 @@ def _step_cases(cell: str) -> list[LayerCase]:
 def test_accuracy_step_by_step(case, dtype, monkeypatch):
     monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "steps")
     test_accuracy(case, dtype)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("hidden", [17, 64, 256, 384])
+@pytest.mark.parametrize("cell", KERNELS)
+def test_tf32_is_as_accurate_as_float16(cell, hidden, regime, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", regime)
+    host = LayerCase(cell, 9, 5, 7, hidden, directions=2)
+    with fused_rnn.backend("cuda"), tf32():
+        actual = testing.results_of_draws(testing.run_layer, replace(host, device="cuda"))
+    assert_tf32_accurate({name: tensor.cpu() for name, tensor in actual.items()}, host)
 
 
 def _layer(cell, hidden, dtype=torch.bfloat16, **options):

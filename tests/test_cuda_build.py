@@ -6,14 +6,19 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_cuda_emulated import forward_arguments
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import fused_rnn
-from fused_rnn import native, ops, testing
+from fused_rnn import dispatch, native, ops, testing
 from fused_rnn.backends.cuda import CudaEmulatedBackend
+from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +71,7 @@ def test_a_kernel_of_each_direction_compiles(tmp_path):
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100"])
 @pytest.mark.parametrize("params", ["ForwardParams", "BackwardParams"])
-@pytest.mark.parametrize("element", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("element", ["bfloat16", "float16", "float32", "tf32"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_no_kernel_spills(cell, element, params, arch, tmp_path):
     defines = [f"-DFUSED_RNN_ELEMENT={element}", f"-DFUSED_RNN_PARAMS={params}"]
@@ -148,6 +153,46 @@ def cuda_library():
 def test_the_library_loads_beside_any_torch(cuda_library):
     names = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
     assert {"fused_rnn_cuda::scan_forward", "fused_rnn_cuda::scan_backward"} <= set(names)
+
+
+def test_it_has_the_operators_of_the_emulation(cuda_library):
+    if reason := native.cuda_emulated_library_error():
+        pytest.skip(reason)
+    for name in ("scan_forward", "scan_backward", "refusal", "describe"):
+        real, emulated = (
+            str(getattr(library, name).default._schema).partition("::")[2]
+            for library in (cuda_library, torch.ops.fused_rnn_cuda_emulated)
+        )
+        assert real == emulated
+
+
+def test_cpu_tensors_do_not_get_as_far_as_a_kernel(cuda_library):
+    with pytest.raises(NotImplementedError, match=r"fused_rnn_cuda::scan_forward.* 'CPU' backend"):
+        cuda_library.scan_forward(*forward_arguments().values())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_compiler_knows_the_shapes_of_a_layer_on_cuda(cell):
+    """Without a GPU, too: neither the library nor the device is asked."""
+    inputs = testing.make_inputs(LayerCase(cell, 3, 2, 4, 5, directions=2))
+    real = torch.ops.fused_rnn.layer_forward(*inputs.forward_args(True, "reference"))
+    with FakeTensorMode():
+        on_cuda = tree_map_only(
+            torch.Tensor,
+            lambda t: torch.empty(t.shape, device="cuda"),
+            inputs.forward_args(True, "cuda"),
+        )
+        fake = torch.ops.fused_rnn.layer_forward(*on_cuda)
+    for ours, theirs in zip(fake, real, strict=True):
+        assert ours.device.type == "cuda"
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_backend_has_a_reason(cuda_library):
+    problem = ops.make_problem(*testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)).args, True)
+    reason = dispatch.find("cuda").unsupported(replace(problem, device_type="cuda"))
+    assert reason == "torch finds no GPU"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

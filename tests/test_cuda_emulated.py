@@ -6,6 +6,7 @@ left are errors. tests/test_emulator.py shows which mistakes are found.
 """
 
 import functools
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -179,10 +180,72 @@ def test_what_it_cannot_take_has_a_reason(case, reason):
         testing.run_layer(testing.make_inputs(case))
 
 
+# ---- TF32, where the user lets torch have it.
+
+
+@contextmanager
+def tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def assert_tf32_accurate(actual: dict[str, torch.Tensor], case: LayerCase) -> None:
+    """TF32 has float16's mantissa: what torch.nn may be wrong by there is the measure.
+
+    `case` is of float32 on the CPU.
+    """
+    exact = testing.results_of_draws(testing.run_oracle, case, "all", torch.float64)
+    half = replace(case, dtype=torch.float16)
+    of_half = testing.results_of_draws(testing.run_torch, half)
+    exact_of_half = testing.results_of_draws(testing.run_oracle, half, "all", torch.float64)
+    slack = testing.ROUNDINGS * torch.finfo(torch.float16).eps
+    for name, value in actual.items():
+        norm = 2 * testing.relative_error(of_half[name], exact_of_half[name]) + slack
+        worst = testing.worst_element_error(of_half[name], exact_of_half[name])
+        testing.assert_near(name, value, exact[name], norm, 2 * (2 * worst + slack))
+    # And it is not float32.
+    assert testing.relative_error(actual["y"], exact["y"]) > 1e-5
+
+
+def _tf32_cases(cell: str) -> list[LayerCase]:
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    return [
+        case(5, 3, 4, 13, directions=2),
+        case(4, 30, 4, 32),
+        case(3, 5, 4, 50, bias=False),
+        packed([7, 4, 4, 1], 3, 33, directions=2),
+        case(7, 5, 3, 21, ends=(3, 0, 5, 1, 5), directions=2, resets=True),
+    ]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=f"{cell}-{case}") for cell in KERNELS for case in _tf32_cases(cell)],
+)
+def test_tf32_is_as_accurate_as_float16(case):
+    with tf32():
+        results = [_run(case, seed) for seed in range(2)]
+    assert_tf32_accurate(results[0], case)
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), f"seed 1: other bits in {name}"
+
+
+def test_explain_says_which_products():
+    layer, x = fused_rnn.LSTM(3, 12), torch.randn(2, 1, 3)
+    with fused_rnn.backend(BACKEND):
+        assert "TF32" not in str(fused_rnn.explain(layer, x))
+        with tf32():
+            assert "8 rows each with TF32 products" in str(fused_rnn.explain(layer, x))
+
+
 # ---- Bad input, at the operators' border.
 
 
-def _arguments(**changes):
+def forward_arguments(**changes):
     """Those of scan_forward, for an LSTM with T=2, B=3, H=16."""
     arguments = {
         "cell": CELLS["lstm"].index,
@@ -203,6 +266,7 @@ def _arguments(**changes):
         "gates": torch.zeros(1, 6, 64),
         "cells": torch.zeros(1, 6, 16),
         "regime": "",
+        "tf32": False,
         "stream": 0,
     }
     return arguments | changes
@@ -235,4 +299,4 @@ def _arguments(**changes):
 )
 def test_bad_arguments(library, changes, message):
     with pytest.raises(RuntimeError, match=message):
-        library.scan_forward(*_arguments(**changes).values())
+        library.scan_forward(*forward_arguments(**changes).values())

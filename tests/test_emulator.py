@@ -1,6 +1,6 @@
 """The emulator finds mistakes: kernels with one each, in a copy of the sources, must all fail.
 
-Each mutant, of the float32 LSTM or of all cells' single steps, is compiled and run in a process of
+Each mutant, of a float32 scan or of all cells' single steps, is compiled and run in a process of
 its own, with one seed after the other until it is caught.
 """
 
@@ -30,6 +30,7 @@ class Mutation(NamedTuple):
     name: str
     file: str  # in csrc/cuda
     changes: list[tuple[str, str]]
+    cell: str = "lstm"  # of the mutant, where it is one cell's
 
 
 MUTATIONS = [
@@ -146,6 +147,7 @@ MUTATIONS = [
         "a row that has ended keeps its gradients",
         BACKWARD,
         [("grads[e][q] = taken ? grads[e][q] : 0.0f", "grads[e][q] = grads[e][q]")],
+        cell="gru",  # of LSTM's absent gates, which are zeros, the gradients are zeros anyway
     ),
     Mutation(
         "gradients of steps that nobody takes are not written",
@@ -259,7 +261,7 @@ def objects(tmp_path_factory):
     for source in ("cuda/library.cpp", "plan.cpp", "cuda/emulator.cpp", *WHOLE.values()):
         commands[Path(source).stem] = compile_command(ROOT, source)
     for cell in ("lstm", "gru", "rnn"):
-        for element in ("bfloat16", "float16", "float32"):
+        for element in ("bfloat16", "float16", "float32", "tf32"):
             for params in ("Forward", "Backward"):
                 name = f"{cell}_{element}_{params}"
                 commands[name] = scan_command(ROOT, cell, element, params)
@@ -309,8 +311,8 @@ def test_mutants_are_caught(mutation, objects, tmp_path):
         command = compile_command(tmp_path, WHOLE[mutation.file])
     else:
         params = "Forward" if mutation.file == FORWARD else "Backward"
-        replaced, cells = f"lstm_float32_{params}", ("lstm",)
-        command = scan_command(tmp_path, "lstm", "float32", params)
+        replaced, cells = f"{mutation.cell}_float32_{params}", (mutation.cell,)
+        command = scan_command(tmp_path, mutation.cell, "float32", params)
     mutant, library = tmp_path / "mutant.o", tmp_path / "mutant.so"
     run([*command, "-o", str(mutant)])
     others = [str(o) for name, o in objects.items() if name != replaced]

@@ -47,6 +47,15 @@ struct FloatMath : CommonMath {
   FUSED_RNN_DEVICE float tanh(float x) { return tanh_exact(x); }
 };
 
+// The sum of products on tensor cores: already in lane order, the first and the second group of 8.
+struct TensorCoreSum {
+  float v[4] = {};
+  FUSED_RNN_DEVICE_MEMBER void finish(float (&total)[4]) const {
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < 4; i++) total[i] = v[i];
+  }
+};
+
 // ---- 16-bit elements, multiplied on tensor cores.
 
 template <class Format, class Functions>
@@ -56,14 +65,7 @@ struct HalfElement {
   static constexpr int kBytes = 2;
   static constexpr int kWords = 1;
 
-  // The sum of one product: already in lane order, the first and the second group of 8.
-  struct Sum {
-    float v[4] = {};
-    FUSED_RNN_DEVICE_MEMBER void finish(float (&total)[4]) const {
-      FUSED_RNN_UNROLL
-      for (int i = 0; i < 4; i++) total[i] = v[i];
-    }
-  };
+  using Sum = TensorCoreSum;
 
   // One k step of the other operand: two blocks of words.
   struct Operand {
@@ -267,6 +269,42 @@ struct FloatElement {
 
   FUSED_RNN_DEVICE float to_float(const Stored* from) { return *from; }
   FUSED_RNN_DEVICE float rounded(float x) { return x; }
+};
+
+// ---- float32, multiplied on tensor cores as TF32: rounded to nearest on its way into a product,
+// and nowhere else. A fragment of weights lies as for FloatElement, and so does a block of words,
+// which is [8 k][8 batch rows].
+
+struct Tf32Element : FloatElement {
+  using Sum = TensorCoreSum;
+
+  struct Operand {
+    uint32_t low, high;
+  };
+
+  FUSED_RNN_DEVICE Operand operand(const uint32_t* block, const uint32_t*) {
+    const uint32_t* from = block + (lane_index() & 3) * 8 + (lane_index() >> 2);
+    return {Tf32::round(float_of(from[0])), Tf32::round(float_of(from[32]))};
+  }
+
+  FUSED_RNN_DEVICE void multiply(Sum& sum, const Fragment& a, const Operand& b) {
+    Tf32::multiply(sum.v, a, b.low, b.high);
+  }
+
+  template <class Row>
+  FUSED_RNN_DEVICE Fragment fragment(const Row& row, int first, int k_end) {
+    return round(FloatElement::fragment(row, first, k_end));
+  }
+
+  template <class Row>
+  FUSED_RNN_DEVICE Fragment fragment_transposed(const Row& row, int first, int end) {
+    return round(FloatElement::fragment_transposed(row, first, end));
+  }
+
+  FUSED_RNN_DEVICE Fragment round(const Fragment& f) {
+    return {Tf32::round(float_of(f.x)), Tf32::round(float_of(f.y)), Tf32::round(float_of(f.z)),
+            Tf32::round(float_of(f.w))};
+  }
 };
 
 }  // namespace fused_rnn

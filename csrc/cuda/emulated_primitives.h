@@ -93,6 +93,11 @@ struct Float16 {
   static void multiply(float (&sum)[4], const Fragment& a, uint32_t b0, uint32_t b1);
 };
 
+struct Tf32 {
+  static uint32_t round(float x);
+  static void multiply(float (&sum)[4], const Fragment& a, uint32_t b0, uint32_t b1);
+};
+
 // With errors as large as the manual allows the hardware's.
 float tanh_approx(float x);
 float exp2_approx(float x);

@@ -502,6 +502,19 @@ void transpose_from_shared(Warp& w, int count) {
   }
 }
 
+// kDepth: of a product; a word holds two numbers of 16 bits or one of 32.
+template <int kDepth>
+void write_products(Warp& w, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
+  for (int i = 0; i < kLanes; i++) {
+    for (int q = 0; q < 4; q++) {
+      const int row = i / 4 + 8 * (q / 2), column = 2 * (i % 4) + q % 2;
+      float sum = 0.0f;
+      for (int k = 0; k < kDepth; k++) sum += a[row][k] * b[k][column];
+      w.out[i][q] = bits_of(sum);
+    }
+  }
+}
+
 template <class Format>
 void multiply_warp(Warp& w) {
   float a[16][16], b[16][8];
@@ -517,14 +530,24 @@ void multiply_warp(Warp& w) {
       b[k + 8 + e][row] = half(5);
     }
   }
+  write_products(w, a, b);
+}
+
+// Tensor cores do not look at the bits below TF32's.
+template <>
+void multiply_warp<Tf32>(Warp& w) {
+  float a[16][8], b[8][8];
   for (int i = 0; i < kLanes; i++) {
-    for (int q = 0; q < 4; q++) {
-      const int row = i / 4 + 8 * (q / 2), column = 2 * (i % 4) + q % 2;
-      float sum = 0.0f;
-      for (int k = 0; k < 16; k++) sum += a[row][k] * b[k][column];
-      w.out[i][q] = bits_of(sum);
-    }
+    const int row = i / 4, k = i % 4;
+    const auto number = [&](int word) { return float_of(w.in[i][word] & 0xffffe000u); };
+    a[row][k] = number(0);
+    a[row + 8][k] = number(1);
+    a[row][k + 4] = number(2);
+    a[row + 8][k + 4] = number(3);
+    b[k][row] = number(4);
+    b[k + 4][row] = number(5);
   }
+  write_products(w, a, b);
 }
 
 template <class Format>
@@ -601,6 +624,15 @@ float Float16::low(uint32_t x) {
 
 void Float16::multiply(float (&sum)[4], const Fragment& a, uint32_t b0, uint32_t b1) {
   multiply_lane<Float16>(sum, a, b0, b1);
+}
+
+uint32_t Tf32::round(float x) {
+  const uint32_t bits = bits_of(x);
+  return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
+}
+
+void Tf32::multiply(float (&sum)[4], const Fragment& a, uint32_t b0, uint32_t b1) {
+  multiply_lane<Tf32>(sum, a, b0, b1);
 }
 
 float tanh_approx(float x) { return with_error(std::tanh(x), 0x1p-11f); }

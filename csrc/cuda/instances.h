@@ -88,7 +88,7 @@ inline constexpr std::array kLstmForward2 = {
     ForwardTile{64, 1, 1, 1, 1, 4, 4},    ForwardTile{64, 1, 2, 1, 1, 4, 4},
     ForwardTile{64, 1, 4, 1, 1, 4, 4},    ForwardTile{128, 1, 1, 2, 1, 8, 4},
     ForwardTile{128, 1, 2, 2, 1, 7, 4},   ForwardTile{256, 4, 1, 1, 1, 16, 4},
-    ForwardTile{256, 4, 2, 1, 1, 16, 4},  ForwardTile{384, 8, 1, 1, 1, 20, 4},
+    ForwardTile{256, 4, 2, 1, 1, 16, 4},  ForwardTile{384, 8, 1, 1, 1, 18, 4},
     ForwardTile{384, 8, 2, 1, 1, 20, 4},  ForwardTile{512, 16, 1, 1, 2, 16, 4},
     ForwardTile{512, 16, 2, 1, 2, 16, 4}, ForwardTile{512, 8, 1, 1, 1, 20, 4},
     ForwardTile{640, 16, 1, 1, 1, 16, 4}, ForwardTile{768, 16, 1, 1, 1, 20, 2},
@@ -97,7 +97,7 @@ inline constexpr std::array kGruForward2 = {
     ForwardTile{64, 1, 1, 2, 2, 2, 4},   ForwardTile{64, 1, 2, 2, 2, 2, 4},
     ForwardTile{128, 1, 1, 2, 1, 8, 4},  ForwardTile{128, 1, 2, 2, 1, 8, 4},
     ForwardTile{256, 4, 1, 2, 2, 8, 4},  ForwardTile{256, 4, 2, 2, 2, 8, 4},
-    ForwardTile{384, 8, 1, 2, 4, 5, 4},  ForwardTile{512, 16, 1, 2, 4, 8, 4},
+    ForwardTile{384, 8, 1, 2, 4, 3, 4},  ForwardTile{512, 16, 1, 2, 4, 8, 4},
     ForwardTile{512, 16, 2, 2, 4, 8, 4}, ForwardTile{640, 16, 1, 1, 2, 9, 4},
     ForwardTile{768, 16, 1, 1, 2, 9, 4},
 };
@@ -124,9 +124,9 @@ inline constexpr std::array kRnnForward4 = {
 // BackwardTile: hidden, cluster, row_blocks, warps, register_steps, ring.
 inline constexpr std::array kLstmBackward2 = {
     BackwardTile{64, 1, 1, 4, 16, 4},  BackwardTile{64, 1, 2, 4, 12, 4},
-    BackwardTile{128, 1, 1, 8, 32, 4}, BackwardTile{128, 1, 2, 8, 24, 2},
+    BackwardTile{128, 1, 1, 8, 32, 4}, BackwardTile{128, 1, 2, 8, 20, 2},
     BackwardTile{256, 4, 1, 8, 16, 4}, BackwardTile{256, 4, 2, 8, 14, 4},
-    BackwardTile{384, 8, 1, 8, 12, 4}, BackwardTile{384, 8, 2, 8, 10, 4},
+    BackwardTile{384, 8, 1, 8, 12, 4}, BackwardTile{384, 8, 2, 8, 9, 4},
     BackwardTile{512, 16, 1, 8, 8, 4}, BackwardTile{512, 16, 2, 8, 8, 4},
     BackwardTile{512, 8, 1, 8, 10, 4}, BackwardTile{640, 16, 1, 8, 7, 4},
     BackwardTile{768, 16, 1, 8, 6, 4},

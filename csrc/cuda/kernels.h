@@ -6,8 +6,8 @@
 
 namespace fused_rnn {
 
-// In the order in which fused_rnn/backends/cuda.py names them.
-enum class ElementKind { bfloat16, float16, float32 };
+// tf32: float32 whose products are TF32.
+enum class ElementKind { bfloat16, float16, float32, tf32 };
 
 struct LaunchShape {
   int ctas, directions;  // the grid

@@ -124,7 +124,8 @@ struct CellOf<CellKind::gru_reset_before, Math> {
 template <ElementKind kind>
 using ElementOf = std::conditional_t<
     kind == ElementKind::bfloat16, Bfloat16Element,
-    std::conditional_t<kind == ElementKind::float16, Float16Element, FloatElement>>;
+    std::conditional_t<kind == ElementKind::float16, Float16Element,
+                       std::conditional_t<kind == ElementKind::tf32, Tf32Element, FloatElement>>>;
 
 template <CellKind kind, class Element, class Params, int... index>
 const Kernel<Params>* kernel_table(std::integer_sequence<int, index...>) {

@@ -86,14 +86,14 @@ CellKind cell_kind(int64_t index) {
   return static_cast<CellKind>(index);
 }
 
-ElementKind element_kind(ScalarType type) {
+ElementKind element_kind(ScalarType type, bool tf32) {
   switch (type) {
     case ScalarType::BFloat16:
       return ElementKind::bfloat16;
     case ScalarType::Half:
       return ElementKind::float16;
     case ScalarType::Float:
-      return ElementKind::float32;
+      return tf32 ? ElementKind::tf32 : ElementKind::float32;
     default:
       STD_TORCH_CHECK(false, "gx: expected dtype Float, BFloat16 or Half, got ",
                       torch::headeronly::toString(type));
@@ -107,6 +107,8 @@ const Kernel<Params>* kernels_of_cell(ElementKind element) {
       return kernels_of<kind, ElementKind::bfloat16, Params>();
     case ElementKind::float16:
       return kernels_of<kind, ElementKind::float16, Params>();
+    case ElementKind::tf32:
+      return kernels_of<kind, ElementKind::tf32, Params>();
     default:
       return kernels_of<kind, ElementKind::float32, Params>();
   }
@@ -175,12 +177,12 @@ struct RowArguments {
 };
 
 Border border(int64_t cell, const Tensor& rows, const char* name, int64_t columns, const Tensor& h0,
-              int64_t hidden) {
+              int64_t hidden, bool tf32) {
   Border b{};
   b.cell = cell_kind(cell);
   b.sizes = cell_sizes(b.cell);
   b.type = rows.scalar_type();
-  b.element = element_kind(b.type);
+  b.element = element_kind(b.type, tf32);
   STD_TORCH_CHECK(h0.dim() == 3, "h0: expected [D, B, pitch], got shape ", shape_text(h0.sizes()));
   b.directions = h0.size(0);
   b.batch = h0.size(1);
@@ -282,8 +284,8 @@ void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
                 int64_t hidden, std::optional<Tensor> lengths, std::optional<Tensor> offsets,
                 std::optional<Tensor> resets, std::optional<Tensor> reset_h,
                 std::optional<Tensor> reset_c, Tensor y, Tensor h_n, Tensor c_n, Tensor gates,
-                Tensor cells, std::string regime, int64_t stream) {
-  const Border b = border(cell, gx, "gx", cell_sizes(cell_kind(cell)).gates, h0, hidden);
+                Tensor cells, std::string regime, bool tf32, int64_t stream) {
+  const Border b = border(cell, gx, "gx", cell_sizes(cell_kind(cell)).gates, h0, hidden, tf32);
   ForwardParams p{};
   fill(p, b, {lengths, offsets, resets}, w_hh, h0, c0, reset_h, reset_c);
   p.gx = input(gx, "gx", b.type, {b.directions, b.count, b.sizes.gates * b.pitch});
@@ -315,9 +317,9 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
                  std::optional<Tensor> reset_c, const Tensor& y, const Tensor& gates,
                  const Tensor& cells, Tensor grad_gates, Tensor grad_h0, Tensor grad_c0,
                  std::optional<Tensor> grad_reset_h, std::optional<Tensor> grad_reset_c,
-                 std::string regime, int64_t stream) {
-  const Border b =
-      border(cell, grad_gates, "grad_gates", cell_sizes(cell_kind(cell)).grad_gates, h0, hidden);
+                 std::string regime, bool tf32, int64_t stream) {
+  const Border b = border(cell, grad_gates, "grad_gates", cell_sizes(cell_kind(cell)).grad_gates,
+                          h0, hidden, tf32);
   BackwardParams p{};
   fill(p, b, {lengths, offsets, resets}, w_hh, h0, c0, reset_h, reset_c);
   const Shape sequence = {b.count, b.directions * b.pitch};
@@ -383,21 +385,21 @@ void seed_op(int64_t seed) { emulator::set_seed(static_cast<uint64_t>(seed)); }
 
 // Shapes and dtypes are in params.h. Outputs are written in place. Zero columns in `gates` and
 // `cells` mean that they are not saved; gx and gates may be one tensor. `stream` is a cudaStream_t.
-// `regime` is "" or the name of the one to force. `offsets` make rows packed; lengths, offsets and
-// resets are on the tensors' device.
+// tf32 lets the products of float32 be TF32. `regime` is "" or the name of the one to force.
+// `offsets` make rows packed; lengths, offsets and resets are on the tensors' device.
 STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
   m.def(
       "scan_forward(int cell, Tensor gx, Tensor[] w_hh, Tensor? b_hn, Tensor h0, Tensor? c0, "
       "int hidden_size, Tensor? lengths, Tensor? offsets, Tensor? resets, Tensor? reset_h, "
       "Tensor? reset_c, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) gates, "
-      "Tensor(e!) cells, str regime, int stream) -> ()");
+      "Tensor(e!) cells, str regime, bool tf32, int stream) -> ()");
   m.def(
       "scan_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, "
       "Tensor? grad_cells, Tensor[] w_hh, Tensor h0, Tensor? c0, int hidden_size, Tensor? lengths, "
       "Tensor? offsets, Tensor? resets, "
       "Tensor? reset_h, Tensor? reset_c, Tensor y, Tensor gates, Tensor cells, "
       "Tensor(a!) grad_gates, Tensor(b!) grad_h0, Tensor(c!) grad_c0, Tensor(d!)? grad_reset_h, "
-      "Tensor(e!)? grad_reset_c, str regime, int stream) -> ()");
+      "Tensor(e!)? grad_reset_c, str regime, bool tf32, int stream) -> ()");
   m.def(
       "refusal(int cell, int element_bytes, int hidden_size, int batch_size, int directions, "
       "bool training, str regime, int device) -> str");

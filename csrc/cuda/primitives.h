@@ -216,6 +216,23 @@ struct Float16 {
   }
 };
 
+// float32 with 10 bits of mantissa: sum += a b with a 16 x 8, b 8 x 8. A lane has of a the rows
+// lane / 4 and 8 more, columns lane % 4 and 4 more; of b rows lane % 4 and 4 more, column lane / 4.
+struct Tf32 {
+  FUSED_RNN_DEVICE uint32_t round(float x) {
+    uint32_t result;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
+    return result;
+  }
+  FUSED_RNN_DEVICE void multiply(float (&sum)[4], const Fragment& a, uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+  }
+};
+
 // ---- Fast functions.
 
 // Relative error up to 2^-11.

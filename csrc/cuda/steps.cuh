@@ -40,7 +40,8 @@ FUSED_RNN_DEVICE void store_pair(void* array, int64_t at, const float (&v)[2]) {
 }
 
 template <class Cell>
-constexpr bool kHasInnerProduct = Cell::kGates == 3 && Cell::kSavedGates == 3;
+constexpr bool kHasInnerProduct =
+    requires(typename Cell::Value v) { Cell::forward_candidate(v, v, v, v, v); };
 // How many gates have their part of W_hh in the first product.
 template <class Cell>
 constexpr int kOuterGates = kHasInnerProduct<Cell> ? 2 : Cell::kGates;

@@ -200,6 +200,11 @@ class Backend:
         )
 
 
+def float32_precision() -> str:
+    """Of float32 products on a GPU, as the user told torch for its own: "ieee" or "tf32"."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def is_relu_of_half(problem: Problem) -> bool:
     """Whether rounding h costs gradients: relu's jumps where a rounded h, as an operand of the
     products, turns the sign of a sum near zero. In float32 it jumps less often."""

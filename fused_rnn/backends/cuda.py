@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import native
 from ..cells import Cell, DirectionWeights, is_half
 from ..problem import Problem, Rows
-from .base import Backend, allocate_output, is_relu_of_half
+from .base import Backend, allocate_output, float32_precision, is_relu_of_half
 from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
 
 _GROUP = 8  # rows of matrices are a multiple of so many columns
@@ -64,6 +64,8 @@ class CudaBackend(Backend):
             )
         if error := self.library_error():
             return error
+        if self.device_type == "cuda" and not torch.cuda.is_available():
+            return "torch finds no GPU"
         try:
             return self.ops.refusal(*self._plan_arguments(problem)) or None
         except RuntimeError as error:  # a driver older than the library, say
@@ -71,7 +73,10 @@ class CudaBackend(Backend):
 
     def describe(self, problem: Problem) -> str:
         kernels = self.ops.describe(*self._plan_arguments(problem))
-        return f"{self.name}/{kernels}{' in float32' if self.in_float32(problem) else ''}"
+        through = " in float32" if self.in_float32(problem) else ""
+        if (through or problem.dtype == torch.float32) and float32_precision() == "tf32":
+            through += " with TF32 products"
+        return f"{self.name}/{kernels}{through}"
 
     def _plan_arguments(self, problem: Problem) -> tuple:
         device = torch.cuda.current_device() if self.device_type == "cuda" else 0
@@ -264,6 +269,7 @@ class _Scans(Backend):
             *_row_tensors(rows, gx, wide),
             *out,
             requested_regime(),
+            float32_precision() == "tf32",
             _stream(gx),
         )
         return out._replace(c_n=out.c_n.to(problem.dtype))
@@ -307,6 +313,7 @@ class _Scans(Backend):
             grad_reset_h,
             grad_reset_c,
             requested_regime(),
+            float32_precision() == "tf32",
             _stream(y),
         )
         states = (grad_h0, grad_c0 if cell.has_c else None, grad_reset_h, grad_reset_c)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...cells import DirectionWeights, is_half
 from ...problem import Problem, Rows
-from ..base import Backend, is_relu_of_half
+from ..base import Backend, float32_precision, is_relu_of_half
 from ..bundles import LayerOutput, OutputGrads, ScanGrads
 from .plan import Device, Plan, UnfitError, make_plan, requested_regime
 
@@ -111,7 +111,7 @@ class TritonBackend(Backend):
         from . import launch
 
         try:
-            return scan(problem, self._plan(problem), _precision(), *args)
+            return scan(problem, self._plan(problem), float32_precision(), *args)
         except launch.RefusedLaunchError as error:
             # As where another process has a part of the multiprocessors. Known from here on.
             warnings.warn(
@@ -121,7 +121,7 @@ class TritonBackend(Backend):
                 stacklevel=2,
             )
             _uncooperative.add(torch.cuda.current_device())
-            return scan(problem, self._plan(problem), _precision(), *args)
+            return scan(problem, self._plan(problem), float32_precision(), *args)
 
     def _plan(self, problem: Problem) -> Plan:
         device = _INTERPRETER
@@ -132,7 +132,7 @@ class TritonBackend(Backend):
                 device = device._replace(cooperative=False)
         if self.in_float32(problem):
             problem = replace(problem, dtype=torch.float32)
-        return make_plan(problem, device, _precision(), requested_regime())
+        return make_plan(problem, device, float32_precision(), requested_regime())
 
 
 @cache
@@ -143,11 +143,6 @@ def _installed() -> bool:
 def interpreting() -> bool:
     """Whether Triton's interpreter runs, or would run, the kernels."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-def _precision() -> str:
-    """Of float32 products, as the user told torch for its own."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @lru_cache(maxsize=16)
