@@ -51,6 +51,7 @@ py::dict tile_facts(const fused_rnn::ForwardTile& tile) {
   facts["hidden"] = tile.hidden;
   facts["cluster"] = tile.cluster;
   facts["row_blocks"] = tile.row_blocks;
+  facts["grid"] = tile.grid;
   facts["split_k"] = tile.split_k;
   return facts;
 }
@@ -60,6 +61,7 @@ py::dict tile_facts(const fused_rnn::BackwardTile& tile) {
   facts["hidden"] = tile.hidden;
   facts["cluster"] = tile.cluster;
   facts["row_blocks"] = tile.row_blocks;
+  facts["grid"] = tile.grid;
   return facts;
 }
 
@@ -68,6 +70,7 @@ py::object plan_facts(const fused_rnn::Plan<Tile>& plan) {
   if (plan.index < 0) return py::none();
   py::dict facts = tile_facts(plan.tile);
   facts["ctas"] = plan.shape.ctas;
+  facts["directions"] = plan.shape.directions;
   facts["threads"] = plan.shape.threads;
   facts["shared_bytes"] = plan.shape.shared_bytes;
   return facts;

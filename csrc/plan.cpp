@@ -46,19 +46,38 @@ BackwardLayout layout(const BackwardTile& tile, const ScanProblem& problem) {
   return layout_of(tile, problem.cell, problem.element_bytes);
 }
 
+int message_bytes(const ForwardLayout& l) { return l.h_bytes; }
+int message_bytes(const BackwardLayout& l) { return l.message_bytes; }
+
 // Whether two tiles add up in the same order.
 bool same_sums(const ForwardTile& a, const ForwardTile& b) {
-  return a.hidden == b.hidden && a.cluster == b.cluster && a.split_k == b.split_k;
+  return a.hidden == b.hidden && a.cluster == b.cluster && a.split_k == b.split_k &&
+         a.grid == b.grid;
 }
 
 bool same_sums(const BackwardTile& a, const BackwardTile& b) {
-  return a.hidden == b.hidden && a.cluster == b.cluster;
+  return a.hidden == b.hidden && a.cluster == b.cluster && a.warps == b.warps && a.grid == b.grid;
 }
 
-// How many clusters run at a time. Clusters of 16 need a whole GPC each, smaller ones leave about a
-// tenth of the SMs without one (15 clusters of 8 on the 132 SMs of an H100).
-int64_t concurrent_clusters(int cluster, const Device& device) {
-  if (cluster == 1) return device.processors;
+template <class Tile>
+bool runs(const Tile& tile, const ScanProblem& problem, const Device& device) {
+  return tile.cluster <= (tile.grid ? device.processors : device.max_cluster) &&
+         layout(tile, problem).shared_bytes <= device.shared_bytes;
+}
+
+// What needs no more than a cluster is not spread over the grid, where every step takes longer.
+template <class Tile>
+bool comes_before(const Tile& a, const Tile& b) {
+  return a.grid == b.grid ? a.hidden < b.hidden : b.grid;
+}
+
+// How many tiles of the batch run at a time. Clusters of 16 need a whole GPC each, smaller ones leave
+// about a tenth of the SMs without one (15 clusters of 8 on the 132 SMs of an H100). CTAs of a grid
+// may be anywhere.
+template <class Tile>
+int64_t concurrent_clusters(const Tile& tile, const Device& device) {
+  const int cluster = tile.cluster;
+  if (cluster == 1 || tile.grid) return device.processors / cluster;
   if (cluster > 8) return std::max(device.processors / 18, 1);
   return std::max(device.processors * 10 / (11 * cluster), 1);
 }
@@ -66,25 +85,22 @@ int64_t concurrent_clusters(int cluster, const Device& device) {
 template <class Tile>
 Plan<Tile> plan(const ScanProblem& problem, const Device& device) {
   const std::vector<Tile> tiles = tiles_of<Tile>(problem);
-  const auto runs = [&](const Tile& tile) {
-    return tile.hidden >= problem.hidden && tile.cluster <= device.max_cluster &&
-           layout(tile, problem).shared_bytes <= device.shared_bytes;
-  };
   const Tile* preferred = nullptr;
   for (const Tile& tile : tiles) {
-    if (runs(tile) && (preferred == nullptr || tile.hidden < preferred->hidden)) preferred = &tile;
+    if (tile.hidden < problem.hidden || !runs(tile, problem, device)) continue;
+    if (preferred == nullptr || comes_before(tile, *preferred)) preferred = &tile;
   }
   if (preferred == nullptr) return {};
 
   // The fewest rows to a cluster with which all clusters run at once, else the most.
-  const int64_t at_once = concurrent_clusters(preferred->cluster, device);
+  const int64_t at_once = concurrent_clusters(*preferred, device);
   const auto clusters = [&](const Tile& tile) {
     const int64_t rows = tile.row_blocks * kGroup;
     return (problem.batch + rows - 1) / rows;
   };
   const Tile* best = preferred;
   for (const Tile& tile : tiles) {
-    if (!runs(tile) || !same_sums(tile, *preferred)) continue;
+    if (!runs(tile, problem, device) || !same_sums(tile, *preferred)) continue;
     const bool fits = clusters(tile) * problem.directions <= at_once;
     const bool best_fits = clusters(*best) * problem.directions <= at_once;
     if (fits ? !best_fits || tile.row_blocks < best->row_blocks
@@ -92,17 +108,30 @@ Plan<Tile> plan(const ScanProblem& problem, const Device& device) {
       best = &tile;
     }
   }
-  const int64_t ctas = clusters(*best) * best->cluster;
-  if (ctas > kMaxCtas) return {};
+  const int64_t tiles_of_batch = clusters(*best);
   const auto l = layout(*best, problem);
-  return {static_cast<int>(best - tiles.data()), *best,
-          LaunchShape{static_cast<int>(ctas), static_cast<int>(problem.directions), best->cluster,
-                      l.threads, l.shared_bytes}};
+  LaunchShape shape{};
+  shape.threads = l.threads;
+  shape.shared_bytes = l.shared_bytes;
+  shape.cluster = best->grid ? 1 : best->cluster;
+  shape.cooperative = best->grid;
+  shape.directions = static_cast<int>(problem.directions);
+  int64_t tiles_at_once = tiles_of_batch;
+  if (best->grid) {
+    if (problem.directions > at_once) shape.directions = 1;
+    tiles_at_once = std::min(tiles_at_once, at_once / shape.directions);
+  }
+  const int64_t ctas = tiles_at_once * best->cluster;
+  if (ctas > kMaxCtas) return {};
+  shape.ctas = static_cast<int>(ctas);
+  return {static_cast<int>(best - tiles.data()), *best, shape, tiles_of_batch, message_bytes(l)};
 }
 
-std::string text(const char* pass, int hidden, int cluster, int row_blocks) {
-  return std::string(pass) + " H<=" + std::to_string(hidden) + " on clusters of " +
-         std::to_string(cluster) + ", " + std::to_string(row_blocks * kGroup) + " rows each";
+template <class Tile>
+std::string text(const char* pass, const Tile& tile) {
+  return std::string(pass) + " H<=" + std::to_string(tile.hidden) +
+         (tile.grid ? " across the grid by " : " on clusters of ") + std::to_string(tile.cluster) +
+         ", " + std::to_string(tile.row_blocks * kGroup) + " rows each";
 }
 
 }  // namespace
@@ -123,9 +152,7 @@ std::string plan_refusal(const ScanProblem& problem, const Device& device, bool 
   const auto limit = [&](const auto& tiles) {
     int largest = 0;
     for (const auto& tile : tiles) {
-      const bool runs = tile.cluster <= device.max_cluster &&
-                        layout(tile, problem).shared_bytes <= device.shared_bytes;
-      if (runs) largest = std::max(largest, tile.hidden);
+      if (runs(tile, problem, device)) largest = std::max(largest, tile.hidden);
     }
     return largest;
   };
@@ -142,12 +169,8 @@ std::string plan_refusal(const ScanProblem& problem, const Device& device, bool 
 }
 
 std::string describe_plan(const ScanProblem& problem, const Device& device, bool training) {
-  const ForwardTile forward = plan_forward(problem, device).tile;
-  std::string result = text("scan", forward.hidden, forward.cluster, forward.row_blocks);
-  if (training) {
-    const BackwardTile backward = plan_backward(problem, device).tile;
-    result += "; " + text("back", backward.hidden, backward.cluster, backward.row_blocks);
-  }
+  std::string result = text("scan", plan_forward(problem, device).tile);
+  if (training) result += "; " + text("back", plan_backward(problem, device).tile);
   return result;
 }
 

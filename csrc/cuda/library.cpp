@@ -14,6 +14,7 @@
 
 #include "../plan.h"
 #include "../tensor_checks.h"
+#include "grid_launch.h"
 #include "kernels.h"
 
 #if defined(FUSED_RNN_EMULATED)
@@ -36,7 +37,8 @@ constexpr const char* kDeviceName = "CPU";
 bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
 
 // As an H100, but with so few SMs that a handful of rows fills them.
-Device device_facts(int64_t) { return {90, 6, 227 << 10, 16}; }
+Device emulated_device{90, 6, 227 << 10, 16};
+Device device_facts(int64_t) { return emulated_device; }
 
 struct CurrentDevice {
   explicit CurrentDevice(int64_t) {}
@@ -245,14 +247,20 @@ void fill(Params& p, const Border& b, const RowArguments& rows, const std::vecto
 }
 
 template <class Params, class Tile>
-void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const Device& device,
-            int64_t stream) {
+void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const Tensor& like,
+            const Device& device, int64_t stream) {
   STD_TORCH_CHECK(plan.index >= 0, "hidden_size: ",
                   plan_refusal(b.problem(), device, !std::is_same_v<Params, ForwardParams>));
   const Kernel<Params>* kernels = find_kernels<Params>(b.cell, b.element);
   STD_TORCH_CHECK(kernels != nullptr, "cell: rnn_relu runs in float32 only");
+  const Kernel<Params>& kernel = kernels[plan.index];
+  void* on = reinterpret_cast<void*>(stream);
   try {
-    kernels[plan.index].launch(params, plan.shape, reinterpret_cast<void*>(stream));
+    if (plan.shape.cooperative) {
+      launch_over_grid(kernel, plan, params, like, like.get_device_index(), on);
+    } else {
+      kernel.launch(params, plan.shape, on);
+    }
   } catch (const std::exception& error) {
     STD_TORCH_CHECK(false, error.what(), ", in ", describe_plan(b.problem(), device, true),
                     " of T=", params.rows.timesteps, " B=", b.batch, " H=", b.hidden);
@@ -286,7 +294,7 @@ void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
   const int64_t index = gx.get_device_index();
   const CurrentDevice guard(static_cast<int32_t>(index));
   const Device device = device_facts(index);
-  launch(b, plan_forward(b.problem(), device), p, device, stream);
+  launch(b, plan_forward(b.problem(), device), p, gx, device, stream);
 }
 
 void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
@@ -324,7 +332,7 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
   const int64_t index = grad_gates.get_device_index();
   const CurrentDevice guard(static_cast<int32_t>(index));
   const Device device = device_facts(index);
-  launch(b, plan_backward(b.problem(), device), p, device, stream);
+  launch(b, plan_backward(b.problem(), device), p, grad_gates, device, stream);
 }
 
 ScanProblem scan_problem(int64_t cell, int64_t element_bytes, int64_t hidden, int64_t batch,
@@ -348,6 +356,14 @@ std::string describe_op(int64_t cell, int64_t element_bytes, int64_t hidden, int
 
 #if defined(FUSED_RNN_EMULATED)
 void seed_op(int64_t seed) { emulator::set_seed(static_cast<uint64_t>(seed)); }
+
+void device_op(int64_t capability, int64_t processors, int64_t max_cluster) {
+  emulated_device.capability = static_cast<int>(capability);
+  emulated_device.processors = static_cast<int>(processors);
+  emulated_device.max_cluster = static_cast<int>(max_cluster);
+}
+
+void lose_a_cta_op() { emulator::lose_a_cta(); }
 #endif
 
 }  // namespace
@@ -386,6 +402,8 @@ STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
       "bool training, int device) -> str");
 #if defined(FUSED_RNN_EMULATED)
   m.def("seed(int seed) -> ()");
+  m.def("device(int capability, int processors, int max_cluster) -> ()");
+  m.def("lose_a_cta() -> ()");
 #endif
 }
 
@@ -399,5 +417,7 @@ STABLE_TORCH_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("describe", TORCH_BOX(&fused_rnn::describe_op));
 #if defined(FUSED_RNN_EMULATED)
   m.impl("seed", TORCH_BOX(&fused_rnn::seed_op));
+  m.impl("device", TORCH_BOX(&fused_rnn::device_op));
+  m.impl("lose_a_cta", TORCH_BOX(&fused_rnn::lose_a_cta_op));
 #endif
 }
