@@ -71,9 +71,9 @@ bool comes_before(const Tile& a, const Tile& b) {
   return a.grid == b.grid ? a.hidden < b.hidden : b.grid;
 }
 
-// How many tiles of the batch run at a time. Clusters of 16 need a whole GPC each, smaller ones leave
-// about a tenth of the SMs without one (15 clusters of 8 on the 132 SMs of an H100). CTAs of a grid
-// may be anywhere.
+// How many tiles of the batch run at a time. Clusters of 16 need a whole GPC each, smaller ones
+// leave about a tenth of the SMs without one (15 clusters of 8 on the 132 SMs of an H100). CTAs of
+// a grid may be anywhere.
 template <class Tile>
 int64_t concurrent_clusters(const Tile& tile, const Device& device) {
   const int cluster = tile.cluster;
@@ -124,7 +124,8 @@ Plan<Tile> plan(const ScanProblem& problem, const Device& device) {
   const int64_t ctas = tiles_at_once * best->cluster;
   if (ctas > kMaxCtas) return {};
   shape.ctas = static_cast<int>(ctas);
-  return {static_cast<int>(best - tiles.data()), *best, shape, tiles_of_batch, message_bytes(l)};
+  return {static_cast<int>(best - tiles.data()), *best, shape, tiles_of_batch,
+          exchange_words(message_bytes(l))};
 }
 
 template <class Tile>

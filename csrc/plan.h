@@ -27,11 +27,11 @@ template <class Tile>
 struct Plan {
   int index = -1;  // in its table; -1: there is none
   Tile tile{};
-  // Of one launch. A scan over the whole grid that does not fit at once takes several, one after the
-  // other: batch tiles first, then directions.
+  // Of one launch. A scan over the whole grid that does not fit at once takes several, one after
+  // the other: batch tiles first, then directions.
   LaunchShape shape{};
   int64_t batch_tiles = 0;
-  int message_bytes = 0;  // of a scan over the whole grid: what CTAs pass on in one step
+  int64_t exchange_words = 0;  // of a scan over the whole grid: memory for each of its batch tiles
 };
 
 Plan<ForwardTile> plan_forward(const ScanProblem& problem, const Device& device);

@@ -17,7 +17,7 @@ import pytest
 from fused_rnn import native
 
 ROOT = Path(__file__).parents[1]
-FORWARD, BACKWARD = "scan_forward.cuh", "scan_backward.cuh"
+FORWARD, BACKWARD, EXCHANGE = "scan_forward.cuh", "scan_backward.cuh", "exchange.h"
 SEEDS = 40
 
 pytestmark = pytest.mark.slow
@@ -27,6 +27,14 @@ class Mutation(NamedTuple):
     name: str
     file: str  # in csrc/cuda
     changes: list[tuple[str, str]]
+    grid: bool = False  # whether scans run across the grid, without clusters
+
+    @property
+    def kernels(self) -> list[str]:
+        """Those that the file is part of."""
+        return {FORWARD: ["Forward"], BACKWARD: ["Backward"]}.get(
+            self.file, ["Forward", "Backward"]
+        )
 
 
 MUTATIONS = [
@@ -156,6 +164,116 @@ MUTATIONS = [
     ),
 ]
 
+# Across the grid the forward scan of 32 units stamps its messages, all others here count.
+MUTATIONS += [
+    Mutation(name, file, changes, grid=True)
+    for name, file, changes in [
+        ("none across the grid", EXCHANGE, []),
+        (
+            "arrivals are read without acquire",
+            EXCHANGE,
+            [("load_word<Order::acquire>", "load_word<Order::relaxed>")],
+        ),
+        (
+            "arrivals are counted without release",
+            EXCHANGE,
+            [("add_word<Order::release>", "add_word<Order::relaxed>")],
+        ),
+        (
+            "a lane counts before others have stored",
+            EXCHANGE,
+            [("warp_sync();\n      if (lane", "if (lane")],
+        ),
+        (
+            "a warp counts before it has stored",
+            FORWARD,
+            [
+                ("        exchange.sent();\n", ""),
+                (
+                    "} else if constexpr (kGrid) {\n        FUSED_RNN_UNROLL",
+                    "} else if constexpr (kGrid) {\n        exchange.sent();\n",
+                ),
+            ],
+        ),
+        (
+            "one arrival less is waited for",
+            EXCHANGE,
+            [("(message) * kArrivals;", "(message) * kArrivals - 1;")],
+        ),
+        ("one buffer for messages", EXCHANGE, [("(message & 1) *", "0 *")]),
+        (
+            "any stamp will do",
+            EXCHANGE,
+            [
+                (
+                    "(pieces[i].y != stamp || pieces[i].w != stamp)",
+                    "(pieces[i].y == 0 || pieces[i].w == 0 || pieces[i].y == kNan)",
+                )
+            ],
+        ),
+        (
+            "the stamp is a parity",
+            EXCHANGE,
+            [
+                ("words, static_cast<uint32_t>(message))", "words, message & 1)"),
+                ("stamp = static_cast<uint32_t>(message);", "stamp = message & 1;"),
+            ],
+        ),
+        (
+            "one stamp of two is looked at",
+            EXCHANGE,
+            [("(pieces[i].y != stamp || pieces[i].w != stamp)", "pieces[i].y != stamp")],
+        ),
+        (
+            "words are read before their stamps",
+            EXCHANGE,
+            [
+                (
+                    "pieces[i] = load_stamped(place(i));",
+                    "pieces[i] = load_stamped(place(i)), "
+                    "pieces[i].y = load_stamped(place(i)).y, "
+                    "pieces[i].w = load_stamped(place(i)).w;",
+                )
+            ],
+        ),
+        (
+            "h is overwritten while it is read",
+            EXCHANGE,
+            [("    block_sync();\n  }\n\n  // kCount words", "  }\n\n  // kCount words")],
+        ),
+        (
+            "h is multiplied before it is there",
+            FORWARD,
+            [("thread_index());\n        block_sync();", "thread_index());")],
+        ),
+        (
+            "gradients are multiplied before they are there",
+            BACKWARD,
+            [("lane);\n      warp_sync();", "lane);")],
+        ),
+        (
+            "gradients are overwritten while they are read",
+            BACKWARD,
+            [("warp_sync();  // every lane has read what was staged before", "")],
+        ),
+        (
+            "parts are added before they are there",
+            BACKWARD,
+            [("    block_sync();\n  };", "  };")],
+        ),
+        (
+            "the first state's gradient is not waited for",
+            BACKWARD,
+            [("if (rows.steps > 0) gather(-1);", "")],
+        ),
+        (
+            "gradients of the gates are not sent in the last step",
+            BACKWARD,
+            [("if (kGrid && q < kGates)", "if (kGrid && q < kGates && s > 0)")],
+        ),
+    ]
+]
+
 # Runs small layers with one seed after the other; prints what caught the mutant, or nothing.
 RUN = """
 import sys
@@ -168,6 +286,9 @@ from fused_rnn import testing
 from fused_rnn.testing import LayerCase
 
 torch.set_num_threads(1)
+if sys.argv[4] == "grid":
+    torch.ops.load_library(sys.argv[1])
+    torch.ops.fused_rnn_cuda_emulated.device(80, 6, 1)
 assert native.cuda_emulated_library_error() is None
 cases = [
     LayerCase("lstm", 7, 9, 3, 32),
@@ -186,7 +307,7 @@ with testing.poisoned_memory():
     for seed in range(int(sys.argv[3])):
         for case, expected in zip(cases, references):
             try:
-                testing.assert_accurate(emulated._run(case, seed), *expected, case)
+                testing.assert_accurate(emulated.run(case, seed), *expected, case)
             except (AssertionError, RuntimeError) as error:
                 print(f"caught by seed {seed}: {str(error).splitlines()[0]}")
                 sys.exit()
@@ -200,7 +321,7 @@ def objects(tmp_path_factory):
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("objects")
     commands = {}
-    for source in ("cuda/library.cpp", "plan.cpp", "cuda/emulator.cpp"):
+    for source in ("cuda/library.cpp", "plan.cpp", "cuda/emulator.cpp", "cuda/weak_memory.cpp"):
         commands[Path(source).stem] = compile_command(ROOT, source)
     for cell in ("lstm", "gru", "rnn"):
         for element in ("bfloat16", "float16", "float32"):
@@ -248,16 +369,19 @@ def test_mutants_are_caught(mutation, objects, tmp_path):
         assert old in text, f"the kernel no longer has {old!r}"
         text = text.replace(old, new)
     path.write_text(text)
-    params = "Forward" if mutation.file == FORWARD else "Backward"
-    mutant, library = tmp_path / "mutant.o", tmp_path / "mutant.so"
-    run([*scan_command(tmp_path, "lstm", "float32", params), "-o", str(mutant)])
-    others = [str(o) for name, o in objects.items() if name != f"lstm_float32_{params}"]
+    mutants, library = {}, tmp_path / "mutant.so"
+    for params in mutation.kernels:
+        mutants[f"lstm_float32_{params}"] = tmp_path / f"{params}.o"
+        command = scan_command(tmp_path, "lstm", "float32", params)
+        run([*command, "-o", str(tmp_path / f"{params}.o")])
+    parts = [str(o) for o in (objects | mutants).values()]
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     compiler = os.environ.get("CXX", "c++")
-    run([compiler, "-shared", str(mutant), *others, *paths, "-ltorch_cpu", "-o", str(library)])
+    run([compiler, "-shared", *parts, *paths, "-ltorch_cpu", "-o", str(library)])
 
-    seeds = 4 if mutation.name == "none" else SEEDS
-    arguments = [str(library), str(Path(__file__).parent), str(seeds)]
+    seeds = SEEDS if mutation.changes else 4
+    place = "grid" if mutation.grid else "clusters"
+    arguments = [str(library), str(Path(__file__).parent), str(seeds), place]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = run([sys.executable, "-c", RUN, *arguments], env=env, timeout=900)
-    assert bool(found) == (mutation.name != "none"), found or "not caught"
+    assert bool(found) == bool(mutation.changes), found or "not caught"

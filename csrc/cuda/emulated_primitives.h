@@ -76,6 +76,8 @@ void copy_wait() {
 
 uint4 load_words(const uint32_t* from);
 void store_words(uint32_t* to, const uint32_t* words, int count);
+uint4 load_stamped(const uint32_t* from);
+void store_stamped(uint32_t* to, const uint32_t* words, int count, uint32_t stamp);
 void add_word(uint32_t* to, uint32_t value, Order order);
 uint32_t load_word(const uint32_t* from, Order order);
 // Counts only while nothing else happens anywhere.
@@ -84,6 +86,11 @@ int64_t spin_clock();
 template <int kWords>
 void store_words(uint32_t* to, const uint32_t (&words)[kWords]) {
   store_words(to, words, kWords);
+}
+
+template <int kWords>
+void store_stamped(uint32_t* to, const uint32_t (&words)[kWords], uint32_t stamp) {
+  store_stamped(to, words, kWords, stamp);
 }
 
 template <Order order>

@@ -78,7 +78,7 @@ struct Fiber {
   Place place;
   jmp_buf context;
   bool started = false, done = false;
-  bool spins = false;           // whether it has done nothing but ask for the time
+  bool spins = false;  // whether it has done nothing but ask for the time
   WeakMemory::View view;
   std::function<bool()> ready;  // what it waits for
   std::vector<Copy> open;       // copies of no group yet
@@ -515,15 +515,31 @@ void copy_wait(int pending) {
 uint4 load_words(const uint32_t* from) {
   uint32_t words[4];
   for (int i = 0; i < 4; i++) {
-    words[i] = machine.memory.load(machine.running->view, from + i, random_bits);
+    const uint64_t word = machine.memory.load(machine.running->view, from + i, 4, random_bits);
+    words[i] = static_cast<uint32_t>(word);
   }
   preempt();
   return {words[0], words[1], words[2], words[3]};
 }
 
+uint4 load_stamped(const uint32_t* from) {
+  const uint64_t first = machine.memory.load(machine.running->view, from, 8, random_bits);
+  const uint64_t second = machine.memory.load(machine.running->view, from + 2, 8, random_bits);
+  return {static_cast<uint32_t>(first), static_cast<uint32_t>(first >> 32),
+          static_cast<uint32_t>(second), static_cast<uint32_t>(second >> 32)};
+}
+
+void store_stamped(uint32_t* to, const uint32_t* words, int count, uint32_t stamp) {
+  for (int i = 0; i < count; i++) {
+    const uint64_t pair = words[i] | uint64_t{stamp} << 32;
+    machine.memory.store(machine.running->view, to + 2 * i, pair, 8, random_bits);
+  }
+  preempt();
+}
+
 void store_words(uint32_t* to, const uint32_t* words, int count) {
   for (int i = 0; i < count; i++) {
-    machine.memory.store(machine.running->view, to + i, words[i], random_bits);
+    machine.memory.store(machine.running->view, to + i, words[i], 4, random_bits);
   }
   preempt();
 }
@@ -537,8 +553,9 @@ void add_word(uint32_t* to, uint32_t value, Order order) {
 
 uint32_t load_word(const uint32_t* from, Order order) {
   auto& view = machine.running->view;
-  return order == Order::acquire ? machine.memory.load_acquire(view, from, random_bits)
-                                 : machine.memory.load(view, from, random_bits);
+  return order == Order::acquire
+             ? machine.memory.load_acquire(view, from, random_bits)
+             : static_cast<uint32_t>(machine.memory.load(view, from, 4, random_bits));
 }
 
 int64_t spin_clock() {

@@ -1,6 +1,6 @@
-// Launches of scans over the whole grid. All CTAs of one are resident at once, or it fails; one that
-// runs has its device to itself as far as others of its kind are concerned, since two that share the
-// SMs would each wait for CTAs that never begin. The host waits for nothing.
+// Launches of scans over the whole grid. All CTAs of one are resident at once, or it fails; one
+// that runs has its device to itself as far as others of its kind are concerned, since two that
+// share the SMs would each wait for CTAs that never begin. The host waits for nothing.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -108,14 +108,12 @@ void launch_over_grid(const Kernel<Params>& kernel, const Plan<Tile>& plan, Para
   const auto integers = torch::headeronly::ScalarType::Int;
   const int64_t at_once = plan.shape.ctas / plan.tile.cluster;
   const int64_t sharing = at_once * plan.shape.directions;
-  const int64_t launches = (plan.batch_tiles + at_once - 1) / at_once *
-                           (params.directions / plan.shape.directions);
+  const int64_t launches =
+      (plan.batch_tiles + at_once - 1) / at_once * (params.directions / plan.shape.directions);
   // Freed while the scan runs: the memory is given to none but later work of the same stream.
-  const auto blocks =
-      torch::stable::new_empty(like, {sharing * 2 * plan.message_bytes / 4}, integers);
-  const auto arrivals =
-      torch::stable::new_zeros(like, {launches * sharing * kArrivalsPitch}, integers);
-  uint32_t* next_arrivals = static_cast<uint32_t*>(arrivals.mutable_data_ptr());
+  const auto memory =
+      torch::stable::new_zeros(like, {launches * sharing * plan.exchange_words}, integers);
+  uint32_t* next = static_cast<uint32_t*>(memory.mutable_data_ptr());
 
   const GridTurn turn(device, stream);
   check_stall(turn);
@@ -124,15 +122,9 @@ void launch_over_grid(const Kernel<Params>& kernel, const Plan<Tile>& plan, Para
       const int tiles = static_cast<int>(std::min(at_once, plan.batch_tiles - tile));
       LaunchShape shape = plan.shape;
       shape.ctas = tiles * plan.tile.cluster;
-      params.exchange = {static_cast<uint32_t*>(blocks.mutable_data_ptr()),
-                         next_arrivals,
-                         turn.stalled(),
-                         kPatience,
-                         tiles,
-                         static_cast<int>(tile),
-                         direction};
+      params.exchange = {next, turn.stalled(), kPatience, tiles, static_cast<int>(tile), direction};
       kernel.launch(params, shape, stream);
-      next_arrivals += sharing * kArrivalsPitch;
+      next += sharing * plan.exchange_words;
     }
   }
   check_stall(turn);

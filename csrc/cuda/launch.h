@@ -26,8 +26,8 @@ namespace fused_rnn {
 
 template <auto kernel, class Params>
 void launch_kernel(const Params& params, const LaunchShape& shape, void*) {
-  const emulator::Grid grid{shape.ctas, shape.directions, shape.cluster, shape.threads,
-                            shape.shared_bytes, shape.cooperative};
+  const emulator::Grid grid{shape.ctas,    shape.directions,   shape.cluster,
+                            shape.threads, shape.shared_bytes, shape.cooperative};
   emulator::run(grid, [&params] { kernel(params); });
 }
 

@@ -22,11 +22,10 @@ struct ScanRows {
 // What the CTAs of a scan over the whole grid share (exchange.h), and which part of the problem a
 // launch has: as many tiles of the batch as are resident at once. All zeros for clusters.
 struct ExchangeParams {
-  uint32_t* blocks;    // [directions of the launch, tiles, 2, words of a message]
-  uint32_t* arrivals;  // [directions of the launch, tiles, kArrivalsPitch], zeros before the launch
-  uint32_t* stalled;   // 0 before the launch; the message that a CTA gave up waiting for
-  int64_t patience;    // how long a CTA waits for a message, in ticks of spin_clock
-  int tiles;           // of the launch
+  uint32_t* memory;   // [directions of the launch, tiles, exchange_words], zeros before the launch
+  uint32_t* stalled;  // the message that a CTA gave up waiting for
+  int64_t patience;   // how long a CTA waits for a message, in ticks of spin_clock
+  int tiles;          // of the launch
   int first_tile, first_direction;
 };
 

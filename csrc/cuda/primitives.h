@@ -135,6 +135,35 @@ FUSED_RNN_DEVICE void store_words(uint32_t* to, const uint32_t (&words)[2]) {
                : "memory");
 }
 
+// Words with a stamp beside each. Both are read and written as one.
+FUSED_RNN_DEVICE void store_stamped(uint32_t* to, const uint32_t (&words)[1], uint32_t stamp) {
+  asm volatile(
+      "{\n.reg .b64 pair;\nmov.b64 pair, {%1, %2};\nst.relaxed.gpu.global.b64 [%0], pair;\n}" ::"l"(
+          to),
+      "r"(words[0]), "r"(stamp)
+      : "memory");
+}
+
+FUSED_RNN_DEVICE void store_stamped(uint32_t* to, const uint32_t (&words)[2], uint32_t stamp) {
+  asm volatile(
+      "{\n.reg .b64 first, second;\nmov.b64 first, {%1, %3};\nmov.b64 second, {%2, %3};\n"
+      "st.relaxed.gpu.global.v2.b64 [%0], {first, second};\n}" ::"l"(to),
+      "r"(words[0]), "r"(words[1]), "r"(stamp)
+      : "memory");
+}
+
+// Two of them: word, stamp, word, stamp.
+FUSED_RNN_DEVICE uint4 load_stamped(const uint32_t* from) {
+  uint4 v;
+  asm volatile(
+      "{\n.reg .b64 first, second;\nld.relaxed.gpu.global.v2.b64 {first, second}, [%4];\n"
+      "mov.b64 {%0, %1}, first;\nmov.b64 {%2, %3}, second;\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from)
+      : "memory");
+  return v;
+}
+
 // Behind all that this thread, and those it has met at a barrier, have read and written.
 template <Order order>
 FUSED_RNN_DEVICE void add_word(uint32_t* to, uint32_t value) {

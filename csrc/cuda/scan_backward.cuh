@@ -1,7 +1,8 @@
-// The backward scan: against the order of the forward scan, with W_hh transposed on chip. A CTA owns
-// the same units as in the forward scan. In a cluster the gradients of its gates never leave it, but
-// the sum over all gate rows that makes the gradient of h does, in one part from each CTA. In a grid
-// it is the other way round: every CTA reads the gradients of all gates and keeps its sums.
+// The backward scan: against the order of the forward scan, with W_hh transposed on chip. A CTA
+// owns the same units as in the forward scan. In a cluster the gradients of its gates never leave
+// it, but the sum over all gate rows that makes the gradient of h does, in one part from each CTA.
+// In a grid it is the other way round: every CTA reads the gradients of all gates and keeps its
+// sums.
 #pragma once
 
 #include "elements.h"
@@ -48,11 +49,12 @@ scan_backward(const BackwardParams p) {
   const int lane = lane_index(), warp = warp_index();
   const bool has_items = warp < kLayout.item_warps;
   const int rank = kCluster ? static_cast<int>(cluster_rank()) : block_x() % Tile::cluster;
-  const int direction = p.exchange.first_direction + block_y(), tile = block_x() / Tile::cluster;
-  const TileRows<kBlocks> rows(p.rows, (p.exchange.first_tile + tile) * kGroup * kBlocks,
-                               direction == 1);
+  const int tile = block_x() / Tile::cluster;  // of the launch
+  const int first_tile = kGrid ? p.exchange.first_tile : 0;
+  const int direction = block_y() + (kGrid ? p.exchange.first_direction : 0);
+  const TileRows<kBlocks> rows(p.rows, (first_tile + tile) * kGroup * kBlocks, direction == 1);
   // Message steps - s, in a grid, is the gradients of all gates at step s.
-  const Exchange<kLayout.message_bytes / 4, Tile::cluster * kLayout.item_warps, kLayout.threads>
+  const Exchange<kLayout.message_bytes, Tile::cluster * kLayout.item_warps, kLayout.threads>
       exchange(p.exchange, tile, reinterpret_cast<uint32_t*>(shared + kBarriersAt));
   const int64_t pitch = p.pitch;
   const int group0 = rank * kLayout.groups;  // of this CTA
@@ -262,14 +264,15 @@ scan_backward(const BackwardParams p) {
     constexpr int kStepWords = kGroupsPerStep * kBlocks * kBlockWords;
     constexpr int kStaged = kLayout.staged_steps;
     const int message = rows.steps - 1 - s;
-    const bool there = exchange.wait(message);
-    const uint32_t* words = exchange.words(message) + warp * kLayout.k_steps * kStepWords;
+    const int part_at = warp * kLayout.k_steps * kStepWords;
     uint32_t* stage = reinterpret_cast<uint32_t*>(shared + kStageAt) + warp * kStaged * kStepWords;
     typename Element::Sum sums[kProducts][kBlocks];
+    exchange.await(message);
     FUSED_RNN_UNROLL
     for (int first = 0; first < kLayout.k_steps; first += kStaged) {
       warp_sync();  // every lane has read what was staged before
-      fetch<kStaged * kStepWords / 4, kWarp>(stage, words + first * kStepWords, lane, there);
+      exchange.template fetch<kStaged * kStepWords, kWarp>(stage, message,
+                                                           part_at + first * kStepWords, lane);
       warp_sync();
       FUSED_RNN_UNROLL
       for (int k = 0; k < kStaged; k++) {
@@ -395,11 +398,11 @@ scan_backward(const BackwardParams p) {
           if (kGrid && q < kGates) {
             const int row_group = rank * kRowGroups + group_of(j) * kGates + q;
             const int to = (row_group * kBlocks + block_of(j)) * kBlockWords + lane * kWords;
-            store_words(exchange.words(rows.steps - s) + to, words);
+            exchange.put(rows.steps - s, to, words);
           }
         }
       }
-      if (kGrid) exchange.arrive();
+      if (kGrid) exchange.sent();
       began = anew;
       anew = next_anew;
     }

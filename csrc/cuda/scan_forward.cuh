@@ -1,6 +1,6 @@
-// The forward scan: CTAs, of a cluster or of the whole grid, keep W_hh on chip for the whole sequence
-// and take a tile of batch rows through time. docs/cuda-kernels.md tells how, and why it needs no
-// more barriers.
+// The forward scan: CTAs, of a cluster or of the whole grid, keep W_hh on chip for the whole
+// sequence and take a tile of batch rows through time. docs/cuda-kernels.md tells how, and why it
+// needs no more barriers.
 #pragma once
 
 #include "elements.h"
@@ -34,20 +34,20 @@ scan_forward(const ForwardParams p) {
   const uint32_t barriers_at = shared_address(shared) + kBarriersAt;
   Fragment* weights_memory = reinterpret_cast<Fragment*>(shared);
   uint32_t* h_memory = reinterpret_cast<uint32_t*>(shared + kLayout.weights_bytes);
-  float4* partials =
-      reinterpret_cast<float4*>(shared + kLayout.weights_bytes +
-                                kLayout.h_buffers * kLayout.h_bytes + kLayout.ring_bytes);
+  float4* partials = reinterpret_cast<float4*>(
+      shared + kLayout.weights_bytes + kLayout.h_buffers * kLayout.h_bytes + kLayout.ring_bytes);
 
   const int lane = lane_index(), warp = warp_index();
   const int column = warp % kLayout.warp_columns, part = warp / kLayout.warp_columns;
   const bool leads = part == 0;  // the warp that does the pointwise part of its unit groups
   const int rank = kCluster ? static_cast<int>(cluster_rank()) : block_x() % Tile::cluster;
-  const int direction = p.exchange.first_direction + block_y(), tile = block_x() / Tile::cluster;
-  const TileRows<kBlocks> rows(p.rows, (p.exchange.first_tile + tile) * kGroup * kBlocks,
-                               direction == 1);
+  const int tile = block_x() / Tile::cluster;  // of the launch
+  const int first_tile = kGrid ? p.exchange.first_tile : 0;
+  const int direction = block_y() + (kGrid ? p.exchange.first_direction : 0);
+  const TileRows<kBlocks> rows(p.rows, (first_tile + tile) * kGroup * kBlocks, direction == 1);
   // Message s, in a grid, is h_s; each CTA has the first for itself.
-  const Exchange<kLayout.h_bytes / 4, Tile::cluster * kLayout.warp_columns, kLayout.threads>
-      exchange(p.exchange, tile, reinterpret_cast<uint32_t*>(shared + kBarriersAt));
+  const Exchange<kLayout.h_bytes, Tile::cluster * kLayout.warp_columns, kLayout.threads> exchange(
+      p.exchange, tile, reinterpret_cast<uint32_t*>(shared + kBarriersAt));
   const int64_t pitch = p.pitch;
   const int group0 = rank * kLayout.groups + column * kUnits;  // of this warp
 
@@ -238,9 +238,9 @@ scan_forward(const ForwardParams p) {
       if constexpr (kAlone) {
         block_sync();
       } else if constexpr (kGrid) {
-        const bool there = exchange.wait(s);
-        fetch<kLayout.h_bytes / 16, kLayout.threads>(h_memory, exchange.words(s), thread_index(),
-                                                     there);
+        exchange.await(s);
+        exchange.template fetch<kLayout.h_bytes / 4, kLayout.threads>(h_memory, s, 0,
+                                                                      thread_index());
         block_sync();
       } else {
         barrier_wait<Order::acquire>(barriers_at + 8 * (s & 1), ((s - 1) >> 1) & 1);
@@ -372,10 +372,11 @@ scan_forward(const ForwardParams p) {
           }
         }
       } else if constexpr (kGrid) {
-        uint32_t* to = exchange.words(s + 1) + group0_at + lane * kWords;
         FUSED_RNN_UNROLL
-        for (int i = 0; i < kUnits * kBlocks; i++) store_words(to + i * kBlockWords, words[i]);
-        exchange.arrive();
+        for (int i = 0; i < kUnits * kBlocks; i++) {
+          exchange.put(s + 1, group0_at + i * kBlockWords + lane * kWords, words[i]);
+        }
+        exchange.sent();
       } else {
 #pragma unroll 4
         for (int d = 0; d < Tile::cluster; d++) {

@@ -1,6 +1,7 @@
 #include "weak_memory.h"
 
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 
 namespace fused_rnn::emulator {
@@ -12,17 +13,20 @@ uint64_t draw(std::mt19937_64& random, uint64_t below) { return random() % below
 
 }  // namespace
 
-std::vector<WeakMemory::Version>& WeakMemory::versions(const uint32_t* at) {
+std::vector<WeakMemory::Version>& WeakMemory::versions(const void* at, int bytes) {
   std::vector<Version>& all = versions_[at];
-  if (all.empty()) all.push_back({0, *at});
+  if (all.empty()) {
+    all.push_back({0, 0});
+    std::memcpy(&all.back().value, at, static_cast<size_t>(bytes));
+  }
   return all;
 }
 
 // The newest, or half of the time any that is neither older than what the thread has read there nor
 // hidden by what it knows.
-const WeakMemory::Version& WeakMemory::pick(View& view, const uint32_t* from,
+const WeakMemory::Version& WeakMemory::pick(View& view, const void* from, int bytes,
                                             std::mt19937_64& random) {
-  const std::vector<Version>& all = versions(from);
+  const std::vector<Version>& all = versions(from, bytes);
   const auto last = view.seen.find(from);
   const int64_t seen = last == view.seen.end() ? 0 : last->second;
   const int64_t known = std::max(view.floor, seen);
@@ -34,28 +38,28 @@ const WeakMemory::Version& WeakMemory::pick(View& view, const uint32_t* from,
   return all[oldest + at];
 }
 
-uint32_t WeakMemory::load(View& view, const uint32_t* from, std::mt19937_64& random) {
-  return pick(view, from, random).value;
+uint64_t WeakMemory::load(View& view, const void* from, int bytes, std::mt19937_64& random) {
+  return pick(view, from, bytes, random).value;
 }
 
-uint32_t WeakMemory::load_acquire(View& view, const uint32_t* from, std::mt19937_64& random) {
-  const Version& version = pick(view, from, random);
+uint32_t WeakMemory::load_acquire(View& view, const void* from, std::mt19937_64& random) {
+  const Version& version = pick(view, from, 4, random);
   view.floor = std::max(view.floor, version.time);
-  return version.value;
+  return static_cast<uint32_t>(version.value);
 }
 
 void WeakMemory::issue(View& view, const Store& store) {
-  versions(store.to);
+  versions(store.to, store.bytes);
   pending_.emplace(++issued_, store);
   view.past.push_back(issued_);
 }
 
-void WeakMemory::store(View& view, uint32_t* to, uint32_t value, std::mt19937_64& random) {
-  issue(view, {to, value, false, draw(random, 6) == 0});
+void WeakMemory::store(View& view, void* to, uint64_t value, int bytes, std::mt19937_64& random) {
+  issue(view, {to, value, bytes, false, draw(random, 6) == 0});
 }
 
 void WeakMemory::add(View& view, uint32_t* to, uint32_t value, std::mt19937_64& random) {
-  issue(view, {to, value, true, draw(random, 6) == 0});
+  issue(view, {to, value, 4, true, draw(random, 6) == 0});
 }
 
 // Stores to one place stay in order.
@@ -67,11 +71,11 @@ void WeakMemory::perform(int64_t number) {
       continue;
     }
     std::vector<Version>& all = versions_.at(store.to);
-    const uint32_t value =
+    const uint64_t value =
         other->second.add ? all.back().value + other->second.value : other->second.value;
     all.push_back({++now_, value});
     if (all.size() > kVersionsKept) all.erase(all.begin());
-    *store.to = value;
+    std::memcpy(store.to, &value, static_cast<size_t>(store.bytes));
     other = pending_.erase(other);
     if (other == pending_.end()) break;
   }
@@ -102,8 +106,8 @@ void WeakMemory::meet(const std::vector<View*>& views) const {
 
 bool WeakMemory::perform_any(bool held_too, std::mt19937_64& random) {
   if (pending_.empty()) return false;
-  const auto chosen = std::next(pending_.begin(), static_cast<std::ptrdiff_t>(
-                                                      draw(random, pending_.size())));
+  const auto chosen =
+      std::next(pending_.begin(), static_cast<std::ptrdiff_t>(draw(random, pending_.size())));
   if (chosen->second.held && !held_too) return false;
   perform(chosen->first);
   return true;
