@@ -42,6 +42,16 @@ def tile(part):
         ("gru", 4, 512, 8, 1, "H200", (512, 16, 1), (512, 16, 1)),
         ("rnn_tanh", 2, 1024, 8, 1, "H200", (1024, 16, 1), (1024, 16, 1)),
         ("rnn_relu", 4, 200, 8, 1, "H200", (256, 2, 1), (256, 2, 1)),
+        # Across the grid: what no cluster can hold, and most of what a device without clusters has.
+        ("lstm", 2, 769, 8, 1, "H200", (1024, 64, 1), (1024, 64, 1)),
+        ("lstm", 2, 1024, 64, 2, "H200", (1024, 64, 4), (1024, 64, 4)),
+        ("lstm", 2, 2048, 16, 1, "H200", (2048, 128, 1), (2048, 128, 1)),
+        ("lstm", 4, 400, 8, 1, "H200", (512, 16, 1), (512, 32, 1)),
+        ("lstm", 4, 1024, 1, 1, "B200", (1024, 128, 1), (1024, 64, 1)),
+        ("lstm", 2, 129, 8, 1, "A100", (512, 32, 1), (512, 32, 1)),
+        ("gru", 2, 1500, 8, 1, "A100", (1536, 96, 1), (1536, 96, 1)),
+        ("gru", 4, 512, 8, 1, "RTX 4090", (512, 64, 1), (512, 32, 1)),
+        ("rnn_tanh", 2, 2048, 8, 2, "RTX 4090", (2048, 64, 1), (2048, 64, 1)),
     ],
 )
 def test_choices(cell, element_bytes, hidden, batch, directions, device, forward, backward):
@@ -54,10 +64,10 @@ def test_choices(cell, element_bytes, hidden, batch, directions, device, forward
 @pytest.mark.parametrize(
     ("cell", "element_bytes", "hidden", "device", "words"),
     [
-        ("lstm", 2, 769, "H200", "needs hidden_size up to 768 .* got 769"),
-        ("lstm", 2, 129, "A100", "needs hidden_size up to 128 .* got 129"),
-        ("lstm", 4, 385, "H200", "needs hidden_size up to 384"),
-        ("rnn_tanh", 4, 1024, "H200", "needs hidden_size up to 768"),
+        ("lstm", 2, 2049, "H200", "needs hidden_size up to 2048 .* got 2049"),
+        ("lstm", 2, 1537, "A100", "needs hidden_size up to 1536 .* got 1537"),
+        ("lstm", 4, 513, "RTX 4090", "needs hidden_size up to 512"),
+        ("rnn_tanh", 4, 3000, "H200", "needs hidden_size up to 2048"),
     ],
 )
 def test_refusals_say_what_would_fit(cell, element_bytes, hidden, device, words):
@@ -83,13 +93,38 @@ def test_every_plan_fits_its_device(device):
             where = f"{cell} {element_bytes} bytes H={hidden} B={batch}: {part}"
             assert part["hidden"] >= hidden, where
             assert part["shared_bytes"] <= facts["shared_bytes"], where
-            assert part["cluster"] <= facts["max_cluster"], where
             assert part["threads"] <= 1024 and part["threads"] % 32 == 0, where
             assert part["ctas"] % part["cluster"] == 0, where
+            if part["grid"]:  # resident at once, in as many launches as it takes
+                assert 0 < part["ctas"] * part["directions"] <= facts["processors"], where
+                continue
+            assert part["cluster"] <= facts["max_cluster"], where
+            assert part["directions"] == 2, where
             assert part["ctas"] // part["cluster"] * part["row_blocks"] * 8 >= batch, where
 
 
-@pytest.mark.parametrize(("cell", "hidden"), [("lstm", 64), ("lstm", 512), ("gru", 256)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_grid_is_for_what_clusters_cannot_hold(device):
+    """And only for that; below it, steps are shorter."""
+    in_clusters = {2: (768, 128), 4: (384, 64)}
+    for element_bytes, (with_clusters, without) in in_clusters.items():
+        limit = with_clusters if DEVICES[device]["max_cluster"] > 1 else without
+        for hidden, grid in ((limit, False), (limit + 1, True)):
+            assert (
+                plan("lstm", element_bytes, hidden, device=DEVICES[device])["backward"]["grid"]
+                == grid
+            )
+
+
+def test_directions_take_turns_where_both_do_not_fit():
+    one, two = (plan("lstm", 2, hidden, 8, 2)["forward"] for hidden in (2048, 1024))
+    assert (one["ctas"], one["directions"]) == (128, 1)
+    assert (two["ctas"], two["directions"]) == (64, 2)
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden"), [("lstm", 64), ("lstm", 512), ("gru", 256), ("lstm", 1024)]
+)
 def test_the_order_of_sums_does_not_depend_on_the_batch(cell, hidden):
     layouts = set()
     for batch in (1, 8, 9, 100, 1000, 10**6):
