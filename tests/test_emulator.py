@@ -18,6 +18,7 @@ from fused_rnn import native
 
 ROOT = Path(__file__).parents[1]
 FORWARD, BACKWARD, EXCHANGE = "scan_forward.cuh", "scan_backward.cuh", "exchange.h"
+GATHER = "gather.h"
 SEEDS = 40
 
 pytestmark = pytest.mark.slow
@@ -32,9 +33,9 @@ class Mutation(NamedTuple):
     @property
     def kernels(self) -> list[str]:
         """Those that the file is part of."""
-        return {FORWARD: ["Forward"], BACKWARD: ["Backward"]}.get(
-            self.file, ["Forward", "Backward"]
-        )
+        if self.file == EXCHANGE:
+            return ["Forward", "Backward"]
+        return ["Forward" if self.file == FORWARD else "Backward"]
 
 
 MUTATIONS = [
@@ -43,8 +44,8 @@ MUTATIONS = [
         "one buffer for h",
         FORWARD,
         [
-            ("h_memory + (s & 1) * (kLayout.h_bytes / 4)", "h_memory"),
-            ("((s + 1) & 1) * (kLayout.h_bytes / 4) + group0", "group0"),
+            ("h_memory + (kGrid ? 0 : (s & 1) * (kLayout.h_bytes / 4))", "h_memory"),
+            ("((s + 1) & 1) * (kLayout.h_bytes / 4) + group0_at", "group0_at"),
         ],
     ),
     Mutation(
@@ -69,7 +70,7 @@ MUTATIONS = [
     Mutation(
         "h is sent in the last step",
         FORWARD,
-        [("if (!last) {\n      const int block0", "if (true) {\n      const int block0")],
+        [("if (!last) {\n      const int group0_at", "if (true) {\n      const int group0_at")],
     ),
     Mutation("h is not waited for", FORWARD, [("if (s > 0) {", "if (false) {")]),
     Mutation(
@@ -90,7 +91,7 @@ MUTATIONS = [
     Mutation(
         "no cluster barrier before the first message",
         FORWARD,
-        [("block_sync();\n  if (!kAlone) cluster_sync();", "block_sync();")],
+        [("block_sync();\n  if (kCluster) cluster_sync();", "block_sync();")],
     ),
     Mutation(
         "rows of h_n are not written",
@@ -111,14 +112,14 @@ MUTATIONS = [
         "one buffer for received sums",
         BACKWARD,
         [
-            ("kSlotsAt + (s & 1) * kLayout.slot_bytes", "kSlotsAt"),
+            ("kSlotsAt + buffer * kLayout.slot_bytes", "kSlotsAt"),
             ("kSlotsAt + ((s + 1) & 1) * kLayout.slot_bytes", "kSlotsAt"),
         ],
     ),
     Mutation(
         "one buffer for the gates' gradients",
         BACKWARD,
-        [("kGradsAt + (s & 1) * kLayout.grads_bytes", "kGradsAt")],
+        [("kGradsAt + buffer * kLayout.grads_bytes", "kGradsAt")],
     ),
     Mutation(
         "no barrier after the pointwise part",
@@ -248,23 +249,23 @@ MUTATIONS += [
         ),
         (
             "gradients are multiplied before they are there",
-            BACKWARD,
-            [("lane);\n      warp_sync();", "lane);")],
+            GATHER,
+            [("lane);\n    warp_sync();", "lane);")],
         ),
         (
             "gradients are overwritten while they are read",
-            BACKWARD,
+            GATHER,
             [("warp_sync();  // every lane has read what was staged before", "")],
         ),
         (
             "parts are added before they are there",
-            BACKWARD,
-            [("    block_sync();\n  };", "  };")],
+            GATHER,
+            [("  block_sync();\n}", "}")],
         ),
         (
             "the first state's gradient is not waited for",
             BACKWARD,
-            [("if (rows.steps > 0) gather(-1);", "")],
+            [("if (rows.steps > 0) gather_for(-1);", "")],
         ),
         (
             "gradients of the gates are not sent in the last step",

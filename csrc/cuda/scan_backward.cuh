@@ -6,7 +6,7 @@
 #pragma once
 
 #include "elements.h"
-#include "exchange.h"
+#include "gather.h"
 #include "params.h"
 #include "rows.h"
 
@@ -259,54 +259,11 @@ scan_backward(const BackwardParams p) {
     if (kCluster) barrier_wait<Order::acquire>(barriers_at + 8 * (s & 1), (message >> 1) & 1);
   };
 
-  // In a grid: the gradients of all gates at step s + 1 become parts of the gradient of h after s.
-  const auto gather = [&](int s) {
-    constexpr int kStepWords = kGroupsPerStep * kBlocks * kBlockWords;
-    constexpr int kStaged = kLayout.staged_steps;
-    const int message = rows.steps - 1 - s;
-    const int part_at = warp * kLayout.k_steps * kStepWords;
-    uint32_t* stage = reinterpret_cast<uint32_t*>(shared + kStageAt) + warp * kStaged * kStepWords;
-    typename Element::Sum sums[kProducts][kBlocks];
-    exchange.await(message);
-    FUSED_RNN_UNROLL
-    for (int first = 0; first < kLayout.k_steps; first += kStaged) {
-      warp_sync();  // every lane has read what was staged before
-      exchange.template fetch<kStaged * kStepWords, kWarp>(stage, message,
-                                                           part_at + first * kStepWords, lane);
-      warp_sync();
-      FUSED_RNN_UNROLL
-      for (int k = 0; k < kStaged; k++) {
-        const int in_registers = first + k, in_shared = in_registers - Tile::register_steps;
-        FUSED_RNN_UNROLL
-        for (int n = 0; n < kBlocks; n++) {
-          const uint32_t* block = stage + k * kStepWords + n * kBlockWords;
-          const auto b = Element::operand(block, block + kBlocks * kBlockWords);
-          FUSED_RNN_UNROLL
-          for (int i = 0; i < kProducts; i++) {
-            if (in_shared < 0) {
-              Element::multiply(sums[i][n], weights[in_shared < 0 ? in_registers : 0][i], b);
-            } else {
-              Element::multiply(sums[i][n], shared_weights[(in_shared * kProducts + i) * kWarp], b);
-            }
-          }
-        }
-      }
-    }
-    float2* slots = reinterpret_cast<float2*>(shared + kSlotsAt) + warp * kLayout.items * kWarp;
-    FUSED_RNN_UNROLL
-    for (int i = 0; i < kProducts; i++) {
-      FUSED_RNN_UNROLL
-      for (int n = 0; n < kBlocks; n++) {
-        float totals[4];
-        sums[i][n].finish(totals);
-        FUSED_RNN_UNROLL
-        for (int group = 2 * i; group < 2 * i + 2 && group < kLayout.groups; group++) {
-          const int half = group % 2 * 2;
-          slots[(group * kBlocks + n) * kWarp + lane] = make_float2(totals[half], totals[half + 1]);
-        }
-      }
-    }
-    block_sync();
+  // In a grid: parts of the gradient of h after step s.
+  const auto gather_for = [&](int s) {
+    gather<Element, Tile, kind>(exchange, rows.steps - 1 - s, weights, shared_weights,
+                                reinterpret_cast<uint32_t*>(shared + kStageAt),
+                                reinterpret_cast<float2*>(shared + kSlotsAt));
   };
 
   for (int i = 1; i < Tile::ring; i++) prefetch(rows.steps - i);
@@ -359,7 +316,7 @@ scan_backward(const BackwardParams p) {
       }
     }
     if constexpr (kGrid) {
-      if (s + 1 < rows.steps) gather(s);
+      if (s + 1 < rows.steps) gather_for(s);
     }
     if (has_items) {
       if (s + 1 < rows.steps) wait(s);
@@ -468,7 +425,7 @@ scan_backward(const BackwardParams p) {
   // The gradient of the state before the first step. To have received it also means that nothing
   // is on its way to this CTA when it leaves.
   if constexpr (kGrid) {
-    if (rows.steps > 0) gather(-1);
+    if (rows.steps > 0) gather_for(-1);
   }
   if (has_items) {
     if (rows.steps > 0) wait(-1);
