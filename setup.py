@@ -63,6 +63,7 @@ SCAN_VARIANTS = tuple(
     for element in ("bfloat16", "float16", "float32")
     for params in ("BackwardParams", "ForwardParams")
 )
+STEP_SOURCE = "csrc/cuda/steps.cu"  # small kernels, for all of these at once
 NVCC_FLAGS = [
     *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
@@ -122,7 +123,7 @@ def architecture_flags() -> list[str]:
 
 def library_sources() -> list[str]:
     kernels = list(ISA_FLAGS) if X86 else ["csrc/cpu/kernels_portable.cpp"]
-    names = ("library", "border", "stepper", "layer", "team")
+    names = ("library", "border", "infer", "stepper", "direct", "layer", "team")
     return [*(f"csrc/cpu/{name}.cpp" for name in names), *kernels]
 
 
@@ -135,14 +136,17 @@ def extensions() -> list[Extension]:
         say(f"NO C++ COMPILER ({wanted}): installing pure Python, WITHOUT the fast CPU kernels")
         return []
     found = [Extension(CPU_LIBRARY, library_sources())]
-    scans = ["csrc/cuda/library.cpp", "csrc/plan.cpp", *SCAN_SOURCES]
+    host = [f"csrc/{name}.cpp" for name in ("cuda/library", "cuda/step_scan", "plan")]
+    scans = [*host, *SCAN_SOURCES, STEP_SOURCE]
     if is_set("FUSED_RNN_EMULATE"):
         found.append(Extension(EMULATED_LIBRARY, [*scans, *EMULATOR_SOURCES]))
     if wants_cuda():
         found.append(Extension(CUDA_LIBRARY, scans))
-    # Debian keeps Python's headers in python3-dev. Without them only the doctor knows less.
+    # Debian keeps Python's headers in python3-dev. Without them the doctor knows less, and small
+    # calls take some microseconds more.
     if Path(sysconfig.get_path("include"), "Python.h").exists():
-        found.append(Extension("fused_rnn._C", ["csrc/build_info.cpp", "csrc/plan.cpp"]))
+        names = ("build_info", "direct_calls", "plan")
+        found.append(Extension("fused_rnn._C", [f"csrc/{name}.cpp" for name in names]))
     return found
 
 
@@ -219,7 +223,8 @@ class BuildExt(build_ext):
                 yield source, [*ISA_FLAGS.get(source, []), *own], ""
                 continue
             language = ["-x", "c++"] if ext.name == EMULATED_LIBRARY else []
-            for number, variant in enumerate(SCAN_VARIANTS):
+            variants = SCAN_VARIANTS if source in SCAN_SOURCES else [[]]
+            for number, variant in enumerate(variants):
                 yield source, [*own, *variant, *language], str(number)
 
     def library_options(self) -> tuple[list[str], list[str]]:
@@ -242,7 +247,9 @@ class BuildExt(build_ext):
             "FUSED_RNN_CXX_FLAGS": shlex.join([*BASE_FLAGS, *env_flags("CXXFLAGS")]),
         }
         includes = [f'-D{name}="{value}"' for name, value in facts.items()]
-        for path in (sysconfig.get_path("include"), pybind11.get_include()):
+        # Of torch's headers only dlpack.h, which has nothing of torch.
+        torch_include = Path(torch.__file__).parent / "include"
+        for path in (sysconfig.get_path("include"), pybind11.get_include(), str(torch_include)):
             includes += ["-isystem", path]
         return includes, []
 

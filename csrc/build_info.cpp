@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/features.h"
+#include "direct_calls.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -51,7 +52,6 @@ py::dict tile_facts(const fused_rnn::ForwardTile& tile) {
   facts["hidden"] = tile.hidden;
   facts["cluster"] = tile.cluster;
   facts["row_blocks"] = tile.row_blocks;
-  facts["grid"] = tile.grid;
   facts["split_k"] = tile.split_k;
   return facts;
 }
@@ -61,14 +61,16 @@ py::dict tile_facts(const fused_rnn::BackwardTile& tile) {
   facts["hidden"] = tile.hidden;
   facts["cluster"] = tile.cluster;
   facts["row_blocks"] = tile.row_blocks;
-  facts["grid"] = tile.grid;
   return facts;
 }
 
 template <class Tile>
 py::object plan_facts(const fused_rnn::Plan<Tile>& plan) {
-  if (plan.index < 0) return py::none();
-  py::dict facts = tile_facts(plan.tile);
+  using fused_rnn::Regime;
+  if (plan.regime == Regime::none) return py::none();
+  const bool steps = plan.regime == Regime::steps;
+  py::dict facts = steps ? py::dict() : tile_facts(plan.tile);
+  facts["regime"] = steps ? "steps" : plan.regime == Regime::grid ? "grid" : "cluster";
   facts["ctas"] = plan.shape.ctas;
   facts["directions"] = plan.shape.directions;
   facts["threads"] = plan.shape.threads;
@@ -77,9 +79,9 @@ py::object plan_facts(const fused_rnn::Plan<Tile>& plan) {
 }
 
 py::dict plan(int cell, int element_bytes, int64_t hidden_size, int64_t batch_size,
-              int64_t directions, int capability, int processors, int shared_bytes,
-              int max_cluster) {
-  if (cell < 0 || cell > 3) throw py::value_error("cell: expected 0 to 3");
+              int64_t directions, int capability, int processors, int shared_bytes, int max_cluster,
+              const std::string& regime) {
+  if (cell < 0 || cell > 4) throw py::value_error("cell: expected 0 to 4");
   if (element_bytes != 2 && element_bytes != 4) {
     throw py::value_error("element_bytes: expected 2 or 4");
   }
@@ -87,22 +89,26 @@ py::dict plan(int cell, int element_bytes, int64_t hidden_size, int64_t batch_si
                                        hidden_size, batch_size, directions};
   const fused_rnn::Device device{capability, processors, shared_bytes, max_cluster};
   py::dict facts;
-  facts["forward"] = plan_facts(plan_forward(problem, device));
-  facts["backward"] = plan_facts(plan_backward(problem, device));
-  facts["refusal"] = plan_refusal(problem, device, true);
+  const fused_rnn::ForcedRegime forced = fused_rnn::regime_called(regime);
+  facts["forward"] = plan_facts(plan_forward(problem, device, forced));
+  facts["backward"] = plan_facts(plan_backward(problem, device, forced));
+  facts["refusal"] = plan_refusal(problem, device, true, forced);
+  facts["kernels"] = describe_plan(problem, device, true, forced);
   return facts;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  if (fused_rnn::add_direct_calls(m.ptr()) != 0) throw py::error_already_set();
   m.doc() = "Build facts of fused_rnn's compiled parts.";
   m.def("build_facts", &build_facts, "Compiler, flags, torch version and instruction sets.");
   m.def("cpu_features", &cpu_features, "Which instruction sets this CPU can run.");
-  m.def("plan", &plan,
-        "The CUDA kernels for a layer on a device: of each pass its tile, or None; and why a layer "
-        "in training is refused, or ''.",
-        py::arg("cell"), py::arg("element_bytes"), py::arg("hidden_size"), py::arg("batch_size"),
-        py::arg("directions"), py::arg("capability"), py::arg("processors"),
-        py::arg("shared_bytes"), py::arg("max_cluster"));
+  m.def(
+      "plan", &plan,
+      "The CUDA kernels for a layer on a device: of each pass its regime and tile, or None; why a "
+      "layer in training is refused, or ''; and the kernels in words.",
+      py::arg("cell"), py::arg("element_bytes"), py::arg("hidden_size"), py::arg("batch_size"),
+      py::arg("directions"), py::arg("capability"), py::arg("processors"), py::arg("shared_bytes"),
+      py::arg("max_cluster"), py::arg("regime") = "");
 }

@@ -189,6 +189,12 @@ struct LstmCell {
   }
 };
 
+// The gate of W_hh, in torch's order, that the q-th gradient faces. GRU's come as (n, r, z).
+template <class Cell>
+constexpr int gate_of_grad(int q) {
+  return Cell::kGradGates > Cell::kGates ? (q + 2) % 3 : q;
+}
+
 }  // namespace fused_rnn
 
 #undef FUSED_RNN_CELL

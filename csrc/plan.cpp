@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <vector>
 
 #include "cuda/instances.h"
@@ -10,6 +11,12 @@ namespace {
 
 // The kernels of all dtypes and cells: no launch has more row blocks than this many in its grid.
 constexpr int64_t kMaxCtas = int64_t{1} << 30;
+// Pitches have to stay below it, so that offsets within a row of gates fit 32 bits.
+constexpr int64_t kMaxPitch = int64_t{1} << 20;
+// A scan across the grid that needs more launches than this, one after the other, is left to
+// products of all rows. By the model a step of such a launch takes 1.3 to 2.1 us, a product per
+// step 8 or so.
+constexpr int64_t kMaxLaunches = 6;
 
 template <class Tiles>
 auto list(const Tiles& tiles) {
@@ -33,6 +40,8 @@ std::vector<Tile> tiles_of(const ScanProblem& problem) {
       return tiles_of<CellKind::lstm>(problem.element_bytes, Tile{});
     case CellKind::gru:
       return tiles_of<CellKind::gru>(problem.element_bytes, Tile{});
+    case CellKind::gru_reset_before:
+      return {};  // it would need a second exchange between CTAs in every step
     default:
       return tiles_of<CellKind::rnn_tanh>(problem.element_bytes, Tile{});
   }
@@ -65,12 +74,6 @@ bool runs(const Tile& tile, const ScanProblem& problem, const Device& device) {
          layout(tile, problem).shared_bytes <= device.shared_bytes;
 }
 
-// What needs no more than a cluster is not spread over the grid, where every step takes longer.
-template <class Tile>
-bool comes_before(const Tile& a, const Tile& b) {
-  return a.grid == b.grid ? a.hidden < b.hidden : b.grid;
-}
-
 // How many tiles of the batch run at a time. Clusters of 16 need a whole GPC each, smaller ones
 // leave about a tenth of the SMs without one (15 clusters of 8 on the 132 SMs of an H100). CTAs of
 // a grid may be anywhere.
@@ -83,12 +86,12 @@ int64_t concurrent_clusters(const Tile& tile, const Device& device) {
 }
 
 template <class Tile>
-Plan<Tile> plan(const ScanProblem& problem, const Device& device) {
+Plan<Tile> plan_on_chip(const ScanProblem& problem, const Device& device, bool grid) {
   const std::vector<Tile> tiles = tiles_of<Tile>(problem);
   const Tile* preferred = nullptr;
   for (const Tile& tile : tiles) {
-    if (tile.hidden < problem.hidden || !runs(tile, problem, device)) continue;
-    if (preferred == nullptr || comes_before(tile, *preferred)) preferred = &tile;
+    if (tile.grid != grid || tile.hidden < problem.hidden || !runs(tile, problem, device)) continue;
+    if (preferred == nullptr || tile.hidden < preferred->hidden) preferred = &tile;
   }
   if (preferred == nullptr) return {};
 
@@ -113,65 +116,136 @@ Plan<Tile> plan(const ScanProblem& problem, const Device& device) {
   LaunchShape shape{};
   shape.threads = l.threads;
   shape.shared_bytes = l.shared_bytes;
-  shape.cluster = best->grid ? 1 : best->cluster;
-  shape.cooperative = best->grid;
+  shape.cluster = grid ? 1 : best->cluster;
+  shape.cooperative = grid;
   shape.directions = static_cast<int>(problem.directions);
   int64_t tiles_at_once = tiles_of_batch;
-  if (best->grid) {
+  if (grid) {
     if (problem.directions > at_once) shape.directions = 1;
     tiles_at_once = std::min(tiles_at_once, at_once / shape.directions);
   }
   const int64_t ctas = tiles_at_once * best->cluster;
   if (ctas > kMaxCtas) return {};
   shape.ctas = static_cast<int>(ctas);
-  return {static_cast<int>(best - tiles.data()), *best, shape, tiles_of_batch,
+  return {grid ? Regime::grid : Regime::cluster,
+          static_cast<int>(best - tiles.data()),
+          *best,
+          shape,
+          tiles_of_batch,
           exchange_words(message_bytes(l))};
 }
 
 template <class Tile>
-std::string text(const char* pass, const Tile& tile) {
-  return std::string(pass) + " H<=" + std::to_string(tile.hidden) +
-         (tile.grid ? " across the grid by " : " on clusters of ") + std::to_string(tile.cluster) +
-         ", " + std::to_string(tile.row_blocks * kGroup) + " rows each";
+Plan<Tile> plan_steps(const ScanProblem& problem) {
+  // hidden_size comes padded to a whole number of groups.
+  const int64_t pitch = (problem.hidden + kGroup - 1) / kGroup * kGroup;
+  if (pitch >= kMaxPitch) return {};
+  const int64_t per_row = step_ctas(static_cast<int>(pitch));
+  if (problem.batch > kMaxCtas / per_row) return {};
+  return {Regime::steps, -1, Tile{},
+          LaunchShape{static_cast<int>(problem.batch * per_row),
+                      static_cast<int>(problem.directions), 1, kStepThreads, 0}};
 }
 
-}  // namespace
-
-Plan<ForwardTile> plan_forward(const ScanProblem& problem, const Device& device) {
-  return plan<ForwardTile>(problem, device);
+template <class Tile>
+int64_t launches(const Plan<Tile>& plan, const ScanProblem& problem) {
+  const int64_t at_once = plan.shape.ctas / plan.tile.cluster;
+  return (plan.batch_tiles + at_once - 1) / at_once * (problem.directions / plan.shape.directions);
 }
 
-Plan<BackwardTile> plan_backward(const ScanProblem& problem, const Device& device) {
-  return plan<BackwardTile>(problem, device);
+// What needs no more than a cluster is not spread over the grid, where every step takes longer; nor
+// is a batch that the grid can only take piece by piece.
+template <class Tile>
+Plan<Tile> plan(const ScanProblem& problem, const Device& device, ForcedRegime forced) {
+  const auto may_be = [&](Regime regime) { return forced.value_or(regime) == regime; };
+  Plan<Tile> found;
+  if (may_be(Regime::cluster)) found = plan_on_chip<Tile>(problem, device, false);
+  if (found.regime == Regime::none && may_be(Regime::grid)) {
+    found = plan_on_chip<Tile>(problem, device, true);
+    const bool is_there = found.regime != Regime::none;
+    if (!forced && is_there && launches(found, problem) > kMaxLaunches) found = {};
+  }
+  if (found.regime == Regime::none && may_be(Regime::steps)) found = plan_steps<Tile>(problem);
+  return found;
 }
 
-std::string plan_refusal(const ScanProblem& problem, const Device& device, bool training) {
-  if (device.capability < 80) {
-    return "needs compute capability 8.0 or newer, got " + std::to_string(device.capability / 10) +
-           "." + std::to_string(device.capability % 10);
+template <class Tile>
+std::string text(const char* pass, const Plan<Tile>& plan) {
+  if (plan.regime == Regime::steps) return std::string(pass) + " a product per step";
+  return std::string(pass) + " H<=" + std::to_string(plan.tile.hidden) +
+         (plan.regime == Regime::grid ? " across the grid by " : " on clusters of ") +
+         std::to_string(plan.tile.cluster) + ", " + std::to_string(plan.tile.row_blocks * kGroup) +
+         " rows each";
+}
+
+// Why clusters or the grid cannot take it, or nothing.
+std::string on_chip_refusal(const ScanProblem& problem, const Device& device, bool training,
+                            bool grid) {
+  if (problem.cell == CellKind::gru_reset_before) {
+    return std::string(grid ? "scans across the grid" : "clusters") +
+           " have no GRU with the reset gate before the product: a step would need a second "
+           "exchange";
   }
   const auto limit = [&](const auto& tiles) {
     int largest = 0;
     for (const auto& tile : tiles) {
-      if (runs(tile, problem, device)) largest = std::max(largest, tile.hidden);
+      if (tile.grid == grid && runs(tile, problem, device))
+        largest = std::max(largest, tile.hidden);
     }
     return largest;
   };
   int largest = limit(tiles_of<ForwardTile>(problem));
   if (training) largest = std::min(largest, limit(tiles_of<BackwardTile>(problem)));
-  if (problem.hidden > largest) {
-    return "W_hh does not fit on chip: needs hidden_size up to " + std::to_string(largest) +
-           " for this cell, dtype and device, got " + std::to_string(problem.hidden);
+  if (problem.hidden <= largest) return "";
+  return "W_hh does not fit on chip: needs hidden_size up to " + std::to_string(largest) +
+         " for this cell, dtype and device, got " + std::to_string(problem.hidden);
+}
+
+}  // namespace
+
+ForcedRegime regime_called(const std::string& name) {
+  if (name.empty()) return {};
+  if (name == "cluster") return Regime::cluster;
+  if (name == "grid") return Regime::grid;
+  if (name == "steps") return Regime::steps;
+  throw std::invalid_argument("regime: expected cluster, grid, steps or nothing, got " + name);
+}
+
+Plan<ForwardTile> plan_forward(const ScanProblem& problem, const Device& device,
+                               ForcedRegime forced) {
+  return plan<ForwardTile>(problem, device, forced);
+}
+
+Plan<BackwardTile> plan_backward(const ScanProblem& problem, const Device& device,
+                                 ForcedRegime forced) {
+  return plan<BackwardTile>(problem, device, forced);
+}
+
+std::string plan_refusal(const ScanProblem& problem, const Device& device, bool training,
+                         ForcedRegime forced) {
+  if (device.capability < 80) {
+    return "needs compute capability 8.0 or newer, got " + std::to_string(device.capability / 10) +
+           "." + std::to_string(device.capability % 10);
   }
-  if (plan_forward(problem, device).index < 0) {
+  if (forced == Regime::cluster || forced == Regime::grid) {
+    const bool grid = forced == Regime::grid;
+    if (std::string reason = on_chip_refusal(problem, device, training, grid); !reason.empty()) {
+      return reason;
+    }
+  }
+  if (problem.hidden > kMaxPitch - kGroup) {
+    return "hidden_size " + std::to_string(problem.hidden) + " is too large";
+  }
+  if (plan_forward(problem, device, forced).regime == Regime::none) {
     return "batch size " + std::to_string(problem.batch) + " is too large";
   }
   return "";
 }
 
-std::string describe_plan(const ScanProblem& problem, const Device& device, bool training) {
-  std::string result = text("scan", plan_forward(problem, device).tile);
-  if (training) result += "; " + text("back", plan_backward(problem, device).tile);
+std::string describe_plan(const ScanProblem& problem, const Device& device, bool training,
+                          ForcedRegime forced) {
+  std::string result = text("scan", plan_forward(problem, device, forced));
+  if (training) result += "; " + text("back", plan_backward(problem, device, forced));
   return result;
 }
 

@@ -1,16 +1,19 @@
-"""Inference on the CPU in one operator call, past the waist.
+"""Inference on the CPU in one call, past the waist.
 
 A step of a streaming model takes a few microseconds; its checks, the choice of a backend and
 operators written in Python take a hundred. So modules ask here first. What runs is what the
-general way would have run, the cpu backend on arguments that fit each other: the operators
-(csrc/cpu/library.cpp) look at every tensor. To a call that is wrong or out of the ordinary, or
+general way would have run, the cpu backend on arguments that fit each other: the library
+(csrc/cpu/infer.cpp) looks at every tensor. To a call that is wrong or out of the ordinary, or
 that somebody watches or redirects, the answer is None: the general way alone knows error messages
 and choices.
+
+The call is one of the extension module (csrc/direct_calls.cpp) or, where that is absent or says
+None, an operator, which takes a few more kinds of tensors and some microseconds longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
 from functools import cache
 from typing import Any
 
@@ -20,16 +23,26 @@ from torch.autograd import forward_ad
 
 from . import dispatch
 from .cells import CELLS, Cell
-from .native import cpu_library_error
+from .native import cpu_library_error, library_path
 
 _CELLS = {cell.torch_mode: cell for cell in CELLS.values()}
 # Not isinstance: a subclass may have a meaning of its own.
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
+# Each gives something true where a call is to do more than compute numbers.
+_MODES = (
+    torch._C._is_any_autocast_enabled,
+    torch._C._is_torch_function_mode_enabled,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._get_tracing_state,
+    torch._C._functorch.peek_interpreter_stack,
+)
+
+
 def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
-    if not _nothing_but_numbers():
+    if _wants_gradients():
         return None
     cell, dropout, num_layers = _CELLS.get(module.mode), module.dropout, module.num_layers
     if cell is None or type(num_layers) is not int or type(dropout) is not float:
@@ -38,17 +51,11 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
         return None
     # What is parametrized or was replaced by a plain attribute is not among the parameters.
     weights = list(map(module._parameters.get, module._flat_weights_names))
-    states = _states(cell, hx)
-    if states is None or not _PLAIN_TYPES.issuperset(map(type, (input, *weights))):
-        return None
-    directions = 2 if module.bidirectional else 1
-    time_first = not module.batch_first
-    try:
-        outputs = _operator("infer_layers")(
-            cell.index, input, weights, *states, num_layers, directions, time_first
-        )
-    except NotImplementedError:  # the dispatcher's, for the rarest kinds of tensors
-        return None
+    sizes = num_layers, 2 if module.bidirectional else 1, not module.batch_first
+    result = calls().infer_layers(cell.index, input, weights, hx, *sizes)
+    if result is not None:
+        return result
+    outputs = _call_operator("infer_layers", cell, input, weights, hx, *sizes)
     if not outputs:
         return None
     return (outputs[0], (outputs[1], outputs[2])) if cell.has_c else (outputs[0], outputs[1])
@@ -56,39 +63,44 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
 
 def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
-    if not _nothing_but_numbers():
+    if _wants_gradients():
         return None
     parameters = module._parameters
     weights = [parameters.get("weight_ih"), parameters.get("weight_hh")]
     if module.bias:
         weights += parameters.get("bias_ih"), parameters.get("bias_hh")
-    states = _states(cell, hx)
-    if states is None or not _PLAIN_TYPES.issuperset(map(type, (input, *weights))):
-        return None
-    try:
-        outputs = _operator("infer_cell")(cell.index, input, weights, *states, module.hidden_size)
-    except NotImplementedError:
-        return None
+    result = calls().infer_cell(cell.index, input, weights, hx, module.hidden_size)
+    if result is not None:
+        return result
+    outputs = _call_operator("infer_cell", cell, input, weights, hx, module.hidden_size)
     if not outputs:
         return None
     return (outputs[0], outputs[1]) if cell.has_c else outputs[0]
 
 
-def _nothing_but_numbers() -> bool:
-    """Whether a call computes its results and does nothing else: no gradients, no tracing, no
-    transforms, no modes, no choice of a backend but the cpu's, and nobody who records it."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or dispatch.is_redirected("cpu")
-        or cpu_library_error() is not None
+def _wants_gradients() -> bool:
+    """Whether more than numbers is wanted of a call. A compiler does not look into what follows."""
+    return (
+        torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0
     )
+
+
+def _call_operator(
+    name: str, cell: Cell, input: Any, weights: list[Any], hx: Any, *sizes: int
+) -> list[Tensor]:
+    """What it returns; nothing where the call is not for it."""
+    if any(mode() for mode in _MODES) or dispatch.is_redirected("cpu"):
+        return []
+    states = _states(cell, hx)
+    if states is None or not _PLAIN_TYPES.issuperset(map(type, (input, *weights))):
+        return []
+    if cpu_library_error() is not None:
+        return []
+    operator = getattr(torch.ops.fused_rnn_cpu, name).default
+    try:
+        return operator(cell.index, input, weights, *states, *sizes)
+    except NotImplementedError:  # the dispatcher's, for the rarest kinds of tensors
+        return []
 
 
 def _states(cell: Cell, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
@@ -103,6 +115,30 @@ def _states(cell: Cell, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
     return (h0, c0) if type(h0) in _PLAIN_TYPES and type(c0) in _PLAIN_TYPES else None
 
 
+class _NoCalls:
+    """Where the extension module cannot be used: every call is for the operators."""
+
+    @staticmethod
+    def infer_layers(*args: Any) -> None: ...
+
+    infer_cell = step = infer_layers
+
+
 @cache
-def _operator(name: str) -> Callable[..., list[Tensor]]:
-    return getattr(torch.ops.fused_rnn_cpu, name).default
+def calls() -> Any:
+    """The functions of csrc/direct_calls.cpp, connected with the CPU library and with torch."""
+    if cpu_library_error() is not None:
+        return _NoCalls
+    try:
+        from . import _C
+
+        connect = _C.connect
+        exchange = Tensor.__dlpack_c_exchange_api__
+    except (ImportError, AttributeError):  # no headers where it was built, or an older torch
+        return _NoCalls
+    address = ctypes.CDLL(str(library_path())).fused_rnn_direct_calls
+    address.restype = ctypes.c_void_p
+    # Nobody forces a backend here: whoever asks for the cpu's by name gets it by the operators.
+    guards = (*_MODES, *dispatch.redirections())
+    connected = connect(address(), exchange, Tensor, torch.nn.Parameter, guards)
+    return _C if connected else _NoCalls

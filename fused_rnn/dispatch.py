@@ -85,6 +85,11 @@ def is_redirected(name: str) -> bool:
     return _recorder.get() is not None or _forced.get() not in ("", "auto", name)
 
 
+def redirections() -> tuple[Callable[[], object], ...]:
+    """Functions, one of which gives something true where `is_redirected` may be."""
+    return _recorder.get, _forced.get
+
+
 def reasons(problem: Problem) -> list[tuple[str, str | None]]:
     """Every backend for the problem's device in order of preference, with why it does not take the
     problem by itself (None: it does)."""

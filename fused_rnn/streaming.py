@@ -1,8 +1,8 @@
 """One timestep after another of a recurrent module, with as little as possible around the products.
 
 On the CPU in float32 the weights of all layers are packed once into the layout that the kernels
-read fastest, and a step is a single operator call (csrc/cpu/stepper.cpp). Everything else goes
-through a frozen copy of the module.
+read fastest, and a step is a single call (csrc/cpu/stepper.cpp), past torch's dispatcher where
+nobody needs that (`direct`). Everything else goes through a frozen copy of the module.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from . import checks, dispatch, modules
+from . import checks, direct, dispatch, modules
 from .cells import CELLS, Cell
 from .convert import from_torch, option_of_ours
 from .native import cpu_library_error
@@ -112,8 +113,17 @@ class _Packed(Stepper):
         operator, sizes = _operator(cell.has_c), [] if cell.has_c else [cell.index]
         sizes += self.num_layers, self.input_size, self.hidden_size, self.output_size
         self._step = partial(operator, self._weights, *sizes, self._bias)
+        sizes = sizes if not cell.has_c else [cell.index, *sizes]
+        self._direct = partial(direct.calls().step, self._weights, *sizes, self._bias)
 
     def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        if not is_compiling():
+            result = self._direct(x, state)
+            if result is not None:
+                return result
+        return self._by_operator(x, state)
+
+    def _by_operator(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         try:
             if x.requires_grad or (state is not None and state.requires_grad):
                 return self._carefully(x, state)
@@ -128,7 +138,8 @@ class _Packed(Stepper):
         return self._step(x.contiguous(), h)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_step"}
+        bound = ("_step", "_direct")
+        return {name: value for name, value in vars(self).items() if name not in bound}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if (error := cpu_library_error()) is not None:
@@ -140,7 +151,7 @@ class _Packed(Stepper):
 class _PackedLSTM(_Packed):
     """With a c beside h."""
 
-    def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    def _by_operator(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         try:
             if state is None:
                 h = c = None

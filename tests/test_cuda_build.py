@@ -83,6 +83,18 @@ def test_no_kernel_spills(cell, element, params, arch, tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "sm_90a",
+        *(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_86", "sm_89", "sm_100")),
+    ],
+)
+def test_no_kernel_of_a_step_spills(arch, tmp_path):
+    check_resources(compile_kernels(tmp_path, "csrc/cuda/steps.cu", arch))
+
+
+@needs_nvcc
 @pytest.mark.slow
 def test_microbenchmarks_compile(tmp_path):
     source = str(ROOT / "benchmarks" / "gpu" / "microbenchmarks.cu")
@@ -150,9 +162,9 @@ def test_the_library_loads_beside_any_torch(cuda_library):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(cuda_library):
     with pytest.raises(RuntimeError, match="CUDA: "):
-        cuda_library.refusal(3, 2, 64, 8, 1, True, 0)
+        cuda_library.refusal(3, 2, 64, 8, 1, True, "", 0)
     with pytest.raises(RuntimeError, match="device: expected an index"):
-        cuda_library.refusal(3, 2, 64, 8, 1, True, -1)
+        cuda_library.refusal(3, 2, 64, 8, 1, True, "", -1)
 
 
 def test_cpu_tensors_are_none_of_its_business():

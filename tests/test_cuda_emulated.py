@@ -22,7 +22,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def library(poisoned):
+def library(poisoned, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "cluster")
     if reason := native.cuda_emulated_library_error():
         pytest.skip(reason)
     return torch.ops.fused_rnn_cuda_emulated
@@ -167,8 +168,6 @@ def test_only_who_asks_gets_it(monkeypatch):
         (LayerCase("lstm", 3, 2, 4, 5, dtype=torch.float64), "float64"),
         (LayerCase("lstm", 3, 2, 4, 5, proj_size=2), "proj_size=2"),
         (LayerCase("gru", 3, 0, 4, 5), "batch size 0"),
-        (LayerCase("gru_reset_before", 3, 2, 4, 5), "no kernel for gru_reset_before"),
-        (LayerCase("gru", 3, 2, 4, 97), "hidden_size up to 96 .* got 97"),
     ],
     ids=str,
 )
@@ -203,6 +202,7 @@ def _arguments(**changes):
         "c_n": torch.zeros(1, 3, 16),
         "gates": torch.zeros(1, 6, 64),
         "cells": torch.zeros(1, 6, 16),
+        "regime": "",
         "stream": 0,
     }
     return arguments | changes
@@ -211,7 +211,8 @@ def _arguments(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cell": 4}, "cell: expected 0 to 3, got 4"),
+        ({"cell": 5}, "cell: expected 0 to 4, got 5"),
+        ({"regime": "grids"}, "regime: expected cluster, grid, steps or nothing, got grids"),
         ({"gx": torch.zeros(1, 6, 64).double()}, "gx: expected dtype .*got Double"),
         ({"gx": torch.zeros(1, 6, 63)}, r"gx: expected shape \[1, 6, 64\], got \[1, 6, 63\]"),
         ({"gx": torch.zeros(6, 64)}, "gx: expected"),

@@ -1,7 +1,6 @@
 """Scans that spread W_hh over the whole grid, emulated: all CTAs at once, over a global memory in
 which stores come late and out of order and loads may be stale.
 
-The emulated device has no clusters here, so that what no single CTA can hold goes to the grid.
 Small messages are stamped, larger ones counted (tiles.h); the cases have both, in both passes.
 """
 
@@ -26,13 +25,19 @@ DTYPES = {
 
 
 @pytest.fixture(autouse=True)
-def library(poisoned):
+def library(poisoned, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "grid")
     if reason := native.cuda_emulated_library_error():
         pytest.skip(reason)
-    ops = torch.ops.fused_rnn_cuda_emulated
-    ops.device(80, 6, 1)  # capability, SMs, CTAs of a cluster
-    yield ops
-    ops.device(90, 6, 16)
+    return torch.ops.fused_rnn_cuda_emulated
+
+
+@pytest.fixture
+def ampere(library):
+    """A device without clusters."""
+    library.device(80, 6, 1)  # capability, SMs, CTAs of a cluster
+    yield
+    library.device(90, 6, 16)
 
 
 def _cases(cell: str) -> list[LayerCase]:
@@ -139,21 +144,53 @@ def test_a_cta_that_never_runs_is_an_error_not_a_hang(library, hidden):
     assert torch.equal(y, again)
 
 
-def test_explain_says_where_it_runs(monkeypatch):
+def test_explain_says_where_it_runs(monkeypatch, ampere):
     monkeypatch.setenv("FUSED_RNN_BACKEND", BACKEND)
+    monkeypatch.delenv("FUSED_RNN_CUDA_REGIME")
     lines = str(fused_rnn.explain(fused_rnn.GRU(5, 24), torch.randn(3, 4, 5)))
     assert "scan H<=32 across the grid by 2, 8 rows each; back H<=32 across the grid by 2" in lines
 
 
 def test_clusters_are_preferred(library):
-    library.device(90, 6, 16)
     describe = functools.partial(library.describe, CELLS["gru"].index, 4)
-    assert "on clusters of 2" in describe(32, 3, 1, True, 0)
-    assert "across the grid by 3" in describe(65, 3, 1, True, 0)
+    assert "on clusters of 2" in describe(32, 3, 1, True, "", 0)
+    assert "across the grid by 3" in describe(65, 3, 1, True, "", 0)
+    assert "a product per step" in describe(97, 3, 1, True, "", 0)
 
 
-def test_a_device_with_too_few_processors_is_refused(library):
+def test_a_forward_scan_in_clusters_may_have_a_backward_one_across_the_grid(monkeypatch):
+    inputs = testing.make_inputs(LayerCase("lstm", 5, 3, 3, 30, directions=2))
+    with fused_rnn.backend(BACKEND):
+        monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "cluster")
+        in_clusters = testing.run_layer(inputs.leaves())
+        both = inputs.leaves()
+        y = testing.run_layer(both)[0]
+        monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "grid")
+        y.square().sum().backward()
+        across = inputs.leaves()
+        testing.run_layer(across)[0].square().sum().backward()
+    torch.testing.assert_close(y, in_clusters[0])
+    torch.testing.assert_close(both.x.grad, across.x.grad)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (LayerCase("gru", 3, 2, 4, 97), "hidden_size up to 96 .* got 97"),
+        (LayerCase("gru_reset_before", 3, 2, 4, 5), "across the grid have no GRU with the reset"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_take_has_a_reason(case, reason):
+    with (
+        fused_rnn.backend(BACKEND),
+        pytest.raises(fused_rnn.UnsupportedProblemError, match=reason),
+    ):
+        testing.run_layer(testing.make_inputs(case))
+
+
+def test_a_device_with_too_few_processors_is_refused(library, ampere):
     library.device(80, 2, 1)
     refusal = functools.partial(library.refusal, CELLS["lstm"].index, 2)
-    assert refusal(32, 3, 1, True, 0) == ""
-    assert "needs hidden_size up to 32" in refusal(33, 3, 1, True, 0)
+    assert refusal(32, 3, 1, True, "grid", 0) == ""
+    assert "needs hidden_size up to 32" in refusal(33, 3, 1, True, "grid", 0)

@@ -1,7 +1,7 @@
 """The emulator finds mistakes: kernels with one each, in a copy of the sources, must all fail.
 
-Each mutant, of the float32 LSTM, is compiled and run in a process of its own, with one seed after
-the other until it is caught.
+Each mutant, of the float32 LSTM or of all cells' single steps, is compiled and run in a process of
+its own, with one seed after the other until it is caught.
 """
 
 import os
@@ -18,7 +18,9 @@ from fused_rnn import native
 
 ROOT = Path(__file__).parents[1]
 FORWARD, BACKWARD, EXCHANGE = "scan_forward.cuh", "scan_backward.cuh", "exchange.h"
-GATHER = "gather.h"
+GATHER, STEPS, STEP_SCAN = "gather.h", "steps.cuh", "step_scan.cpp"
+# The sources of one object each: of every kernel, or of none.
+WHOLE = {STEPS: "cuda/steps.cu", STEP_SCAN: "cuda/step_scan.cpp"}
 SEEDS = 40
 
 pytestmark = pytest.mark.slow
@@ -28,11 +30,11 @@ class Mutation(NamedTuple):
     name: str
     file: str  # in csrc/cuda
     changes: list[tuple[str, str]]
-    grid: bool = False  # whether scans run across the grid, without clusters
+    grid: bool = False  # whether scans run across the grid
 
     @property
-    def kernels(self) -> list[str]:
-        """Those that the file is part of."""
+    def passes(self) -> list[str]:
+        """Those whose kernels the file is part of."""
         if self.file == EXCHANGE:
             return ["Forward", "Backward"]
         return ["Forward" if self.file == FORWARD else "Backward"]
@@ -163,6 +165,57 @@ MUTATIONS = [
             )
         ],
     ),
+    Mutation("none", STEPS, []),
+    Mutation(
+        "a row that has ended goes on",
+        STEPS,
+        [("const bool taken = t < length;", "const bool taken = true;")],
+    ),
+    Mutation(
+        "outputs of steps that are not taken are not written",
+        STEPS,
+        [("if (rows.stored(length, at.row, t)) {", "if (t < length) {")],
+    ),
+    Mutation(
+        "the gradient of a fresh state goes on to what was before it",
+        STEPS,
+        [("held[0] = held[1] = grad_c[0] = grad_c[1] = 0.0f;", "")],
+    ),
+    Mutation(
+        "gradients face the gates in the order they come",
+        STEPS,
+        [("operand_at + gate_of_grad<Cell>(q)", "operand_at + q")],
+    ),
+    Mutation(
+        "both directions have one operand",
+        STEPS,
+        [("operand_at = (at.direction * p.rows.batch + at.row)", "operand_at = at.row")],
+    ),
+    Mutation(
+        "the first step starts from the last state",
+        STEPS,
+        [("load_pair<Element>(first ? p.h0 : p.h_n", "load_pair<Element>(p.h_n")],
+    ),
+    Mutation(
+        "the second product of a step comes before its operand",
+        STEP_SCAN,
+        [
+            (
+                "      kernels.inner(step, scan.shape, scan.stream);\n      inner();",
+                "      inner();\n      kernels.inner(step, scan.shape, scan.stream);",
+            )
+        ],
+    ),
+    Mutation(
+        "the gradient of h0 lacks the last product",
+        STEP_SCAN,
+        [
+            (
+                "    outer();\n  }\n  kernels.outer",
+                "    if (step.step > 0) outer();\n  }\n  kernels.outer",
+            )
+        ],
+    ),
 ]
 
 # Across the grid the forward scan of 32 units stamps its messages, all others here count.
@@ -278,6 +331,7 @@ MUTATIONS += [
 # Runs small layers with one seed after the other; prints what caught the mutant, or nothing.
 RUN = """
 import sys
+from dataclasses import replace
 import torch
 from fused_rnn import native
 native._CUDA_EMULATED_LIBRARY = type(native._CUDA_EMULATED_LIBRARY)(sys.argv[1])
@@ -287,9 +341,6 @@ from fused_rnn import testing
 from fused_rnn.testing import LayerCase
 
 torch.set_num_threads(1)
-if sys.argv[4] == "grid":
-    torch.ops.load_library(sys.argv[1])
-    torch.ops.fused_rnn_cuda_emulated.device(80, 6, 1)
 assert native.cuda_emulated_library_error() is None
 cases = [
     LayerCase("lstm", 7, 9, 3, 32),
@@ -297,6 +348,7 @@ cases = [
     LayerCase.packed("lstm", [6, 4, 1], 3, 32),
     LayerCase("lstm", 6, 3, 3, 32, ends=(4, 0, 5), directions=2, resets=True, reset_states=True),
 ]
+cases = [replace(case, cell=cell) for cell in sys.argv[4:] for case in cases]
 references = [
     (
         testing.results_of_draws(testing.run_oracle, case, "all", torch.float64),
@@ -322,7 +374,8 @@ def objects(tmp_path_factory):
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("objects")
     commands = {}
-    for source in ("cuda/library.cpp", "plan.cpp", "cuda/emulator.cpp", "cuda/weak_memory.cpp"):
+    sources = ("library.cpp", "emulator.cpp", "weak_memory.cpp")
+    for source in (*(f"cuda/{name}" for name in sources), "plan.cpp", *WHOLE.values()):
         commands[Path(source).stem] = compile_command(ROOT, source)
     for cell in ("lstm", "gru", "rnn"):
         for element in ("bfloat16", "float16", "float32"):
@@ -359,7 +412,7 @@ def run(command: list[str], **options) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file[5:-4]}: {m.name}")
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{Path(m.file).stem}: {m.name}")
 def test_mutants_are_caught(mutation, objects, tmp_path):
     from torch.utils import cpp_extension
 
@@ -370,19 +423,26 @@ def test_mutants_are_caught(mutation, objects, tmp_path):
         assert old in text, f"the kernel no longer has {old!r}"
         text = text.replace(old, new)
     path.write_text(text)
-    mutants, library = {}, tmp_path / "mutant.so"
-    for params in mutation.kernels:
-        mutants[f"lstm_float32_{params}"] = tmp_path / f"{params}.o"
-        command = scan_command(tmp_path, "lstm", "float32", params)
-        run([*command, "-o", str(tmp_path / f"{params}.o")])
+    if mutation.file in WHOLE:
+        cells, regime = ("lstm", "gru", "gru_reset_before"), "steps"
+        source = WHOLE[mutation.file]
+        commands = {Path(source).stem: compile_command(tmp_path, source)}
+    else:
+        cells, regime = ("lstm",), "grid" if mutation.grid else "cluster"
+        commands = {
+            f"lstm_float32_{params}": scan_command(tmp_path, "lstm", "float32", params)
+            for params in mutation.passes
+        }
+    mutants, library = {name: tmp_path / f"{name}.o" for name in commands}, tmp_path / "mutant.so"
+    for name, command in commands.items():
+        run([*command, "-o", str(mutants[name])])
     parts = [str(o) for o in (objects | mutants).values()]
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     compiler = os.environ.get("CXX", "c++")
     run([compiler, "-shared", *parts, *paths, "-ltorch_cpu", "-o", str(library)])
 
     seeds = SEEDS if mutation.changes else 4
-    place = "grid" if mutation.grid else "clusters"
-    arguments = [str(library), str(Path(__file__).parent), str(seeds), place]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = [str(library), str(Path(__file__).parent), str(seeds), *cells]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "FUSED_RNN_CUDA_REGIME": regime}
     found = run([sys.executable, "-c", RUN, *arguments], env=env, timeout=900)
     assert bool(found) == bool(mutation.changes), found or "not caught"

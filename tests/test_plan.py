@@ -18,8 +18,9 @@ DEVICES = {"H200": H200, "A100": A100, "RTX 4090": RTX_4090, "B200": B200}
 KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
 
-def plan(cell, element_bytes, hidden, batch=8, directions=1, device=H200):
-    return _C.plan(CELLS[cell].index, element_bytes, hidden, batch, directions, **device)
+def plan(cell, element_bytes, hidden, batch=8, directions=1, device=H200, regime=""):
+    sizes = (CELLS[cell].index, element_bytes, hidden, batch, directions)
+    return _C.plan(*sizes, **device, regime=regime)
 
 
 def tile(part):
@@ -62,18 +63,67 @@ def test_choices(cell, element_bytes, hidden, batch, directions, device, forward
 
 
 @pytest.mark.parametrize(
-    ("cell", "element_bytes", "hidden", "device", "words"),
+    ("cell", "element_bytes", "hidden", "device", "regime", "words"),
     [
-        ("lstm", 2, 2049, "H200", "needs hidden_size up to 2048 .* got 2049"),
-        ("lstm", 2, 1537, "A100", "needs hidden_size up to 1536 .* got 1537"),
-        ("lstm", 4, 513, "RTX 4090", "needs hidden_size up to 512"),
-        ("rnn_tanh", 4, 3000, "H200", "needs hidden_size up to 2048"),
+        ("lstm", 2, 769, "H200", "cluster", "needs hidden_size up to 768 .* got 769"),
+        ("lstm", 2, 129, "A100", "cluster", "needs hidden_size up to 128 .* got 129"),
+        ("lstm", 4, 385, "H200", "cluster", "needs hidden_size up to 384"),
+        ("rnn_tanh", 4, 1024, "H200", "cluster", "needs hidden_size up to 768"),
+        ("gru_reset_before", 2, 8, "H200", "cluster", "clusters have no GRU with the reset gate"),
+        ("lstm", 2, 2049, "H200", "grid", "needs hidden_size up to 2048 .* got 2049"),
+        ("lstm", 2, 1537, "A100", "grid", "needs hidden_size up to 1536 .* got 1537"),
+        ("lstm", 4, 513, "RTX 4090", "grid", "needs hidden_size up to 512"),
+        ("rnn_tanh", 4, 3000, "H200", "grid", "needs hidden_size up to 2048"),
+        ("gru_reset_before", 4, 8, "H200", "grid", "across the grid have no GRU with the reset"),
     ],
 )
-def test_refusals_say_what_would_fit(cell, element_bytes, hidden, device, words):
-    chosen = plan(cell, element_bytes, hidden, device=DEVICES[device])
+def test_refusals_say_what_would_fit(cell, element_bytes, hidden, device, regime, words):
+    chosen = plan(cell, element_bytes, hidden, device=DEVICES[device], regime=regime)
     assert chosen["forward"] is None or chosen["backward"] is None
     assert re.search(words, chosen["refusal"]), chosen["refusal"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "element_bytes", "hidden", "device", "forward", "backward"),
+    [
+        ("lstm", 2, 768, "H200", "cluster", "cluster"),
+        ("lstm", 2, 769, "H200", "grid", "grid"),
+        ("lstm", 2, 2049, "H200", "steps", "steps"),
+        ("lstm", 4, 384, "H200", "cluster", "cluster"),
+        ("lstm", 4, 400, "H200", "cluster", "grid"),
+        ("lstm", 4, 1025, "H200", "steps", "steps"),
+        ("lstm", 2, 128, "A100", "cluster", "cluster"),
+        ("lstm", 2, 129, "A100", "grid", "grid"),
+        ("lstm", 4, 600, "RTX 4090", "grid", "steps"),
+        ("rnn_tanh", 2, 5000, "B200", "steps", "steps"),
+        ("gru_reset_before", 2, 8, "H200", "steps", "steps"),
+    ],
+)
+def test_each_regime_takes_what_the_one_before_cannot(
+    cell, element_bytes, hidden, device, forward, backward
+):
+    chosen = plan(cell, element_bytes, hidden, device=DEVICES[device])
+    assert chosen["refusal"] == ""
+    assert chosen["forward"]["regime"] == forward
+    assert chosen["backward"]["regime"] == backward
+    assert ("a product per step" in chosen["kernels"]) == ("steps" in (forward, backward))
+
+
+def test_steps_can_be_forced_and_have_a_thread_for_two_units():
+    for hidden, batch in itertools.product((1, 8, 255, 256, 257, 2304), (1, 7, 3000)):
+        part = plan("gru", 2, hidden, batch, 2, regime="steps")["backward"]
+        assert part["regime"] == "steps"
+        assert part["shared_bytes"] == 0
+        pairs_of_a_row = part["ctas"] // batch * part["threads"]
+        assert 0 <= 2 * pairs_of_a_row - hidden < 2 * part["threads"] + 8
+
+
+@pytest.mark.parametrize(
+    ("hidden", "batch", "words"),
+    [(2**20, 1, "hidden_size 1048576 is too large"), (4096, 2**30, "batch size .* is too large")],
+)
+def test_what_no_grid_is_large_enough_for(hidden, batch, words):
+    assert re.search(words, plan("lstm", 2, hidden, batch)["refusal"])
 
 
 def test_old_devices_are_refused():
@@ -88,14 +138,14 @@ def test_every_plan_fits_its_device(device):
     for cell, element_bytes, hidden, batch in sizes:
         chosen = plan(cell, element_bytes, hidden, batch, 2, facts)
         for part in (chosen["forward"], chosen["backward"]):
-            if part is None:
+            if part["regime"] == "steps":
                 continue
             where = f"{cell} {element_bytes} bytes H={hidden} B={batch}: {part}"
             assert part["hidden"] >= hidden, where
             assert part["shared_bytes"] <= facts["shared_bytes"], where
             assert part["threads"] <= 1024 and part["threads"] % 32 == 0, where
             assert part["ctas"] % part["cluster"] == 0, where
-            if part["grid"]:  # resident at once, in as many launches as it takes
+            if part["regime"] == "grid":  # resident at once, in as many launches as it takes
                 assert 0 < part["ctas"] * part["directions"] <= facts["processors"], where
                 continue
             assert part["cluster"] <= facts["max_cluster"], where
@@ -103,17 +153,10 @@ def test_every_plan_fits_its_device(device):
             assert part["ctas"] // part["cluster"] * part["row_blocks"] * 8 >= batch, where
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_grid_is_for_what_clusters_cannot_hold(device):
-    """And only for that; below it, steps are shorter."""
-    in_clusters = {2: (768, 128), 4: (384, 64)}
-    for element_bytes, (with_clusters, without) in in_clusters.items():
-        limit = with_clusters if DEVICES[device]["max_cluster"] > 1 else without
-        for hidden, grid in ((limit, False), (limit + 1, True)):
-            assert (
-                plan("lstm", element_bytes, hidden, device=DEVICES[device])["backward"]["grid"]
-                == grid
-            )
+def test_a_batch_in_too_many_pieces_is_left_to_products():
+    chosen = [plan("lstm", 2, 1024, batch)["forward"] for batch in (8, 64, 384, 385)]
+    assert [part["regime"] for part in chosen] == ["grid", "grid", "grid", "steps"]
+    assert plan("lstm", 2, 1024, 10**6, regime="grid")["forward"]["regime"] == "grid"
 
 
 def test_directions_take_turns_where_both_do_not_fit():
@@ -123,13 +166,14 @@ def test_directions_take_turns_where_both_do_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("cell", "hidden"), [("lstm", 64), ("lstm", 512), ("gru", 256), ("lstm", 1024)]
+    ("cell", "hidden", "regime"),
+    [("lstm", 64, ""), ("lstm", 512, ""), ("gru", 256, ""), ("lstm", 1024, "grid")],
 )
-def test_the_order_of_sums_does_not_depend_on_the_batch(cell, hidden):
+def test_the_order_of_sums_does_not_depend_on_the_batch(cell, hidden, regime):
     layouts = set()
     for batch in (1, 8, 9, 100, 1000, 10**6):
         for directions in (1, 2):
-            chosen = plan(cell, 2, hidden, batch, directions)
+            chosen = plan(cell, 2, hidden, batch, directions, regime=regime)
             forward, backward = chosen["forward"], chosen["backward"]
             layouts.add(
                 (*tile(forward)[:2], forward["split_k"], *tile(backward)[:2])
@@ -137,7 +181,9 @@ def test_the_order_of_sums_does_not_depend_on_the_batch(cell, hidden):
     assert len(layouts) == 1
 
 
-@pytest.mark.parametrize("changes", [{"cell": 4}, {"cell": -1}, {"element_bytes": 8}])
+@pytest.mark.parametrize(
+    "changes", [{"cell": 5}, {"cell": -1}, {"element_bytes": 8}, {"regime": "a"}]
+)
 def test_bad_arguments(changes):
     arguments = {
         "cell": 0, "element_bytes": 2, "hidden_size": 8, "batch_size": 1, "directions": 1, **H200,

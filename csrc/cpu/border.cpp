@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -52,27 +51,24 @@ Threads torch_threads() {
 }
 
 // Not scalar_type() and layout(), which throw for kinds they do not know.
-bool is_plain(const Tensor& tensor) {
+Array array_of(const Tensor& tensor) {
   int32_t dtype = 0, layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
-  return dtype == aoti_torch_dtype_float32() && layout == aoti_torch_layout_strided() &&
-         tensor.is_cpu() && tensor.is_contiguous();
+  if (dtype != aoti_torch_dtype_float32() || layout != aoti_torch_layout_strided() ||
+      !tensor.is_cpu() || !tensor.is_contiguous()) {
+    return {};
+  }
+  return {tensor.const_data_ptr<float>(), tensor.dim(), tensor.sizes().data()};
 }
 
-bool is_plain(const Tensor& tensor, Shape shape) {
-  if (!is_plain(tensor)) return false;
-  const auto sizes = tensor.sizes();
-  return sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
-}
-
-Tensor empty(Shape shape) {
+Tensor empty(const int64_t* sizes, int64_t dimensions) {
   int64_t strides[3] = {1, 1, 1};
-  for (size_t i = shape.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * shape.begin()[i];
+  for (int64_t i = dimensions - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes[i];
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.begin(), strides, aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides,
+                                                         aoti_torch_dtype_float32(),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

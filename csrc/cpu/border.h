@@ -4,28 +4,60 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
 
-#include "../tensor_checks.h"
+#include "direct.h"
 #include "layer.h"
 
 namespace fused_rnn {
 
 using torch::stable::Tensor;
-using Shape = std::initializer_list<int64_t>;
 
 // Of the instruction set that FUSED_RNN_CPU_CAPABILITY names, or the best this CPU has.
 const KernelsOf<float>& kernels();
 
 Threads torch_threads();
 
-// Whether a tensor is a dense float32 one on the CPU.
-bool is_plain(const Tensor& tensor);
-bool is_plain(const Tensor& tensor, Shape shape);
+// Lives no longer than the tensor.
+Array array_of(const Tensor& tensor);
 
-// torch.empty past the dispatcher, which has nothing to choose here.
-Tensor empty(Shape shape);
+// torch.empty in float32 past the dispatcher, which has nothing to choose here.
+Tensor empty(const int64_t* sizes, int64_t dimensions);
+inline Tensor empty(std::initializer_list<int64_t> shape) {
+  return empty(shape.begin(), static_cast<int64_t>(shape.size()));
+}
+
+// Initial states as arrays, which live no longer than the tensors or this.
+class StateArrays {
+ public:
+  StateArrays(const std::optional<Tensor>& h, const std::optional<Tensor>& c) {
+    if (h) h_ = array_of(*h);
+    if (c) c_ = array_of(*c);
+  }
+  States given() const { return {h_ ? &*h_ : nullptr, c_ ? &*c_ : nullptr}; }
+
+ private:
+  std::optional<Array> h_, c_;
+};
+
+// The outputs of a call, as tensors.
+class NewTensors {
+ public:
+  Allocator allocator() { return {allocate, this}; }
+  std::vector<Tensor> take() { return std::move(tensors_); }
+
+ private:
+  static float* allocate(void* context, const int64_t* sizes, int64_t dimensions) {
+    std::vector<Tensor>& tensors = static_cast<NewTensors*>(context)->tensors_;
+    tensors.push_back(empty(sizes, dimensions));
+    return tensors.back().mutable_data_ptr<float>();
+  }
+
+  std::vector<Tensor> tensors_;
+};
 
 using Memory = std::unique_ptr<float[]>;
 

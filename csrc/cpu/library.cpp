@@ -18,6 +18,7 @@
 #include "border.h"
 #include "features.h"
 #include "layer.h"
+#include "weights.h"
 #include "workspace.h"
 
 namespace fused_rnn {
@@ -88,11 +89,6 @@ E* output(const Tensor& tensor, const char* name, std::initializer_list<int64_t>
   return static_cast<E*>(tensor.mutable_data_ptr());
 }
 
-CellKind cell_kind(int64_t index) {
-  STD_TORCH_CHECK(index >= 0 && index < 5, "cell: expected 0 to 4, got ", index);
-  return static_cast<CellKind>(index);
-}
-
 // Sizes of a call, from arguments that other checks will confirm. An LSTM whose c is wider than h
 // is projected.
 LayerShape layer_shape(int64_t cell, const Tensor& x, const Tensor& h0,
@@ -153,52 +149,6 @@ RowLayout row_layout(const LayerShape& s, const std::optional<Tensor>& batch_siz
   return {timesteps, batch, at, offsets.data()};
 }
 
-// The place of w_hr among the fields of Weights.
-constexpr size_t kProjection = 4;
-
-// Calls function(number in the list, direction, field of Weights, shape it must have) for a flat
-// list of w_ih, w_hh[, b_ih, b_hh][, w_hr] per direction.
-template <class F>
-void for_each_weight(const LayerShape& s, size_t given, const char* name, const F& function) {
-  const auto directions = static_cast<size_t>(s.directions);
-  const size_t least = projected(s) ? 3 : 2;
-  STD_TORCH_CHECK(given == least * directions || given == (least + 2) * directions, name,
-                  ": expected ", least, " tensors, or ", least + 2, " with biases, for each of ",
-                  s.directions, " directions, got ", given);
-  const int64_t rows = cell_sizes(s.cell).gates * s.hidden;
-  const size_t per_direction = given / directions;
-  for (size_t i = 0; i < given; i++) {
-    const size_t d = i / per_direction, which = i % per_direction;
-    if (projected(s) && which == per_direction - 1) {
-      function(i, d, kProjection, {s.output, s.hidden});
-    } else if (which < 2) {
-      function(i, d, which, {rows, which == 0 ? s.input : s.output});
-    } else {
-      function(i, d, which, {rows});
-    }
-  }
-}
-
-template <class E>
-void set_weight(WeightsOf<E>& w, size_t which, const Tensor& tensor) {
-  switch (which) {
-    case 0:
-      w.w_ih = static_cast<const E*>(tensor.const_data_ptr());
-      break;
-    case 1:
-      w.w_hh = static_cast<const E*>(tensor.const_data_ptr());
-      break;
-    case 2:
-      w.b_ih = tensor.const_data_ptr<float>();
-      break;
-    case 3:
-      w.b_hh = tensor.const_data_ptr<float>();
-      break;
-    default:
-      w.w_hr = static_cast<const E*>(tensor.const_data_ptr());
-  }
-}
-
 template <class E>
 void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors,
                   WeightsOf<E> weights[2]) {
@@ -206,7 +156,7 @@ void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors,
                   [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
                     const ScalarType type = shape.size() == 1 ? ScalarType::Float : kScalarType<E>;
                     check(tensors[i], "weights", type, shape);
-                    set_weight(weights[d], which, tensors[i]);
+                    set_weight(weights[d], which, tensors[i].const_data_ptr());
                   });
 }
 
@@ -311,146 +261,39 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
 // Inference on the CPU in one call, for what needs neither a choice nor an error message: every
 // call that is not plain gets no outputs, and Python takes the general way (fused_rnn/direct.py).
 
-using Outputs = std::vector<Tensor>;
-
-bool cpu_is_welcome() {
-  const char* name = std::getenv("FUSED_RNN_BACKEND");
-  return name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0 ||
-         std::strcmp(name, "cpu") == 0;
+std::vector<Array> arrays_of(const std::vector<Tensor>& tensors) {
+  std::vector<Array> arrays;
+  arrays.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) arrays.push_back(array_of(tensor));
+  return arrays;
 }
 
-// Of the first layer, padded, from arguments that other checks will confirm.
-LayerShape stack_shape(int64_t cell, int64_t directions, int64_t timesteps, int64_t batch,
-                       int64_t input, const std::vector<Tensor>& weights) {
-  LayerShape s{};
-  s.cell = cell_kind(cell);
-  s.directions = directions;
-  s.input = input;
-  s.count = timesteps * batch;
-  s.rows = {timesteps, batch, nullptr, nullptr};
-  if (weights.size() >= 2 && weights[1].dim() == 2) {
-    s.hidden = weights[1].size(0) / cell_sizes(s.cell).gates;
-    s.output = weights[1].size(1);
-  }
-  return s;
+std::vector<Tensor> infer_layers_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights,
+                                    std::optional<Tensor> h0, std::optional<Tensor> c0,
+                                    int64_t layers, int64_t directions, bool time_first) {
+  const std::vector<Array> arrays = arrays_of(weights);
+  const StateArrays states(h0, c0);
+  NewTensors outputs;
+  infer_layers(
+      {{cell, array_of(x), arrays.data(), static_cast<int64_t>(arrays.size()), states.given()},
+       layers,
+       directions,
+       time_first},
+      outputs.allocator());
+  return outputs.take();
 }
 
-// A call per layer with its shape and weights, or none where these do not fit.
-std::vector<ForwardCallOf<float>> stack_calls(const LayerShape& first, int64_t layers,
-                                              const std::vector<Tensor>& weights) {
-  const bool is_projected = projected(first);
-  if (first.count < 1 || first.input < 1 || first.output < 1 || first.output > first.hidden ||
-      (is_projected && !cell_sizes(first.cell).has_c)) {
-    return {};
-  }
-  const size_t parts = static_cast<size_t>(layers * first.directions), least = is_projected ? 3 : 2;
-  if (weights.size() != least * parts && weights.size() != (least + 2) * parts) return {};
-  const size_t per_layer = weights.size() / static_cast<size_t>(layers);
-  std::vector<ForwardCallOf<float>> calls(static_cast<size_t>(layers));
-  bool fit = true;
-  for (size_t layer = 0; layer < calls.size(); layer++) {
-    ForwardCallOf<float>& call = calls[layer];
-    call.shape = first;
-    if (layer > 0) call.shape.input = first.directions * first.output;
-    const Tensor* tensors = &weights[layer * per_layer];
-    for_each_weight(call.shape, per_layer, "weights",
-                    [&](size_t i, size_t d, size_t which, Shape shape) {
-                      fit = fit && is_plain(tensors[i], shape);
-                      if (fit) set_weight(call.weights[d], which, tensors[i]);
-                    });
-  }
-  if (!fit) calls.clear();
-  return calls;
-}
-
-// h0, c0, h_n and c_n as in kernels.h, one layer after the other. Initial states that are null
-// stand for zeros; y may be null.
-void run_stack(std::vector<ForwardCallOf<float>>& calls, const float* x, const float* h0,
-               const float* c0, float* y, float* h_n, float* c_n) {
-  const LayerShape& first = calls[0].shape;
-  const int64_t rows = first.directions * first.rows.batch;
-  const int64_t h_size = rows * first.output, c_size = rows * first.hidden;  // of a layer
-  Memory zeros;
-  if (h0 == nullptr) {
-    zeros = memory(c_size);
-    std::fill_n(zeros.get(), c_size, 0.0f);
-  }
-  const KernelsOf<float>& isa = kernels();
-  const Threads threads = torch_threads();
-  Memory input;  // keeps a layer's output until the next has read it
-  for (size_t i = 0; i < calls.size(); i++) {
-    const auto layer = static_cast<int64_t>(i);
-    ForwardCallOf<float>& call = calls[i];
-    Memory output;
-    call.x = i == 0 ? x : input.get();
-    call.y = y;
-    if (y == nullptr || i + 1 < calls.size()) {
-      output = memory(first.count * first.directions * first.output);
-      call.y = output.get();
-    }
-    call.h0 = h0 ? h0 + layer * h_size : zeros.get();
-    call.h_n = h_n + layer * h_size;
-    if (c_n) {
-      call.c0 = c0 ? c0 + layer * c_size : zeros.get();
-      call.c_n = c_n + layer * c_size;
-    }
-    layer_forward(isa, call, threads);
-    input = std::move(output);
-  }
-}
-
-// y, where y_shape is not empty, h_n and, where the cell has it, c_n; or nothing.
-Outputs infer(const LayerShape& first, int64_t layers, const Tensor& x,
-              const std::vector<Tensor>& weights, const std::optional<Tensor>& h0,
-              const std::optional<Tensor>& c0, Shape y_shape, Shape h_shape, Shape c_shape) {
-  const bool has_c = cell_sizes(first.cell).has_c;
-  const bool states_fit = (!h0 || is_plain(*h0, h_shape)) && (!c0 || is_plain(*c0, c_shape)) &&
-                          c0.has_value() == (has_c && h0.has_value());
-  if (!states_fit) return {};
-  std::vector<ForwardCallOf<float>> calls = stack_calls(first, layers, weights);
-  if (calls.empty()) return {};
-  Outputs outputs;
-  outputs.reserve(3);
-  float* data[3] = {};
-  const Shape shapes[] = {y_shape, h_shape, has_c ? c_shape : Shape{}};
-  for (size_t i = 0; i < 3; i++) {
-    if (shapes[i].size() == 0) continue;
-    outputs.push_back(empty(shapes[i]));
-    data[i] = outputs.back().mutable_data_ptr<float>();
-  }
-  run_stack(calls, x.const_data_ptr<float>(), h0 ? h0->const_data_ptr<float>() : nullptr,
-            c0 ? c0->const_data_ptr<float>() : nullptr, data[0], data[1], data[2]);
-  return outputs;
-}
-
-Outputs infer_layers_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights,
-                        std::optional<Tensor> h0, std::optional<Tensor> c0, int64_t layers,
-                        int64_t directions, bool time_first) {
-  if (!cpu_is_welcome() || !is_plain(x) || x.dim() < 2 || x.dim() > 3) return {};
-  if (layers < 1 || directions < 1 || directions > 2) return {};
-  const bool batched = x.dim() == 3;
-  const int64_t timesteps = x.size(batched && !time_first ? 1 : 0);
-  const int64_t batch = batched ? x.size(time_first ? 1 : 0) : 1;
-  // Rows must lie in the order of time.
-  if (!time_first && timesteps > 1 && batch > 1) return {};
-  const LayerShape s =
-      stack_shape(cell, directions, timesteps, batch, x.size(x.dim() - 1), weights);
-  const int64_t parts = layers * directions, width = directions * s.output;
-  return batched ? infer(s, layers, x, weights, h0, c0, {x.size(0), x.size(1), width},
-                         {parts, batch, s.output}, {parts, batch, s.hidden})
-                 : infer(s, layers, x, weights, h0, c0, {timesteps, width}, {parts, s.output},
-                         {parts, s.hidden});
-}
-
-Outputs infer_cell_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights,
-                      std::optional<Tensor> h0, std::optional<Tensor> c0, int64_t hidden_size) {
-  if (!cpu_is_welcome() || !is_plain(x) || x.dim() < 1 || x.dim() > 2) return {};
-  const bool batched = x.dim() == 2;
-  const int64_t batch = batched ? x.size(0) : 1;
-  const LayerShape s = stack_shape(cell, 1, 1, batch, x.size(x.dim() - 1), weights);
-  if (s.output != hidden_size || projected(s)) return {};
-  return batched ? infer(s, 1, x, weights, h0, c0, {}, {batch, s.output}, {batch, s.hidden})
-                 : infer(s, 1, x, weights, h0, c0, {}, {s.output}, {s.hidden});
+std::vector<Tensor> infer_cell_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights,
+                                  std::optional<Tensor> h0, std::optional<Tensor> c0,
+                                  int64_t hidden_size) {
+  const std::vector<Array> arrays = arrays_of(weights);
+  const StateArrays states(h0, c0);
+  NewTensors outputs;
+  infer_cell(
+      {{cell, array_of(x), arrays.data(), static_cast<int64_t>(arrays.size()), states.given()},
+       hidden_size},
+      outputs.allocator());
+  return outputs.take();
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_op(int64_t cell, const Tensor& x,

@@ -17,30 +17,24 @@ namespace {
 // Below this many floating-point operations one thread is faster than two, as in layer.cpp.
 constexpr double kSerialFlops = 4e5;
 
-struct Sizes {
-  CellKind cell;
-  int64_t layers, input, hidden, output;
-  bool bias;
-};
-
 // Where the parts of a layer begin among its packed weights, in floats.
 struct Offsets {
   int64_t w_hh, w_hr, bias, hidden_bias, end;
 
-  Offsets(const Sizes& s, int64_t input) {
+  Offsets(const StepCall& s, int64_t input) {
     const auto padded = [](int64_t units) { return ceil_div(units, kStepWidth) * kStepWidth; };
-    const int64_t gates = cell_sizes(s.cell).gates;
+    const auto cell = static_cast<CellKind>(s.cell);
+    const int64_t gates = cell_sizes(cell).gates;
     w_hh = gates * padded(s.hidden) * input;
     w_hr = w_hh + gates * padded(s.hidden) * s.output;
     bias = w_hr + (s.output == s.hidden ? 0 : padded(s.output) * s.hidden);
     hidden_bias = bias + (s.bias ? padded(gates * s.hidden) : 0);
-    end = hidden_bias + (s.bias && s.cell == CellKind::gru ? padded(s.hidden) : 0);
+    end = hidden_bias + (s.bias && cell == CellKind::gru ? padded(s.hidden) : 0);
   }
 };
 
-void check(const Sizes& s) {
-  const auto cell = static_cast<int64_t>(s.cell);
-  STD_TORCH_CHECK(cell >= 0 && cell < 4, "cell: expected 0 to 3, got ", cell);
+void check(const StepCall& s) {
+  STD_TORCH_CHECK(s.cell >= 0 && s.cell < 4, "cell: expected 0 to 3, got ", s.cell);
   for (int64_t size : {s.layers, s.input, s.hidden, s.output}) {
     // So that no product of three of them overflows.
     STD_TORCH_CHECK(size > 0 && size < int64_t(1) << 19,
@@ -49,41 +43,38 @@ void check(const Sizes& s) {
 }
 
 // h [L, B, P] or c [L, B, H], or null where there is none.
-const float* state(const std::optional<Tensor>& tensor, const char* name, int64_t layers,
-                   int64_t batch, int64_t width) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(is_plain(*tensor, {layers, batch, width}), name,
-                  ": expected a contiguous float32 tensor on the CPU of shape ",
-                  shape_text(Shape{layers, batch, width}));
-  return tensor->const_data_ptr<float>();
+const float* state(const Array* array, const char* name, int64_t layers, int64_t batch,
+                   int64_t width) {
+  if (array == nullptr) return nullptr;
+  STD_TORCH_CHECK(array->is_plain({layers, batch, width}), name,
+                  ": expected a contiguous float32 tensor on the CPU of shape [", layers, ", ",
+                  batch, ", ", width, "]");
+  return array->data;
 }
 
-struct Stepped {
-  Tensor y, h;
-  std::optional<Tensor> c;
-};
+}  // namespace
 
-Stepped run(const Tensor& packed, const Sizes& s, const Tensor& x, const std::optional<Tensor>& h0,
-            const std::optional<Tensor>& c0) {
+void step(const StepCall& s, const Allocator& allocate) {
   check(s);
-  const CellSizes cell = cell_sizes(s.cell);
+  const auto cell_kind = static_cast<CellKind>(s.cell);
+  const CellSizes cell = cell_sizes(cell_kind);
   const Offsets first(s, s.input), others(s, s.output);
-  STD_TORCH_CHECK(is_plain(packed, {first.end + (s.layers - 1) * others.end}), "packed: expected ",
+  STD_TORCH_CHECK(s.packed.is_plain({first.end + (s.layers - 1) * others.end}), "packed: expected ",
                   first.end + (s.layers - 1) * others.end,
                   " contiguous float32 numbers on the CPU");
-  STD_TORCH_CHECK(is_plain(x) && x.dim() == 2 && x.size(1) == s.input && x.size(0) > 0,
-                  "x: expected a contiguous float32 tensor on the CPU of shape [B, ", s.input, "]");
-  const int64_t batch = x.size(0);
+  STD_TORCH_CHECK(s.x.is_plain() && s.x.dimensions == 2 && s.x.sizes[1] == s.input,
+                  "x: expected a contiguous float32 tensor on the CPU of shape [B, ", s.input,
+                  "] with B of at least 1");
+  const int64_t batch = s.x.sizes[0];
   const int64_t h_size = batch * s.output, c_size = batch * s.hidden;  // of a layer
-  const float* h_prev = state(h0, "h", s.layers, batch, s.output);
-  const float* c_prev = state(c0, "c", s.layers, batch, s.hidden);
-  STD_TORCH_CHECK(c0.has_value() == (cell.has_c && h0.has_value()), "c: expected ",
-                  c0 ? "None here" : "a tensor beside h for an LSTM");
+  const float* h_prev = state(s.states.h, "h", s.layers, batch, s.output);
+  const float* c_prev = state(s.states.c, "c", s.layers, batch, s.hidden);
+  STD_TORCH_CHECK((c_prev != nullptr) == (cell.has_c && h_prev != nullptr), "c: expected ",
+                  c_prev ? "None here" : "a tensor beside h for an LSTM");
 
-  Stepped out{empty({batch, s.output}), empty({s.layers, batch, s.output}), std::nullopt};
-  if (cell.has_c) out.c = empty({s.layers, batch, s.hidden});
-  float* h = out.h.mutable_data_ptr<float>();
-  float* c = out.c ? out.c->mutable_data_ptr<float>() : nullptr;
+  float* y = allocate({batch, s.output});
+  float* h = allocate({s.layers, batch, s.output});
+  float* c = cell.has_c ? allocate({s.layers, batch, s.hidden}) : nullptr;
 
   Memory zeros, unprojected;
   if (h_prev == nullptr) {
@@ -95,9 +86,9 @@ Stepped run(const Tensor& packed, const Sizes& s, const Tensor& x, const std::op
 
   const KernelsOf<float>& isa = kernels();
   const Threads threads = torch_threads();
-  const float* data = packed.const_data_ptr<float>();
+  const float* data = s.packed.data;
   PackedStepParams p{};
-  p.cell = s.cell;
+  p.cell = cell_kind;
   p.batch = batch;
   p.hidden = s.hidden;
   p.output = s.output;
@@ -105,7 +96,7 @@ Stepped run(const Tensor& packed, const Sizes& s, const Tensor& x, const std::op
   for (int64_t layer = 0; layer < s.layers; layer++) {
     const Offsets& at = layer == 0 ? first : others;
     p.input = layer == 0 ? s.input : s.output;
-    p.x = layer == 0 ? x.const_data_ptr<float>() : p.h;
+    p.x = layer == 0 ? s.x.data : p.h;
     p.x_stride = p.input;
     p.h_prev = zeros ? zeros.get() : h_prev + layer * h_size;
     p.h = h + layer * h_size;
@@ -117,7 +108,7 @@ Stepped run(const Tensor& packed, const Sizes& s, const Tensor& x, const std::op
     p.w_hh = data + at.w_hh;
     p.w_hr = data + at.w_hr;
     p.bias = s.bias ? data + at.bias : nullptr;
-    p.hidden_bias = s.bias && s.cell == CellKind::gru ? data + at.hidden_bias : nullptr;
+    p.hidden_bias = s.bias && cell_kind == CellKind::gru ? data + at.hidden_bias : nullptr;
     data += at.end;
 
     const double flops = 2.0 * static_cast<double>(batch * cell.gates * s.hidden) *
@@ -134,25 +125,38 @@ Stepped run(const Tensor& packed, const Sizes& s, const Tensor& x, const std::op
     over_panels(isa.packed_step, s.hidden, cell.gates);
     if (projected) over_panels(isa.project_step, s.output, 1);
   }
-  std::copy_n(p.h, h_size, out.y.mutable_data_ptr<float>());
-  return out;
+  std::copy_n(p.h, h_size, y);
+}
+
+namespace {
+
+std::vector<Tensor> step_tensors(StepCall call, const Tensor& packed, const Tensor& x,
+                                 const std::optional<Tensor>& h, const std::optional<Tensor>& c) {
+  const StateArrays states(h, c);
+  NewTensors outputs;
+  call.packed = array_of(packed);
+  call.x = array_of(x);
+  call.states = states.given();
+  step(call, outputs.allocator());
+  return outputs.take();
 }
 
 std::tuple<Tensor, Tensor> step_op(const Tensor& packed, int64_t cell, int64_t layers,
                                    int64_t input, int64_t hidden, int64_t output, bool bias,
                                    const Tensor& x, std::optional<Tensor> h) {
-  const Sizes sizes{static_cast<CellKind>(cell), layers, input, hidden, output, bias};
-  Stepped out = run(packed, sizes, x, h, std::nullopt);
-  return {std::move(out.y), std::move(out.h)};
+  const std::vector<Tensor> out =
+      step_tensors({{}, cell, layers, input, hidden, output, bias}, packed, x, h, std::nullopt);
+  return {out.at(0), out.at(1)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> step_lstm_op(const Tensor& packed, int64_t layers, int64_t input,
                                                 int64_t hidden, int64_t output, bool bias,
                                                 const Tensor& x, std::optional<Tensor> h,
                                                 std::optional<Tensor> c) {
-  const Sizes sizes{CellKind::lstm, layers, input, hidden, output, bias};
-  Stepped out = run(packed, sizes, x, h, c);
-  return {std::move(out.y), std::move(out.h), std::move(*out.c)};
+  constexpr auto kLstm = static_cast<int64_t>(CellKind::lstm);
+  const std::vector<Tensor> out =
+      step_tensors({{}, kLstm, layers, input, hidden, output, bias}, packed, x, h, c);
+  return {out.at(0), out.at(1), out.at(2)};
 }
 
 }  // namespace

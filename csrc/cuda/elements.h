@@ -84,6 +84,15 @@ struct HalfElement {
     return *reinterpret_cast<const uint32_t*>(from);
   }
 
+  FUSED_RNN_DEVICE void load_pair(const Stored* from, float (&v)[2]) {
+    const uint32_t both = pair(from);
+    v[0] = Format::low(both);
+    v[1] = Format::high(both);
+  }
+  FUSED_RNN_DEVICE void store_pair(Stored* to, const float (&v)[2]) {
+    *reinterpret_cast<uint32_t*>(to) = Format::pack(v[0], v[1]);
+  }
+
   // Of a row-major matrix [.., k]: row(g) points to the lane's row of group g, or is null.
   template <class Row>
   FUSED_RNN_DEVICE Fragment fragment(const Row& row, int first, int k_end) {
@@ -204,6 +213,15 @@ struct FloatElement {
       sum.v[0][n] += float_of(a.z) * b.v[1][n];
       sum.v[1][n] += float_of(a.w) * b.v[1][n];
     }
+  }
+
+  FUSED_RNN_DEVICE void load_pair(const Stored* from, float (&v)[2]) {
+    const float2 both = *reinterpret_cast<const float2*>(from);
+    v[0] = both.x;
+    v[1] = both.y;
+  }
+  FUSED_RNN_DEVICE void store_pair(Stored* to, const float (&v)[2]) {
+    *reinterpret_cast<float2*>(to) = make_float2(v[0], v[1]);
   }
 
   template <class Row>

@@ -25,6 +25,17 @@ struct Kernel {
   int (*active_clusters)(const LaunchShape&);
 };
 
+// One timestep of a cell. `inner` runs before the second product of a cell that has two in a step,
+// and is null for the others.
+template <class Params>
+struct StepKernels {
+  using Launch = void (*)(const Params&, const LaunchShape&, void* stream);
+  Launch inner, outer;
+};
+
+template <class Params>
+StepKernels<Params> step_kernels(CellKind cell, ElementKind element);
+
 template <CellKind kind, ElementKind element, class Params>
 const Kernel<Params>* kernels_of();
 

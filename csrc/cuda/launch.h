@@ -49,8 +49,10 @@ struct LaunchConfig {
 
   template <class Function>
   LaunchConfig(Function* kernel, const LaunchShape& shape) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    shape.shared_bytes));
+    if (shape.shared_bytes > 0) {
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      shape.shared_bytes));
+    }
     config.gridDim =
         dim3(static_cast<unsigned>(shape.ctas), static_cast<unsigned>(shape.directions));
     config.blockDim = dim3(static_cast<unsigned>(shape.threads));
@@ -118,6 +120,10 @@ struct CellOf<CellKind::gru, Math> {
 template <class Math>
 struct CellOf<CellKind::lstm, Math> {
   using Type = LstmCell<Math>;
+};
+template <class Math>
+struct CellOf<CellKind::gru_reset_before, Math> {
+  using Type = GruResetBeforeCell<Math>;
 };
 
 template <ElementKind kind>

@@ -16,6 +16,7 @@
 #include "../tensor_checks.h"
 #include "grid_launch.h"
 #include "kernels.h"
+#include "step_scan.h"
 
 #if defined(FUSED_RNN_EMULATED)
 #include "emulator.h"
@@ -83,7 +84,7 @@ using CurrentDevice = torch::stable::accelerator::DeviceGuard;
 #endif
 
 CellKind cell_kind(int64_t index) {
-  STD_TORCH_CHECK(index >= 0 && index < 4, "cell: expected 0 to 3, got ", index);
+  STD_TORCH_CHECK(index >= 0 && index < 5, "cell: expected 0 to 4, got ", index);
   return static_cast<CellKind>(index);
 }
 
@@ -246,23 +247,37 @@ void fill(Params& p, const Border& b, const RowArguments& rows, const std::vecto
   p.reset_c = float_input(reset_c, "reset_c", states);
 }
 
-template <class Params, class Tile>
+ForcedRegime forced_regime(const std::string& name) {
+  try {
+    return regime_called(name);
+  } catch (const std::invalid_argument& error) {
+    STD_TORCH_CHECK(false, error.what());
+  }
+}
+
+// `by_steps` is called where the plan is to run step by step; `like` is a tensor on the device.
+template <class Params, class Tile, class BySteps>
 void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const Tensor& like,
-            const Device& device, int64_t stream) {
-  STD_TORCH_CHECK(plan.index >= 0, "hidden_size: ",
-                  plan_refusal(b.problem(), device, !std::is_same_v<Params, ForwardParams>));
-  const Kernel<Params>* kernels = find_kernels<Params>(b.cell, b.element);
-  STD_TORCH_CHECK(kernels != nullptr, "cell: rnn_relu runs in float32 only");
-  const Kernel<Params>& kernel = kernels[plan.index];
+            const Device& device, ForcedRegime forced, int64_t stream, const BySteps& by_steps) {
+  constexpr bool kTraining = !std::is_same_v<Params, ForwardParams>;
+  STD_TORCH_CHECK(plan.regime != Regime::none,
+                  "hidden_size: ", plan_refusal(b.problem(), device, kTraining, forced));
   void* on = reinterpret_cast<void*>(stream);
   try {
-    if (plan.shape.cooperative) {
+    if (plan.regime == Regime::steps) {
+      by_steps(StepScan{b.cell, b.element, plan.shape, on});
+      return;
+    }
+    const Kernel<Params>* kernels = find_kernels<Params>(b.cell, b.element);
+    STD_TORCH_CHECK(kernels != nullptr, "cell: rnn_relu runs in float32 only");
+    const Kernel<Params>& kernel = kernels[plan.index];
+    if (plan.regime == Regime::grid) {
       launch_over_grid(kernel, plan, params, like, like.get_device_index(), on);
     } else {
       kernel.launch(params, plan.shape, on);
     }
   } catch (const std::exception& error) {
-    STD_TORCH_CHECK(false, error.what(), ", in ", describe_plan(b.problem(), device, true),
+    STD_TORCH_CHECK(false, error.what(), ", in ", describe_plan(b.problem(), device, true, forced),
                     " of T=", params.rows.timesteps, " B=", b.batch, " H=", b.hidden);
   }
 }
@@ -274,7 +289,7 @@ void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
                 int64_t hidden, std::optional<Tensor> lengths, std::optional<Tensor> offsets,
                 std::optional<Tensor> resets, std::optional<Tensor> reset_h,
                 std::optional<Tensor> reset_c, Tensor y, Tensor h_n, Tensor c_n, Tensor gates,
-                Tensor cells, int64_t stream) {
+                Tensor cells, std::string regime, int64_t stream) {
   const Border b = border(cell, gx, "gx", cell_sizes(cell_kind(cell)).gates, h0, hidden);
   ForwardParams p{};
   fill(p, b, {lengths, offsets, resets}, w_hh, h0, c0, reset_h, reset_c);
@@ -294,7 +309,9 @@ void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
   const int64_t index = gx.get_device_index();
   const CurrentDevice guard(static_cast<int32_t>(index));
   const Device device = device_facts(index);
-  launch(b, plan_forward(b.problem(), device), p, gx, device, stream);
+  const ForcedRegime forced = forced_regime(regime);
+  launch(b, plan_forward(b.problem(), device, forced), p, gx, device, forced, stream,
+         [&](const StepScan& scan) { forward_by_steps(scan, p, w_hh, h_n); });
 }
 
 void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
@@ -305,7 +322,7 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
                  std::optional<Tensor> reset_c, const Tensor& y, const Tensor& gates,
                  const Tensor& cells, Tensor grad_gates, Tensor grad_h0, Tensor grad_c0,
                  std::optional<Tensor> grad_reset_h, std::optional<Tensor> grad_reset_c,
-                 int64_t stream) {
+                 std::string regime, int64_t stream) {
   const Border b =
       border(cell, grad_gates, "grad_gates", cell_sizes(cell_kind(cell)).grad_gates, h0, hidden);
   BackwardParams p{};
@@ -332,7 +349,9 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
   const int64_t index = grad_gates.get_device_index();
   const CurrentDevice guard(static_cast<int32_t>(index));
   const Device device = device_facts(index);
-  launch(b, plan_backward(b.problem(), device), p, grad_gates, device, stream);
+  const ForcedRegime forced = forced_regime(regime);
+  launch(b, plan_backward(b.problem(), device, forced), p, grad_gates, device, forced, stream,
+         [&](const StepScan& scan) { backward_by_steps(scan, p, w_hh); });
 }
 
 ScanProblem scan_problem(int64_t cell, int64_t element_bytes, int64_t hidden, int64_t batch,
@@ -343,15 +362,15 @@ ScanProblem scan_problem(int64_t cell, int64_t element_bytes, int64_t hidden, in
 }
 
 std::string refusal_op(int64_t cell, int64_t element_bytes, int64_t hidden, int64_t batch,
-                       int64_t directions, bool training, int64_t device) {
+                       int64_t directions, bool training, std::string regime, int64_t device) {
   return plan_refusal(scan_problem(cell, element_bytes, hidden, batch, directions),
-                      device_facts(device), training);
+                      device_facts(device), training, forced_regime(regime));
 }
 
 std::string describe_op(int64_t cell, int64_t element_bytes, int64_t hidden, int64_t batch,
-                        int64_t directions, bool training, int64_t device) {
+                        int64_t directions, bool training, std::string regime, int64_t device) {
   return describe_plan(scan_problem(cell, element_bytes, hidden, batch, directions),
-                       device_facts(device), training);
+                       device_facts(device), training, forced_regime(regime));
 }
 
 #if defined(FUSED_RNN_EMULATED)
@@ -379,27 +398,27 @@ void lose_a_cta_op() { emulator::lose_a_cta(); }
 
 // Shapes and dtypes are in params.h. Outputs are written in place. Zero columns in `gates` and
 // `cells` mean that they are not saved; gx and gates may be one tensor. `stream` is a cudaStream_t.
-// `offsets` make rows packed; lengths, offsets and resets are on the tensors' device.
+// `regime` is "" or the name of the one to force. `offsets` make rows packed; lengths, offsets and
+// resets are on the tensors' device.
 STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
   m.def(
       "scan_forward(int cell, Tensor gx, Tensor[] w_hh, Tensor? b_hn, Tensor h0, Tensor? c0, "
       "int hidden_size, Tensor? lengths, Tensor? offsets, Tensor? resets, Tensor? reset_h, "
       "Tensor? reset_c, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) gates, "
-      "Tensor(e!) cells, int stream) -> ()");
+      "Tensor(e!) cells, str regime, int stream) -> ()");
   m.def(
-      "scan_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? "
-      "grad_cells, "
-      "Tensor[] w_hh, "
-      "Tensor h0, Tensor? c0, int hidden_size, Tensor? lengths, Tensor? offsets, Tensor? resets, "
+      "scan_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, "
+      "Tensor? grad_cells, Tensor[] w_hh, Tensor h0, Tensor? c0, int hidden_size, Tensor? lengths, "
+      "Tensor? offsets, Tensor? resets, "
       "Tensor? reset_h, Tensor? reset_c, Tensor y, Tensor gates, Tensor cells, "
       "Tensor(a!) grad_gates, Tensor(b!) grad_h0, Tensor(c!) grad_c0, Tensor(d!)? grad_reset_h, "
-      "Tensor(e!)? grad_reset_c, int stream) -> ()");
+      "Tensor(e!)? grad_reset_c, str regime, int stream) -> ()");
   m.def(
       "refusal(int cell, int element_bytes, int hidden_size, int batch_size, int directions, "
-      "bool training, int device) -> str");
+      "bool training, str regime, int device) -> str");
   m.def(
       "describe(int cell, int element_bytes, int hidden_size, int batch_size, int directions, "
-      "bool training, int device) -> str");
+      "bool training, str regime, int device) -> str");
 #if defined(FUSED_RNN_EMULATED)
   m.def("seed(int seed) -> ()");
   m.def("device(int capability, int processors, int max_cluster) -> ()");

@@ -70,4 +70,27 @@ struct BackwardParams {
   float* grad_reset_c;
 };
 
+// One timestep of a scan whose product is a kernel of its own, `step` in the order of the scan; -1
+// comes before the first of them. h_n is the operand of the product that follows, c_n the state.
+// Of a cell with two products in a step, the second's operand and result are the `inner` ones.
+struct ForwardStep {
+  ForwardParams scan;
+  int64_t step;
+  const float* products;  // [D, B, (G, or what the first product makes)*pitch]
+  float* h;               // [D, B, pitch], where the cell uses the h before it: that, not rounded
+  void* inner_operand;    // E [D, B, pitch]
+  const float* inner;     // [D, B, pitch]
+};
+
+// The same backward, down to -1, which comes after step 0. grad_h0 and grad_c0 are the gradients on
+// their way.
+struct BackwardStep {
+  BackwardParams scan;
+  int64_t step;
+  const float* products;  // [D, B, pitch] of the step before this one, which is the later one
+  void* operand;          // E [D, B, (G, or what faces that product)*pitch] in torch's order
+  void* inner_operand;    // E [D, B, pitch]
+  const float* inner;     // [D, B, pitch]
+};
+
 }  // namespace fused_rnn

@@ -1,4 +1,4 @@
-// Which batch rows a cluster has, when they are alive and where they lie in memory.
+// Which batch rows a kernel has, when they are alive and where they lie in memory.
 #pragma once
 
 #include "elements.h"
@@ -6,22 +6,13 @@
 
 namespace fused_rnn {
 
-// A tile of kBlocks * 8 batch rows. Rows are counted from the tile's first; steps in the order of
-// the scan, which the second direction goes from the last timestep to the first.
-template <int kBlocks>
-struct TileRows {
+// Rows are counted from the first of those a kernel has; steps in the order of the scan, which the
+// second direction goes from the last timestep to the first.
+struct RowsView {
   const ScanRows& all;
   const int first;
   const bool reverse;
-  int steps;  // of the longest row; no row takes a timestep at or after it
-
-  FUSED_RNN_DEVICE_MEMBER TileRows(const ScanRows& scan_rows, int first_row, bool in_reverse)
-      : all(scan_rows), first(first_row), reverse(in_reverse), steps(0) {
-    for (int row = 0; row < kGroup * kBlocks; row++) {
-      const int length = length_of(row);
-      steps = length > steps ? length : steps;
-    }
-  }
+  int steps;  // no row takes a timestep at or after it
 
   FUSED_RNN_DEVICE_MEMBER int length_of(int row) const {
     if (first + row >= all.batch) return 0;
@@ -53,6 +44,18 @@ struct TileRows {
     if (!all.resets || step >= steps) return false;
     const int64_t t = time(step) + (reverse ? 1 : 0);
     return t < length && all.resets[t * all.batch + first + row] != 0;
+  }
+};
+
+// A tile of kBlocks * 8 batch rows, with the steps of the longest of them.
+template <int kBlocks>
+struct TileRows : RowsView {
+  FUSED_RNN_DEVICE_MEMBER TileRows(const ScanRows& scan_rows, int first_row, bool in_reverse)
+      : RowsView{scan_rows, first_row, in_reverse, 0} {
+    for (int row = 0; row < kGroup * kBlocks; row++) {
+      const int length = length_of(row);
+      steps = length > steps ? length : steps;
+    }
   }
 };
 

@@ -5,18 +5,13 @@
 // sums.
 #pragma once
 
+#include "../cells.h"
 #include "elements.h"
 #include "gather.h"
 #include "params.h"
 #include "rows.h"
 
 namespace fused_rnn {
-
-// The gate of W_hh, in torch's order, that the q-th gradient faces. GRU's come as (n, r, z).
-template <class Cell>
-constexpr int gate_of_grad(int q) {
-  return Cell::kGates == 3 ? (q + 2) % 3 : q;
-}
 
 template <class Cell, class Element, class Tile, CellKind kind>
 FUSED_RNN_KERNEL(Tile::warps* kWarp)

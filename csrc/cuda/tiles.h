@@ -36,6 +36,14 @@ constexpr int64_t exchange_words(int message_bytes) {
   return kArrivalsPitch + 2 * int64_t{message_bytes} / 4 * (is_stamped(message_bytes) ? 2 : 1);
 }
 
+// The kernels of single timesteps: two units to a thread, and no CTA has units of two rows.
+#if defined(FUSED_RNN_EMULATED)
+inline constexpr int kStepThreads = 32;
+#else
+inline constexpr int kStepThreads = 128;
+#endif
+constexpr int step_ctas(int pitch) { return ceil_div(pitch, 2 * kStepThreads); }  // of one row
+
 // One CTA owns hidden / cluster units: their gate rows of W_hh, their states.
 struct ForwardTile {
   int hidden;          // the largest hidden_size it takes; units beyond a layer's own are zero

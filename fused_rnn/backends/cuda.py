@@ -1,4 +1,5 @@
-"""The CUDA backend: scans that keep W_hh on chip for the whole sequence (csrc/cuda).
+"""The CUDA backend (csrc/cuda): scans that keep W_hh on chip for the whole sequence, and for layers
+too large for that a product and a pointwise kernel per step.
 
 `cuda_emulated` runs the very same kernel sources on the CPU, thread by thread: it exists for tests,
 is slow, and is used only where it is asked for by name.
@@ -6,6 +7,7 @@ is slow, and is used only where it is asked for by name.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import torch
@@ -19,7 +21,21 @@ from .base import Backend, allocate_output, is_relu_of_half
 from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
 
 _GROUP = 8  # rows of matrices are a multiple of so many columns
-_CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+REGIMES = ("cluster", "grid", "steps")
+
+
+def requested_regime() -> str:
+    """What FUSED_RNN_CUDA_REGIME forces, "" for nothing.
+
+    Raises:
+        ValueError: it is set to something else than a regime.
+    """
+    regime = os.environ.get("FUSED_RNN_CUDA_REGIME", "")
+    if regime not in ("", *REGIMES):
+        raise ValueError(
+            f"FUSED_RNN_CUDA_REGIME: expected one of {', '.join(REGIMES)}; got {regime!r}"
+        )
+    return regime
 
 
 class CudaBackend(Backend):
@@ -39,8 +55,6 @@ class CudaBackend(Backend):
             return f"needs tensors on {self.device_type}, got {problem.device_type}"
         if problem.dtype != torch.float32 and not is_half(problem.dtype):
             return f"needs dtype float32, bfloat16 or float16, got {problem.dtype}"
-        if problem.cell_name not in _CELLS:
-            return f"has no kernel for {problem.cell_name}"
         if problem.proj_size:
             return f"has no projection, got proj_size={problem.proj_size}"
         if problem.hidden_size == 0 or problem.batch_size == 0:
@@ -68,6 +82,7 @@ class CudaBackend(Backend):
             problem.batch_size,
             problem.directions,
             problem.training,
+            requested_regime(),
             device,
         )
 
@@ -248,6 +263,7 @@ class _Scans(Backend):
             self.hidden,
             *_row_tensors(rows, gx, wide),
             *out,
+            requested_regime(),
             _stream(gx),
         )
         return out._replace(c_n=out.c_n.to(problem.dtype))
@@ -290,6 +306,7 @@ class _Scans(Backend):
             grad_c0,
             grad_reset_h,
             grad_reset_c,
+            requested_regime(),
             _stream(y),
         )
         states = (grad_h0, grad_c0 if cell.has_c else None, grad_reset_h, grad_reset_c)

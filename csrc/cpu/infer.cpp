@@ -1,0 +1,148 @@
+// Whole calls of torch.nn's modules in inference: a stack of layers, or a cell.
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "border.h"
+#include "direct.h"
+#include "weights.h"
+
+namespace fused_rnn {
+namespace {
+
+using Shape = std::initializer_list<int64_t>;
+
+bool cpu_is_welcome() {
+  const char* name = std::getenv("FUSED_RNN_BACKEND");
+  return name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0 ||
+         std::strcmp(name, "cpu") == 0;
+}
+
+// Of the first layer, padded, from arguments that other checks will confirm.
+LayerShape stack_shape(const InferCall& call, int64_t directions, int64_t timesteps,
+                       int64_t batch) {
+  LayerShape s{};
+  s.cell = cell_kind(call.cell);
+  s.directions = directions;
+  s.input = call.x.sizes[call.x.dimensions - 1];
+  s.count = timesteps * batch;
+  s.rows = {timesteps, batch, nullptr, nullptr};
+  if (call.weight_count >= 2 && call.weights[1].is_plain() && call.weights[1].dimensions == 2) {
+    s.hidden = call.weights[1].sizes[0] / cell_sizes(s.cell).gates;
+    s.output = call.weights[1].sizes[1];
+  }
+  return s;
+}
+
+// A call per layer with its shape and weights, or none where these do not fit.
+std::vector<ForwardCallOf<float>> stack_calls(const LayerShape& first, int64_t layers,
+                                              const InferCall& call) {
+  const bool is_projected = projected(first);
+  if (first.count < 1 || first.input < 1 || first.output < 1 || first.output > first.hidden ||
+      (is_projected && !cell_sizes(first.cell).has_c)) {
+    return {};
+  }
+  const int64_t parts = layers * first.directions, least = is_projected ? 3 : 2;
+  if (call.weight_count != least * parts && call.weight_count != (least + 2) * parts) return {};
+  const int64_t per_layer = call.weight_count / layers;
+  std::vector<ForwardCallOf<float>> calls(static_cast<size_t>(layers));
+  bool fit = true;
+  const Array* arrays = call.weights;
+  for (ForwardCallOf<float>& layer : calls) {
+    layer.shape = first;
+    if (&layer != calls.data()) layer.shape.input = first.directions * first.output;
+    for_each_weight(layer.shape, static_cast<size_t>(per_layer), "weights",
+                    [&](size_t i, size_t d, size_t which, Shape shape) {
+                      fit = fit && arrays[i].is_plain(shape);
+                      if (fit) set_weight(layer.weights[d], which, arrays[i].data);
+                    });
+    arrays += per_layer;
+  }
+  if (!fit) calls.clear();
+  return calls;
+}
+
+// y may be null.
+void run_stack(std::vector<ForwardCallOf<float>>& calls, const InferCall& given, float* y,
+               float* h_n, float* c_n) {
+  const LayerShape& first = calls[0].shape;
+  const int64_t rows = first.directions * first.rows.batch;
+  const int64_t h_size = rows * first.output, c_size = rows * first.hidden;  // of a layer
+  Memory zeros;
+  if (given.states.h == nullptr) {
+    zeros = memory(c_size);
+    std::fill_n(zeros.get(), c_size, 0.0f);
+  }
+  const KernelsOf<float>& isa = kernels();
+  const Threads threads = torch_threads();
+  Memory input;  // keeps a layer's output until the next has read it
+  for (size_t i = 0; i < calls.size(); i++) {
+    const auto layer = static_cast<int64_t>(i);
+    ForwardCallOf<float>& call = calls[i];
+    Memory output;
+    call.x = i == 0 ? given.x.data : input.get();
+    call.y = y;
+    if (y == nullptr || i + 1 < calls.size()) {
+      output = memory(first.count * first.directions * first.output);
+      call.y = output.get();
+    }
+    call.h0 = zeros ? zeros.get() : given.states.h->data + layer * h_size;
+    call.h_n = h_n + layer * h_size;
+    if (c_n) {
+      call.c0 = zeros ? zeros.get() : given.states.c->data + layer * c_size;
+      call.c_n = c_n + layer * c_size;
+    }
+    layer_forward(isa, call, threads);
+    input = std::move(output);
+  }
+}
+
+// y_shape is empty where y is not wanted.
+bool infer(const LayerShape& first, int64_t layers, const InferCall& call, Shape y_shape,
+           Shape h_shape, Shape c_shape, const Allocator& allocate) {
+  const bool has_c = cell_sizes(first.cell).has_c;
+  const Array *h = call.states.h, *c = call.states.c;
+  const bool states_fit = (!h || h->is_plain(h_shape)) && (!c || c->is_plain(c_shape)) &&
+                          (c != nullptr) == (has_c && h != nullptr);
+  if (!states_fit) return false;
+  std::vector<ForwardCallOf<float>> calls = stack_calls(first, layers, call);
+  if (calls.empty()) return false;
+  float* y = y_shape.size() > 0 ? allocate(y_shape) : nullptr;
+  float* h_n = allocate(h_shape);
+  float* c_n = has_c ? allocate(c_shape) : nullptr;
+  run_stack(calls, call, y, h_n, c_n);
+  return true;
+}
+
+}  // namespace
+
+bool infer_layers(const LayersCall& call, const Allocator& allocate) {
+  const Array& x = call.x;
+  if (!cpu_is_welcome() || !x.is_plain() || x.dimensions < 2 || x.dimensions > 3) return false;
+  if (call.layers < 1 || call.directions < 1 || call.directions > 2) return false;
+  const bool batched = x.dimensions == 3;
+  const int64_t timesteps = x.sizes[batched && !call.time_first ? 1 : 0];
+  const int64_t batch = batched ? x.sizes[call.time_first ? 1 : 0] : 1;
+  // Rows must lie in the order of time.
+  if (!call.time_first && timesteps > 1 && batch > 1) return false;
+  const LayerShape s = stack_shape(call, call.directions, timesteps, batch);
+  const int64_t parts = call.layers * call.directions, width = call.directions * s.output;
+  return batched ? infer(s, call.layers, call, {x.sizes[0], x.sizes[1], width},
+                         {parts, batch, s.output}, {parts, batch, s.hidden}, allocate)
+                 : infer(s, call.layers, call, {timesteps, width}, {parts, s.output},
+                         {parts, s.hidden}, allocate);
+}
+
+bool infer_cell(const CellCall& call, const Allocator& allocate) {
+  const Array& x = call.x;
+  if (!cpu_is_welcome() || !x.is_plain() || x.dimensions < 1 || x.dimensions > 2) return false;
+  const bool batched = x.dimensions == 2;
+  const int64_t batch = batched ? x.sizes[0] : 1;
+  const LayerShape s = stack_shape(call, 1, 1, batch);
+  if (s.output != call.hidden_size || projected(s)) return false;
+  return batched ? infer(s, 1, call, {}, {batch, s.output}, {batch, s.hidden}, allocate)
+                 : infer(s, 1, call, {}, {s.output}, {s.hidden}, allocate);
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,62 @@
+// A layer's flat list of weights: w_ih, w_hh[, b_ih, b_hh][, w_hr] of each direction.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "../tensor_checks.h"
+#include "kernels.h"
+
+namespace fused_rnn {
+
+inline CellKind cell_kind(int64_t index) {
+  STD_TORCH_CHECK(index >= 0 && index < 5, "cell: expected 0 to 4, got ", index);
+  return static_cast<CellKind>(index);
+}
+
+// The place of w_hr among the fields of Weights.
+constexpr size_t kProjection = 4;
+
+// Calls function(number in the list, direction, field of Weights, shape it must have) for each.
+template <class F>
+void for_each_weight(const LayerShape& s, size_t given, const char* name, const F& function) {
+  const auto directions = static_cast<size_t>(s.directions);
+  const size_t least = projected(s) ? 3 : 2;
+  STD_TORCH_CHECK(given == least * directions || given == (least + 2) * directions, name,
+                  ": expected ", least, " tensors, or ", least + 2, " with biases, for each of ",
+                  s.directions, " directions, got ", given);
+  const int64_t rows = cell_sizes(s.cell).gates * s.hidden;
+  const size_t per_direction = given / directions;
+  for (size_t i = 0; i < given; i++) {
+    const size_t d = i / per_direction, which = i % per_direction;
+    if (projected(s) && which == per_direction - 1) {
+      function(i, d, kProjection, {s.output, s.hidden});
+    } else if (which < 2) {
+      function(i, d, which, {rows, which == 0 ? s.input : s.output});
+    } else {
+      function(i, d, which, {rows});
+    }
+  }
+}
+
+template <class E>
+void set_weight(WeightsOf<E>& w, size_t which, const void* data) {
+  switch (which) {
+    case 0:
+      w.w_ih = static_cast<const E*>(data);
+      break;
+    case 1:
+      w.w_hh = static_cast<const E*>(data);
+      break;
+    case 2:
+      w.b_ih = static_cast<const float*>(data);
+      break;
+    case 3:
+      w.b_hh = static_cast<const float*>(data);
+      break;
+    default:
+      w.w_hr = static_cast<const E*>(data);
+  }
+}
+
+}  // namespace fused_rnn

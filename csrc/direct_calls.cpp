@@ -1,0 +1,309 @@
+// Inference from Python past torch's dispatcher, which takes longer than a small step does: tensors
+// come and go by DLPack's exchange of C structs, so that nothing here depends on a torch version.
+//
+// Every function returns None to a call that is out of the ordinary; then the operator of the same
+// arguments is to be called, which may take it or says what is wrong.
+#include "direct_calls.h"
+
+#if __has_include(<ATen/dlpack.h>)
+#include <ATen/dlpack.h>
+#endif
+
+#include <array>
+#include <cstdint>
+#include <new>
+#include <vector>
+
+#include "cpu/direct.h"
+
+#if defined(DLPACK_MINOR_VERSION) && \
+    (DLPACK_MAJOR_VERSION > 1 || (DLPACK_MAJOR_VERSION == 1 && DLPACK_MINOR_VERSION >= 3))
+#define FUSED_RNN_DIRECT_CALLS 1
+#endif
+
+namespace fused_rnn {
+
+#if defined(FUSED_RNN_DIRECT_CALLS)
+
+namespace {
+
+// Set once by `connect`; the objects are never given back.
+struct {
+  const DirectCalls* calls;
+  const DLPackExchangeAPI* torch;
+  PyObject* tensor_types[2];  // Tensor and Parameter: a subclass may have a meaning of its own
+  PyObject* guards;           // a tuple of functions; if any gives something true, it is no time
+} connected;
+
+void ignore_error(void*, const char*, const char*) {}
+
+// The outputs of a call until they become Python's.
+class Outputs {
+ public:
+  Outputs() = default;
+  Outputs(const Outputs&) = delete;
+  Outputs& operator=(const Outputs&) = delete;
+  ~Outputs() {
+    for (size_t i = taken_; i < count_; i++) tensors_[i]->deleter(tensors_[i]);
+  }
+
+  Allocator allocator() { return {allocate, this}; }
+  size_t count() const { return count_; }
+
+  // A new reference to the next output; null with an error set.
+  PyObject* take() {
+    void* object = nullptr;
+    DLManagedTensorVersioned* tensor = tensors_[taken_++];
+    if (connected.torch->managed_tensor_to_py_object_no_sync(tensor, &object) != 0) {
+      return nullptr;
+    }
+    return static_cast<PyObject*>(object);
+  }
+
+ private:
+  static float* allocate(void* context, const int64_t* sizes, int64_t dimensions) {
+    auto& self = *static_cast<Outputs*>(context);
+    DLTensor like{};
+    like.device = {kDLCPU, 0};
+    like.dtype = {kDLFloat, 32, 1};
+    like.ndim = static_cast<int32_t>(dimensions);
+    like.shape = const_cast<int64_t*>(sizes);
+    DLManagedTensorVersioned* tensor = nullptr;
+    if (connected.torch->managed_tensor_allocator(&like, &tensor, nullptr, ignore_error) != 0) {
+      throw std::bad_alloc();
+    }
+    self.tensors_[self.count_++] = tensor;
+    return static_cast<float*>(tensor->dl_tensor.data);
+  }
+
+  std::array<DLManagedTensorVersioned*, 3> tensors_{};
+  size_t count_ = 0, taken_ = 0;
+};
+
+// Whether the sign of all numbers is a note on the tensor, which DLPack does not tell.
+bool is_negated(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  PyObject* found = PyObject_CallMethodNoArgs(tensor, name);
+  if (found == nullptr) PyErr_Clear();
+  const bool negated = found != Py_False;
+  Py_XDECREF(found);
+  return negated;
+}
+
+// Lives no longer than the object.
+Array array_of(PyObject* object) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (type != connected.tensor_types[0] && type != connected.tensor_types[1]) return {};
+  DLTensor tensor;
+  if (connected.torch->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
+    PyErr_Clear();  // has no memory: sparse, fake, or what a transform wraps
+    return {};
+  }
+  if (tensor.device.device_type != kDLCPU || tensor.dtype.code != kDLFloat ||
+      tensor.dtype.bits != 32 || tensor.dtype.lanes != 1) {
+    return {};
+  }
+  int64_t stride = 1;
+  for (int32_t i = tensor.ndim - 1; i >= 0; i--) {
+    const bool matters = tensor.shape[i] != 1 && tensor.strides != nullptr;
+    if (matters && tensor.strides[i] != stride) return {};
+    stride *= tensor.shape[i];
+  }
+  if (is_negated(object)) return {};
+  const char* data = static_cast<const char*>(tensor.data) + tensor.byte_offset;
+  return {tensor.data ? reinterpret_cast<const float*>(data) : nullptr, tensor.ndim, tensor.shape};
+}
+
+// hx as torch.nn takes it: None, a tensor, or (h, c).
+struct GivenStates {
+  Array h{}, c{};
+  bool any = false, pair = false, fits = true;
+
+  explicit GivenStates(PyObject* hx) {
+    if (hx == Py_None) return;
+    any = true;
+    pair = PyTuple_CheckExact(hx) && PyTuple_GET_SIZE(hx) == 2;
+    h = array_of(pair ? PyTuple_GET_ITEM(hx, 0) : hx);
+    if (pair) c = array_of(PyTuple_GET_ITEM(hx, 1));
+    fits = h.is_plain() && (!pair || c.is_plain());
+  }
+
+  States given() const { return {any ? &h : nullptr, pair ? &c : nullptr}; }
+};
+
+bool read(PyObject* object, int64_t& value) {
+  if (!PyLong_CheckExact(object)) return false;
+  value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  return true;
+}
+
+bool read(PyObject* object, bool& value) {
+  value = object == Py_True;
+  return value || object == Py_False;
+}
+
+// Whether the next arguments are numbers or flags, which `values` then hold.
+template <class... Values>
+bool read_all(PyObject* const* args, Values&... values) {
+  return (read(*args++, values) && ...);
+}
+
+// 1, 0, or -1 with an error set.
+int is_time() {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(connected.guards); i++) {
+    PyObject* found = PyObject_CallNoArgs(PyTuple_GET_ITEM(connected.guards, i));
+    if (found == nullptr) return -1;
+    const int is_true = PyObject_IsTrue(found);
+    Py_DECREF(found);
+    if (is_true != 0) return is_true < 0 ? -1 : 0;
+  }
+  return 1;
+}
+
+// (y, h), (y, (h, c)), h or (h, c): whatever was allocated.
+PyObject* results(Outputs& outputs, bool has_c) {
+  const size_t states = has_c ? 2 : 1, count = outputs.count();
+  PyObject* y = nullptr;
+  if (count > states && (y = outputs.take()) == nullptr) return nullptr;
+  PyObject* state = outputs.take();
+  if (state != nullptr && has_c) {
+    PyObject* c = outputs.take();
+    state = c == nullptr ? (Py_DECREF(state), nullptr) : Py_BuildValue("(NN)", state, c);
+  }
+  if (state == nullptr) {
+    Py_XDECREF(y);
+    return nullptr;
+  }
+  return y == nullptr ? state : Py_BuildValue("(NN)", y, state);
+}
+
+constexpr int64_t kLstm = 3;
+
+// Runs `function` without the interpreter's lock. The arguments keep all arrays alive.
+template <class Call>
+PyObject* run(bool (*function)(const Call&, const Allocator&), const Call& call) {
+  Outputs outputs;
+  bool done = false;
+  Py_BEGIN_ALLOW_THREADS;
+  done = function(call, outputs.allocator());
+  Py_END_ALLOW_THREADS;
+  if (!done) Py_RETURN_NONE;
+  return results(outputs, call.cell == kLstm);
+}
+
+bool read_weights(PyObject* weights, std::vector<Array>& arrays) {
+  if (!PyList_CheckExact(weights)) return false;
+  const Py_ssize_t count = PyList_GET_SIZE(weights);
+  arrays.reserve(static_cast<size_t>(count));
+  for (Py_ssize_t i = 0; i < count; i++) {
+    arrays.push_back(array_of(PyList_GET_ITEM(weights, i)));
+    if (!arrays.back().is_plain()) return false;
+  }
+  return true;
+}
+
+// What infer_layers and infer_cell have in common: cell, input, weights, hx.
+template <class Call, class... Values>
+PyObject* infer(bool (*function)(const Call&, const Allocator&), Call& call, PyObject* const* args,
+                Py_ssize_t count, Values&... values) {
+  constexpr Py_ssize_t kShared = 4;
+  if (connected.calls == nullptr || count != kShared + static_cast<Py_ssize_t>(sizeof...(values)) ||
+      !read_all(args, call.cell) || !read_all(args + kShared, values...)) {
+    Py_RETURN_NONE;
+  }
+  const int time = is_time();
+  if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
+  call.x = array_of(args[1]);
+  std::vector<Array> arrays;
+  const GivenStates states(args[3]);
+  if (!call.x.is_plain() || !states.fits || !read_weights(args[2], arrays)) Py_RETURN_NONE;
+  call.weights = arrays.data();
+  call.weight_count = static_cast<int64_t>(arrays.size());
+  call.states = states.given();
+  return run(function, call);
+}
+
+PyObject* infer_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  LayersCall call{};
+  return infer(connected.calls ? connected.calls->infer_layers : nullptr, call, args, count,
+               call.layers, call.directions, call.time_first);
+}
+
+PyObject* infer_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  CellCall call{};
+  return infer(connected.calls ? connected.calls->infer_cell : nullptr, call, args, count,
+               call.hidden_size);
+}
+
+PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  StepCall call{};
+  if (connected.calls == nullptr || count != 9 ||
+      !read_all(args + 1, call.cell, call.layers, call.input, call.hidden, call.output,
+                call.bias)) {
+    Py_RETURN_NONE;
+  }
+  const int time = is_time();
+  if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
+  call.packed = array_of(args[0]);
+  call.x = array_of(args[7]);
+  const GivenStates states(args[8]);
+  if (!states.fits) Py_RETURN_NONE;
+  call.states = states.given();
+  return run(connected.calls->step, call);
+}
+
+PyObject* connect(PyObject*, PyObject* args) {
+  unsigned long long address = 0;
+  PyObject *exchange = nullptr, *tensor = nullptr, *parameter = nullptr, *guards = nullptr;
+  if (!PyArg_ParseTuple(args, "KOOOO!", &address, &exchange, &tensor, &parameter, &PyTuple_Type,
+                        &guards)) {
+    return nullptr;
+  }
+  void* found = PyCapsule_GetPointer(exchange, "dlpack_exchange_api");
+  if (found == nullptr) return nullptr;
+  const auto* torch = static_cast<const DLPackExchangeAPI*>(found);
+  if (torch->header.version.major != DLPACK_MAJOR_VERSION ||
+      torch->dltensor_from_py_object_no_sync == nullptr) {
+    Py_RETURN_FALSE;
+  }
+  connected.torch = torch;
+  connected.tensor_types[0] = Py_NewRef(tensor);
+  connected.tensor_types[1] = Py_NewRef(parameter);
+  connected.guards = Py_NewRef(guards);
+  connected.calls = reinterpret_cast<const DirectCalls*>(static_cast<uintptr_t>(address));
+  Py_RETURN_TRUE;
+}
+
+template <class Function>
+PyCFunction method(Function* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"connect", connect, METH_VARARGS,
+     "connect(address of the library's calls, torch's exchange API, Tensor, Parameter, guards): "
+     "whether the three calls work from now on."},
+    {"infer_layers", method(infer_layers), METH_FASTCALL,
+     "infer_layers(cell, input, weights, hx, layers, directions, time_first)"},
+    {"infer_cell", method(infer_cell), METH_FASTCALL,
+     "infer_cell(cell, input, weights, hx, hidden_size)"},
+    {"step", method(step), METH_FASTCALL,
+     "step(packed, cell, layers, input, hidden, output, bias, x, state)"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+int add_direct_calls(PyObject* module) { return PyModule_AddFunctions(module, methods); }
+
+#else
+
+int add_direct_calls(PyObject*) { return 0; }
+
+#endif
+
+}  // namespace fused_rnn

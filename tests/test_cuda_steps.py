@@ -1,0 +1,173 @@
+"""CUDA layers step by step, in emulation: a product, here torch's on the CPU, and the pointwise
+kernel from the very source that a GPU runs."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fused_rnn
+from fused_rnn import native, testing
+from fused_rnn.cells import CELLS
+from fused_rnn.testing import LayerCase
+
+BACKEND = "cuda_emulated"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def steps(poisoned, monkeypatch):
+    if reason := native.cuda_emulated_library_error():
+        pytest.skip(reason)
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "steps")
+
+
+def _cases(cell: str) -> list[LayerCase]:
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    masks = {"resets": True, "reset_states": True, "states": CELLS[cell].has_c}
+    return [
+        case(1, 1, 1, 1),
+        case(5, 3, 4, 13, directions=2),
+        case(4, 9, 3, 100, bias=False),
+        case(6, 2, 3, 17, directions=2, resets=True, states=CELLS[cell].has_c),
+        packed([7, 4, 4, 1], 3, 33, directions=2),
+        case(7, 5, 3, 21, ends=(3, 0, 5, 1, 5), directions=2, **masks),
+        case(6, 11, 3, 32, ends=(6, 0, 3, 1, 5, 2, 2, 4, 0, 1, 3)),
+    ]
+
+
+def _slow_cases(cell: str) -> list[LayerCase]:
+    case = functools.partial(LayerCase, cell)
+    return [
+        *(case(t, b, 3, h, directions=2) for t in (2, 9) for b in (1, 129) for h in (8, 65, 650)),
+        LayerCase.packed(cell, [9, 8, 1], 3, 300, directions=2),
+        case(20, 5, 3, 130, ends=(20, 0, 7, 13, 1), directions=2, resets=True, reset_states=True),
+    ]
+
+
+def _params(cases, marks=()):
+    return [
+        pytest.param(
+            replace(case, dtype=dtype),
+            id="-".join((cell, str(dtype).removeprefix("torch."), str(case))),
+            marks=marks,
+        )
+        for cell in CELLS
+        for case in cases(cell)
+        for dtype in DTYPES
+    ]
+
+
+def _check(case: LayerCase) -> None:
+    with fused_rnn.backend(BACKEND):
+        actual = testing.results_of_draws(testing.run_layer, case)
+    testing.assert_accurate(
+        actual,
+        testing.results_of_draws(testing.run_oracle, case, "all", torch.float64),
+        testing.results_of_draws(testing.run_torch, case),
+        case,
+    )
+
+
+@pytest.mark.parametrize("case", [*_params(_cases), *_params(_slow_cases, [pytest.mark.slow])])
+def test_accuracy(case):
+    """Outputs, states and gradients as accurate as torch.nn's."""
+    _check(case)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_it_runs_what_clusters_cannot(cell, dtype, monkeypatch):
+    monkeypatch.delenv("FUSED_RNN_CUDA_REGIME")
+    _check(LayerCase(cell, 3, 4, 5, 70, dtype=dtype))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_inference_gives_the_same_numbers_as_training(cell):
+    inputs = testing.make_inputs(LayerCase(cell, 4, 3, 5, 20, directions=2))
+    with fused_rnn.backend(BACKEND):
+        training = testing.run_layer(inputs.leaves())
+        with torch.no_grad():
+            inference = testing.run_layer(inputs)
+    for a, b in zip(training, inference, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "gru_reset_before"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_either_regime_takes_what_the_other_has_saved(cell, dtype, monkeypatch):
+    """A pass is planned for itself: forward may fit on chip where backward does not."""
+    case = LayerCase(cell, 5, 3, 4, 30, directions=2, dtype=dtype, ends=(5, 2, 3), resets=True)
+    results = {}
+    for forward in ("cluster", "steps"):
+        for backward in ("cluster", "steps"):
+            inputs = testing.make_inputs(case).leaves()
+            with fused_rnn.backend(BACKEND):
+                monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", forward)
+                y = testing.run_layer(inputs)[0]
+                monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", backward)
+                grads = torch.autograd.grad(y.float().square().sum(), [inputs.x, *inputs.weights])
+            results[forward, backward] = [y, *grads]
+    expected = results.pop(("cluster", "cluster"))
+    tolerance = 2e-5 if dtype == torch.float32 else 0.05
+    for regimes, tensors in results.items():
+        for i, (ours, theirs) in enumerate(zip(tensors, expected, strict=True)):
+            error = testing.relative_error(ours, theirs)
+            assert error < tolerance, f"{regimes}: result {i} differs by {error}"
+
+
+def test_infinite_and_absent_input_stays_where_it_is():
+    """What rows that are not taken hold, and what padding of units multiplies, shows nowhere."""
+    inputs = testing.make_inputs(LayerCase("lstm", 4, 2, 3, 9, ends=(4, 2), directions=2))
+    x = inputs.x.clone()
+    x[2:, 1] = float("nan")
+    x[1, 0, 0] = float("inf")
+    with fused_rnn.backend(BACKEND):
+        y, h_n, _ = testing.run_layer(replace(inputs, x=x))
+    expected = testing.run_oracle(replace(inputs, x=x))
+    torch.testing.assert_close(y, expected[0], equal_nan=True)
+    torch.testing.assert_close(h_n, expected[1], equal_nan=True)
+    assert torch.isfinite(y[:, 1]).all()
+
+
+@pytest.mark.parametrize("reset_after", [True, False])
+def test_whole_modules_run_through_it(monkeypatch, reset_after):
+    monkeypatch.setenv("FUSED_RNN_BACKEND", BACKEND)
+    module = fused_rnn.GRU(5, 12, num_layers=2, bidirectional=True, reset_after=reset_after)
+    x = torch.randn(3, 4, 5)
+    y = module(x)[0]
+    grads = torch.autograd.grad(y.square().sum(), list(module.parameters()))
+    with fused_rnn.backend("reference"):
+        expected = module(x)[0]
+        expected_grads = torch.autograd.grad(expected.square().sum(), list(module.parameters()))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(grads, expected_grads)
+    assert "scan a product per step" in str(fused_rnn.explain(module, x))
+
+
+def test_a_regime_that_is_none(monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "b")
+    layer = fused_rnn.GRU(3, 4)
+    with (
+        fused_rnn.backend(BACKEND),
+        pytest.raises(ValueError, match=r"FUSED_RNN_CUDA_REGIME: expected one of .*'b'"),
+    ):
+        layer(torch.randn(2, 1, 3))
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (LayerCase("gru", 3, 2, 4, 65), "hidden_size up to 64 .* got 65"),
+        (LayerCase("gru_reset_before", 3, 2, 4, 5), "second exchange"),
+    ],
+    ids=str,
+)
+def test_clusters_that_are_forced_say_why_not(case, reason, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "cluster")
+    with (
+        fused_rnn.backend(BACKEND),
+        pytest.raises(fused_rnn.UnsupportedProblemError, match=reason),
+    ):
+        testing.run_layer(testing.make_inputs(case))

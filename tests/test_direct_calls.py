@@ -1,0 +1,243 @@
+"""Inference past the dispatcher (csrc/direct_calls.cpp): the operators' bits, and never a guess."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+
+import pytest
+import torch
+
+import fused_rnn
+from fused_rnn import direct, native
+from fused_rnn.cells import CELLS
+from fused_rnn.modules import make_module
+
+pytestmark = pytest.mark.skipif(
+    direct.calls() is direct._NoCalls,
+    reason=native.cpu_library_error() or "no extension module, or torch has no exchange of tensors",
+)
+LAYERS = list(CELLS)
+
+
+def flat(result):
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [tensor for part in result for tensor in flat(part)]
+
+
+@pytest.fixture
+def operators_only(monkeypatch):
+    def switch(module_function, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(direct, "calls", lambda: direct._NoCalls)
+            return module_function(*args)
+
+    return switch
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The answers of the extension module's functions, as they are given."""
+    answers = []
+
+    class Watched:
+        def __getattr__(self, name):
+            function = getattr(direct_calls, name)
+
+            def call(*args):
+                answers.append(function(*args))
+                return answers[-1]
+
+            return call
+
+    direct_calls, watched = direct.calls(), Watched()
+    monkeypatch.setattr(direct, "calls", lambda: watched)
+    return answers
+
+
+def states(cell, *shape):
+    h = torch.randn(shape)
+    return (h, torch.randn(shape)) if CELLS[cell].has_c else h
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "bias": False}])
+def test_layers_have_the_operators_bits(cell, options, operators_only, asked):
+    module = make_module(cell, 5, 17, **options)
+    parts = len(module._flat_weights) // len(module._all_weights[0])
+    for shape in ((1, 1, 5), (7, 3, 5), (4, 5)):
+        x = torch.randn(shape)
+        batch = shape[1:2] if len(shape) == 3 else ()
+        for hx in (None, states(cell, parts, *batch, 17)):
+            with torch.no_grad():
+                actual = flat(module(x, hx))
+                expected = flat(operators_only(module, x, hx))
+            assert asked.pop() is not None and not asked
+            for a, e in zip(actual, expected, strict=True):
+                assert type(a) is torch.Tensor and a.shape == e.shape and a.stride() == e.stride()
+                assert torch.equal(a, e) and not a.requires_grad and a.is_leaf
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_cells_have_the_operators_bits(name, batch, operators_only, asked):
+    module = getattr(fused_rnn, name)(5, 9)
+    for hx in (
+        None,
+        states(name.removesuffix("Cell").lower().replace("rnn", "rnn_tanh"), *batch, 9),
+    ):
+        x = torch.randn(*batch, 5)
+        with torch.no_grad():
+            actual, expected = flat(module(x, hx)), flat(operators_only(module, x, hx))
+        assert asked.pop() is not None and not asked
+        assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("cell", ["rnn_relu", "gru", "lstm"])
+def test_stepper_has_the_operators_bits(cell):
+    step = fused_rnn.stepper(make_module(cell, 5, 33, num_layers=2))
+    x = torch.randn(2, 5)
+    for state in (None, states(cell, 2, 2, 33)):
+        assert step._direct(x, state) is not None
+        assert all(map(torch.equal, flat(step(x, state)), flat(step._by_operator(x, state))))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+ODD = {
+    "subclass": lambda x: x.as_subclass(Subclass),
+    "double": lambda x: x.double(),
+    "strided": lambda x: torch.cat((x, x), -1)[..., ::2],
+    "negative bit": torch._neg_view,
+    "meta": lambda x: x.to("meta"),
+    "empty": lambda x: x[..., :0],
+    "sparse": lambda x: x.to_sparse(),
+    "no tensor": lambda x: x.tolist(),
+    "none": lambda x: None,
+    "complex part": lambda x: torch.complex(x, x).conj().imag,
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_tensors_are_left_to_the_operators(odd):
+    calls, weights = direct.calls(), list(fused_rnn.GRU(4, 6).parameters())
+    x, h = torch.randn(1, 2, 4), torch.randn(1, 2, 6)
+    with torch.no_grad():
+        assert calls.infer_layers(2, x, weights, h, 1, 1, True) is not None
+        assert calls.infer_layers(2, ODD[odd](x), weights, h, 1, 1, True) is None
+        if odd != "none":
+            assert calls.infer_layers(2, x, weights, ODD[odd](h), 1, 1, True) is None
+        changed = [weights[0], ODD[odd](weights[1].detach()), *weights[2:]]
+        assert calls.infer_layers(2, x, changed, h, 1, 1, True) is None
+
+
+def test_arguments_that_do_not_fit_get_none_and_no_error():
+    calls, weights = direct.calls(), list(fused_rnn.LSTM(4, 6).parameters())
+    x, h = torch.randn(1, 2, 4), torch.randn(1, 2, 6)
+    good = [3, x, weights, (h, h), 1, 1, True]
+    assert calls.infer_layers(*good) is not None
+    huge = 2**70
+    changes = {
+        0: (5, -1, huge, "lstm", None, 2.0),
+        2: (weights[:3], [], tuple(weights), None, [*weights, None]),
+        3: (h, (h,), (h, None), [h, h], (h, h[:, :1]), 7),
+        4: (0, 2, -1, huge, True),
+        5: (0, 3, huge, None),
+        6: (1, None),
+    }
+    for place, values in changes.items():
+        for value in values:
+            assert calls.infer_layers(*good[:place], value, *good[place + 1 :]) is None
+    for length in range(len(good)):
+        assert calls.infer_layers(*good[:length]) is None
+    assert calls.infer_cell() is None and calls.step() is None
+    assert calls.infer_cell(3, x[0], weights, (h[0], h[0]), 7) is None
+    step = fused_rnn.stepper(fused_rnn.GRU(4, 6))
+    assert calls.step(step._weights[1:], 2, 1, 4, 6, 6, True, x[0], None) is None
+
+
+def test_modes_and_transforms_are_left_to_the_operators():
+    step = fused_rnn.stepper(fused_rnn.GRU(4, 6))
+    x = torch.randn(2, 4)
+    answers = []
+
+    def call(x):
+        answers.append(step._direct(x, None))
+        return step(x)[0]
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    call(x)
+    assert answers.pop() is not None
+    with Mode():
+        call(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        call(x)
+    with fused_rnn.backend("cpu"):
+        call(x)
+    torch.jit.trace(call, (x,), check_trace=False)
+    torch.func.vmap(lambda row: row * (answers.append(step._direct(x, None)) is None))(x)
+    assert len(answers) >= 5 and all(answer is None for answer in answers)
+
+
+def test_a_graph_has_the_operator_in_it():
+    step = fused_rnn.stepper(fused_rnn.GRU(4, 6))
+    x = torch.randn(2, 4)
+    compiled = torch.compile(lambda x, h: step(x, h), fullgraph=True, backend="eager")
+    _, h = step(x)
+    assert all(map(torch.equal, compiled(x, h), step(x, h)))
+
+
+def test_nothing_is_kept():
+    module, step = fused_rnn.LSTM(8, 8), fused_rnn.stepper(fused_rnn.LSTM(8, 8))
+    x, state = torch.randn(1, 1, 8), (torch.zeros(1, 1, 8), torch.zeros(1, 1, 8))
+    objects = [x, *state, *module.parameters()]
+
+    def use(times):
+        with torch.no_grad():
+            for _ in range(times):
+                module(x, state), step(x[0], state)
+                step._direct(x, state)  # does not fit
+                step._direct(x.double(), state)
+
+    use(10)
+    gc.collect()
+    counts, blocks = [sys.getrefcount(o) for o in objects], sys.getallocatedblocks()
+    use(1000)
+    gc.collect()
+    assert [sys.getrefcount(o) for o in objects] == counts
+    assert sys.getallocatedblocks() - blocks < 500
+
+
+def test_threads_share_a_stepper():
+    step = fused_rnn.stepper(fused_rnn.GRU(16, 32))
+    x = torch.randn(50, 1, 16)
+
+    def run():
+        state = None
+        for row in x:
+            y, state = step(row, state)
+        return y
+
+    expected, results = run(), []
+    threads = [threading.Thread(target=lambda: results.append(run())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8 and all(torch.equal(result, expected) for result in results)
+
+
+def test_without_the_extension_the_operators_serve(operators_only):
+    module, x = fused_rnn.GRU(4, 6), torch.randn(1, 2, 4)
+    with torch.no_grad():
+        assert all(map(torch.equal, operators_only(module, x), module(x)))
+        step = operators_only(fused_rnn.stepper, module)
+        assert step._direct(x[0], None) is None
+        assert torch.equal(step(x[0])[0], fused_rnn.stepper(module)(x[0])[0])
