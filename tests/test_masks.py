@@ -11,10 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import dispatch, testing
+from fused_rnn import dispatch, native, testing
+from fused_rnn.backends import pieces
 from fused_rnn.cells import CELLS
 
 T, B, I, H = 9, 5, 3, 4  # noqa: E741
@@ -526,3 +529,26 @@ def _as_reset_after(layer):
 def test_stateful_is_not_restored():
     with pytest.raises(ValueError, match=r"torch\.nn has no stateful=True"):
         fused_rnn.restore(torch.nn.Sequential(fused_rnn.RNN(I, H, stateful=True)), strict=True)
+
+
+@pytest.mark.skipif(native.cpu_library_error() is not None, reason="no C++ library")
+@given(st.integers(0, 9), st.integers(0, 5), st.booleans(), st.data())
+def test_the_library_cuts_as_torch_does(timesteps, batch, some_lengths, data):
+    lengths = resets = None
+    if some_lengths:
+        each = st.lists(st.integers(0, timesteps), min_size=batch, max_size=batch)
+        lengths = torch.tensor(data.draw(each), dtype=torch.int64)
+    if data.draw(st.booleans()):
+        resets = torch.rand(timesteps, batch) < data.draw(st.sampled_from((0, 0.3, 1)))
+    cut = torch.ops.fused_rnn_cpu.cut(lengths, resets, timesteps, batch)
+    expected = pieces._cut(lengths, resets, timesteps, batch)
+    assert all(map(torch.equal, cut, expected))
+
+
+@pytest.mark.skipif(native.cpu_library_error() is not None, reason="no C++ library")
+@pytest.mark.parametrize("bad", [[-1, 2], [2, 6], [1], [1.0, 2.0]])
+def test_the_library_cuts_nothing_that_does_not_fit(bad):
+    with pytest.raises(RuntimeError, match="lengths"):
+        torch.ops.fused_rnn_cpu.cut(torch.tensor(bad), None, 5, 2)
+    with pytest.raises(RuntimeError, match="resets"):
+        torch.ops.fused_rnn_cpu.cut(None, torch.zeros(2, 5, dtype=torch.bool), 5, 2)

@@ -62,12 +62,11 @@ Array array_of(const Tensor& tensor) {
   return {tensor.const_data_ptr<float>(), tensor.dim(), tensor.sizes().data()};
 }
 
-Tensor empty(const int64_t* sizes, int64_t dimensions) {
+Tensor empty(const int64_t* sizes, int64_t dimensions, int32_t dtype) {
   int64_t strides[3] = {1, 1, 1};
   for (int64_t i = dimensions - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes[i];
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides,
-                                                         aoti_torch_dtype_float32(),
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides, dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

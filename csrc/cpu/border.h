@@ -24,10 +24,11 @@ Threads torch_threads();
 // Lives no longer than the tensor.
 Array array_of(const Tensor& tensor);
 
-// torch.empty in float32 past the dispatcher, which has nothing to choose here.
-Tensor empty(const int64_t* sizes, int64_t dimensions);
-inline Tensor empty(std::initializer_list<int64_t> shape) {
-  return empty(shape.begin(), static_cast<int64_t>(shape.size()));
+// torch.empty past the dispatcher, which has nothing to choose here.
+Tensor empty(const int64_t* sizes, int64_t dimensions, int32_t dtype = aoti_torch_dtype_float32());
+inline Tensor empty(std::initializer_list<int64_t> shape,
+                    int32_t dtype = aoti_torch_dtype_float32()) {
+  return empty(shape.begin(), static_cast<int64_t>(shape.size()), dtype);
 }
 
 // Initial states as arrays, which live no longer than the tensors or this.

@@ -11,74 +11,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..cells import DirectionWeights, state_dtype
+from ..native import cpu_library_error
 from ..problem import Masks, Problem, Rows
 from .bundles import InputGrads, LayerOutput, Needs, OutputGrads
 
 
 class Pieces:
-    """The pieces of a padded batch, the longest first. Lengths lie within the sequence."""
+    """The pieces of a padded batch, the longest first. Lengths lie within the sequence.
+
+    Attributes, of K pieces that have M steps together:
+        count: K.
+        batch_sizes: int64, how many pieces have each timestep.
+        index: int64 [M], which row of the padded batch each packed row is.
+    """
 
     def __init__(self, masks: Masks, timesteps: int, batch_size: int):
-        self.timesteps, self.batch_size = timesteps, batch_size
-        self._cut(masks)
-
-    def _cut(self, masks: Masks) -> None:
-        """Where each piece lies. Row by row and from left to right first, then sorted."""
-        steps, batch = self.timesteps, self.batch_size
-        lengths = torch.full((batch,), steps) if masks.lengths is None else masks.lengths.cpu()
-        starts = torch.zeros((batch, steps), dtype=torch.bool)
-        if masks.resets is not None:
-            starts |= masks.resets.t().cpu()
-        afresh = starts[:, 0].clone()
-        starts[:, 0] = True
-        starts &= torch.arange(steps) < lengths.unsqueeze(1)
-        row, start = starts.nonzero(as_tuple=True)
-        first = torch.ones_like(row, dtype=torch.bool)
-        first[1:] = row[1:] != row[:-1]
-        last = first.roll(-1)
-        end = torch.where(last, lengths[row], start.roll(-1))
-        length, order = (end - start).sort(descending=True, stable=True)
-        self.row, self.start, self.length = row[order], start[order], length
-        first, last = first[order], last[order]
-        # Where a piece's initial states are, by direction: those of row b at b, others at B + b.
-        restarted = ~first | afresh[self.row]
-        self._sources = (
-            self.row + batch * restarted,
-            self.row + batch * ~last,
+        lengths, resets = (None if mask is None else mask.cpu() for mask in masks[:2])
+        native = cpu_library_error() is None
+        cut = torch.ops.fused_rnn_cpu.cut.default if native else _cut
+        # By direction: where a piece's initial states are, those of row b at b, others at B + b;
+        # the piece whose last state is the row's, rows without one keep theirs, at K + b.
+        self.batch_sizes, self.index, self._sources, self._finals = cut(
+            lengths, resets, timesteps, batch_size
         )
-        # The piece whose last state is the row's, by direction; rows without one keep theirs.
-        self._finals = tuple(self._by_row(which) for which in (last, first))
-
-    def _by_row(self, which: Tensor) -> Tensor:
-        """int64 [B]: each row's one piece among `which`; K + b where it has none, of K pieces."""
-        count = self.row.shape[0]
-        found = torch.arange(count, count + self.batch_size)
-        found[self.row[which]] = which.nonzero().squeeze(1)
-        return found
-
-    @cached_property
-    def batch_sizes(self) -> Tensor:
-        """int64: how many pieces have each timestep."""
-        longest = int(self.length[0]) if len(self.length) else 0
-        per_length = torch.bincount(self.length, minlength=longest + 1)
-        return per_length.flip(0).cumsum(0).flip(0)[1:]
-
-    @cached_property
-    def index(self) -> Tensor:
-        """int64 [M]: which row of the padded batch each packed row is."""
-        sizes = self.batch_sizes
-        step = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        piece = torch.arange(len(step)) - (sizes.cumsum(0) - sizes)[step]
-        return (self.start[piece] + step) * self.batch_size + self.row[piece]
+        self.batch_size, self.count = batch_size, self._sources.shape[1]
+        self._has_resets = resets is not None
+        self._every_row_has_one = resets is None and self.count == batch_size
 
     def initial(self, states: Tensor, reset: Tensor | None) -> Tensor:
         """[D, K, ...] the states each piece starts from; `states`, `reset` [D, B, ...]."""
+        if not self._has_resets:
+            return states.index_select(1, self._sources[0].to(states.device))
         fresh = torch.zeros_like(states) if reset is None else reset
         both = torch.cat((states, fresh), 1)
         return torch.stack([s[i.to(s.device)] for s, i in zip(both, self._sources, strict=False)])
@@ -98,16 +66,51 @@ class Pieces:
 
     def final(self, states: Tensor, initial: Tensor) -> Tensor:
         """[D, B, ...] the states each row ends with, from those of the pieces [D, K, ...]."""
+        if self._every_row_has_one:
+            return states.index_select(1, self._finals[0].to(states.device))
         both = torch.cat((states, initial), 1)
         return torch.stack([s[i.to(s.device)] for s, i in zip(both, self._finals, strict=False)])
 
     def final_grads(self, grads: Tensor) -> tuple[Tensor, Tensor]:
         """Backward of `final`: gradients of the pieces' states and of the initial ones."""
-        count = self.row.shape[0]
+        count = self.count
         both = grads.new_zeros((grads.shape[0], count + self.batch_size, *grads.shape[2:]))
         for out, grad, index in zip(both, grads, self._finals, strict=False):
             out[index.to(out.device)] = grad
         return both.split((count, self.batch_size), 1)
+
+
+def _cut(
+    lengths: Tensor | None, resets: Tensor | None, steps: int, batch: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What csrc/cpu/pieces.cpp does, for where there is no library: batch_sizes, index, sources
+    [2, K] and finals [2, B]. Row by row and from left to right first, then sorted."""
+    if lengths is None:
+        lengths = torch.full((batch,), steps)
+    starts = torch.zeros((batch, steps), dtype=torch.bool)
+    if resets is not None:
+        starts |= resets.t()
+    afresh = starts[:, :1].any(1)
+    starts[:, :1] = True
+    starts &= torch.arange(steps) < lengths.unsqueeze(1)
+    row, start = starts.nonzero(as_tuple=True)
+    first = torch.ones_like(row, dtype=torch.bool)
+    first[1:] = row[1:] != row[:-1]
+    last = first.roll(-1)
+    end = torch.where(last, lengths[row], start.roll(-1))
+    length, order = (end - start).sort(descending=True, stable=True)
+    row, start, first, last = (part[order] for part in (row, start, first, last))
+    count = row.shape[0]
+    longest = int(length[0]) if count else 0
+    sizes = torch.bincount(length, minlength=longest + 1).flip(0).cumsum(0).flip(0)[1:]
+    step = torch.repeat_interleave(torch.arange(longest), sizes)
+    piece = torch.arange(len(step)) - (sizes.cumsum(0) - sizes)[step]
+    index = (start[piece] + step) * batch + row[piece]
+    sources = torch.stack((row + batch * (~first | afresh[row]), row + batch * ~last))
+    finals = torch.arange(count, count + batch).repeat(2, 1)
+    for out, which in zip(finals, (last, first), strict=True):
+        out[row[which]] = which.nonzero().squeeze(1)
+    return sizes, index, sources, finals
 
 
 def forward_in_pieces(
@@ -214,7 +217,7 @@ def _packed_problem(problem: Problem, pieces: Pieces) -> Problem:
     return replace(
         problem,
         timesteps=len(pieces.batch_sizes),
-        batch_size=len(pieces.row),
+        batch_size=pieces.count,
         packed=True,
         lengths=False,
         resets=False,
@@ -223,7 +226,7 @@ def _packed_problem(problem: Problem, pieces: Pieces) -> Problem:
 
 def _packed_rows(pieces: Pieces, room: int) -> Rows:
     sizes = pieces.batch_sizes
-    return Rows(len(sizes), len(pieces.row), sizes, len(pieces.index), room=room)
+    return Rows(len(sizes), pieces.count, sizes, len(pieces.index), room=room)
 
 
 def _spread(packed: Tensor, index: Tensor, count: int) -> Tensor:

@@ -1,0 +1,128 @@
+// Where the pieces of a padded batch lie, see fused_rnn/backends/pieces.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../tensor_checks.h"
+#include "border.h"
+
+namespace fused_rnn {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+struct Piece {
+  int64_t row, start, length;
+  bool first, last;  // of its row
+  bool afresh;       // whether it starts from the states after a reset
+};
+
+// Row by row and from left to right. Null lengths: every row has all timesteps; null resets: none.
+std::vector<Piece> find_pieces(const int64_t* lengths, const bool* resets, int64_t timesteps,
+                               int64_t batch) {
+  std::vector<Piece> pieces;
+  pieces.reserve(static_cast<size_t>(batch));
+  for (int64_t row = 0; row < batch; row++) {
+    const int64_t end = lengths ? lengths[row] : timesteps;
+    STD_TORCH_CHECK(end >= 0 && end <= timesteps, "lengths: expected values from 0 to ", timesteps,
+                    ", got ", end);
+    int64_t start = 0;
+    for (int64_t t = 1; t <= end; t++) {
+      if (t < end && !(resets && resets[t * batch + row])) continue;
+      const bool afresh = start > 0 || (resets && resets[row]);
+      pieces.push_back({row, start, t - start, start == 0, t == end, afresh});
+      start = t;
+    }
+  }
+  return pieces;
+}
+
+// The longest first, those of equal length in the order they had.
+std::vector<Piece> sorted(const std::vector<Piece>& pieces, const std::vector<int64_t>& sizes) {
+  // Of the pieces that have step l, those that are longer come before a piece of length l.
+  std::vector<int64_t> next(sizes.size() + 1, 0);
+  for (size_t length = 1; length < sizes.size(); length++) next[length] = sizes[length];
+  std::vector<Piece> result(pieces.size());
+  for (const Piece& piece : pieces) {
+    result[static_cast<size_t>(next[static_cast<size_t>(piece.length)]++)] = piece;
+  }
+  return result;
+}
+
+// How many pieces have each timestep.
+std::vector<int64_t> step_sizes(const std::vector<Piece>& pieces) {
+  int64_t longest = 0;
+  for (const Piece& piece : pieces) longest = std::max(longest, piece.length);
+  std::vector<int64_t> sizes(static_cast<size_t>(longest), 0);
+  for (const Piece& piece : pieces) sizes[static_cast<size_t>(piece.length - 1)]++;
+  for (size_t t = sizes.size(); t-- > 1;) sizes[t - 1] += sizes[t];
+  return sizes;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cut_op(std::optional<Tensor> lengths,
+                                                  std::optional<Tensor> resets, int64_t timesteps,
+                                                  int64_t batch) {
+  STD_TORCH_CHECK(timesteps >= 0 && batch >= 0, "timesteps, batch: expected sizes, got ", timesteps,
+                  " and ", batch);
+  if (lengths) {
+    STD_TORCH_CHECK(lengths->is_cpu(), "lengths: expected a CPU tensor");
+    check_dense(*lengths, "lengths", ScalarType::Long, {batch});
+  }
+  if (resets) {
+    STD_TORCH_CHECK(resets->is_cpu(), "resets: expected a CPU tensor");
+    check_dense(*resets, "resets", ScalarType::Bool, {timesteps, batch});
+  }
+  const std::vector<Piece> found = find_pieces(
+      lengths ? lengths->const_data_ptr<int64_t>() : nullptr,
+      resets ? static_cast<const bool*>(resets->const_data_ptr()) : nullptr, timesteps, batch);
+  const std::vector<int64_t> sizes = step_sizes(found);
+  const std::vector<Piece> pieces = sorted(found, sizes);
+  const auto count = static_cast<int64_t>(pieces.size());
+  int64_t rows = 0;
+  for (int64_t size : sizes) rows += size;
+
+  const auto integers = [](std::initializer_list<int64_t> shape) {
+    return empty(shape, aoti_torch_dtype_int64());
+  };
+  Tensor batch_sizes = integers({static_cast<int64_t>(sizes.size())}), index = integers({rows});
+  Tensor sources = integers({2, count}), finals = integers({2, batch});
+  std::copy(sizes.begin(), sizes.end(), batch_sizes.mutable_data_ptr<int64_t>());
+  int64_t* at = index.mutable_data_ptr<int64_t>();
+  for (size_t step = 0; step < sizes.size(); step++) {
+    for (int64_t i = 0; i < sizes[step]; i++) {
+      const Piece& piece = pieces[static_cast<size_t>(i)];
+      *at++ = (piece.start + static_cast<int64_t>(step)) * batch + piece.row;
+    }
+  }
+  int64_t* source = sources.mutable_data_ptr<int64_t>();
+  int64_t* final = finals.mutable_data_ptr<int64_t>();
+  for (int64_t row = 0; row < batch; row++) final[row] = final[batch + row] = count + row;
+  for (int64_t i = 0; i < count; i++) {
+    const Piece& piece = pieces[static_cast<size_t>(i)];
+    source[i] = piece.row + (piece.afresh ? batch : 0);
+    source[count + i] = piece.row + (piece.last ? 0 : batch);
+    if (piece.last) final[piece.row] = i;
+    if (piece.first) final[batch + piece.row] = i;
+  }
+  return {batch_sizes, index, sources, finals};
+}
+
+}  // namespace
+}  // namespace fused_rnn
+
+// lengths int64 [B] or none, resets bool [T, B] or none. For K pieces of together M steps:
+// batch_sizes [timesteps of the longest], index [M], sources [2, K], finals [2, B], all int64.
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn_cpu, m) {
+  m.def(
+      "cut(Tensor? lengths, Tensor? resets, int timesteps, int batch) -> "
+      "(Tensor batch_sizes, Tensor index, Tensor sources, Tensor finals)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CompositeExplicitAutograd, m) {
+  m.impl("cut", TORCH_BOX(&fused_rnn::cut_op));
+}
