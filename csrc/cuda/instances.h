@@ -102,9 +102,9 @@ inline constexpr std::array kLstmForward2 = {
     ForwardTile{768, 16, 1, 1, 1, 20, 2},
     ForwardTile{512, 32, 1, 1, 4, 8, 4, true},
     ForwardTile{1024, 64, 1, 1, 4, 16, 4, true},
-    ForwardTile{1024, 64, 4, 1, 4, 10, 2, true},
+    ForwardTile{1024, 64, 4, 1, 4, 8, 2, true},
     ForwardTile{1536, 96, 1, 1, 4, 17, 4, true},
-    ForwardTile{2048, 128, 1, 1, 4, 18, 4, true},
+    ForwardTile{2048, 128, 1, 1, 4, 16, 4, true},
 };
 inline constexpr std::array kGruForward2 = {
     ForwardTile{64, 1, 1, 2, 2, 2, 4},
@@ -165,7 +165,7 @@ inline constexpr std::array kLstmBackward2 = {
     BackwardTile{512, 8, 1, 8, 10, 4},         BackwardTile{640, 16, 1, 8, 7, 4},
     BackwardTile{768, 16, 1, 8, 6, 4},         BackwardTile{512, 32, 1, 8, 16, 4, true},
     BackwardTile{1024, 64, 1, 8, 32, 4, true}, BackwardTile{1024, 64, 4, 8, 24, 2, true},
-    BackwardTile{1536, 96, 1, 8, 36, 4, true}, BackwardTile{2048, 128, 1, 8, 36, 4, true},
+    BackwardTile{1536, 96, 1, 8, 34, 2, true}, BackwardTile{2048, 128, 1, 8, 32, 4, true},
 };
 inline constexpr std::array kGruBackward2 = {
     BackwardTile{64, 1, 1, 4, 12, 4},           BackwardTile{64, 1, 2, 4, 12, 4},
