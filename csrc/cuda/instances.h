@@ -93,7 +93,7 @@ inline constexpr std::array kLstmForward2 = {
     ForwardTile{128, 1, 2, 2, 1, 7, 4},
     ForwardTile{256, 4, 1, 1, 1, 16, 4},
     ForwardTile{256, 4, 2, 1, 1, 16, 4},
-    ForwardTile{384, 8, 1, 1, 1, 20, 4},
+    ForwardTile{384, 8, 1, 1, 1, 18, 4},
     ForwardTile{384, 8, 2, 1, 1, 20, 4},
     ForwardTile{512, 16, 1, 1, 2, 16, 4},
     ForwardTile{512, 16, 2, 1, 2, 16, 4},
@@ -174,8 +174,8 @@ inline constexpr std::array kGruBackward2 = {
     BackwardTile{384, 8, 1, 8, 9, 4},           BackwardTile{512, 16, 1, 8, 6, 4},
     BackwardTile{512, 16, 2, 8, 6, 4},          BackwardTile{640, 16, 1, 8, 6, 4},
     BackwardTile{768, 16, 1, 8, 5, 4},          BackwardTile{512, 32, 1, 8, 12, 4, true},
-    BackwardTile{1024, 64, 1, 8, 24, 4, true},  BackwardTile{1536, 96, 1, 8, 36, 4, true},
-    BackwardTile{2048, 128, 1, 8, 36, 4, true},
+    BackwardTile{1024, 64, 1, 8, 24, 4, true},  BackwardTile{1536, 96, 1, 8, 32, 4, true},
+    BackwardTile{2048, 128, 1, 8, 34, 4, true},
 };
 inline constexpr std::array kRnnBackward2 = {
     BackwardTile{64, 1, 1, 4, 4, 4},           BackwardTile{64, 1, 2, 4, 4, 4},
