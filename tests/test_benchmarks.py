@@ -304,3 +304,15 @@ def test_precision_leaves_cudnn_on_and_puts_everything_back(modules):
     with gpu_precision(tf32=False, cudnn=False):
         assert not flags.enabled
     assert before == (flags.enabled, flags.allow_tf32, torch.get_float32_matmul_precision())
+
+
+@pytest.mark.parametrize("part", ["training", "inference"])
+def test_ragged_program(tmp_path, part):
+    path = tmp_path / "ragged.json"
+    options = ("--cell", "lstm", "--shape", "6,3,9", "--rounds", 2, "--part", part)
+    result = run("ragged.py", *options, "--json", path)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(path.read_text())
+    assert row["shape"] == [6, 3, 9] and row["part"] == part
+    assert {"full", "lengths", "packed", "resets", "nn packed"} == row["ns"].keys()
+    assert all(time > 0 for time in row["ns"].values())
