@@ -128,7 +128,7 @@ examples: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/run_all.py --small $(EXAMPLES)
 
 examples-full: $(INSTALLED)
-	$(BIN)/python examples/run_all.py --publish $(EXAMPLES)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/run_all.py --publish $(EXAMPLES)
 
 docs: $(INSTALLED) .venv/.docs
 	$(BIN)/python -m mkdocs build --strict

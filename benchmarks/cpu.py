@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cases import DTYPES, GATES, MODES, Case
 from ceiling import Ceiling
+from fresh_memory import peak_mib
 from fused_rnn.dispatch import BACKENDS
 from providers import PROVIDERS, Provider, Setting, default, is_ours
 from report import (
@@ -68,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=float, default=float("inf"), help="seconds after which no group starts")
     add("--threads", type=int, default=torch.get_num_threads(), help="of every provider")
     add("--json", type=Path, help="write everything that was found to this file")
-    add("--save", action="store_true", help="write it to benchmarks/results/cpu.json")
+    add("--save", action="store_true", help="write it to benchmarks/results/cpu.json, set by set")
     add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two such files")
     args = parser.parse_args(argv)
     if args.shape and args.set:
@@ -109,6 +111,9 @@ def chosen_providers(args: argparse.Namespace) -> tuple[list[Provider], dict[str
 def taking_part(set_name: str, providers: list[Provider], named: bool) -> list[Provider]:
     """Who is measured in a set; a shape of one's own has the usual rivals and whom one `named`."""
     rivals = SETS[set_name].rivals if set_name in SETS else "all" if named else "fast"
+    if isinstance(rivals, tuple):
+        chosen = {provider.name for provider in providers}
+        return [PROVIDERS[name] for name in rivals if name in chosen or not named]
     if rivals == "none":
         return [provider for provider in providers if is_ours(provider.name)]
     return [provider for provider in providers if rivals == "all" or not provider.slow]
@@ -116,6 +121,14 @@ def taking_part(set_name: str, providers: list[Provider], named: bool) -> list[P
 
 def saved_to(args: argparse.Namespace) -> list[Path]:
     return [path for path in (args.json, RESULTS if args.save else None) if path]
+
+
+def save(run: Run, args: argparse.Namespace) -> None:
+    """Judges the run and writes it; what --save writes keeps the sets that it did not measure."""
+    for path in saved_to(args):
+        kept = run.joined(Run.load(path)) if path == RESULTS and path.exists() else run
+        kept.summary = [outcome.as_json() for outcome in judge(kept)]
+        kept.save(path)
 
 
 def run_benchmark(
@@ -147,17 +160,18 @@ def run_benchmark(
             ceiling.measure()
             run.ceiling = ceiling.as_json()
             there = taking_part(name, providers, bool(args.provider))
-            run.rows += measure(name, number, group, there, args.seconds, setting)
-            run.summary = [outcome.as_json() for outcome in judge(run)]
-            for path in saved_to(args):
-                run.save(path)
+            rows = measure(name, number, group, there, args.seconds, setting)
+            if name in SETS and SETS[name].fresh_memory:
+                peaks = (peak_mib(row.case, row.provider, setting) for row in rows)
+                rows = [replace(row, peak_mib=peak) for row, peak in zip(rows, peaks, strict=True)]
+            run.rows += rows
+            save(run, args)
             progress.advance(task)
             if number + 1 == len(groups) or groups[number + 1][0] != name:
                 print_rows(console, run, name)
     for name, count in run.meta.get("not_reached", {}).items():
         console.print(f"[yellow]no time was left[/] for {count} groups of {name}", highlight=False)
-    for path in saved_to(args):
-        run.save(path)
+    save(run, args)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from cases import GATES
 from report import number, percent
 from results import WILD, Row, Run
 from sets import SETS
-from targets import geometric_mean, judge, over_best, over_torch
+from targets import eager_over_compiled, geometric_mean, judge, over_best, over_torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -165,11 +165,13 @@ def _ceilings(run: Run) -> str:
 def _set(run: Run, name: str) -> str:
     groups = [group for group in run.groups() if group[0].set == name]
     providers = list(dict.fromkeys(row.provider for group in groups for row in group))
+    fresh = name in SETS and SETS[name].fresh_memory
     lines = []
     for group in groups:
         for case in dict.fromkeys(row.case for row in group):
             rows = {row.provider: row for row in group if row.case == case}
             ours = rows.get("fused_rnn")
+            theirs = rows.get("torch.nn") if fresh else None
             lines.append(
                 [
                     str(case),
@@ -178,15 +180,36 @@ def _set(run: Run, name: str) -> str:
                     number(over_best(list(rows.values()), run)),
                     percent(ours.of_bound) if ours else "",
                     number(ours.peak_mib, 1) if ours else "",
+                    number(theirs.peak_mib, 1) if theirs else "",
+                    number(eager_over_compiled(list(rows.values()), run)),
                     ours.kernel if ours else "",
                 ]
             )
-    tail = ["torch.nn / ours", "best / ours", "of bound", "MiB", "kernel"]
+    tail = [
+        "torch.nn / ours",
+        "best / ours",
+        "of bound",
+        "MiB",
+        "torch.nn's MiB",
+        "eager / compiled",
+        "kernel",
+    ]
     headers = ["case", *providers, *tail]
     used = [i for i in range(len(headers)) if any(line[i] for line in lines)]
     notes = dict.fromkeys(f"- {r.provider}: {r.note}" for g in groups for r in g if r.note)
     shown = table([headers[i] for i in used], [[line[i] for i in used] for line in lines])
-    return "\n\n".join(filter(None, [shown, "\n".join(notes)]))
+    return "\n\n".join(filter(None, [_when(run, name), shown, "\n".join(notes)]))
+
+
+def _when(run: Run, name: str) -> str:
+    """Of a set that another run has measured than the one this page begins with."""
+    facts = run.meta.get("others", {}).get(name)
+    if facts is None:
+        return ""
+    return (
+        f"Measured by itself on {facts['date'][:10]}, {facts['threads']} threads, commit "
+        f"{facts['commit'][:12]}, load average {facts['load']:.1f} before."
+    )
 
 
 def _time(row: Row | None) -> str:

@@ -134,6 +134,31 @@ class Run:
         scope = "block" if multiprocessors <= 1 else "cluster" if multiprocessors <= 16 else "grid"
         return floors.get(scope, 0.0)
 
+    def joined(self, other: Run) -> Run:
+        """This run with the sets that only the other one measured, if on the same kind of machine.
+
+        The meta data are those of the run that has the standing set; meta["others"] says when and
+        how the sets of the other were measured.
+        """
+        if other.meta["machine"]["cpu"] != self.meta["machine"]["cpu"]:
+            return self
+        own = {row.set for row in self.rows}
+        kept = [row for row in other.rows if row.set not in own]
+        if "standing" in own:
+            main, added = self, kept
+        else:
+            main, added = replace(other, rows=kept), self.rows
+        source = other if main is self else self
+        first = 1 + max((row.group for row in main.rows), default=-1)
+        brief = {name: source.meta[name] for name in ("date", "commit", "threads")}
+        brief["load"] = source.meta["machine"]["load"]
+        there = {row.set for row in [*main.rows, *added]}
+        others = {n: f for n, f in main.meta.get("others", {}).items() if n in there - own}
+        for name in dict.fromkeys(row.set for row in added):
+            others[name] = source.meta.get("others", {}).get(name, brief)
+        rows = [*main.rows, *(replace(row, group=first + row.group) for row in added)]
+        return replace(main, meta=main.meta | {"others": others}, rows=rows)
+
     def save(self, path: Path) -> None:
         """All or nothing: who is killed while writing leaves the file as it was."""
         self.rows = [self.with_bound(row) for row in self.rows]

@@ -24,8 +24,9 @@ class CaseSet:
     groups: tuple[Group, ...]
     device: str = "cpu"
     # "fast": the usual providers; "all": those as well that take long to prepare or to run;
-    # "none": only fused_rnn is measured, since its cases compare to each other.
-    rivals: str = "fast"
+    # "none": only fused_rnn is measured, since its cases compare to each other. Or their names.
+    rivals: str | tuple[str, ...] = "fast"
+    fresh_memory: bool = False  # peaks are those of processes that do nothing else
 
     def select(self, cells: Iterable[str], modes: Iterable[str]) -> list[Group]:
         """The groups of these cells and modes."""
@@ -198,6 +199,29 @@ ALL_SETS = (
         rivals="none",
     ),
     CaseSet(
+        "compiled",
+        "What does torch.compile make of a layer?",
+        alone(
+            [
+                *cases_of([(128, 32, 256)], INFERENCE_AND_TRAINING),
+                *cases_of([(1, 1, 128)], ["step"]),
+            ]
+        ),
+        rivals=("fused_rnn", "fused_rnn compiled"),
+    ),
+    CaseSet(
+        "memory",
+        "How much memory does training take, each in a process of its own?",
+        alone(
+            [
+                *cases_of([(128, 32, 256)], ["training"]),
+                *cases_of([(500, 16, 128)], ["training"], layers=3, bidirectional=True),
+            ]
+        ),
+        rivals=("fused_rnn", "torch.nn"),
+        fresh_memory=True,
+    ),
+    CaseSet(
         "peers",
         "And against loops, compilers and other frameworks?",
         alone(
@@ -270,7 +294,12 @@ ALL_SETS = (
     CaseSet(
         "gpu-torchrl",
         "Layers of reinforcement learning, without and with resets",
-        alone(torchrl_grid((256, 1024, 4096), (64, 16), (256, 128))),
+        alone(
+            [
+                *torchrl_grid((256, 1024, 4096), (64, 16), (256, 128)),
+                *torchrl_grid((16, 64, 128), (64,), (256,)),
+            ]
+        ),
         "cuda",
     ),
     CaseSet(

@@ -1,4 +1,5 @@
-"""Times one timestep of a stream: a stepper and the module called with T = 1 against torch.nn.
+"""Times one timestep of a stream: a stepper, with weights in float32 and in bfloat16, and the
+module called with T = 1, against torch.nn.
 
 python benchmarks/streaming.py                        H = I = 64 to 1024, all cells, batch 1
 python benchmarks/streaming.py --hidden 128 --cell gru --rounds 400 --json steps.json
@@ -25,7 +26,7 @@ import fused_rnn
 
 CELLS = ("RNN", "GRU", "LSTM")
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
-WAYS = ("stepper", "layer", "nn layer", "nn cell")
+WAYS = ("stepper", "bf16 stepper", "layer", "nn layer", "nn cell")
 TURN_SECONDS = 2e-3
 
 
@@ -36,6 +37,7 @@ def ways(cell: str, hidden: int, batch: int) -> dict[str, Callable[[], object]]:
     single = getattr(torch.nn, f"{cell}Cell")(hidden, hidden).eval()
     single.load_state_dict({k.removesuffix("_l0"): v for k, v in theirs.state_dict().items()})
     step = fused_rnn.stepper(ours)
+    half = fused_rnn.stepper(ours, weight_dtype=torch.bfloat16)
     x = torch.randn(batch, hidden)
     states = tuple(torch.randn(1, batch, hidden) for _ in range(1 + (cell == "LSTM")))
     hx = states if cell == "LSTM" else states[0]
@@ -43,15 +45,17 @@ def ways(cell: str, hidden: int, batch: int) -> dict[str, Callable[[], object]]:
     sequence = x.unsqueeze(0)
     calls = {
         "stepper": lambda: step(x, hx),
+        "bf16 stepper": lambda: half(x, hx),
         "layer": lambda: ours(sequence, hx),
         "nn layer": lambda: theirs(sequence, hx),
         "nn cell": lambda: single(x, cell_hx),
     }
     expected = calls["nn layer"]()[0][0]
-    for call in calls.values():
+    for name, call in calls.items():
         result = call()
         got = result[0] if isinstance(result, tuple) else result
-        torch.testing.assert_close(got.view(batch, hidden), expected, rtol=1e-4, atol=1e-5)
+        tolerance = 2e-2 if name == "bf16 stepper" else 1e-5
+        torch.testing.assert_close(got.view(batch, hidden), expected, rtol=1e-4, atol=tolerance)
     return calls
 
 

@@ -48,6 +48,28 @@ def second_over_first(rows: list[Row], run: Run) -> float | None:
     return ours[1].gflops / ours[0].gflops
 
 
+def of_provider(rows: list[Row], provider: str) -> Row | None:
+    return next((row for row in rows if row.provider == provider), None)
+
+
+def eager_over_compiled(rows: list[Row], run: Run) -> float | None:
+    """Our time in eager mode over that under torch.compile; 0 when either is wrong."""
+    eager, compiled = (of_provider(rows, n) for n in ("fused_rnn", "fused_rnn compiled"))
+    if not eager or not compiled:
+        return None
+    if eager.wrong or compiled.wrong:
+        return 0.0
+    return eager.ms / compiled.ms if eager.ms and compiled.ms else None
+
+
+def memory_of_torch(rows: list[Row], run: Run) -> float | None:
+    """torch.nn's peak of memory over ours."""
+    ours, theirs = (of_provider(rows, n) for n in ("fused_rnn", "torch.nn"))
+    if not ours or not theirs or not ours.peak_mib or not theirs.peak_mib:
+        return None
+    return theirs.peak_mib / ours.peak_mib
+
+
 def of_peak(rows: list[Row], run: Run) -> float | None:
     """Our rate over the FMA peak of as many threads; 0 when ours is wrong."""
     ours = _ours(rows)
@@ -162,6 +184,21 @@ TARGETS = [
         second_over_first,
         lambda case: True,
         floor=1.85,
+    ),
+    # Below 1 by what two medians of the same code differ in one run.
+    Target(
+        "layers under torch.compile against eager ones",
+        "compiled",
+        eager_over_compiled,
+        lambda case: case.mode != "step",
+        floor=0.95,
+    ),
+    Target(
+        "memory of torch.nn in training over ours",
+        "memory",
+        memory_of_torch,
+        lambda case: True,
+        floor=1.0,
     ),
     Target("small layers against torch.nn", "small", over_torch, lambda case: True, floor=1.0),
     Target(

@@ -241,16 +241,16 @@ PyObject* infer_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   StepCall call{};
-  if (connected.calls == nullptr || count != 9 ||
-      !read_all(args + 1, call.cell, call.layers, call.input, call.hidden, call.output,
-                call.bias)) {
+  if (connected.calls == nullptr || count != 10 ||
+      !read_all(args + 1, call.cell, call.layers, call.input, call.hidden, call.output, call.bias,
+                call.half)) {
     Py_RETURN_NONE;
   }
   const int time = is_time();
   if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
   call.packed = array_of(args[0]);
-  call.x = array_of(args[7]);
-  const GivenStates states(args[8]);
+  call.x = array_of(args[8]);
+  const GivenStates states(args[9]);
   if (!states.fits) Py_RETURN_NONE;
   call.states = states.given();
   return run(connected.calls->step, call);
@@ -292,7 +292,7 @@ PyMethodDef methods[] = {
     {"infer_cell", method(infer_cell), METH_FASTCALL,
      "infer_cell(cell, input, weights, hx, hidden_size)"},
     {"step", method(step), METH_FASTCALL,
-     "step(packed, cell, layers, input, hidden, output, bias, x, state)"},
+     "step(packed, cell, layers, input, hidden, output, bias, half, x, state)"},
     {nullptr, nullptr, 0, nullptr},
 };
 

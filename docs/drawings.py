@@ -49,7 +49,7 @@ class Drawing:
 
 
 def path_of_a_call() -> None:
-    d = Drawing(760, 330, "The way of a call through the package")
+    d = Drawing(760, 354, "The way of a call through the package")
     layers = [
         ("modules", "parameters, batch_first, packed or not", BLUE),
         ("functional", "the stack of layers, dropout between them", BLUE),
@@ -64,14 +64,19 @@ def path_of_a_call() -> None:
         if number:
             d.arrow((85, y - 22), (85, y))
     for number, (name, fill) in enumerate(
-        [("cpu: C++ kernels", GREEN), ("reference: plain torch", GREY)]
+        [
+            ("cpu: C++ kernels", GREEN),
+            ("cuda: CUDA kernels", GREEN),
+            ("triton: Triton kernels", GREEN),
+            ("reference: plain torch", GREY),
+        ]
     ):
-        y = 240 + 46 * number
+        y = 178 + 42 * number
         d.box(540, y, 190, 34, name, fill)
         d.arrow((400, 282), (470, 282), (470, y + 17), (540, y + 17))
     d.box(540, 16, 190, 40, "direct: plain inference\nin one operator call", ORANGE)
-    d.arrow((635, 56), (635, 240), dashed=True)
-    d.words(645, 150, "B = 1, T = 1")
+    d.arrow((635, 56), (635, 178), dashed=True)
+    d.words(645, 120, "inference")
     d.save("path_of_a_call")
 
 
@@ -140,7 +145,25 @@ def chunks_and_threads() -> None:
     d.save("chunks_and_threads")
 
 
+def cluster() -> None:
+    d = Drawing(760, 300, "One call on a GPU: clusters of multiprocessors that keep W_hh on chip")
+    d.words(20, 26, "a cluster takes its batch rows through all of time; clusters never meet")
+    for part in range(4):
+        x = 20 + 186 * part
+        d.box(x, 42, 162, 46, f"rows of W_hh {part}\nstay on chip", GREY)
+        d.box(x, 106, 162, 46, f"step t: units {part}\nW_hh h, gates, state", ORANGE)
+        d.arrow((x + 81, 88), (x + 81, 106))
+        d.arrow((x + 81, 152), (x + 81, 176))
+        d.arrow((x + 81, 210), (x + 81, 234))
+        d.box(x, 234, 162, 46, f"step t + 1: units {part}\nwaits for its h only", ORANGE)
+    d.box(
+        20, 176, 720, 34, "h of step t: each part is sent to all of the cluster, and written to y"
+    )
+    d.save("cluster")
+
+
 if __name__ == "__main__":
     path_of_a_call()
     forward_and_backward()
     chunks_and_threads()
+    cluster()

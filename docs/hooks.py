@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -42,6 +43,18 @@ def on_page_markdown(markdown: str, page, **_) -> str:
     return markdown
 
 
+def on_page_content(html: str, **_) -> str:
+    """Long names in tables may break behind a dot, an underscore or a colon, and nowhere else."""
+    return re.sub(r"(?<=<td)([^>]*>)(.*?)(?=</td>)", _breakable, html, flags=re.DOTALL)
+
+
+def _breakable(cell: re.Match) -> str:
+    def code(name: re.Match) -> str:
+        return re.sub(r"(::|[_.=/](?=\w))", r"\1<wbr>", name[0])
+
+    return cell[1] + re.sub(r"(?<=<code>)[^<]+", code, cell[2])
+
+
 def published(name: str) -> dict:
     """What the last full-size run of an example wrote, {} where there is none."""
     path = RESULTS / f"{name}.json"
@@ -50,11 +63,15 @@ def published(name: str) -> dict:
 
 def row(result: dict) -> list[str]:
     sign = "at least" if result["higher_is_better"] else "at most"
+    value, baseline, goal = (
+        f"{result[name]:.4g}".replace("-", "\N{NON-BREAKING HYPHEN}")
+        for name in ("value", "baseline", "goal")
+    )
     return [
         result["measure"],
-        f"{result['value']:.4g}",
-        f"{result['baseline']:.4g} ({result['baseline_name']})",
-        f"{sign} {result['goal']:.4g}" + ("" if result["reached"] else ", **not reached**"),
+        value,
+        f"{baseline} ({result['baseline_name']})",
+        f"{sign} {goal}" + ("" if result["reached"] else ", **not reached**"),
     ]
 
 

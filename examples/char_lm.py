@@ -35,18 +35,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 
+import common
 import fused_rnn
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 CELLS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 STDLIB_BYTES = 2_000_000
@@ -134,10 +128,6 @@ def load_corpus(file: Path | None, batch: int, window: int, device: torch.device
     return Corpus(bytes(alphabet.tolist()), streams.to(device), window)
 
 
-def detach(state):
-    return tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
-
-
 @dataclass
 class Trainer:
     """One model in training, with what it has measured so far."""
@@ -163,7 +153,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
-        self.state = detach(state)
+        self.state = common.detach(state)
         # .item() waits for the device, so the time is that of finished work.
         self.losses.append(loss.item())
         if x.is_cuda:
@@ -188,23 +178,15 @@ def make_trainer(name: str, args: argparse.Namespace, vocabulary: int, fused: bo
     return Trainer(name, model, optimizer, schedule)
 
 
-def train(trainers: list[Trainer], corpus: Corpus, steps: int, console: Console) -> None:
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[losses]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=steps, losses="")
-        for start in range(0, steps, TURN):
-            turn = min(TURN, steps - start)
+def train(trainers: list[Trainer], corpus: Corpus, steps: int) -> None:
+    progress = common.Steps(steps, "training")
+    for step in progress:
+        if step % TURN == 0:
             for trainer in trainers:
-                for _ in range(turn):
+                for _ in range(min(TURN, steps - step)):
                     trainer.step(corpus)
-            losses = "  ".join(f"{trainer.name} {trainer.losses[-1]:.3f}" for trainer in trainers)
-            progress.update(task, advance=turn, losses=losses)
+            losses = (f"{trainer.name} {trainer.losses[-1]:.3f}" for trainer in trainers)
+            progress.note = "  ".join(losses)
 
 
 @torch.inference_mode()
@@ -237,8 +219,8 @@ def differences(plain: Trainer, fused: Trainer) -> tuple[float, float]:
     return at_first, relative_difference(plain.final_loss(), fused.final_loss())
 
 
-def plot(trainers: list[Trainer], baseline: float, tokens: int, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+def plot(args, trainers: list[Trainer], baseline: float, tokens: int) -> None:
+    figure, (left, right) = common.plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for trainer, style in zip(trainers, ("-", "--"), strict=True):
         left.plot(trainer.losses, style, label=trainer.name, linewidth=1)
         right.plot([tokens / s for s in trainer.seconds], style, label=trainer.name, linewidth=1)
@@ -248,64 +230,30 @@ def plot(trainers: list[Trainer], baseline: float, tokens: int, path: Path) -> N
     right.set_ylim(bottom=0)
     left.legend()
     right.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    common.save_picture(args, "char_lm", figure)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    def positive(text: str) -> int:
-        value = int(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-        return value
-
-    def not_negative(kind):
-        def convert(text: str):
-            value = kind(text)
-            if not (value >= 0 and math.isfinite(value)):
-                raise argparse.ArgumentTypeError(f"must be finite and not negative, got {text}")
-            return value
-
-        convert.__name__ = kind.__name__  # argparse names the type in "invalid int value"
-        return convert
-
-    parser = argparse.ArgumentParser(
-        description="Train a character-level language model with torch.nn and with fused_rnn.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--cell", choices=CELLS, default="lstm")
-    add("--hidden", type=positive, default=256, help="width of embedding and recurrent layers")
-    add("--layers", type=positive, default=2, help="recurrent layers on top of each other")
-    add("--steps", type=positive, default=500, help="optimizer steps of each model")
-    add("--batch", type=positive, default=32, help="streams of text that run side by side")
-    add("--window", type=positive, default=64, help="characters that gradients flow back through")
-    add("--lr", type=not_negative(float), default=1e-3, help="learning rate of Adam")
+    parser = common.Parser(
+        __doc__, cell="lstm", steps=(500, 60), hidden=(256, 48), layers=(2, 1), batch=(32, 8),
+        window=(64, 32), steps_help="optimizer steps of each model",
+    )  # fmt: skip
+    add, not_negative = parser.add_argument, common.not_negative
+    add("--lr", type=not_negative(float), default=1e-3, help="of Adam (default 0.001)")
     add("--text", type=Path, help="a file to learn, in place of Python's standard library")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    add("--seed", type=not_negative(int), default=0)
     add("--temperature", type=not_negative(float), default=0.7, help="0: always the likeliest")
     add("--generate", type=not_negative(int), default=600, help="characters to write at the end")
-    add("--out", type=Path, default=Path("out"), help="folder for char_lm.png")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     try:
-        args.device = torch.device(args.device)
-        torch.empty(1, device=args.device).cpu()  # meta has no numbers to train with
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        parser.error(f"argument --device: cannot train on {str(args.device)!r}: {reason}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
         args.corpus = load_corpus(args.text, args.batch, args.window, args.device)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         parser.error(str(error))
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    console = Console()
-    corpus = args.corpus
+    console, corpus = common.console, args.corpus
     baseline = corpus.unigram_entropy()
     console.print(
         f"{corpus.streams.numel():,} characters, {len(corpus.alphabet)} different ones; "
@@ -314,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     plain = make_trainer("torch.nn", args, len(corpus.alphabet), fused=False)
     fused = make_trainer("fused_rnn", args, len(corpus.alphabet), fused=True)
-    train([plain, fused], corpus, args.steps, console)
+    train([plain, fused], corpus, args.steps)
 
     if args.generate:
         console.rule(f"written by the model at temperature {args.temperature}")
@@ -324,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     tokens = args.batch * args.window
     speeds = [trainer.tokens_per_second(tokens) for trainer in (plain, fused)]
     at_first, at_end = differences(plain, fused)
-    table = Table("", "torch.nn", "fused_rnn", title="the same model, trained twice")
+    table = common.Table("", "torch.nn", "fused_rnn", title="the same model, trained twice")
     table.add_row("final loss", f"{plain.final_loss():.4f}", f"{fused.final_loss():.4f}")
     table.add_row("tokens/s", *(f"{speed:,.0f}" for speed in speeds))
     table.add_row("speed ratio", "1.00", f"{speeds[1] / speeds[0]:.2f}")
@@ -336,9 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table)
     console.print(explanation, markup=False, highlight=False)
 
-    path = args.out / "char_lm.png"
-    plot([plain, fused], baseline, tokens, path)
-    console.print(f"plot: {path}")
+    plot(args, [plain, fused], baseline, tokens)
 
     # GPU libraries round in another order and in TF32, so only the CPU is held to this.
     agree = at_first <= CLOSE_TOLERANCE and at_end <= END_TOLERANCE

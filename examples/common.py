@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +29,22 @@ import matplotlib.pyplot as plt
 
 LAYERS = {"rnn": fused_rnn.RNN, "gru": fused_rnn.GRU, "lstm": fused_rnn.LSTM}
 CELLS = {"rnn": fused_rnn.RNNCell, "gru": fused_rnn.GRUCell, "lstm": fused_rnn.LSTMCell}
+
+# What a size that an example may ask for is.
+SIZES = {
+    "batch": "streams of text that run side by side",
+    "budget": "parameters of every model, at most",
+    "characters": "length of the text",
+    "envs": "environments that run side by side",
+    "hidden": "units of a recurrent layer",
+    "layers": "recurrent layers on top of each other",
+    "piece": "timesteps between two updates",
+    "points": "states that the pictures show",
+    "samples": "timesteps of the stream",
+    "scenes": "pictures to train on",
+    "texts": "texts to train on",
+    "window": "characters that gradients flow back through",
+}
 
 console = Console()
 
@@ -57,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         doc: the example's docstring, whose first line is the description.
         steps: how many steps an example takes at full size, and with --small.
         cell: the cell of a run that does not name one.
-        sizes: further whole numbers, each (full, small) and an argument of its own.
+        sizes: further whole numbers, of SIZES, each (full, small) and an argument of its own.
     """
 
     def __init__(
@@ -74,11 +90,11 @@ class Parser(argparse.ArgumentParser):
         if cell:
             self.add_argument("--cell", choices=LAYERS, default=cell, help=f"default: {cell}")
         for name, (full, small) in self.sizes.items():
-            text = steps_help if name == "steps" else ""
+            text = steps_help if name == "steps" else SIZES[name]
             text += f" (default {full}, small {small})"
             self.add_argument(f"--{name.replace('_', '-')}", type=positive, help=text)
         self.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
-        self.add_argument("--seed", type=int, default=0)
+        self.add_argument("--seed", type=not_negative(int), default=0)
         self.add_argument("--small", action="store_true", help="the size that the tests run")
         self.add_argument(
             "--out", type=Path, default=Path("out"), help="folder for pictures and results"
@@ -109,6 +125,19 @@ def positive(text: str) -> int:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def not_negative(kind: type) -> Callable[[str], float]:
+    """A number from 0 on, for argparse."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not (value >= 0 and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be finite and not negative, got {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names the type in "invalid int value"
+    return convert
 
 
 class Steps:

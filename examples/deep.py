@@ -3,10 +3,11 @@
 The same budget of parameters is spent on one wide layer, on two, or on four narrow ones, with and
 without dropout between the layers. They classify handwritten digits read as a sequence of pixels,
 row after row, two pixels at a time: 32 steps, of which the first show little. The digits are real
-(scikit-learn's `load_digits`) and few (1,437 to train on), so dropout has something to prevent.
+(scikit-learn's `load_digits`) and few, 1,437 to train on.
 
-Depth is not free: on so short a task the one wide layer does best, and the narrow stack is where
-dropout is needed. The baseline is logistic regression on the same pixels, all at once.
+Depth is not free: on so short a task the one wide layer does best. Nor is dropout: whoever drops
+learns more slowly, the narrow stack most of all, which after as many steps still gets digits wrong
+that it was trained on. The baseline is logistic regression on the same pixels, all at once.
 """
 
 from __future__ import annotations
@@ -89,19 +90,19 @@ def main(argv: list[str] | None = None) -> int:
     common.console.print(table)
     results = [
         common.Result(
-            "accuracy on digits never seen, 1 layer with dropout",
-            accuracies[1, 0.3],
+            "accuracy on digits never seen, 1 layer",
+            accuracies[1, 0.0],
             0.1 if args.small else baseline,
             "guessing" if args.small else "logistic regression on all pixels at once",
-            goal=0.45 if args.small else 0.95,
+            goal=0.45 if args.small else 0.97,
         )
     ]
     if not args.small:
         deepest = DEPTHS[-1]
         results.append(
             common.Result(
-                f"accuracy on digits never seen, {deepest} layers with dropout",
-                accuracies[deepest, 0.3], accuracies[deepest, 0.0], "without dropout", goal=0.9,
+                f"accuracy on digits never seen, {deepest} layers",
+                accuracies[deepest, 0.0], accuracies[1, 0.0], "1 layer", goal=0.85,
             )
         )  # fmt: skip
     return common.report(args, "deep", results)

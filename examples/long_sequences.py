@@ -4,23 +4,25 @@ First the simple RNN at T = 1,000, 10,000 and 100,000, in three forms: eager, co
 (torch.compile) and exported (torch.export, with a T that may change). All must give the same
 outputs and gradients, finite, with the same types and shapes.
 
-Then three ways to spend less memory on the longest sequence with `--cell`, each beside the peak of
-the plain way:
+Then three ways to spend less memory on the longest sequence, in three layers of `--cell`, beside
+the plain way; the peak of each is measured in a process of its own:
 
-- `recompute=True`: the layer keeps its output and computes the gates again in backward. Gradients
-  are the same;
+- `recompute=True`: the layers keep their outputs and compute the gates again in backward, one layer
+  at a time. Gradients are the same;
 - pieces under `torch.utils.checkpoint`: only the state at the start of each piece is kept, and the
   piece runs again in backward. Gradients are the same;
-- truncated backpropagation: each piece's gradient is taken at once and stops at the piece's start.
-  Gradients differ by what would have come across the boundaries: little, in layers that forget in
-  some dozens of steps.
+- truncated backpropagation, `fused_rnn.tbptt`: each piece's gradient is taken at once and stops at
+  the piece's start. Gradients differ by what would have come across the boundaries: little, in
+  layers that forget in some dozens of steps.
 """
 
 from __future__ import annotations
 
-import threading
+import math
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ import common
 import fused_rnn
 
 SIZE = 32
+STACK = 3  # layers, where memory is measured
 PIECE = 1000
 
 
@@ -49,34 +52,42 @@ def gradients(run: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor) -> t
     return y.detach(), *grads
 
 
-def initial(layer: nn.Module, x: Tensor):
-    zeros = x.new_zeros(1, x.shape[1], SIZE)
-    return (zeros, zeros) if isinstance(layer, fused_rnn.LSTM) else zeros
+def plain(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the mean square of the outputs for every parameter."""
+    return torch.autograd.grad(layer(x)[0].square().mean(), list(layer.parameters()))
 
 
-def in_pieces(layer: nn.Module, x: Tensor) -> Tensor:
-    """The same outputs, saving for backward one piece at a time."""
-    state, outputs = initial(layer, x), []
-    for piece in x.split(PIECE):
-        y, state = checkpoint(layer, piece, state, use_reentrant=False)
-        outputs.append(y)
-    return torch.cat(outputs)
+def in_pieces(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """The same gradients, saving for backward one piece at a time."""
 
-
-def truncated(layer: nn.Module, x: Tensor) -> tuple:
-    """As `gradients`, with each piece's gradient stopping where the piece starts."""
-    state, outputs, sums = initial(layer, x), [], None
-    grad_x = torch.empty_like(x)
-    for number, piece in enumerate(x.split(PIECE)):
-        piece = piece.clone().requires_grad_()
+    def run(piece: Tensor, state) -> tuple:
         y, state = layer(piece, state)
-        loss = y.square().sum() / (len(x) * y[0].numel())
-        grad, *grads = torch.autograd.grad(loss, [piece, *layer.parameters()])
-        grad_x[number * PIECE :][: len(piece)] = grad
-        sums = grads if sums is None else [a.add_(b) for a, b in zip(sums, grads, strict=True)]
-        state = common.detach(state)
-        outputs.append(y.detach())
-    return torch.cat(outputs), grad_x, *sums
+        return y.square().sum(), state
+
+    zeros = x.new_zeros(layer.num_layers, x.shape[1], SIZE)
+    state = (zeros, zeros) if isinstance(layer, fused_rnn.LSTM) else zeros
+    total = 0.0
+    for piece in x.split(PIECE):
+        part, state = checkpoint(run, piece, state, use_reentrant=False)
+        total = total + part
+    return torch.autograd.grad(total / x.numel(), list(layer.parameters()))
+
+
+def truncated(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """As `plain`, with each piece's gradient stopping where the piece starts."""
+    layer.zero_grad()
+    for y, _ in fused_rnn.tbptt(layer, x, window=PIECE):
+        (y.square().sum() / x.numel()).backward()
+    return tuple(p.grad for p in layer.parameters())
+
+
+# The ways to train on a long sequence: what runs, and the layer's options.
+WAYS = {
+    "plain": (plain, {}),
+    "recompute=True": (plain, {"recompute": True}),
+    "in pieces": (in_pieces, {}),
+    "truncated": (truncated, {}),
+}
 
 
 def relative_difference(results, expected) -> float:
@@ -89,36 +100,36 @@ def relative_difference(results, expected) -> float:
     return largest
 
 
-def with_peak(function: Callable, device: torch.device):
-    """The function's result, and by how many MiB memory rose at most while it ran."""
+def highest(device: torch.device) -> float:
+    """MiB that this process has had at most so far; not a number where the system does not tell."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        result = function()
-        return result, (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    pages, done = Path("/proc/self/statm"), threading.Event()
-    if not pages.exists():
-        return function(), float("nan")
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(li.split()[1]) / 2**10 for li in lines if li.startswith("VmHWM:")), math.nan)
 
-    def resident() -> int:
-        return int(pages.read_text().split()[1])
 
-    before = highest = resident()
+def peak(way: str, cell: str, length: int, device: torch.device, threads: int) -> float:
+    """By how many MiB memory rises at most; called in a process that has done nothing else.
 
-    def watch():
-        nonlocal highest
-        while not done.wait(0.0005):
-            highest = max(highest, resident())
+    What another way had taken and given back would be there for this one, and hide what it needs.
+    """
+    torch.set_num_threads(threads)
+    run, options = WAYS[way]
+    layer = common.LAYERS[cell](SIZE, SIZE, STACK, **options).to(device)
+    x = torch.randn(length, 4, SIZE, device=device)
+    run(layer, x[: 2 * PIECE])  # what a process needs once
+    before = highest(device)
+    run(layer, x)
+    return highest(device) - before
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        result = function()
-        highest = max(highest, resident())
-    finally:
-        done.set()
-        watcher.join()
-    return result, (highest - before) * 4096 / 2**20
+
+def peaks(args) -> dict[str, float]:
+    """The peak of each way, each measured in a fresh process."""
+    fresh = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+    rest = (args.cell, args.steps, args.device, torch.get_num_threads())
+    with fresh:
+        return {way: fresh.submit(peak, way, *rest).result() for way in WAYS}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,23 +160,19 @@ def main(argv: list[str] | None = None) -> int:
             table.add_row(f"{length:,}", name, f"{seconds:.3f}", f"{difference:.1e}")
     common.console.print(table)
 
-    layer = common.LAYERS[args.cell](SIZE, SIZE).to(args.device)
-    again = common.LAYERS[args.cell](SIZE, SIZE, recompute=True).to(args.device)
-    again.load_state_dict(layer.state_dict())
-    ways = {
-        "plain": lambda: gradients(lambda x: layer(x)[0], layer, x),
-        "recompute=True": lambda: gradients(lambda x: again(x)[0], again, x),
-        "in pieces": lambda: gradients(lambda x: in_pieces(layer, x), layer, x),
-        "truncated": lambda: truncated(layer, x),
+    layers = {
+        way: common.LAYERS[args.cell](SIZE, SIZE, STACK, **options).to(args.device)
+        for way, (_, options) in WAYS.items()
     }
-    title = f"{args.cell}, {len(x):,} timesteps"
+    for layer in layers.values():
+        layer.load_state_dict(layers["plain"].state_dict())
+    title = f"{STACK} layers of {args.cell}, {len(x):,} timesteps"
     table = common.Table("", "peak, MiB", "difference of gradients", title=title)
-    differences = {}
-    expected = ways["plain"]()
-    for name, way in ways.items():
-        results, peak = with_peak(way, args.device)
-        differences[name] = relative_difference(results, expected)
-        table.add_row(name, f"{peak:.0f}", f"{differences[name]:.1e}")
+    differences, measured = {}, peaks(args)
+    expected = plain(layers["plain"], x)
+    for name, (way, _) in WAYS.items():
+        differences[name] = relative_difference(way(layers[name], x), expected)
+        table.add_row(name, f"{measured[name]:.0f}", f"{differences[name]:.1e}")
     common.console.print(table)
     results = [
         common.Result(
@@ -179,6 +186,14 @@ def main(argv: list[str] | None = None) -> int:
             (f"truncated after {PIECE} steps", differences["truncated"], 0.1),
         )
     ]  # fmt: skip
+    if not args.small and math.isfinite(measured["plain"]):
+        results += [
+            common.Result(
+                f"{way}: peak of memory, MiB", measured[way], measured["plain"], "plain",
+                goal=part * measured["plain"], higher_is_better=False,
+            )
+            for way, part in (("recompute=True", 0.9), ("in pieces", 0.75), ("truncated", 0.25))
+        ]  # fmt: skip
     return common.report(args, "long_sequences", results)
 
 

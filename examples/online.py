@@ -1,15 +1,16 @@
 """Online learning: a stateful GRU learns from one bit at a time.
 
 Bits come in one by one. After each, the model says what the bit before it was, negated; then it is
-told the answer, and makes one update: batch 1, one timestep, the state carried on.
+told the answer, and makes one update: batch 1, one timestep, the state carried on, which a layer
+made with `stateful=True` does by itself.
 
 What makes this hard is not the memory of a single bit but who teaches it. With one step of
 backpropagation the gradient stops at the carried state, so nothing ever tells the step before what
 it should have kept; the read-out can only use what the state happens to hold (with four units that
 is little; with 16 or more, some unit echoes the last input by chance, and all is easy). With a
-window of a few steps the gradient reaches the step that saw the bit. The picture has the accuracy
-over the last 200 updates for windows of 1, 2 and 4 steps; what is reported is how many updates each
-took to be right 95 times in 100.
+window of a few steps, `tbptt(layer, bits, window=1, back=4)`, the gradient reaches the step that
+saw the bit. The picture has the accuracy over the last 200 updates for windows of 1, 2 and 4 steps;
+what is reported is how many updates each took to be right 95 times in 100.
 
 A convolution over time can do without the carried state where the answer lies a fixed number of
 steps back. The batch version learns from whole sequences, a layer with a 1-D convolution of width 2
@@ -18,11 +19,14 @@ on top of its states.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
+from fused_rnn import tbptt
 
 WINDOWS = (1, 2, 4)
 RECENT = 200
@@ -34,41 +38,39 @@ def question(bits: Tensor) -> Tensor:
 
 
 class Online(nn.Module):
-    def __init__(self, cell: str, width: int):
+    """Scores of one bit after another; each has a gradient through `window` steps."""
+
+    def __init__(self, cell: str, width: int, window: int):
         super().__init__()
-        self.rnn = common.LAYERS[cell](1, width)
+        self.window = window
+        # One step of backpropagation is what a stateful layer does when it is called bit by bit.
+        self.rnn = common.LAYERS[cell](1, width, stateful=window == 1)
         self.head = nn.Linear(width, 1)
 
-    def forward(self, bits: Tensor, state=None):
-        # bits: [T, 1] -> scores [T], state
-        y, state = self.rnn(bits.unsqueeze(-1), state)
-        return self.head(y).flatten(), state
+    def forward(self, bits: Tensor) -> Iterator[Tensor]:
+        # bits: [T, 1] -> T scores [1]
+        x = bits.unsqueeze(-1)
+        if self.window == 1:
+            outputs = (self.rnn(bit)[0] for bit in x.split(1))
+        else:
+            outputs = (y for y, _ in tbptt(self.rnn, x, window=1, back=self.window))
+        return (self.head(y).flatten() for y in outputs)
 
 
 def learn_online(args, window: int) -> list[bool]:
-    """Whether each prediction was right, made before its update.
-
-    The gradient of the newest answer flows back through `window` steps: they are run again from
-    the state before them, which is carried on.
-    """
+    """Whether each prediction was right, made before its update."""
     torch.manual_seed(args.seed)
-    model = Online(args.cell, args.hidden).to(args.device)
+    model = Online(args.cell, args.hidden, window).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    bits = torch.randint(2, (args.steps + window, 1), device=args.device).float()
-    answers, right, state = question(bits), [], None
+    bits = torch.randint(2, (args.steps, 1), device=args.device).float()
+    scores, right = model(bits), []
+    next(scores)  # before the first bit there was none to ask about
     steps = common.Steps(args.steps - 1, f"window {window}")
-    for step in steps:
-        start = max(0, step + 2 - window)
-        scores, _ = model(bits[start : step + 2], state)
-        answer = answers[step]
-        loss = F.binary_cross_entropy_with_logits(scores[-1:], answer)
-        right.append(bool((scores[-1] > 0) == (answer[0] > 0.5)))
+    for step, answer, score in zip(steps, question(bits), scores, strict=True):
+        right.append(bool((score > 0) == (answer > 0.5)))
         optimizer.zero_grad()
-        loss.backward()
+        F.binary_cross_entropy_with_logits(score, answer).backward()
         optimizer.step()
-        if step + 2 >= window:  # the oldest step leaves the window
-            with torch.no_grad():
-                state = model(bits[start : start + 1], state)[1]
         if step % 50 == 0:
             steps.note = f"accuracy {sum(right[-RECENT:]) / len(right[-RECENT:]):.2f}"
     return right

@@ -34,7 +34,8 @@ class Stepper:
     Attributes:
         input_size, hidden_size, num_layers: those of the module.
         output_size: P, the features of y: proj_size where there is a projection, else hidden_size.
-        dtype, device: those of the weights, x and states.
+        dtype, device: those of the module's weights, of x and states.
+        weight_dtype: that of the weights as they are kept.
         packed: whether steps run from packed weights, not through a copy of the module.
     """
 
@@ -45,6 +46,7 @@ class Stepper:
         self.input_size, self.hidden_size = module.input_size, module.hidden_size
         self.num_layers, self.output_size = module.num_layers, module.proj_size or self.hidden_size
         self.dtype, self.device = weight.dtype, weight.device
+        self.weight_dtype = weight.dtype
         self._cell_name = cell.name
 
     def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -52,6 +54,8 @@ class Stepper:
 
     def __repr__(self) -> str:
         how = "packed" if self.packed else "through the module"
+        if self.weight_dtype != self.dtype:
+            how += f", weight_dtype={self.weight_dtype}"
         sizes = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
         projected = self.output_size != self.hidden_size
         projection = f", proj_size={self.output_size}" if projected else ""
@@ -97,13 +101,16 @@ class _Packed(Stepper):
 
     packed = True
 
-    def __init__(self, module: torch.nn.RNNBase, cell: Cell) -> None:
+    def __init__(self, module: torch.nn.RNNBase, cell: Cell, weight_dtype: torch.dtype) -> None:
         super().__init__(module, cell)
+        self.weight_dtype = weight_dtype
         weights = [getattr(module, name).detach() for name in module._flat_weights_names]
         per_layer = len(weights) // self.num_layers
         layers = [weights[i : i + per_layer] for i in range(0, len(weights), per_layer)]
         with torch.inference_mode(False), torch.no_grad():
-            self._weights = torch.cat([_packed_layer(cell, layer) for layer in layers])
+            self._weights = torch.cat(
+                [_packed_layer(cell, layer, self.weight_dtype) for layer in layers]
+            )
         self._bias = bool(module.bias)
         self._bind()
 
@@ -112,9 +119,10 @@ class _Packed(Stepper):
         cell = CELLS[self._cell_name]
         operator, sizes = _operator(cell.has_c), [] if cell.has_c else [cell.index]
         sizes += self.num_layers, self.input_size, self.hidden_size, self.output_size
-        self._step = partial(operator, self._weights, *sizes, self._bias)
+        options = self._bias, self.weight_dtype is torch.bfloat16
+        self._step = partial(operator, self._weights, *sizes, *options)
         sizes = sizes if not cell.has_c else [cell.index, *sizes]
-        self._direct = partial(direct.calls().step, self._weights, *sizes, self._bias)
+        self._direct = partial(direct.calls().step, self._weights, *sizes, *options)
 
     def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         if not is_compiling():
@@ -192,13 +200,17 @@ class _General(Stepper):
         return y.squeeze(time), states
 
 
-def stepper(module: torch.nn.RNNBase) -> Stepper:
+def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None) -> Stepper:
     """A function of one timestep for a stream: the module's weights, frozen, and nothing else.
 
     Args:
         module: an RNN, GRU or LSTM of ours or of torch.nn, in one direction, with any number of
             layers. Its weights are copied: later changes of the module do not reach the stepper.
             Nothing is dropped out, as in eval mode, and `batch_first` has no meaning.
+        weight_dtype: `torch.bfloat16` keeps the matrices of a float32 module in half the memory,
+            which is what a step's time goes to: as if they had been rounded to 8 bits of
+            precision. All arithmetic, biases, states, x and y stay float32. None for the
+            module's own dtype.
 
     Returns:
         A callable `y, state = step(x, state)`:
@@ -218,7 +230,8 @@ def stepper(module: torch.nn.RNNBase) -> Stepper:
 
     Raises:
         TypeError: `module` is not a recurrent module.
-        ValueError: it is bidirectional: the reverse direction begins at the end of the sequence.
+        ValueError: it is bidirectional: the reverse direction begins at the end of the sequence;
+            or `weight_dtype` is neither its dtype nor bfloat16 where steps run from packed weights.
 
     Example:
         >>> step = stepper(torch.nn.GRU(3, 4, num_layers=2))
@@ -241,9 +254,17 @@ def stepper(module: torch.nn.RNNBase) -> Stepper:
     if type(module) in _TORCH:
         module = from_torch(module)
     cell = next(c for c in CELLS.values() if c.torch_mode == module.mode)
-    if not _packs(module, cell):
+    own = getattr(module, module._flat_weights_names[0]).dtype
+    packs = _packs(module, cell)
+    allowed = (own, torch.bfloat16) if packs else (own,)
+    if weight_dtype is not None and weight_dtype not in allowed:
+        raise ValueError(
+            f"weight_dtype: expected {' or '.join(map(str, dict.fromkeys(allowed)))} for this "
+            f"module{'' if packs else ', which has no packed weights'}, got {weight_dtype}"
+        )
+    if not packs:
         return _General(module, cell)
-    return (_PackedLSTM if cell.has_c else _Packed)(module, cell)
+    return (_PackedLSTM if cell.has_c else _Packed)(module, cell, weight_dtype or own)
 
 
 def _packs(module: torch.nn.RNNBase, cell: Cell) -> bool:
@@ -259,13 +280,15 @@ def _packs(module: torch.nn.RNNBase, cell: Cell) -> bool:
     )
 
 
-def _packed_layer(cell: Cell, weights: list[Tensor]) -> Tensor:
-    """Everything of a layer, one after the other, as csrc/cpu/stepper.cpp expects it."""
+def _packed_layer(cell: Cell, weights: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Everything of a layer, one after the other, as csrc/cpu/stepper.cpp expects it; the matrices
+    in `dtype`."""
     w_ih, w_hh, *rest = weights
     hidden = w_ih.shape[0] // cell.gates
-    parts = [_packed_matrix(w_ih, cell.gates), _packed_matrix(w_hh, cell.gates)]
+    matrices = [_packed_matrix(w_ih, cell.gates), _packed_matrix(w_hh, cell.gates)]
     if len(rest) in (1, 3):
-        parts.append(_packed_matrix(rest[-1], 1))
+        matrices.append(_packed_matrix(rest[-1], 1))
+    parts = [matrix.to(dtype).view(torch.float32) for matrix in matrices]
     if len(rest) >= 2:
         b_ih, b_hh = rest[:2]
         if cell.name == "gru":
@@ -298,15 +321,15 @@ def _operator(has_c: bool) -> Callable[..., Any]:
     ops = torch.ops.fused_rnn_cpu
 
     @torch.library.register_fake("fused_rnn_cpu::step")
-    def _step(packed, cell, layers, input, hidden, output, bias, x, h):
+    def _step(packed, cell, layers, input, hidden, output, bias, half, x, h):
         if x.device != packed.device:
             raise RuntimeError(f"x: expected device {packed.device} as the weights, got {x.device}")
         batch = x.shape[0]
         return x.new_empty((batch, output)), x.new_empty((layers, batch, output))
 
     @torch.library.register_fake("fused_rnn_cpu::step_lstm")
-    def _step_lstm(packed, layers, input, hidden, output, bias, x, h, c):
-        return *_step(packed, 3, layers, input, hidden, output, bias, x, h), x.new_empty(
+    def _step_lstm(packed, layers, input, hidden, output, bias, half, x, h, c):
+        return *_step(packed, 3, layers, input, hidden, output, bias, half, x, h), x.new_empty(
             (layers, x.shape[0], hidden)
         )
 

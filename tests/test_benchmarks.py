@@ -73,7 +73,7 @@ def test_streaming_program(tmp_path):
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(path.read_text())
     assert all(0 < row["least_us"][way] <= row["median_us"][way] for way in row["least_us"])
-    assert {"stepper", "layer", "nn layer", "nn cell"} == row["least_us"].keys()
+    assert {"stepper", "bf16 stepper", "layer", "nn layer", "nn cell"} == row["least_us"].keys()
 
 
 @pytest.mark.slow
@@ -262,6 +262,66 @@ def test_peak_memory_sees_what_a_call_takes(modules):
     if peak.mib is None:
         pytest.skip("this system does not tell the peak of a process")
     assert 60 < peak.mib < 80
+
+
+def test_peak_memory_of_a_process_of_its_own(modules):
+    """The gates of all steps, which backward needs, are most of it."""
+    from fresh_memory import peak_mib
+
+    case = modules.cases.Case("lstm", 400, 16, 64, 64, "training")
+    found = peak_mib(case, "fused_rnn", modules.providers.Setting("cpu", 1))
+    if found is None:
+        pytest.skip("this system does not tell the peak of a process")
+    gates = 400 * 16 * 4 * 64 * 4 / 2**20
+    assert gates < found < 6 * gates
+
+
+@pytest.mark.slow
+def test_layer_under_compile_is_measured_beside_the_eager_one(modules):
+    rows = measured(
+        modules, modules.cases.Case("gru", 5, 2, 8, 8), "fused_rnn", "fused_rnn compiled"
+    )
+    assert not any(row.note for row in rows.values())
+    assert modules.targets.eager_over_compiled(list(rows.values()), None) > 0
+
+
+def run_of(modules, commit, *sets, cpu="a"):
+    case = modules.cases.Case("gru", 5, 2, 8, 8)
+    rows = [modules.results.Row(name, n, 0, case, "fused_rnn") for n, name in enumerate(sets)]
+    facts = {"date": f"day of {commit}", "commit": commit, "threads": 2}
+    return modules.results.Run(facts | {"machine": {"cpu": cpu, "load": 1.0}}, rows)
+
+
+def test_saved_sets_are_kept_until_measured_again(modules):
+    def commits(run):
+        others = run.meta["others"]
+        return {r.set: others.get(r.set, run.meta)["commit"] for r in run.rows}
+
+    whole = run_of(modules, "old", "standing", "packed", "memory")
+    once = run_of(modules, "new", "memory").joined(whole)
+    assert commits(once) == {"standing": "old", "packed": "old", "memory": "new"}
+    assert len({row.group for row in once.rows}) == 3
+    again = run_of(modules, "newest", "standing", "packed").joined(once)
+    assert commits(again) == {"standing": "newest", "packed": "newest", "memory": "new"}
+    all_new = run_of(modules, "last", "standing", "packed", "memory").joined(again)
+    assert set(commits(all_new).values()) == {"last"}
+
+
+def test_sets_of_another_machine_are_not_kept(modules):
+    other = run_of(modules, "old", "standing", cpu="b")
+    own = run_of(modules, "new", "memory")
+    assert own.joined(other) is own
+
+
+def test_memory_and_compile_are_targets(modules):
+    case = modules.cases.Case("gru", 5, 2, 8, 8, "training")
+    row = modules.results.Row("memory", 0, 0, case, "fused_rnn", ms=4.0, peak_mib=10.0)
+    theirs = replace(row, provider="torch.nn", peak_mib=15.0)
+    compiled = replace(row, provider="fused_rnn compiled", ms=5.0)
+    assert modules.targets.memory_of_torch([theirs, row], None) == 1.5
+    assert modules.targets.eager_over_compiled([compiled, row], None) == 0.8
+    assert modules.targets.eager_over_compiled([replace(compiled, note="wrong: x"), row], None) == 0
+    assert modules.targets.memory_of_torch([row], None) is None
 
 
 def test_names_of_sets_and_providers(modules):

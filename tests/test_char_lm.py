@@ -1,6 +1,6 @@
 """The example: it learns, agrees with torch.nn, leaves a plot, and explains bad arguments."""
 
-import importlib.util
+import importlib
 import os
 import re
 import subprocess
@@ -30,12 +30,11 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def char_lm():
-    spec = importlib.util.spec_from_file_location("char_lm", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLE.parent))  # as for a script
+        yield importlib.import_module("char_lm")
+    for name in ("char_lm", "common"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def test_arguments_that_do_not_fit_get_none_and_no_error():
     assert calls.infer_cell() is None and calls.step() is None
     assert calls.infer_cell(3, x[0], weights, (h[0], h[0]), 7) is None
     step = fused_rnn.stepper(fused_rnn.GRU(4, 6))
-    assert calls.step(step._weights[1:], 2, 1, 4, 6, 6, True, x[0], None) is None
+    assert calls.step(step._weights[1:], 2, 1, 4, 6, 6, True, False, x[0], None) is None
 
 
 def test_modes_and_transforms_are_left_to_the_operators():

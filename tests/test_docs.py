@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fused_rnn
 from fused_rnn import dispatch
 from fused_rnn.cells import CELLS
 
@@ -167,6 +168,20 @@ def test_gallery_has_a_section_for_every_example(hooks):
     text = hooks.gallery()
     for name in hooks.EXAMPLES:
         assert f"{{: #{name} }}" in text and f"python examples/{name}.py" in text
+
+
+def test_every_public_name_is_in_the_api_pages():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    described = set(re.findall(r"^::: fused_rnn\.(\S+)$", pages, re.MULTILINE))
+    assert set(fused_rnn.__all__) <= described
+
+
+def test_names_in_tables_break_where_a_reader_would(hooks):
+    html = "<p><code>a_b</code></p><table><td class='x'>see <code>t.py::test_a</code></td></table>"
+    broken = hooks.on_page_content(html)
+    assert "<code>t.<wbr>py::<wbr>test_<wbr>a</code>" in broken
+    assert "<code>a_b</code>" in broken
+    assert broken.replace("<wbr>", "") == html
 
 
 @pytest.mark.slow

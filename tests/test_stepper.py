@@ -113,6 +113,48 @@ def test_large_steps_use_threads(cell, threads, num_threads):
     assert torch.equal(run(fused_rnn.stepper(module), xs)[0], expected)
 
 
+@needs_library
+@every_cell
+@pytest.mark.parametrize("batch, bias", [(1, True), (7, False)])
+def test_bfloat16_weights_are_rounded_weights(cell, batch, bias, instruction_set):
+    for inputs, hidden in ((1, 1), (5, 7), (33, 50), (100, 130)):
+        if cell == "projected" and hidden == 1:
+            continue
+        module = make(cell, inputs, hidden, num_layers=2, bias=bias)
+        rounded = copy.deepcopy(module)
+        for name, p in rounded.named_parameters():
+            if name.startswith("weight"):
+                p.data = p.data.bfloat16().float()
+        x, state = torch.randn(batch, inputs), start(module, batch)
+        step = fused_rnn.stepper(module, weight_dtype=torch.bfloat16)
+        expected = fused_rnn.stepper(rounded)
+        assert step._weights.numel() < 0.6 * expected._weights.numel() or hidden < 16
+        for given in (None, state):
+            (y, found), (y_expected, found_expected) = step(x, given), expected(x, given)
+            assert torch.equal(y, y_expected) and y.dtype == torch.float32
+            assert all(map(torch.equal, flat(found), flat(found_expected)))
+            y_operator, _ = step._by_operator(x, given)
+            assert torch.equal(y_operator, y_expected)
+
+
+@needs_library
+def test_weight_dtype_is_kept_and_checked():
+    step = fused_rnn.stepper(fused_rnn.GRU(3, 4), weight_dtype=torch.bfloat16)
+    assert step.weight_dtype == torch.bfloat16 and step.dtype == torch.float32
+    assert "weight_dtype=torch.bfloat16" in repr(step)
+    x = torch.randn(1, 3)
+    for other in (copy.deepcopy(step), pickle.loads(pickle.dumps(step))):
+        assert torch.equal(other(x)[0], step(x)[0])
+    plain = fused_rnn.stepper(fused_rnn.GRU(3, 4), weight_dtype=torch.float32)
+    assert plain.weight_dtype == torch.float32 and "weight_dtype" not in repr(plain)
+    for module, dtype in (
+        (fused_rnn.GRU(3, 4), torch.float16),
+        (fused_rnn.GRU(3, 4).double(), torch.bfloat16),
+    ):
+        with pytest.raises(ValueError, match=r"weight_dtype: expected torch\.float"):
+            fused_rnn.stepper(module, weight_dtype=dtype)
+
+
 @pytest.mark.parametrize(
     ("module", "dtype"),
     [
@@ -360,7 +402,7 @@ def test_the_operators_refuse_what_does_not_fit():
     native.cpu_library_error()
     step, lstm = torch.ops.fused_rnn_cpu.step, torch.ops.fused_rnn_cpu.step_lstm
     x, weights = torch.ones(1, 5), fused_rnn.stepper(fused_rnn.GRU(5, 7))._weights
-    sizes = [2, 1, 5, 7, 7, True]
+    sizes = [2, 1, 5, 7, 7, True, False]
     assert step(weights, *sizes, x, None)[0].shape == (1, 7)
     with pytest.raises(RuntimeError, match="packed: expected"):
         step(weights[:-1], *sizes, x, None)

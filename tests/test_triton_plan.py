@@ -164,6 +164,17 @@ def test_the_closest_class_of_sizes_is_taken():
         assert config == table[expected].config
 
 
+def test_rows_of_a_family_stand_before_those_of_its_vendor():
+    """But a row for more units than another is the poorer fit, whosoever it is."""
+    own = _row(hidden=128, config=Config("a", 16, 128, 128, 16, True))
+    table = (_row(family="cuda"), _row(family="cuda", hidden=128), own)
+    for device, hidden, expected in ((H200, 100, own), (A100, 100, table[1]), (H200, 9, table[0])):
+        found = planner.configuration(
+            _problem(hidden=hidden), device, "half", table, "forward", "a"
+        )
+        assert found == expected.config
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

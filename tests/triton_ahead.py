@@ -5,6 +5,7 @@ notes what would be compiled. As a program, for a process of its own, since a co
 may take the process with it:
 
     python tests/triton_ahead.py cuda:90 0 5     # the rows 0 and 5 of the table, a report per line
+    python tests/triton_ahead.py cuda:90         # every row that sm_90 uses
     python tests/triton_ahead.py --write         # every row and target: tests/triton_bounds.json
     python tests/triton_ahead.py --write cuda:80 # of one target
 """
@@ -59,12 +60,12 @@ class Driver:
 class Compilation:
     """One compilation that a launch asked for, and every launch of it."""
 
-    def __init__(self, function, signature, constants, attributes, options, target):
-        self.function, self.options, self.target = function, options, target
-        self.source = (function, signature, constants, attributes)
+    # What Triton's launcher reads of a compiled kernel.
+    function = packed_metadata = None
+
+    def __init__(self, source, target, options):
+        self.source, self.target, self.options = source, target, options
         self.launches = []  # (grid, bound arguments)
-        # What Triton's launcher reads of a compiled kernel.
-        self.function_handle = self.packed_metadata = None
 
     def launch_metadata(self, grid, stream, *arguments):
         return None
@@ -73,8 +74,7 @@ class Compilation:
         self.launches.append(((x, y, z), rest[6:]))
 
     def compile(self):
-        source = self.function.ASTSource(*self.source)
-        return triton.compile(source, target=TARGETS[self.target], options=self.options.__dict__)
+        return triton.compile(self.source, target=self.target, options=self.options)
 
 
 @contextmanager
@@ -83,21 +83,28 @@ def recording(target):
     `Compilation`s they ask for."""
     compilations = []
 
-    def note(self, key, signature, device, constants, options, attributes, warmup):
-        found = Compilation(self, signature, constants, attributes, options, target)
-        compilations.append(found)
-        self.device_caches[device][0][key] = found
-        return found
+    def note(source, target, options):
+        compilations.append(Compilation(source, target, options))
+        return compilations[-1]
 
-    Compilation.function_name = None
-    before, JITFunction._do_compile = JITFunction._do_compile, note
-    for kernel in (launch.scan.scan_forward, launch.scan.scan_backward):
+    def create_binder(kernel):
+        made = before(kernel)
+        kernel.compile = note
+        return made
+
+    before, JITFunction.create_binder = JITFunction.create_binder, create_binder
+    kernels = (launch.scan.scan_forward, launch.scan.scan_backward)
+    for kernel in kernels:
+        kernel.device_caches.default_factory = kernel.create_binder
         kernel.device_caches.clear()
     driver.set_active(Driver(target))
     try:
         yield compilations
     finally:
-        JITFunction._do_compile = before
+        JITFunction.create_binder = before
+        for kernel in kernels:
+            kernel.device_caches.default_factory = kernel.create_binder
+            kernel.device_caches.clear()
         driver._active = None
 
 
@@ -171,10 +178,21 @@ def report(kernel) -> dict:
 
 
 def rows_for(target: str) -> list[tuple[int, Row]]:
-    """The rows of the table that are for a target, with their numbers."""
+    """The rows of the table that a target uses, with their numbers: those of its family, and those
+    of its vendor which have none of the family in their place."""
     vendor, architecture = target.split(":")
-    families = (vendor, "sm" + architecture, architecture)
-    return [(n, row) for n, row in enumerate(_shipped_rows()) if row.family in families]
+    family = architecture if vendor == "hip" else "sm" + architecture
+
+    def key(row):
+        return (*row[1 : Row._fields.index("config")], row.config.regime)
+
+    rows = list(enumerate(_shipped_rows()))
+    own = {key(row) for _, row in rows if row.family == family}
+    return [
+        (n, row)
+        for n, row in rows
+        if row.family == family or (row.family == vendor and key(row) not in own)
+    ]
 
 
 def write_bounds(targets):
@@ -191,15 +209,18 @@ def write_bounds(targets):
 
 
 def main(arguments):
-    rows = _shipped_rows()
     if arguments[0] == "--write":
         write_bounds(arguments[1:] or TARGETS)
         return
     print(json.dumps(triton.__version__), flush=True)
     target, *numbers = arguments
-    for number in map(int, numbers):
-        facts = report(compilation_of(rows[number], target).compile())
-        print(json.dumps({"row": name_of(rows[number]), **facts}), flush=True)
+    rows = _shipped_rows()
+    for number in map(int, numbers) if numbers else (n for n, _ in rows_for(target)):
+        kernel = compilation_of(rows[number], target).compile()
+        facts = {"number": number, "row": name_of(rows[number]), **report(kernel)}
+        # They would add in any order.
+        facts["floating_point_atomics"] = kernel.asm["ttir"].count("atomic_rmw fadd")
+        print(json.dumps(facts), flush=True)
 
 
 def name_of(row: Row) -> str:

@@ -41,7 +41,7 @@ def check_grids(which):
     with triton_ahead.recording("cuda:90") as found:
         triton_ahead.run(waves, plan, "ieee", which)
     (only,) = found
-    assert only.options.launch_cooperative_grid
+    assert only.options["launch_cooperative_grid"]
     assert len(only.launches) > 1
     tiles = 0
     for grid, _ in only.launches:
@@ -56,12 +56,27 @@ def check_grids(which):
             triton_ahead.run(
                 problem, planner.make_plan(problem, H200, "ieee", regime), "ieee", which
             )
-        assert not found[0].options.launch_cooperative_grid
+        assert not found[0].options["launch_cooperative_grid"]
         steps = problem.timesteps + (which == "backward")
         assert len(found[0].launches) == (1 if regime == "a" else steps)
 
 
+def check_precision(which):
+    """TF32 reaches a kernel where it was asked for, and never one of a half type."""
+    asked = [("ieee", torch.float32), ("tf32", torch.float32), ("tf32", torch.bfloat16)]
+    given = []
+    for precision, dtype in asked:
+        problem = replace(PROBLEM, dtype=dtype)
+        with triton_ahead.recording("cuda:90") as found:
+            plan = planner.make_plan(problem, H200, precision)
+            triton_ahead.run(problem, plan, precision, which)
+        kernel = found[0].source.fn
+        given.append(found[0].launches[0][1][kernel.arg_names.index("PRECISION")])
+    assert given == ["ieee", "tf32", "ieee"], given
+
+
 for which in planner.PASSES:
     check_one_compilation(which)
+    check_precision(which)
     check_grids(which)
 print("ok")

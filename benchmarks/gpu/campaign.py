@@ -113,17 +113,36 @@ def warming(campaign: Campaign) -> Iterator[None]:
 
 
 def run_tests(campaign: Campaign) -> None:
-    paths = os.pathsep.join([str(campaign.site), *sys.path])
-    if not _has_module("pytest", paths) or not _has_module("hypothesis", paths):
+    if not all(has_module(campaign, name) for name in ("pytest", "hypothesis")):
         campaign.skip("tests", "pytest", "pytest or hypothesis is not installed, nor in the wheels")
         return
-    report = campaign.out / "tests.xml"
-    which, tests = "gpu", ROOT / "tests"
     if campaign.dry:
-        which, tests = "not gpu", tests / "test_doctor.py"
+        one_file = ROOT / "tests" / "test_doctor.py"
+        run_marked(campaign, "gpu tests", "not gpu", one_file, "tests.xml", 0.2)
+        return
+    # Those that compile or fill the memory for long come last, one at a time, and may be stopped.
+    tests = ROOT / "tests"
+    run_marked(campaign, "gpu tests", "gpu and not slow", tests, "tests.xml", 0.2)
+    run_marked(campaign, "long gpu tests", "gpu and slow", tests, "tests-long.xml", 0.05, False)
+
+
+def run_marked(
+    campaign: Campaign,
+    name: str,
+    which: str,
+    tests: Path,
+    report_name: str,
+    share: float,
+    side_by_side: bool = True,
+) -> None:
+    """pytest on the tests with such markers, for a share of the campaign's time."""
+    report = campaign.out / report_name
     options = ["-q", "-m", which, "-p", "no:cacheprovider", f"--junitxml={report}"]
+    if side_by_side and has_module(campaign, "xdist"):
+        # Kernels compile side by side, and a GPU error ends one worker's tests, not all.
+        options += ["-n", str(min(os.cpu_count() or 1, 8))]
     command = campaign.python("-m", "pytest", *options, tests)
-    result = campaign.run("tests", "gpu tests", command, campaign.args.seconds * 0.2)
+    result = campaign.run("tests", name, command, campaign.args.seconds * share)
     if report.exists():
         suite = ElementTree.parse(report).getroot().find("testsuite")
         names = ("tests", "failures", "errors", "skipped")
@@ -133,8 +152,8 @@ def run_tests(campaign: Campaign) -> None:
     campaign.save()
 
 
-def _has_module(name: str, paths: str) -> bool:
-    folders = paths.split(os.pathsep)
+def has_module(campaign: Campaign, name: str) -> bool:
+    folders = [str(campaign.site), *sys.path]
     return any((Path(folder) / name).is_dir() for folder in folders if folder) or (
         importlib.util.find_spec(name) is not None
     )
@@ -147,6 +166,8 @@ def run_sanitizers(campaign: Campaign) -> None:
         for name in TOOLS:
             campaign.skip("sanitize", name, "dry run: needs a GPU")
         return
+    # Once without: whether numbers are right, and Triton's kernels are compiled for the others.
+    _skip_nothing(campaign.run("sanitize", "workload", workload, campaign.args.seconds * 0.08))
     sanitizer = tool("compute-sanitizer")
     if sanitizer is None:
         for name in TOOLS:

@@ -9,6 +9,7 @@ python benchmarks/gpu/workload.py --profile cuda lstm  one call at a telling siz
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from itertools import product
 from pathlib import Path
@@ -24,6 +25,7 @@ from results import Row
 from runner import Contender, entrant_of
 
 SHAPES = ((3, 2, 16, 16), (5, 9, 24, 40), (4, 17, 64, 128))  # T, B, I, H
+EXCHANGING = (3, 18, 16, 300)  # where several programs or blocks of threads share a layer
 DTYPES = ("float32", "bfloat16")
 PROFILED = (64, 16, 512, 512)
 NOTHING = 4  # exit status: this version has no such backend
@@ -42,6 +44,12 @@ def cases(small: bool):
     for cell in GATES:
         yield Case(cell, *SHAPES[0], "training", bidirectional=True)
         yield Case(cell, *SHAPES[0], "packed")
+    yield from exchanging()
+
+
+def exchanging():
+    for cell, dtype in product(GATES, DTYPES):
+        yield Case(cell, *EXCHANGING, "training", dtype=dtype)
 
 
 def prepared(case: Case, backend: str, device: str) -> Contender | Row:
@@ -61,11 +69,15 @@ def check(device: str, small: bool) -> int:
     """Runs everything; the number of cases that were wrong or failed."""
     bad = 0
     for backend in backends(device):
-        for case in cases(small):
-            entrant = prepared(case, backend, device)
-            note = entrant.note if isinstance(entrant, Row) else f"error {entrant.row.error:.1e}"
-            bad += note.startswith(("wrong", "failed"))
-            print(f"{backend} | {case} | {note}", flush=True)
+        ways = [("", cases(small)), *([("c", exchanging())] if backend == "triton" else [])]
+        for regime, chosen in ways:
+            os.environ["FUSED_RNN_TRITON_REGIME"] = regime
+            for case in chosen:
+                entrant = prepared(case, backend, device)
+                of_row = isinstance(entrant, Row)
+                note = entrant.note if of_row else f"error {entrant.row.error:.1e}"
+                bad += note.startswith(("wrong", "failed"))
+                print(f"{backend} {regime} | {case} | {note}", flush=True)
     return bad
 
 

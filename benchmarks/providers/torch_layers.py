@@ -33,6 +33,14 @@ def _fused_rnn(
     return Session(call, results, lambda: torch_settings(case, setting, backend, tf32), kernel)
 
 
+def _compiled(case: Case, data: Data, setting: Setting) -> Session:
+    """Our layer as torch.compile has it, in one graph; sizes are constants of it."""
+    torch._dynamo.reset()  # it compiles one function only so many times
+    module = fused_rnn.replace(copy.deepcopy(data.layer))
+    compiled = torch.compile(module, fullgraph=True, dynamic=False)
+    return Session(*module_call(compiled, case, data), lambda: torch_settings(case, setting))
+
+
 def _torch_nn(case: Case, data: Data, setting: Setting, tf32: bool = False) -> Session:
     """On a GPU cuDNN, its weights in one piece."""
     if data.resets is not None:
@@ -72,6 +80,7 @@ TORCH_LAYERS = (
         )
         for name in BACKENDS
     ),
+    Provider("fused_rnn compiled", _compiled, default_on=()),
     Provider("torch.nn", _torch_nn),
     Provider("torch.nn tf32", partial(_torch_nn, tf32=True), **_TF32),
     Provider("loop", _loop, slow=True),

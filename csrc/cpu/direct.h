@@ -58,9 +58,9 @@ struct CellCall : InferCall {
 struct StepCall {
   Array packed;
   int64_t cell, layers, input, hidden, output;
-  bool bias;
-  Array x;        // [B, I]
-  States states;  // [L, B, P], [L, B, H]
+  bool bias, half;  // half: the matrices are bfloat16, two in a float
+  Array x;          // [B, I]
+  States states;    // [L, B, P], [L, B, H]
 };
 
 // Each gives y (but for infer_cell), h_n and, where the cell has it, c_n.

@@ -81,6 +81,12 @@ FUSED_RNN_INLINE Elements narrow(Vector v) { return v; }
 
 FUSED_RNN_INLINE Elements load_elements(const float* p, int valid) { return load(p, valid); }
 
+// A stepper's weights.
+FUSED_RNN_INLINE Vector load(const BFloat16* p) {
+  typedef unsigned short Halves __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
+  return (Vector)(__builtin_convertvector(*(const Halves*)p, VectorBits) << 16);
+}
+
 FUSED_RNN_INLINE Vector load_words(const float* p, int64_t valid) {
   return load(p, (int)(valid < kWidth ? valid : kWidth));
 }

@@ -140,9 +140,10 @@ struct PackedStepParams {
   float* h;                  // [B, P]; where projected, written by project_step
   float* c;                  // [B, H], LSTM only
   float* unprojected;        // [B, H] what the cells give, projected only, else null
-  const float* w_ih;         // packed
-  const float* w_hh;         // packed
-  const float* w_hr;         // packed as one gate, projected only
+  bool half;                 // whether the matrices are BFloat16, else float
+  const void* w_ih;          // packed
+  const void* w_hh;          // packed
+  const void* w_hr;          // packed as one gate, projected only
   const float* bias;         // [G*H] all that adds to the input side, or null
   const float* hidden_bias;  // [H] GRU's b_hn, or null
 };

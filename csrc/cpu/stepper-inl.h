@@ -14,8 +14,9 @@ constexpr int kStepParts = kStepWidth / kWidth;  // vectors of this instruction 
 constexpr int kStepRows = kStepParts == 1 ? 6 : 1;
 
 // tile [rows][columns][kStepParts] = a [rows, depth] times a panel of the stepper's layout.
+template <class Stored>
 static void multiply_step(int columns, int rows, int64_t depth, const float* a, int64_t a_stride,
-                          const float* panel, Vector* tile) {
+                          const Stored* panel, Vector* tile) {
   if constexpr (kStepParts == 1) {
     multiply(columns, rows, depth, a, a_stride, panel, tile);
   } else {
@@ -33,19 +34,20 @@ static void multiply_step(int columns, int rows, int64_t depth, const float* a, 
 }
 
 // Which columns of a packed matrix of `units` columns a panel has, and where its data begin.
+template <class Stored>
 struct StepPanel {
   int64_t unit;
   int vectors;  // per gate
-  const float* data;
+  const Stored* data;
 
-  StepPanel(const float* matrix, int gates, int64_t depth, int64_t units, int64_t index) {
+  StepPanel(const void* matrix, int gates, int64_t depth, int64_t units, int64_t index) {
     unit = index * step_vectors(gates) * kStepWidth;
     vectors = (int)smaller(step_vectors(gates), ceil_div(units - unit, kStepWidth));
-    data = matrix + unit * gates * depth;
+    data = (const Stored*)matrix + unit * gates * depth;
   }
 };
 
-template <class Cell>
+template <class Cell, class Stored>
 static void packed_step_of(const PackedStepParams& p, int64_t begin, int64_t end) {
   constexpr int G = Cell::kGates, kTile = kStepRows * kMaxColumns * kStepParts;
   const int64_t hidden = p.hidden;
@@ -56,8 +58,8 @@ static void packed_step_of(const PackedStepParams& p, int64_t begin, int64_t end
                       .y = rows_of(h, 0, hidden, all),
                       .c = rows_of_or_null(p.c, 0, hidden, all)};
   for (int64_t index = begin; index < end; index++) {
-    const StepPanel side(p.w_ih, G, p.input, hidden, index);
-    const StepPanel panel(p.w_hh, G, p.output, hidden, index);
+    const StepPanel<Stored> side(p.w_ih, G, p.input, hidden, index);
+    const StepPanel<Stored> panel(p.w_hh, G, p.output, hidden, index);
     const int columns = G * panel.vectors, parts = panel.vectors * kStepParts;
     for (int64_t row = 0; row < p.batch; row += kStepRows) {
       const int rows = (int)smaller(kStepRows, p.batch - row);
@@ -88,24 +90,30 @@ static void packed_step_of(const PackedStepParams& p, int64_t begin, int64_t end
   }
 }
 
-static void packed_step(const PackedStepParams& p, int64_t begin, int64_t end) {
+template <class Stored>
+static void packed_step_from(const PackedStepParams& p, int64_t begin, int64_t end) {
   switch (p.cell) {
     case CellKind::rnn_tanh:
-      return packed_step_of<RnnCell<Math, false> >(p, begin, end);
+      return packed_step_of<RnnCell<Math, false>, Stored>(p, begin, end);
     case CellKind::rnn_relu:
-      return packed_step_of<RnnCell<Math, true> >(p, begin, end);
+      return packed_step_of<RnnCell<Math, true>, Stored>(p, begin, end);
     case CellKind::gru:
-      return packed_step_of<GruCell<Math> >(p, begin, end);
+      return packed_step_of<GruCell<Math>, Stored>(p, begin, end);
     case CellKind::lstm:
-      return packed_step_of<LstmCell<Math> >(p, begin, end);
+      return packed_step_of<LstmCell<Math>, Stored>(p, begin, end);
     case CellKind::gru_reset_before:
       return;  // stepper.cpp refuses it
   }
 }
 
-static void project_step(const PackedStepParams& p, int64_t begin, int64_t end) {
+static void packed_step(const PackedStepParams& p, int64_t begin, int64_t end) {
+  (p.half ? packed_step_from<BFloat16> : packed_step_from<float>)(p, begin, end);
+}
+
+template <class Stored>
+static void project_step_from(const PackedStepParams& p, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; index++) {
-    const StepPanel panel(p.w_hr, 1, p.hidden, p.output, index);
+    const StepPanel<Stored> panel(p.w_hr, 1, p.hidden, p.output, index);
     const int parts = panel.vectors * kStepParts;
     for (int64_t row = 0; row < p.batch; row += kStepRows) {
       const int rows = (int)smaller(kStepRows, p.batch - row);
@@ -122,6 +130,10 @@ static void project_step(const PackedStepParams& p, int64_t begin, int64_t end) 
       }
     }
   }
+}
+
+static void project_step(const PackedStepParams& p, int64_t begin, int64_t end) {
+  (p.half ? project_step_from<BFloat16> : project_step_from<float>)(p, begin, end);
 }
 
 #endif

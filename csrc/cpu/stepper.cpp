@@ -25,9 +25,10 @@ struct Offsets {
     const auto padded = [](int64_t units) { return ceil_div(units, kStepWidth) * kStepWidth; };
     const auto cell = static_cast<CellKind>(s.cell);
     const int64_t gates = cell_sizes(cell).gates;
-    w_hh = gates * padded(s.hidden) * input;
-    w_hr = w_hh + gates * padded(s.hidden) * s.output;
-    bias = w_hr + (s.output == s.hidden ? 0 : padded(s.output) * s.hidden);
+    const int64_t packed = s.half ? 2 : 1;  // in a float
+    w_hh = gates * padded(s.hidden) * input / packed;
+    w_hr = w_hh + gates * padded(s.hidden) * s.output / packed;
+    bias = w_hr + (s.output == s.hidden ? 0 : padded(s.output) * s.hidden / packed);
     hidden_bias = bias + (s.bias ? padded(gates * s.hidden) : 0);
     end = hidden_bias + (s.bias && cell == CellKind::gru ? padded(s.hidden) : 0);
   }
@@ -89,6 +90,7 @@ void step(const StepCall& s, const Allocator& allocate) {
   const float* data = s.packed.data;
   PackedStepParams p{};
   p.cell = cell_kind;
+  p.half = s.half;
   p.batch = batch;
   p.hidden = s.hidden;
   p.output = s.output;
@@ -143,19 +145,19 @@ std::vector<Tensor> step_tensors(StepCall call, const Tensor& packed, const Tens
 
 std::tuple<Tensor, Tensor> step_op(const Tensor& packed, int64_t cell, int64_t layers,
                                    int64_t input, int64_t hidden, int64_t output, bool bias,
-                                   const Tensor& x, std::optional<Tensor> h) {
-  const std::vector<Tensor> out =
-      step_tensors({{}, cell, layers, input, hidden, output, bias}, packed, x, h, std::nullopt);
+                                   bool half, const Tensor& x, std::optional<Tensor> h) {
+  const std::vector<Tensor> out = step_tensors(
+      {{}, cell, layers, input, hidden, output, bias, half}, packed, x, h, std::nullopt);
   return {out.at(0), out.at(1)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> step_lstm_op(const Tensor& packed, int64_t layers, int64_t input,
                                                 int64_t hidden, int64_t output, bool bias,
-                                                const Tensor& x, std::optional<Tensor> h,
+                                                bool half, const Tensor& x, std::optional<Tensor> h,
                                                 std::optional<Tensor> c) {
   constexpr auto kLstm = static_cast<int64_t>(CellKind::lstm);
   const std::vector<Tensor> out =
-      step_tensors({{}, kLstm, layers, input, hidden, output, bias}, packed, x, h, c);
+      step_tensors({{}, kLstm, layers, input, hidden, output, bias, half}, packed, x, h, c);
   return {out.at(0), out.at(1), out.at(2)};
 }
 
@@ -166,10 +168,10 @@ std::tuple<Tensor, Tensor, Tensor> step_lstm_op(const Tensor& packed, int64_t la
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn_cpu, m) {
   m.def(
       "step(Tensor packed, int cell, int layers, int input, int hidden, int output, bool bias, "
-      "Tensor x, Tensor? h) -> (Tensor, Tensor)");
+      "bool half, Tensor x, Tensor? h) -> (Tensor, Tensor)");
   m.def(
       "step_lstm(Tensor packed, int layers, int input, int hidden, int output, bool bias, "
-      "Tensor x, Tensor? h, Tensor? c) -> (Tensor, Tensor, Tensor)");
+      "bool half, Tensor x, Tensor? h, Tensor? c) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CPU, m) {

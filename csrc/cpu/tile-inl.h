@@ -20,10 +20,11 @@ constexpr int tile_rows(int columns) {
 
 FUSED_RNN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// tile [ROWS, COLUMNS] = a [ROWS, depth] times panel [depth, COLUMNS].
-template <int COLUMNS, int ROWS>
+// tile [ROWS, COLUMNS] = a [ROWS, depth] times panel [depth, COLUMNS]. Panels are words, but for a
+// stepper's, which may be BFloat16 that become floats as they are read.
+template <int COLUMNS, int ROWS, class Stored>
 __attribute__((noinline)) void multiply_tile(int64_t depth, const Element* a, int64_t a_stride,
-                                             const float* panel, Vector* tile) {
+                                             const Stored* panel, Vector* tile) {
   Vector sum[ROWS][COLUMNS];
   FUSED_RNN_UNROLL
   for (int row = 0; row < ROWS; row++) {
@@ -58,8 +59,8 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const Element* a, in
   }
 }
 
-template <int COLUMNS, int ROWS = tile_rows(COLUMNS)>
-void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, const float* panel,
+template <int COLUMNS, int ROWS = tile_rows(COLUMNS), class Stored>
+void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, const Stored* panel,
                    Vector* tile) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
@@ -70,8 +71,9 @@ void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, 
   multiply_tile<COLUMNS, ROWS>(depth, a, a_stride, panel, tile);
 }
 
+template <class Stored>
 static void multiply(int columns, int rows, int64_t depth, const Element* a, int64_t a_stride,
-                     const float* panel, Vector* tile) {
+                     const Stored* panel, Vector* tile) {
   switch (columns) {
     case 1:
       return multiply_rows<1>(rows, depth, a, a_stride, panel, tile);

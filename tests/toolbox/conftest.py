@@ -6,6 +6,7 @@ With `--library torch.nn` they run on torch.nn's: how docs/compatibility.md know
 from __future__ import annotations
 
 import pytest
+import torch
 from toolkit import CELLS, LAYERS, REPRESENTATIVE, VARIANTS, Maker
 from torch import nn
 
@@ -25,6 +26,12 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(
                 argument, [pytest.param(n, marks=m) for n, m in zip(names, marks, strict=True)]
             )
+
+
+@pytest.fixture(autouse=True)
+def _products_in_full(monkeypatch):
+    """Unless told not to, cuDNN's recurrent layers round the factors of float32 to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture

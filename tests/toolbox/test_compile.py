@@ -244,8 +244,11 @@ def test_forced_backend_is_asked_when_the_graph_runs():
 
 
 @pytest.mark.gpu
+@pytest.mark.costly
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize(
+    "mode", ["reduce-overhead", pytest.param("max-autotune", marks=pytest.mark.slow)]
+)
 def test_modes_with_cuda_graphs(layer, mode, make):
     module, theirs = make.pair(layer, num_layers=2, bidirectional=True)
     module, theirs = module.cuda(), theirs.cuda()

@@ -80,6 +80,33 @@ def test_no_synchronisation_with_the_host(variant, on_gpu):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_no_synchronisation_where_masks_are_on_the_device(layer, on_gpu):
+    """Nobody waits to learn what lengths and resets say."""
+    module, _ = on_gpu(layer, bidirectional=True)
+    (x,) = gpu_args(module)
+    masks = {
+        "lengths": torch.arange(x.shape[1], device="cuda").clamp(max=x.shape[0]),
+        "resets": torch.rand(x.shape[:2], device="cuda") < 0.3,
+    }
+    train_step(lambda x: module(x, **masks), module, x)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(lambda x: module(x, **masks), module, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_sync_debug_mode_finds_what_waits(on_gpu):
+    """So that the tests above can fail."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones(1, device="cuda").item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_side_streams(variant, on_gpu):
     """Work waits for its inputs on whatever stream it is given, and on no other."""
     module, theirs = on_gpu(variant)
@@ -107,12 +134,15 @@ def test_another_device_than_the_current_one(variant, on_gpu):
 
 
 @pytest.mark.slow
-def test_64_bit_offsets(library):
+@pytest.mark.parametrize(
+    ("hidden", "batch", "timesteps"),  # of 4 * hidden * batch * timesteps gates, 2.3e9
+    [pytest.param(1024, 512, 1100, id="wide"), pytest.param(128, 4096, 1100, id="many_rows")],
+)
+def test_64_bit_offsets(library, hidden, batch, timesteps):
     """Gates of more than 2^31 elements: the last rows are what a short run of them gives."""
     needed = 60 * 2**30
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip("needs 60 GiB of GPU memory")
-    hidden, batch, timesteps = 1024, 512, 1100  # 4 * 1024 * 512 * 1100 = 2.3e9
     module = library.LSTM(8, hidden).cuda()
     x = torch.randn(timesteps, batch, 8, device="cuda", requires_grad=True)
     y, _ = module(x)

@@ -173,18 +173,18 @@ def configuration(
 ) -> Config:
     """What would run the problem in a regime: the row tuned for it, or else what the rule makes."""
     cell = "rnn" if problem.cell_name.startswith("rnn") else problem.cell_name
-    for family in (device.family, device.vendor):
-        matching = [
-            row
-            for row in table
-            if (row.family, row.cell, row.kind, row.which, row.config.regime)
-            == (family, cell, kind, which, regime)
-            and row.hidden >= problem.hidden_size
-            and row.batch <= problem.batch_size
-        ]
-        if matching:
-            # The closest class of H, and of B; the user's rows come first where both agree.
-            return min(matching, key=lambda row: (row.hidden, -row.batch)).config
+    matching = [
+        row
+        for row in table
+        if row.family in (device.family, device.vendor)
+        and (row.cell, row.kind, row.which, row.config.regime) == (cell, kind, which, regime)
+        and row.hidden >= problem.hidden_size
+        and row.batch <= problem.batch_size
+    ]
+    if matching:
+        # The closest class of H, and of B; for this family before any other GPU's; the user's rows
+        # come first where all that agrees.
+        return min(matching, key=lambda r: (r.hidden, -r.batch, r.family == device.vendor)).config
     return rule(problem, device, kind, regime)
 
 
