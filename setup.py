@@ -68,6 +68,7 @@ NVCC_FLAGS = [
     *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
 ]
+EMULATOR_SOURCES = ("csrc/cuda/emulator.cpp", "csrc/cuda/weak_memory.cpp")
 # For the emulation, which is slow for other reasons, compilers should rather be quick.
 EMULATED_FLAGS = ["-O1", "-DFUSED_RNN_EMULATED", "-Wno-unknown-pragmas"]
 # Of PTX, that of compute_90a would run on nothing newer.
@@ -138,7 +139,7 @@ def extensions() -> list[Extension]:
     host = [f"csrc/{name}.cpp" for name in ("cuda/library", "cuda/step_scan", "plan")]
     scans = [*host, *SCAN_SOURCES, STEP_SOURCE]
     if is_set("FUSED_RNN_EMULATE"):
-        found.append(Extension(EMULATED_LIBRARY, [*scans, "csrc/cuda/emulator.cpp"]))
+        found.append(Extension(EMULATED_LIBRARY, [*scans, *EMULATOR_SOURCES]))
     if wants_cuda():
         found.append(Extension(CUDA_LIBRARY, scans))
     # Debian keeps Python's headers in python3-dev. Without them the doctor knows less, and small

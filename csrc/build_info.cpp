@@ -68,10 +68,11 @@ template <class Tile>
 py::object plan_facts(const fused_rnn::Plan<Tile>& plan) {
   using fused_rnn::Regime;
   if (plan.regime == Regime::none) return py::none();
-  const bool clusters = plan.regime == Regime::cluster;
-  py::dict facts = clusters ? tile_facts(plan.tile) : py::dict();
-  facts["regime"] = clusters ? "cluster" : "steps";
+  const bool steps = plan.regime == Regime::steps;
+  py::dict facts = steps ? py::dict() : tile_facts(plan.tile);
+  facts["regime"] = steps ? "steps" : plan.regime == Regime::grid ? "grid" : "cluster";
   facts["ctas"] = plan.shape.ctas;
+  facts["directions"] = plan.shape.directions;
   facts["threads"] = plan.shape.threads;
   facts["shared_bytes"] = plan.shape.shared_bytes;
   return facts;

@@ -13,6 +13,10 @@ namespace {
 constexpr int64_t kMaxCtas = int64_t{1} << 30;
 // Pitches have to stay below it, so that offsets within a row of gates fit 32 bits.
 constexpr int64_t kMaxPitch = int64_t{1} << 20;
+// A scan across the grid that needs more launches than this, one after the other, is left to
+// products of all rows. By the model a step of such a launch takes 1.4 to 2.7 us, a product per
+// step with all that is around it 8 or so.
+constexpr int64_t kMaxLaunches = 6;
 
 template <class Tiles>
 auto list(const Tiles& tiles) {
@@ -51,45 +55,55 @@ BackwardLayout layout(const BackwardTile& tile, const ScanProblem& problem) {
   return layout_of(tile, problem.cell, problem.element_bytes);
 }
 
+int message_bytes(const ForwardLayout& l) { return l.h_bytes; }
+int message_bytes(const BackwardLayout& l) { return l.message_bytes; }
+
 // Whether two tiles add up in the same order.
 bool same_sums(const ForwardTile& a, const ForwardTile& b) {
-  return a.hidden == b.hidden && a.cluster == b.cluster && a.split_k == b.split_k;
+  return a.hidden == b.hidden && a.cluster == b.cluster && a.split_k == b.split_k &&
+         a.grid == b.grid;
 }
 
 bool same_sums(const BackwardTile& a, const BackwardTile& b) {
-  return a.hidden == b.hidden && a.cluster == b.cluster;
+  return a.hidden == b.hidden && a.cluster == b.cluster && a.warps == b.warps && a.grid == b.grid;
 }
 
-// How many clusters run at a time. Clusters of 16 need a whole GPC each, smaller ones leave about a
-// tenth of the SMs without one (15 clusters of 8 on the 132 SMs of an H100).
-int64_t concurrent_clusters(int cluster, const Device& device) {
-  if (cluster == 1) return device.processors;
+template <class Tile>
+bool runs(const Tile& tile, const ScanProblem& problem, const Device& device) {
+  return tile.cluster <= (tile.grid ? device.processors : device.max_cluster) &&
+         layout(tile, problem).shared_bytes <= device.shared_bytes;
+}
+
+// How many tiles of the batch run at a time. Clusters of 16 need a whole GPC each, smaller ones
+// leave about a tenth of the SMs without one (15 clusters of 8 on the 132 SMs of an H100). CTAs of
+// a grid may be anywhere.
+template <class Tile>
+int64_t concurrent_clusters(const Tile& tile, const Device& device) {
+  const int cluster = tile.cluster;
+  if (cluster == 1 || tile.grid) return device.processors / cluster;
   if (cluster > 8) return std::max(device.processors / 18, 1);
   return std::max(device.processors * 10 / (11 * cluster), 1);
 }
 
 template <class Tile>
-Plan<Tile> plan_clusters(const ScanProblem& problem, const Device& device) {
+Plan<Tile> plan_on_chip(const ScanProblem& problem, const Device& device, bool grid) {
   const std::vector<Tile> tiles = tiles_of<Tile>(problem);
-  const auto runs = [&](const Tile& tile) {
-    return tile.hidden >= problem.hidden && tile.cluster <= device.max_cluster &&
-           layout(tile, problem).shared_bytes <= device.shared_bytes;
-  };
   const Tile* preferred = nullptr;
   for (const Tile& tile : tiles) {
-    if (runs(tile) && (preferred == nullptr || tile.hidden < preferred->hidden)) preferred = &tile;
+    if (tile.grid != grid || tile.hidden < problem.hidden || !runs(tile, problem, device)) continue;
+    if (preferred == nullptr || tile.hidden < preferred->hidden) preferred = &tile;
   }
   if (preferred == nullptr) return {};
 
   // The fewest rows to a cluster with which all clusters run at once, else the most.
-  const int64_t at_once = concurrent_clusters(preferred->cluster, device);
+  const int64_t at_once = concurrent_clusters(*preferred, device);
   const auto clusters = [&](const Tile& tile) {
     const int64_t rows = tile.row_blocks * kGroup;
     return (problem.batch + rows - 1) / rows;
   };
   const Tile* best = preferred;
   for (const Tile& tile : tiles) {
-    if (!runs(tile) || !same_sums(tile, *preferred)) continue;
+    if (!runs(tile, problem, device) || !same_sums(tile, *preferred)) continue;
     const bool fits = clusters(tile) * problem.directions <= at_once;
     const bool best_fits = clusters(*best) * problem.directions <= at_once;
     if (fits ? !best_fits || tile.row_blocks < best->row_blocks
@@ -97,12 +111,28 @@ Plan<Tile> plan_clusters(const ScanProblem& problem, const Device& device) {
       best = &tile;
     }
   }
-  const int64_t ctas = clusters(*best) * best->cluster;
-  if (ctas > kMaxCtas) return {};
+  const int64_t tiles_of_batch = clusters(*best);
   const auto l = layout(*best, problem);
-  return {Regime::cluster, static_cast<int>(best - tiles.data()), *best,
-          LaunchShape{static_cast<int>(ctas), static_cast<int>(problem.directions), best->cluster,
-                      l.threads, l.shared_bytes}};
+  LaunchShape shape{};
+  shape.threads = l.threads;
+  shape.shared_bytes = l.shared_bytes;
+  shape.cluster = grid ? 1 : best->cluster;
+  shape.cooperative = grid;
+  shape.directions = static_cast<int>(problem.directions);
+  int64_t tiles_at_once = tiles_of_batch;
+  if (grid) {
+    if (problem.directions > at_once) shape.directions = 1;
+    tiles_at_once = std::min(tiles_at_once, at_once / shape.directions);
+  }
+  const int64_t ctas = tiles_at_once * best->cluster;
+  if (ctas > kMaxCtas) return {};
+  shape.ctas = static_cast<int>(ctas);
+  return {grid ? Regime::grid : Regime::cluster,
+          static_cast<int>(best - tiles.data()),
+          *best,
+          shape,
+          tiles_of_batch,
+          exchange_words(message_bytes(l))};
 }
 
 template <class Tile>
@@ -118,37 +148,49 @@ Plan<Tile> plan_steps(const ScanProblem& problem) {
 }
 
 template <class Tile>
+int64_t launches(const Plan<Tile>& plan, const ScanProblem& problem) {
+  const int64_t at_once = plan.shape.ctas / plan.tile.cluster;
+  return (plan.batch_tiles + at_once - 1) / at_once * (problem.directions / plan.shape.directions);
+}
+
+// What needs no more than a cluster is not spread over the grid, where every step takes longer; nor
+// is a batch that the grid can only take piece by piece.
+template <class Tile>
 Plan<Tile> plan(const ScanProblem& problem, const Device& device, ForcedRegime forced) {
+  const auto may_be = [&](Regime regime) { return forced.value_or(regime) == regime; };
   Plan<Tile> found;
-  if (forced.value_or(Regime::cluster) == Regime::cluster) {
-    found = plan_clusters<Tile>(problem, device);
+  if (may_be(Regime::cluster)) found = plan_on_chip<Tile>(problem, device, false);
+  if (found.regime == Regime::none && may_be(Regime::grid)) {
+    found = plan_on_chip<Tile>(problem, device, true);
+    const bool is_there = found.regime != Regime::none;
+    if (!forced && is_there && launches(found, problem) > kMaxLaunches) found = {};
   }
-  if (found.regime == Regime::none && forced.value_or(Regime::steps) == Regime::steps) {
-    found = plan_steps<Tile>(problem);
-  }
+  if (found.regime == Regime::none && may_be(Regime::steps)) found = plan_steps<Tile>(problem);
   return found;
 }
 
 template <class Tile>
 std::string text(const char* pass, const Plan<Tile>& plan) {
   if (plan.regime == Regime::steps) return std::string(pass) + " a product per step";
-  return std::string(pass) + " H<=" + std::to_string(plan.tile.hidden) + " on clusters of " +
+  return std::string(pass) + " H<=" + std::to_string(plan.tile.hidden) +
+         (plan.regime == Regime::grid ? " across the grid by " : " on clusters of ") +
          std::to_string(plan.tile.cluster) + ", " + std::to_string(plan.tile.row_blocks * kGroup) +
          " rows each";
 }
 
-// Why clusters cannot take it, or nothing.
-std::string cluster_refusal(const ScanProblem& problem, const Device& device, bool training) {
+// Why clusters or the grid cannot take it, or nothing.
+std::string on_chip_refusal(const ScanProblem& problem, const Device& device, bool training,
+                            bool grid) {
   if (problem.cell == CellKind::gru_reset_before) {
-    return "clusters have no GRU with the reset gate before the product: a step would need a "
-           "second exchange";
+    return std::string(grid ? "scans across the grid" : "clusters") +
+           " have no GRU with the reset gate before the product: a step would need a second "
+           "exchange";
   }
   const auto limit = [&](const auto& tiles) {
     int largest = 0;
     for (const auto& tile : tiles) {
-      const bool runs = tile.cluster <= device.max_cluster &&
-                        layout(tile, problem).shared_bytes <= device.shared_bytes;
-      if (runs) largest = std::max(largest, tile.hidden);
+      if (tile.grid == grid && runs(tile, problem, device))
+        largest = std::max(largest, tile.hidden);
     }
     return largest;
   };
@@ -164,8 +206,9 @@ std::string cluster_refusal(const ScanProblem& problem, const Device& device, bo
 ForcedRegime regime_called(const std::string& name) {
   if (name.empty()) return {};
   if (name == "cluster") return Regime::cluster;
+  if (name == "grid") return Regime::grid;
   if (name == "steps") return Regime::steps;
-  throw std::invalid_argument("regime: expected cluster, steps or nothing, got " + name);
+  throw std::invalid_argument("regime: expected cluster, grid, steps or nothing, got " + name);
 }
 
 Plan<ForwardTile> plan_forward(const ScanProblem& problem, const Device& device,
@@ -184,8 +227,9 @@ std::string plan_refusal(const ScanProblem& problem, const Device& device, bool 
     return "needs compute capability 8.0 or newer, got " + std::to_string(device.capability / 10) +
            "." + std::to_string(device.capability % 10);
   }
-  if (forced == Regime::cluster) {
-    if (std::string reason = cluster_refusal(problem, device, training); !reason.empty()) {
+  if (forced == Regime::cluster || forced == Regime::grid) {
+    const bool grid = forced == Regime::grid;
+    if (std::string reason = on_chip_refusal(problem, device, training, grid); !reason.empty()) {
       return reason;
     }
   }

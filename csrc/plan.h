@@ -23,9 +23,9 @@ struct ScanProblem {
   int64_t hidden, batch, directions;
 };
 
-// How a pass is run: W_hh on chip in clusters of CTAs, or a product and a pointwise kernel per
-// step.
-enum class Regime { none, cluster, steps };
+// How a pass is run: W_hh on chip in clusters of CTAs, or across the whole grid, or a product and a
+// pointwise kernel per step.
+enum class Regime { none, cluster, grid, steps };
 // What a user may force; by an empty name, nothing.
 using ForcedRegime = std::optional<Regime>;
 
@@ -38,7 +38,11 @@ struct Plan {
   Regime regime = Regime::none;
   int index = -1;  // in its table
   Tile tile{};
+  // Of one launch. A scan over the whole grid that does not fit at once takes several, one after
+  // the other: batch tiles first, then directions.
   LaunchShape shape{};
+  int64_t batch_tiles = 0;
+  int64_t exchange_words = 0;  // of a scan over the whole grid: memory for each of its batch tiles
 };
 
 Plan<ForwardTile> plan_forward(const ScanProblem& problem, const Device& device,

@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
-REGIMES = ("cluster", "steps")
+REGIMES = ("cluster", "grid", "steps")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -102,6 +102,29 @@ def test_tf32_is_as_accurate_as_float16(cell, hidden, regime, monkeypatch):
     assert_tf32_accurate({name: tensor.cpu() for name, tensor in actual.items()}, host)
 
 
+def _grid_cases(cell: str) -> list[LayerCase]:
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    masks = {"resets": True, "reset_states": True, "states": CELLS[cell].has_c}
+    return [
+        # Sizes on both sides of every tile's; batches of one launch, of several, of every tile.
+        *(case(5, b, 9, h) for b in (1, 40) for h in (17, 512, 769, 1024, 1300, 1536, 2048)),
+        case(4, 300, 9, 1024, directions=2),
+        case(300, 8, 9, 1024, bias=False),
+        packed(list(range(12, 0, -1)), 11, 1000, directions=2),
+        case(20, 5, 3, 900, ends=(20, 0, 7, 13, 1), directions=2, **masks),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=f"{cell}-{case}") for cell in KERNELS for case in _grid_cases(cell)],
+)
+def test_accuracy_across_the_grid(case, dtype, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "grid")
+    test_accuracy(case, dtype)
+
+
 def _layer(cell, hidden, dtype=torch.bfloat16, **options):
     modes = {
         "lstm": fused_rnn.LSTM,
@@ -113,8 +136,8 @@ def _layer(cell, hidden, dtype=torch.bfloat16, **options):
 
 
 def _force(regime, cell, monkeypatch):
-    if regime == "cluster" and cell not in KERNELS:
-        pytest.skip(f"clusters have no {cell}")
+    if regime != "steps" and cell not in KERNELS:
+        pytest.skip(f"no W_hh of {cell} is kept on chip")
     monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", regime)
 
 
@@ -126,7 +149,7 @@ def _results(layer, x):
 
 
 @pytest.mark.parametrize("cell", KERNELS)
-@pytest.mark.parametrize("hidden", [64, 256, 512])
+@pytest.mark.parametrize("hidden", [64, 256, 512, 1024])
 def test_the_same_bits_every_time_beside_other_work(cell, hidden):
     layer, x = _layer(cell, hidden, bidirectional=True), torch.randn(50, 24, 64, device="cuda")
     x = x.bfloat16()
@@ -178,6 +201,26 @@ def test_the_host_does_not_wait(cell, regime, monkeypatch):
             layer(x, lengths=lengths)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_scans_across_the_grid_take_turns(monkeypatch):
+    """On streams that know nothing of each other: together they would not fit on the device."""
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "grid")
+    layers = [_layer(cell, 1024) for cell in ("lstm", "gru", "lstm")]
+    x = torch.randn(200, 16, 64, device="cuda", dtype=torch.bfloat16)
+    with fused_rnn.backend("cuda"):
+        expected = [_results(layer, x) for layer in layers]
+        streams = [torch.cuda.Stream() for _ in layers]
+        torch.cuda.synchronize()
+        for _ in range(20):
+            found = []
+            for stream, layer in zip(streams, layers, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(_results(layer, x))
+            torch.cuda.synchronize()
+            for ours, theirs in zip(found, expected, strict=True):
+                for a, b in zip(ours, theirs, strict=True):
+                    assert torch.equal(a, b)
 
 
 def test_a_hundred_thousand_steps():

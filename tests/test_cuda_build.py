@@ -50,21 +50,30 @@ def check_resources(reports: dict[str, str]) -> None:
 ONE_OF_EACH = """
 #include "csrc/cuda/launch.h"
 namespace fused_rnn {
-using Cell = LstmCell<Bfloat16Math>;
-template __global__ void scan_forward<Cell, Bfloat16Element, ForwardTileAt<CellKind::lstm, 2, 0>>(
-    ForwardParams);
-template __global__ void scan_backward<Cell, Bfloat16Element, BackwardTileAt<CellKind::lstm, 2, 0>,
-                                       CellKind::lstm>(BackwardParams);
+constexpr int number(const auto& tiles) {  // of the first tile that is on one CTA, or on the grid
+  for (size_t i = 0; i < tiles.size(); i++) if (tiles[i].grid == GRID) return static_cast<int>(i);
+  return -1;
+}
+constexpr CellKind kKind = GRID ? CellKind::rnn_tanh : CellKind::lstm;
+using Cell = CellOf<kKind, Bfloat16Math>::Type;
+using Forward = ForwardTileAt<kKind, 2, number(forward_tiles<kKind, 2>())>;
+using Backward = BackwardTileAt<kKind, 2, number(backward_tiles<kKind, 2>())>;
+template __global__ void scan_forward<Cell, Bfloat16Element, Forward>(ForwardParams);
+template __global__ void scan_backward<Cell, Bfloat16Element, Backward, kKind>(BackwardParams);
 }
 """
 
 
 @needs_nvcc
-def test_a_kernel_of_each_direction_compiles(tmp_path):
-    """The quick part of the matrix below."""
+@pytest.mark.parametrize(("arch", "grid"), [("sm_90a", 0), ("sm_80", 1)])
+def test_a_kernel_of_each_direction_compiles(arch, grid, tmp_path):
+    """The quick part of the matrix below: a small tile of one CTA, one across the grid."""
     source = tmp_path / "kernels.cu"
     source.write_text(ONE_OF_EACH)
-    check_resources(compile_kernels(tmp_path, str(source), "sm_90a", "-I", str(ROOT)))
+    options = ["-I", str(ROOT), f"-DGRID={grid}"]
+    reports = compile_kernels(tmp_path, str(source), arch, *options)
+    assert len(reports) == 2
+    check_resources(reports)
 
 
 @pytest.mark.slow

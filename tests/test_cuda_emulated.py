@@ -70,7 +70,7 @@ def _params(cases, seeds, marks=()):
     ]
 
 
-def _run(case: LayerCase, seed: int) -> dict[str, torch.Tensor]:
+def run(case: LayerCase, seed: int) -> dict[str, torch.Tensor]:
     torch.ops.fused_rnn_cuda_emulated.seed(seed)
     with fused_rnn.backend(BACKEND):
         return testing.results_of_draws(testing.run_layer, case)
@@ -86,7 +86,7 @@ def _run(case: LayerCase, seed: int) -> dict[str, torch.Tensor]:
 )
 def test_accuracy(case, seeds):
     """Outputs, states and gradients as accurate as torch.nn's, and the same bits for every seed."""
-    results = [_run(case, seed) for seed in range(seeds)]
+    results = [run(case, seed) for seed in range(seeds)]
     testing.assert_accurate(
         results[0],
         testing.results_of_draws(testing.run_oracle, case, "all", torch.float64),
@@ -276,7 +276,7 @@ def forward_arguments(**changes):
     ("changes", "message"),
     [
         ({"cell": 5}, "cell: expected 0 to 4, got 5"),
-        ({"regime": "grids"}, "regime: expected cluster, steps or nothing, got grids"),
+        ({"regime": "grids"}, "regime: expected cluster, grid, steps or nothing, got grids"),
         ({"gx": torch.zeros(1, 6, 64).double()}, "gx: expected dtype .*got Double"),
         ({"gx": torch.zeros(1, 6, 63)}, r"gx: expected shape \[1, 6, 64\], got \[1, 6, 63\]"),
         ({"gx": torch.zeros(6, 64)}, "gx: expected"),

@@ -17,8 +17,8 @@ import pytest
 from fused_rnn import native
 
 ROOT = Path(__file__).parents[1]
-FORWARD, BACKWARD = "scan_forward.cuh", "scan_backward.cuh"
-STEPS, STEP_SCAN = "steps.cuh", "step_scan.cpp"
+FORWARD, BACKWARD, EXCHANGE = "scan_forward.cuh", "scan_backward.cuh", "exchange.h"
+GATHER, STEPS, STEP_SCAN = "gather.h", "steps.cuh", "step_scan.cpp"
 # The sources of one object each: of every kernel, or of none.
 WHOLE = {STEPS: "cuda/steps.cu", STEP_SCAN: "cuda/step_scan.cpp"}
 SEEDS = 40
@@ -31,6 +31,14 @@ class Mutation(NamedTuple):
     file: str  # in csrc/cuda
     changes: list[tuple[str, str]]
     cell: str = "lstm"  # of the mutant, where it is one cell's
+    grid: bool = False  # whether scans run across the grid
+
+    @property
+    def passes(self) -> list[str]:
+        """Those whose kernels the file is part of."""
+        if self.file == EXCHANGE:
+            return ["Forward", "Backward"]
+        return ["Forward" if self.file == FORWARD else "Backward"]
 
 
 MUTATIONS = [
@@ -39,8 +47,8 @@ MUTATIONS = [
         "one buffer for h",
         FORWARD,
         [
-            ("h_memory + (s & 1) * (kLayout.h_bytes / 4)", "h_memory"),
-            ("((s + 1) & 1) * (kLayout.h_bytes / 4) + group0", "group0"),
+            ("h_memory + (kGrid ? 0 : (s & 1) * (kLayout.h_bytes / 4))", "h_memory"),
+            ("((s + 1) & 1) * (kLayout.h_bytes / 4) + group0_at", "group0_at"),
         ],
     ),
     Mutation(
@@ -65,7 +73,7 @@ MUTATIONS = [
     Mutation(
         "h is sent in the last step",
         FORWARD,
-        [("if (!last) {\n      const int block0", "if (true) {\n      const int block0")],
+        [("if (!last) {\n      const int group0_at", "if (true) {\n      const int group0_at")],
     ),
     Mutation("h is not waited for", FORWARD, [("if (s > 0) {", "if (false) {")]),
     Mutation(
@@ -86,7 +94,7 @@ MUTATIONS = [
     Mutation(
         "no cluster barrier before the first message",
         FORWARD,
-        [("block_sync();\n  if (!kAlone) cluster_sync();", "block_sync();")],
+        [("block_sync();\n  if (kCluster) cluster_sync();", "block_sync();")],
     ),
     Mutation(
         "rows of h_n are not written",
@@ -107,14 +115,14 @@ MUTATIONS = [
         "one buffer for received sums",
         BACKWARD,
         [
-            ("kSlotsAt + (s & 1) * kLayout.slot_bytes", "kSlotsAt"),
+            ("kSlotsAt + buffer * kLayout.slot_bytes", "kSlotsAt"),
             ("kSlotsAt + ((s + 1) & 1) * kLayout.slot_bytes", "kSlotsAt"),
         ],
     ),
     Mutation(
         "one buffer for the gates' gradients",
         BACKWARD,
-        [("kGradsAt + (s & 1) * kLayout.grads_bytes", "kGradsAt")],
+        [("kGradsAt + buffer * kLayout.grads_bytes", "kGradsAt")],
     ),
     Mutation(
         "no barrier after the pointwise part",
@@ -212,6 +220,116 @@ MUTATIONS = [
     ),
 ]
 
+# Across the grid the forward scan of 32 units stamps its messages, all others here count.
+MUTATIONS += [
+    Mutation(name, file, changes, grid=True)
+    for name, file, changes in [
+        ("none across the grid", EXCHANGE, []),
+        (
+            "arrivals are read without acquire",
+            EXCHANGE,
+            [("load_word<Order::acquire>", "load_word<Order::relaxed>")],
+        ),
+        (
+            "arrivals are counted without release",
+            EXCHANGE,
+            [("add_word<Order::release>", "add_word<Order::relaxed>")],
+        ),
+        (
+            "a lane counts before others have stored",
+            EXCHANGE,
+            [("warp_sync();\n      if (lane", "if (lane")],
+        ),
+        (
+            "a warp counts before it has stored",
+            FORWARD,
+            [
+                ("        exchange.sent();\n", ""),
+                (
+                    "} else if constexpr (kGrid) {\n        FUSED_RNN_UNROLL",
+                    "} else if constexpr (kGrid) {\n        exchange.sent();\n",
+                ),
+            ],
+        ),
+        (
+            "one arrival less is waited for",
+            EXCHANGE,
+            [("(message) * kArrivals;", "(message) * kArrivals - 1;")],
+        ),
+        ("one buffer for messages", EXCHANGE, [("(message & 1) *", "0 *")]),
+        (
+            "any stamp will do",
+            EXCHANGE,
+            [
+                (
+                    "(pieces[i].y != stamp || pieces[i].w != stamp)",
+                    "(pieces[i].y == 0 || pieces[i].w == 0 || pieces[i].y == kNan)",
+                )
+            ],
+        ),
+        (
+            "the stamp is a parity",
+            EXCHANGE,
+            [
+                ("words, static_cast<uint32_t>(message))", "words, message & 1)"),
+                ("stamp = static_cast<uint32_t>(message);", "stamp = message & 1;"),
+            ],
+        ),
+        (
+            "one stamp of two is looked at",
+            EXCHANGE,
+            [("(pieces[i].y != stamp || pieces[i].w != stamp)", "pieces[i].y != stamp")],
+        ),
+        (
+            "words are read before their stamps",
+            EXCHANGE,
+            [
+                (
+                    "pieces[i] = load_stamped(place(i));",
+                    "pieces[i] = load_stamped(place(i)), "
+                    "pieces[i].y = load_stamped(place(i)).y, "
+                    "pieces[i].w = load_stamped(place(i)).w;",
+                )
+            ],
+        ),
+        (
+            "h is overwritten while it is read",
+            EXCHANGE,
+            [("    block_sync();\n  }\n\n  // kCount words", "  }\n\n  // kCount words")],
+        ),
+        (
+            "h is multiplied before it is there",
+            FORWARD,
+            [("thread_index());\n        block_sync();", "thread_index());")],
+        ),
+        (
+            "gradients are multiplied before they are there",
+            GATHER,
+            [("lane);\n    warp_sync();", "lane);")],
+        ),
+        (
+            "gradients are overwritten while they are read",
+            GATHER,
+            [("warp_sync();  // every lane has read what was staged before", "")],
+        ),
+        (
+            "parts are added before they are there",
+            GATHER,
+            [("  block_sync();\n}", "}")],
+        ),
+        (
+            "the first state's gradient is not waited for",
+            BACKWARD,
+            [("if (rows.steps > 0) gather_for(-1);", "")],
+        ),
+        (
+            "gradients of the gates are not sent in the last step",
+            BACKWARD,
+            [("if (kGrid && q < kGates)", "if (kGrid && q < kGates && s > 0)")],
+        ),
+    ]
+]
+
 # Runs small layers with one seed after the other; prints what caught the mutant, or nothing.
 RUN = """
 import sys
@@ -244,7 +362,7 @@ with testing.poisoned_memory():
     for seed in range(int(sys.argv[3])):
         for case, expected in zip(cases, references):
             try:
-                testing.assert_accurate(emulated._run(case, seed), *expected, case)
+                testing.assert_accurate(emulated.run(case, seed), *expected, case)
             except (AssertionError, RuntimeError) as error:
                 print(f"caught by seed {seed}: {str(error).splitlines()[0]}")
                 sys.exit()
@@ -258,7 +376,8 @@ def objects(tmp_path_factory):
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("objects")
     commands = {}
-    for source in ("cuda/library.cpp", "plan.cpp", "cuda/emulator.cpp", *WHOLE.values()):
+    sources = ("library.cpp", "emulator.cpp", "weak_memory.cpp")
+    for source in (*(f"cuda/{name}" for name in sources), "plan.cpp", *WHOLE.values()):
         commands[Path(source).stem] = compile_command(ROOT, source)
     for cell in ("lstm", "gru", "rnn"):
         for element in ("bfloat16", "float16", "float32", "tf32"):
@@ -307,22 +426,29 @@ def test_mutants_are_caught(mutation, objects, tmp_path):
         text = text.replace(old, new)
     path.write_text(text)
     if mutation.file in WHOLE:
-        replaced, cells = Path(WHOLE[mutation.file]).stem, ("lstm", "gru", "gru_reset_before")
-        command = compile_command(tmp_path, WHOLE[mutation.file])
+        cells, regime = ("lstm", "gru", "gru_reset_before"), "steps"
+        source = WHOLE[mutation.file]
+        commands = {Path(source).stem: compile_command(tmp_path, source)}
     else:
-        params = "Forward" if mutation.file == FORWARD else "Backward"
-        replaced, cells = f"{mutation.cell}_float32_{params}", (mutation.cell,)
-        command = scan_command(tmp_path, mutation.cell, "float32", params)
-    mutant, library = tmp_path / "mutant.o", tmp_path / "mutant.so"
-    run([*command, "-o", str(mutant)])
-    others = [str(o) for name, o in objects.items() if name != replaced]
+        cells, regime = (mutation.cell,), "grid" if mutation.grid else "cluster"
+        commands = {
+            f"{mutation.cell}_float32_{params}": scan_command(
+                tmp_path, mutation.cell, "float32", params
+            )
+            for params in mutation.passes
+        }
+    mutants, library = {name: tmp_path / f"{name}.o" for name in commands}, tmp_path / "mutant.so"
+    for name, command in commands.items():
+        run([*command, "-o", str(mutants[name])])
+    # First: of functions that several objects have, the linker takes the first one's.
+    others = [o for name, o in objects.items() if name not in mutants]
+    parts = [str(o) for o in (*mutants.values(), *others)]
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     compiler = os.environ.get("CXX", "c++")
-    run([compiler, "-shared", str(mutant), *others, *paths, "-ltorch_cpu", "-o", str(library)])
+    run([compiler, "-shared", *parts, *paths, "-ltorch_cpu", "-o", str(library)])
 
-    seeds = 4 if mutation.name == "none" else SEEDS
+    seeds = SEEDS if mutation.changes else 4
     arguments = [str(library), str(Path(__file__).parent), str(seeds), *cells]
-    regime = "steps" if mutation.file in WHOLE else "cluster"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "FUSED_RNN_CUDA_REGIME": regime}
     found = run([sys.executable, "-c", RUN, *arguments], env=env, timeout=900)
-    assert bool(found) == (mutation.name != "none"), found or "not caught"
+    assert bool(found) == bool(mutation.changes), found or "not caught"

@@ -43,27 +43,42 @@ def tile(part):
         ("gru", 4, 512, 8, 1, "H200", (512, 16, 1), (512, 16, 1)),
         ("rnn_tanh", 2, 1024, 8, 1, "H200", (1024, 16, 1), (1024, 16, 1)),
         ("rnn_relu", 4, 200, 8, 1, "H200", (256, 2, 1), (256, 2, 1)),
+        # Across the grid: what no cluster can hold, and most of what a device without clusters has.
+        ("lstm", 2, 769, 8, 1, "H200", (1024, 64, 1), (1024, 64, 1)),
+        ("lstm", 2, 1024, 64, 2, "H200", (1024, 64, 4), (1024, 64, 4)),
+        ("lstm", 2, 2048, 16, 1, "H200", (2048, 128, 1), (2048, 128, 1)),
+        ("lstm", 4, 400, 8, 1, "H200", (512, 16, 1), (512, 32, 1)),
+        ("lstm", 4, 1024, 1, 1, "B200", (1024, 128, 1), (1024, 64, 1)),
+        ("lstm", 2, 129, 8, 1, "A100", (512, 32, 1), (512, 32, 1)),
+        ("gru", 2, 1500, 8, 1, "A100", (1536, 96, 1), (1536, 96, 1)),
+        ("gru", 4, 512, 8, 1, "RTX 4090", (512, 64, 1), (512, 32, 1)),
+        ("rnn_tanh", 2, 2048, 8, 2, "RTX 4090", (2048, 64, 1), (2048, 64, 1)),
     ],
 )
 def test_choices(cell, element_bytes, hidden, batch, directions, device, forward, backward):
     chosen = plan(cell, element_bytes, hidden, batch, directions, DEVICES[device])
     assert chosen["refusal"] == ""
-    assert chosen["forward"]["regime"] == chosen["backward"]["regime"] == "cluster"
     assert tile(chosen["forward"]) == forward
     assert tile(chosen["backward"]) == backward
 
 
 @pytest.mark.parametrize(
-    ("cell", "element_bytes", "hidden", "device", "words"),
+    ("cell", "element_bytes", "hidden", "device", "regime", "words"),
     [
-        ("lstm", 2, 769, "H200", "needs hidden_size up to 768 .* got 769"),
-        ("lstm", 2, 129, "A100", "needs hidden_size up to 128 .* got 129"),
-        ("lstm", 4, 385, "H200", "needs hidden_size up to 384"),
-        ("rnn_tanh", 4, 1024, "H200", "needs hidden_size up to 768"),
+        ("lstm", 2, 769, "H200", "cluster", "needs hidden_size up to 768 .* got 769"),
+        ("lstm", 2, 129, "A100", "cluster", "needs hidden_size up to 128 .* got 129"),
+        ("lstm", 4, 385, "H200", "cluster", "needs hidden_size up to 384"),
+        ("rnn_tanh", 4, 1024, "H200", "cluster", "needs hidden_size up to 768"),
+        ("gru_reset_before", 2, 8, "H200", "cluster", "clusters have no GRU with the reset gate"),
+        ("lstm", 2, 2049, "H200", "grid", "needs hidden_size up to 2048 .* got 2049"),
+        ("lstm", 2, 1537, "A100", "grid", "needs hidden_size up to 1536 .* got 1537"),
+        ("lstm", 4, 513, "RTX 4090", "grid", "needs hidden_size up to 512"),
+        ("rnn_tanh", 4, 3000, "H200", "grid", "needs hidden_size up to 2048"),
+        ("gru_reset_before", 4, 8, "H200", "grid", "across the grid have no GRU with the reset"),
     ],
 )
-def test_refusals_say_what_would_fit(cell, element_bytes, hidden, device, words):
-    chosen = plan(cell, element_bytes, hidden, device=DEVICES[device], regime="cluster")
+def test_refusals_say_what_would_fit(cell, element_bytes, hidden, device, regime, words):
+    chosen = plan(cell, element_bytes, hidden, device=DEVICES[device], regime=regime)
     assert chosen["forward"] is None or chosen["backward"] is None
     assert re.search(words, chosen["refusal"]), chosen["refusal"]
 
@@ -72,14 +87,19 @@ def test_refusals_say_what_would_fit(cell, element_bytes, hidden, device, words)
     ("cell", "element_bytes", "hidden", "device", "forward", "backward"),
     [
         ("lstm", 2, 768, "H200", "cluster", "cluster"),
-        ("lstm", 2, 769, "H200", "steps", "steps"),
-        ("lstm", 4, 400, "H200", "cluster", "steps"),
-        ("lstm", 2, 129, "A100", "steps", "steps"),
+        ("lstm", 2, 769, "H200", "grid", "grid"),
+        ("lstm", 2, 2049, "H200", "steps", "steps"),
+        ("lstm", 4, 384, "H200", "cluster", "cluster"),
+        ("lstm", 4, 400, "H200", "cluster", "grid"),
+        ("lstm", 4, 1025, "H200", "steps", "steps"),
+        ("lstm", 2, 128, "A100", "cluster", "cluster"),
+        ("lstm", 2, 129, "A100", "grid", "grid"),
+        ("lstm", 4, 600, "RTX 4090", "grid", "steps"),
         ("rnn_tanh", 2, 5000, "B200", "steps", "steps"),
         ("gru_reset_before", 2, 8, "H200", "steps", "steps"),
     ],
 )
-def test_what_does_not_fit_runs_step_by_step(
+def test_each_regime_takes_what_the_one_before_cannot(
     cell, element_bytes, hidden, device, forward, backward
 ):
     chosen = plan(cell, element_bytes, hidden, device=DEVICES[device])
@@ -123,18 +143,37 @@ def test_every_plan_fits_its_device(device):
             where = f"{cell} {element_bytes} bytes H={hidden} B={batch}: {part}"
             assert part["hidden"] >= hidden, where
             assert part["shared_bytes"] <= facts["shared_bytes"], where
-            assert part["cluster"] <= facts["max_cluster"], where
             assert part["threads"] <= 1024 and part["threads"] % 32 == 0, where
             assert part["ctas"] % part["cluster"] == 0, where
+            if part["regime"] == "grid":  # resident at once, in as many launches as it takes
+                assert 0 < part["ctas"] * part["directions"] <= facts["processors"], where
+                continue
+            assert part["cluster"] <= facts["max_cluster"], where
+            assert part["directions"] == 2, where
             assert part["ctas"] // part["cluster"] * part["row_blocks"] * 8 >= batch, where
 
 
-@pytest.mark.parametrize(("cell", "hidden"), [("lstm", 64), ("lstm", 512), ("gru", 256)])
-def test_the_order_of_sums_does_not_depend_on_the_batch(cell, hidden):
+def test_a_batch_in_too_many_pieces_is_left_to_products():
+    chosen = [plan("lstm", 2, 1024, batch)["forward"] for batch in (8, 64, 384, 385)]
+    assert [part["regime"] for part in chosen] == ["grid", "grid", "grid", "steps"]
+    assert plan("lstm", 2, 1024, 10**6, regime="grid")["forward"]["regime"] == "grid"
+
+
+def test_directions_take_turns_where_both_do_not_fit():
+    one, two = (plan("lstm", 2, hidden, 8, 2)["forward"] for hidden in (2048, 1024))
+    assert (one["ctas"], one["directions"]) == (128, 1)
+    assert (two["ctas"], two["directions"]) == (64, 2)
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden", "regime"),
+    [("lstm", 64, ""), ("lstm", 512, ""), ("gru", 256, ""), ("lstm", 1024, "grid")],
+)
+def test_the_order_of_sums_does_not_depend_on_the_batch(cell, hidden, regime):
     layouts = set()
     for batch in (1, 8, 9, 100, 1000, 10**6):
         for directions in (1, 2):
-            chosen = plan(cell, 2, hidden, batch, directions)
+            chosen = plan(cell, 2, hidden, batch, directions, regime=regime)
             forward, backward = chosen["forward"], chosen["backward"]
             layouts.add(
                 (*tile(forward)[:2], forward["split_k"], *tile(backward)[:2])

@@ -30,7 +30,7 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 
 using Fragment = uint4;
 
-enum class Order { relaxed, acquire };
+enum class Order { relaxed, acquire, release };
 
 static inline int thread_index() { return emulator::current.thread; }
 static inline int block_x() { return emulator::current.block_x; }
@@ -72,6 +72,35 @@ void copy_wait(int pending);
 template <int kPending>
 void copy_wait() {
   copy_wait(kPending);
+}
+
+uint4 load_words(const uint32_t* from);
+void store_words(uint32_t* to, const uint32_t* words, int count);
+uint4 load_stamped(const uint32_t* from);
+void store_stamped(uint32_t* to, const uint32_t* words, int count, uint32_t stamp);
+void add_word(uint32_t* to, uint32_t value, Order order);
+uint32_t load_word(const uint32_t* from, Order order);
+// Counts only while nothing else happens anywhere.
+int64_t spin_clock();
+
+template <int kWords>
+void store_words(uint32_t* to, const uint32_t (&words)[kWords]) {
+  store_words(to, words, kWords);
+}
+
+template <int kWords>
+void store_stamped(uint32_t* to, const uint32_t (&words)[kWords], uint32_t stamp) {
+  store_stamped(to, words, kWords, stamp);
+}
+
+template <Order order>
+void add_word(uint32_t* to, uint32_t value) {
+  add_word(to, value, order);
+}
+
+template <Order order>
+uint32_t load_word(const uint32_t* from) {
+  return load_word(from, order);
 }
 
 float shuffle_xor(float x, int mask);

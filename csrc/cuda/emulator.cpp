@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "emulated_primitives.h"
+#include "weak_memory.h"
 
 namespace fused_rnn::emulator {
 
@@ -51,6 +52,7 @@ struct Barrier {
 struct Meeting {
   int arrived = 0;
   int64_t generation = 0;
+  std::vector<WeakMemory::View*> views;
 };
 
 struct Cta {
@@ -76,6 +78,8 @@ struct Fiber {
   Place place;
   jmp_buf context;
   bool started = false, done = false;
+  bool spins = false;  // whether it has done nothing but ask for the time
+  WeakMemory::View view;
   std::function<bool()> ready;  // what it waits for
   std::vector<Copy> open;       // copies of no group yet
   std::deque<std::vector<Copy>> groups;
@@ -92,6 +96,8 @@ struct Machine {
   Meeting cluster_meeting;
   std::vector<Message> on_the_way, held_back;
   bool holding_back = false;
+  WeakMemory memory;
+  int64_t idle_rounds = 0;
   std::string error;
   jmp_buf scheduler;
 };
@@ -99,6 +105,7 @@ struct Machine {
 Machine machine;
 std::mt19937_64 random_bits;
 std::mutex one_launch_at_a_time;
+bool cta_is_lost = false;
 // Stacks live on: making one costs more than a small kernel.
 std::vector<std::unique_ptr<char[]>> stacks;
 
@@ -138,9 +145,13 @@ void wait_until(std::function<bool()> ready) {
   leave_fiber();
 }
 
-void meet(Meeting& meeting, int participants) {
+// Where `ordered`, threads then know of each other's accesses to memory.
+void meet(Meeting& meeting, int participants, bool ordered = true) {
   const int64_t generation = meeting.generation;
+  if (ordered) meeting.views.push_back(&machine.running->view);
   if (++meeting.arrived == participants) {
+    machine.memory.meet(meeting.views);
+    meeting.views.clear();
     meeting.arrived = 0;
     meeting.generation++;
   } else {
@@ -153,7 +164,7 @@ template <class Work>
 void collective(const Work& work) {
   Warp& w = warp();
   if (w.meeting.arrived + 1 == kLanes) work(w);
-  meet(w.meeting, kLanes);
+  meet(w.meeting, kLanes, false);
 }
 
 uint8_t* memory(uint32_t address, size_t bytes) {
@@ -229,6 +240,7 @@ void fiber_main() {
 void resume(Fiber& fiber, size_t index) {
   machine.running = &fiber;
   current = fiber.place;
+  fiber.spins = false;
   if (_setjmp(machine.scheduler) != 0) return;
   if (fiber.started) _longjmp(fiber.context, 1);
   fiber.started = true;
@@ -241,8 +253,11 @@ void resume(Fiber& fiber, size_t index) {
   setcontext(&start);
 }
 
-void prepare(const Grid& grid, int cluster_x, int y, const std::function<void()>& kernel) {
-  const auto ctas = static_cast<size_t>(grid.cluster), threads = static_cast<size_t>(grid.threads);
+// `ctas` that run at once, of which `place` says where the one of a rank stands.
+template <class PlaceOf>
+void prepare(const Grid& grid, size_t ctas, const std::function<void()>& kernel,
+             const PlaceOf& place) {
+  const auto threads = static_cast<size_t>(grid.threads);
   machine = Machine{};
   machine.grid = grid;
   machine.kernel = &kernel;
@@ -255,8 +270,9 @@ void prepare(const Grid& grid, int cluster_x, int y, const std::function<void()>
   machine.fibers.resize(ctas * threads);
   for (size_t i = 0; i < machine.fibers.size(); i++) {
     const int rank = static_cast<int>(i / threads);
-    machine.fibers[i].place = {static_cast<int>(i % threads), rank, cluster_x * grid.cluster + rank,
-                               y};
+    machine.fibers[i].place = place(rank);
+    machine.fibers[i].place.thread = static_cast<int>(i % threads);
+    machine.fibers[i].place.rank = rank;
   }
   while (stacks.size() < machine.fibers.size()) stacks.emplace_back(new char[kStackBytes]);
 }
@@ -302,7 +318,7 @@ void schedule() {
   while (!live.empty()) {
     mood.next_round();
     std::shuffle(live.begin(), live.end(), random_bits);
-    bool progress = false;
+    bool progress = false, spinning = false;
     for (const size_t i : live) {
       Fiber& fiber = machine.fibers[i];
       if (quiet_rounds < 3 && mood.starves(i / kLanes)) continue;
@@ -312,7 +328,8 @@ void schedule() {
       }
       resume(fiber, i);
       if (!machine.error.empty()) return;
-      progress = true;
+      (fiber.spins ? spinning : progress) = true;
+      if (draw(64) < delivery) machine.memory.perform_any(false, random_bits);
       // Delivered from here, not from a fiber: a failure must find the scheduler waiting.
       while (!machine.on_the_way.empty() && draw(64) < delivery) {
         if (_setjmp(machine.scheduler) == 0) deliver_any();
@@ -323,15 +340,21 @@ void schedule() {
         std::remove_if(live.begin(), live.end(), [](size_t i) { return machine.fibers[i].done; }),
         live.end());
     quiet_rounds = progress ? 0 : quiet_rounds + 1;
-    if (quiet_rounds > 3) {
+    if (quiet_rounds > 3 && !machine.memory.perform_any(true, random_bits)) {
       if (machine.on_the_way.empty()) Mood::release();
       if (machine.on_the_way.empty()) {
+        if (spinning) {
+          machine.idle_rounds++;
+          continue;
+        }
         machine.error = "deadlock: " + std::to_string(live.size()) + " threads wait in vain";
         return;
       }
       if (_setjmp(machine.scheduler) == 0) deliver_any();
       if (!machine.error.empty()) return;
     }
+  }
+  while (machine.memory.perform_any(true, random_bits)) {
   }
   if (!machine.on_the_way.empty() || !machine.held_back.empty()) {
     machine.error = "messages were still on their way when all threads had left";
@@ -344,13 +367,29 @@ unsigned char* shared_memory() { return cta().shared.data(); }
 
 void run(const Grid& grid, const std::function<void()>& kernel) {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
+  const auto run_prepared = [] {
+    schedule();
+    if (!machine.error.empty()) throw std::runtime_error("emulated kernel: " + machine.error);
+  };
+  if (grid.cooperative) {
+    const auto place = [&grid](int rank) { return Place{0, 0, rank % grid.x, rank / grid.x}; };
+    prepare(grid, static_cast<size_t>(grid.x * grid.y - (cta_is_lost ? 1 : 0)), kernel, place);
+    cta_is_lost = false;
+    run_prepared();
+    return;
+  }
   for (int y = 0; y < grid.y; y++) {
     for (int x = 0; x < grid.x / grid.cluster; x++) {
-      prepare(grid, x, y, kernel);
-      schedule();
-      if (!machine.error.empty()) throw std::runtime_error("emulated kernel: " + machine.error);
+      const auto place = [&](int rank) { return Place{0, 0, x * grid.cluster + rank, y}; };
+      prepare(grid, static_cast<size_t>(grid.cluster), kernel, place);
+      run_prepared();
     }
   }
+}
+
+void lose_a_cta() {
+  const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
+  cta_is_lost = true;
 }
 
 void set_seed(uint64_t seed) {
@@ -401,9 +440,7 @@ void block_sync() {
   preempt();
 }
 
-void warp_sync() {
-  collective([](Warp&) {});
-}
+void warp_sync() { meet(warp().meeting, kLanes); }
 
 void named_sync(int id, int threads) {
   if (id < 1 || id > 15) fail("named barriers have numbers from 1 to 15");
@@ -473,6 +510,58 @@ void copy_wait(int pending) {
     groups.pop_front();
   }
   preempt();
+}
+
+uint4 load_words(const uint32_t* from) {
+  uint32_t words[4];
+  for (int i = 0; i < 4; i++) {
+    const uint64_t word = machine.memory.load(machine.running->view, from + i, 4, random_bits);
+    words[i] = static_cast<uint32_t>(word);
+  }
+  preempt();
+  return {words[0], words[1], words[2], words[3]};
+}
+
+uint4 load_stamped(const uint32_t* from) {
+  const uint64_t first = machine.memory.load(machine.running->view, from, 8, random_bits);
+  const uint64_t second = machine.memory.load(machine.running->view, from + 2, 8, random_bits);
+  return {static_cast<uint32_t>(first), static_cast<uint32_t>(first >> 32),
+          static_cast<uint32_t>(second), static_cast<uint32_t>(second >> 32)};
+}
+
+void store_stamped(uint32_t* to, const uint32_t* words, int count, uint32_t stamp) {
+  for (int i = 0; i < count; i++) {
+    const uint64_t pair = words[i] | uint64_t{stamp} << 32;
+    machine.memory.store(machine.running->view, to + 2 * i, pair, 8, random_bits);
+  }
+  preempt();
+}
+
+void store_words(uint32_t* to, const uint32_t* words, int count) {
+  for (int i = 0; i < count; i++) {
+    machine.memory.store(machine.running->view, to + i, words[i], 4, random_bits);
+  }
+  preempt();
+}
+
+void add_word(uint32_t* to, uint32_t value, Order order) {
+  auto& view = machine.running->view;
+  if (order == Order::release) machine.memory.release(view);
+  machine.memory.add(view, to, value, random_bits);
+  preempt();
+}
+
+uint32_t load_word(const uint32_t* from, Order order) {
+  auto& view = machine.running->view;
+  return order == Order::acquire
+             ? machine.memory.load_acquire(view, from, random_bits)
+             : static_cast<uint32_t>(machine.memory.load(view, from, 4, random_bits));
+}
+
+int64_t spin_clock() {
+  leave_fiber();
+  machine.running->spins = true;
+  return machine.idle_rounds;
 }
 
 float shuffle_xor(float x, int mask) {

@@ -12,6 +12,7 @@ struct Grid {
   int cluster;  // CTAs that run at once and may write to each other
   int threads;  // of a CTA
   int shared_bytes;
+  bool cooperative;  // whether all CTAs run at once
 };
 
 // Where the running fiber stands.
@@ -22,7 +23,7 @@ extern Place current;
 
 unsigned char* shared_memory();
 
-// Runs the kernel for every thread, cluster after cluster.
+// Runs the kernel for every thread, cluster after cluster or all at once.
 //
 // Throws std::runtime_error when threads wait for each other in vain, when something is still on
 // its way to a CTA that has left, or when a primitive is used against its rules.
@@ -30,5 +31,8 @@ void run(const Grid& grid, const std::function<void()>& kernel);
 
 // Of the random choices in all that is run from now on.
 void set_seed(uint64_t seed);
+
+// The last CTA of the next cooperative launch never gets to run.
+void lose_a_cta();
 
 }  // namespace fused_rnn::emulator

@@ -14,6 +14,7 @@ struct LaunchShape {
   int cluster;           // CTAs of a cluster
   int threads;           // of a CTA
   int shared_bytes;
+  bool cooperative;  // all CTAs are resident at once, or the launch fails
 };
 
 template <class Params>

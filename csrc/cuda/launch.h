@@ -26,8 +26,8 @@ namespace fused_rnn {
 
 template <auto kernel, class Params>
 void launch_kernel(const Params& params, const LaunchShape& shape, void*) {
-  const emulator::Grid grid{shape.ctas, shape.directions, shape.cluster, shape.threads,
-                            shape.shared_bytes};
+  const emulator::Grid grid{shape.ctas,    shape.directions,   shape.cluster,
+                            shape.threads, shape.shared_bytes, shape.cooperative};
   emulator::run(grid, [&params] { kernel(params); });
 }
 
@@ -45,7 +45,7 @@ inline void check_cuda(cudaError_t status) {
 
 struct LaunchConfig {
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute attribute{};
 
   template <class Function>
   LaunchConfig(Function* kernel, const LaunchShape& shape) {
@@ -57,16 +57,21 @@ struct LaunchConfig {
         dim3(static_cast<unsigned>(shape.ctas), static_cast<unsigned>(shape.directions));
     config.blockDim = dim3(static_cast<unsigned>(shape.threads));
     config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-    if (shape.cluster == 1) return;
+    if (shape.cluster == 1 && !shape.cooperative) return;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    if (shape.cooperative) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+      return;
+    }
     if (shape.cluster > 8) {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     }
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-    cluster.val.clusterDim.y = 1;
-    cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
   }
   LaunchConfig(const LaunchConfig&) = delete;
 };

@@ -14,6 +14,7 @@
 
 #include "../plan.h"
 #include "../tensor_checks.h"
+#include "grid_launch.h"
 #include "kernels.h"
 #include "step_scan.h"
 
@@ -37,7 +38,8 @@ constexpr const char* kDeviceName = "CPU";
 bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
 
 // As an H100, but with so few SMs that a handful of rows fills them.
-Device device_facts(int64_t) { return {90, 6, 227 << 10, 16}; }
+Device emulated_device{90, 6, 227 << 10, 16};
+Device device_facts(int64_t) { return emulated_device; }
 
 struct CurrentDevice {
   explicit CurrentDevice(int64_t) {}
@@ -255,10 +257,10 @@ ForcedRegime forced_regime(const std::string& name) {
   }
 }
 
-// `by_steps` is called where the plan is to run step by step.
+// `by_steps` is called where the plan is to run step by step; `like` is a tensor on the device.
 template <class Params, class Tile, class BySteps>
-void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const Device& device,
-            ForcedRegime forced, int64_t stream, const BySteps& by_steps) {
+void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const Tensor& like,
+            const Device& device, ForcedRegime forced, int64_t stream, const BySteps& by_steps) {
   constexpr bool kTraining = !std::is_same_v<Params, ForwardParams>;
   STD_TORCH_CHECK(plan.regime != Regime::none,
                   "hidden_size: ", plan_refusal(b.problem(), device, kTraining, forced));
@@ -270,7 +272,12 @@ void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const
     }
     const Kernel<Params>* kernels = find_kernels<Params>(b.cell, b.element);
     STD_TORCH_CHECK(kernels != nullptr, "cell: rnn_relu runs in float32 only");
-    kernels[plan.index].launch(params, plan.shape, on);
+    const Kernel<Params>& kernel = kernels[plan.index];
+    if (plan.regime == Regime::grid) {
+      launch_over_grid(kernel, plan, params, like, like.get_device_index(), on);
+    } else {
+      kernel.launch(params, plan.shape, on);
+    }
   } catch (const std::exception& error) {
     STD_TORCH_CHECK(false, error.what(), ", in ", describe_plan(b.problem(), device, true, forced),
                     " of T=", params.rows.timesteps, " B=", b.batch, " H=", b.hidden);
@@ -305,7 +312,7 @@ void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
   const CurrentDevice guard(static_cast<int32_t>(index));
   const Device device = device_facts(index);
   const ForcedRegime forced = forced_regime(regime);
-  launch(b, plan_forward(b.problem(), device, forced), p, device, forced, stream,
+  launch(b, plan_forward(b.problem(), device, forced), p, gx, device, forced, stream,
          [&](const StepScan& scan) { forward_by_steps(scan, p, w_hh, h_n); });
 }
 
@@ -345,7 +352,7 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
   const CurrentDevice guard(static_cast<int32_t>(index));
   const Device device = device_facts(index);
   const ForcedRegime forced = forced_regime(regime);
-  launch(b, plan_backward(b.problem(), device, forced), p, device, forced, stream,
+  launch(b, plan_backward(b.problem(), device, forced), p, grad_gates, device, forced, stream,
          [&](const StepScan& scan) { backward_by_steps(scan, p, w_hh); });
 }
 
@@ -370,6 +377,14 @@ std::string describe_op(int64_t cell, int64_t element_bytes, int64_t hidden, int
 
 #if defined(FUSED_RNN_EMULATED)
 void seed_op(int64_t seed) { emulator::set_seed(static_cast<uint64_t>(seed)); }
+
+void device_op(int64_t capability, int64_t processors, int64_t max_cluster) {
+  emulated_device.capability = static_cast<int>(capability);
+  emulated_device.processors = static_cast<int>(processors);
+  emulated_device.max_cluster = static_cast<int>(max_cluster);
+}
+
+void lose_a_cta_op() { emulator::lose_a_cta(); }
 #endif
 
 }  // namespace
@@ -408,6 +423,8 @@ STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
       "bool training, str regime, int device) -> str");
 #if defined(FUSED_RNN_EMULATED)
   m.def("seed(int seed) -> ()");
+  m.def("device(int capability, int processors, int max_cluster) -> ()");
+  m.def("lose_a_cta() -> ()");
 #endif
 }
 
@@ -421,5 +438,7 @@ STABLE_TORCH_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("describe", TORCH_BOX(&fused_rnn::describe_op));
 #if defined(FUSED_RNN_EMULATED)
   m.impl("seed", TORCH_BOX(&fused_rnn::seed_op));
+  m.impl("device", TORCH_BOX(&fused_rnn::device_op));
+  m.impl("lose_a_cta", TORCH_BOX(&fused_rnn::lose_a_cta_op));
 #endif
 }

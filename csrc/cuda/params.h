@@ -19,8 +19,19 @@ struct ScanRows {
   const uint8_t* resets;   // [T, B], where a row's state begins anew; null: nowhere
 };
 
+// What the CTAs of a scan over the whole grid share (exchange.h), and which part of the problem a
+// launch has: as many tiles of the batch as are resident at once. All zeros for clusters.
+struct ExchangeParams {
+  uint32_t* memory;   // [directions of the launch, tiles, exchange_words], zeros before the launch
+  uint32_t* stalled;  // the message that a CTA gave up waiting for
+  int64_t patience;   // how long a CTA waits for a message, in ticks of spin_clock
+  int tiles;          // of the launch
+  int first_tile, first_direction;
+};
+
 struct ForwardParams {
   ScanRows rows;
+  ExchangeParams exchange;
   int hidden, pitch, directions;
   const void* gx;        // E [D, N, G*pitch]; `gates` may be the same memory
   const void* w_hh[2];   // E [G*pitch, pitch] of each direction
@@ -38,6 +49,7 @@ struct ForwardParams {
 
 struct BackwardParams {
   ScanRows rows;
+  ExchangeParams exchange;
   int hidden, pitch, directions;
   const void* w_hh[2];
   const void* h0;

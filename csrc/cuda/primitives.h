@@ -26,7 +26,7 @@ namespace fused_rnn {
 
 using Fragment = uint4;
 
-enum class Order { relaxed, acquire };
+enum class Order { relaxed, acquire, release };
 
 FUSED_RNN_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 FUSED_RNN_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
@@ -112,6 +112,76 @@ FUSED_RNN_DEVICE void send(uint32_t peer, const uint32_t* words, uint32_t peer_b
         : "memory");
   }
 }
+
+// ---- Global memory that running CTAs share.
+
+// 16 bytes: four reads of a word each.
+FUSED_RNN_DEVICE uint4 load_words(const uint32_t* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
+FUSED_RNN_DEVICE void store_words(uint32_t* to, const uint32_t (&words)[1]) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(words[0]) : "memory");
+}
+
+FUSED_RNN_DEVICE void store_words(uint32_t* to, const uint32_t (&words)[2]) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]),
+               "r"(words[1])
+               : "memory");
+}
+
+// Words with a stamp beside each. Both are read and written as one.
+FUSED_RNN_DEVICE void store_stamped(uint32_t* to, const uint32_t (&words)[1], uint32_t stamp) {
+  asm volatile(
+      "{\n.reg .b64 pair;\nmov.b64 pair, {%1, %2};\nst.relaxed.gpu.global.b64 [%0], pair;\n}" ::"l"(
+          to),
+      "r"(words[0]), "r"(stamp)
+      : "memory");
+}
+
+FUSED_RNN_DEVICE void store_stamped(uint32_t* to, const uint32_t (&words)[2], uint32_t stamp) {
+  asm volatile(
+      "{\n.reg .b64 first, second;\nmov.b64 first, {%1, %3};\nmov.b64 second, {%2, %3};\n"
+      "st.relaxed.gpu.global.v2.b64 [%0], {first, second};\n}" ::"l"(to),
+      "r"(words[0]), "r"(words[1]), "r"(stamp)
+      : "memory");
+}
+
+// Two of them: word, stamp, word, stamp.
+FUSED_RNN_DEVICE uint4 load_stamped(const uint32_t* from) {
+  uint4 v;
+  asm volatile(
+      "{\n.reg .b64 first, second;\nld.relaxed.gpu.global.v2.b64 {first, second}, [%4];\n"
+      "mov.b64 {%0, %1}, first;\nmov.b64 {%2, %3}, second;\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from)
+      : "memory");
+  return v;
+}
+
+// Behind all that this thread, and those it has met at a barrier, have read and written.
+template <Order order>
+FUSED_RNN_DEVICE void add_word(uint32_t* to, uint32_t value) {
+  static_assert(order == Order::release);
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+// What was before an addition that it sees is seen after it.
+template <Order order>
+FUSED_RNN_DEVICE uint32_t load_word(const uint32_t* from) {
+  static_assert(order == Order::acquire);
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+}
+
+// For who waits: clocks of the SM.
+FUSED_RNN_DEVICE int64_t spin_clock() { return clock64(); }
 
 // ---- Within a CTA.
 

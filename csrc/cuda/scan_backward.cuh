@@ -1,10 +1,13 @@
 // The backward scan: against the order of the forward scan, with W_hh transposed on chip. A CTA
-// owns the same units as in the forward scan; the gradients of its gates never leave it, but the
-// sum over all gate rows that makes the gradient of h does, in one part from each CTA.
+// owns the same units as in the forward scan. In a cluster the gradients of its gates never leave
+// it, but the sum over all gate rows that makes the gradient of h does, in one part from each CTA.
+// In a grid it is the other way round: every CTA reads the gradients of all gates and keeps its
+// sums.
 #pragma once
 
 #include "../cells.h"
 #include "elements.h"
+#include "gather.h"
 #include "params.h"
 #include "rows.h"
 
@@ -21,26 +24,33 @@ scan_backward(const BackwardParams p) {
   constexpr int kBlockWords = kWarp * kWords, kBlockBytes = block_bytes(Element::kBytes);
   constexpr int kGroupsPerStep = step_depth(Element::kBytes) / kGroup;
   constexpr int kRowGroups = kLayout.row_groups;
-  constexpr bool kAlone = Tile::cluster == 1;
+  constexpr bool kGrid = Tile::grid, kAlone = Tile::cluster == 1;
+  constexpr bool kCluster = !kGrid && !kAlone;
   using Stored = typename Element::Stored;
 
 #if !FUSED_RNN_HAS_CLUSTERS
-  if constexpr (!kAlone) return;  // the planner never asks for it
+  if constexpr (kCluster) return;  // the planner never asks for it
 #endif
   FUSED_RNN_SHARED(shared);
   constexpr int kSlotsAt = kLayout.weights_bytes;
-  constexpr int kGradsAt = kSlotsAt + 2 * kLayout.slot_bytes;
-  constexpr int kRingAt = kGradsAt + 2 * kLayout.grads_bytes;
+  constexpr int kGradsAt = kSlotsAt + kLayout.buffers * kLayout.slot_bytes;
+  constexpr int kRingAt = kGradsAt + kLayout.buffers * kLayout.grads_bytes;
+  constexpr int kStageAt = kRingAt + kLayout.ring_bytes;
+  constexpr int kBarriersAt = kLayout.shared_bytes - kBarrierBytes;
   const uint32_t shared_at = shared_address(shared);
-  const uint32_t barriers_at = shared_at + kRingAt + kLayout.ring_bytes;
+  const uint32_t barriers_at = shared_at + kBarriersAt;
   Fragment* weights_memory = reinterpret_cast<Fragment*>(shared);
 
   const int lane = lane_index(), warp = warp_index();
   const bool has_items = warp < kLayout.item_warps;
-  const int rank = kAlone ? 0 : static_cast<int>(cluster_rank());
-  const int direction = block_y();
-  const TileRows<kBlocks> rows(p.rows, block_x() / Tile::cluster * kGroup * kBlocks,
-                               direction == 1);
+  const int rank = kCluster ? static_cast<int>(cluster_rank()) : block_x() % Tile::cluster;
+  const int tile = block_x() / Tile::cluster;  // of the launch
+  const int first_tile = kGrid ? p.exchange.first_tile : 0;
+  const int direction = block_y() + (kGrid ? p.exchange.first_direction : 0);
+  const TileRows<kBlocks> rows(p.rows, (first_tile + tile) * kGroup * kBlocks, direction == 1);
+  // Message steps - s, in a grid, is the gradients of all gates at step s.
+  const Exchange<kLayout.message_bytes, Tile::cluster * kLayout.item_warps, kLayout.threads>
+      exchange(p.exchange, tile, reinterpret_cast<uint32_t*>(shared + kBarriersAt));
   const int64_t pitch = p.pitch;
   const int group0 = rank * kLayout.groups;  // of this CTA
 
@@ -57,22 +67,24 @@ scan_backward(const BackwardParams p) {
   const int64_t states_at = direction * p.rows.batch * pitch;
 
   // Of each warp some 16-unit columns of W_hh, over the CTA's gate rows. CTAs begin at their own
-  // units, so that at no time all send to the same.
+  // units, so that at no time all send to the same. In a grid: the CTA's own columns, over the
+  // warp's part of all gate rows.
   constexpr int kAllProducts = Tile::hidden / (2 * kGroup);
   const int product0 = (warp * kProducts + rank * kAllProducts / Tile::cluster) % kAllProducts;
   const auto product = [&](int i) {
     const int at = product0 + i;
     return at >= kAllProducts ? at - kAllProducts : at;
   };
+  const int row_group0 = kGrid ? warp * kLayout.k_steps * kGroupsPerStep : group0 * kGates;
   const auto fragment = [&](int step, int i) {
     return Element::fragment_transposed(
         [&](int half, int row_in_group) -> const Stored* {
-          const int index = step * kGroupsPerStep + half;
-          const int unit = (group0 + index / kGates) * kGroup + row_in_group;
-          if (index >= kRowGroups || unit >= pitch) return nullptr;
+          const int within = step * kGroupsPerStep + half, index = row_group0 + within;
+          const int unit = index / kGates * kGroup + row_in_group;
+          if ((!kGrid && within >= kRowGroups) || unit >= pitch) return nullptr;
           return w_hh + (gate_of_grad<Cell>(index % kGates) * pitch + unit) * pitch;
         },
-        product(i) * 2 * kGroup, p.pitch);
+        kGrid ? (group0 + 2 * i) * kGroup : product(i) * 2 * kGroup, p.pitch);
   };
   Fragment weights[Tile::register_steps > 0 ? Tile::register_steps : 1][kProducts];
   FUSED_RNN_UNROLL
@@ -89,7 +101,8 @@ scan_backward(const BackwardParams p) {
       shared_weights[(k * kProducts + i) * kWarp] = fragment(Tile::register_steps + k, i);
     }
   }
-  if (!kAlone && thread_index() == 0) {
+  if (kGrid) exchange.start();
+  if (kCluster && thread_index() == 0) {
     barrier_init(barriers_at, 1);
     barrier_init(barriers_at + 8, 1);
     barrier_init_fence();
@@ -155,7 +168,7 @@ scan_backward(const BackwardParams p) {
   }
 
   block_sync();
-  if (!kAlone) cluster_sync();
+  if (kCluster) cluster_sync();
 
   // What the pointwise part of step s reads, on its way into the ring: the saved gates; the state
   // before the step, or where that is of no use after it; the gradient of y.
@@ -222,13 +235,14 @@ scan_backward(const BackwardParams p) {
     held[j][e] = grad_c[j][e] = 0.0f;
   };
 
-  // Parts of the gradient of h after step s, in the order of the CTAs they come from.
+  // Parts of the gradient of h after step s, in the order of the CTAs or warps they come from.
   const auto received = [&](int s, int j, float (&sum)[2]) {
+    const int buffer = kLayout.buffers == 1 ? 0 : s & 1;
     const float* slots =
-        reinterpret_cast<const float*>(shared + kSlotsAt + (s & 1) * kLayout.slot_bytes);
+        reinterpret_cast<const float*>(shared + kSlotsAt + buffer * kLayout.slot_bytes);
     sum[0] = sum[1] = 0.0f;
 #pragma unroll 8
-    for (int from = 0; from < Tile::cluster; from++) {
+    for (int from = 0; from < kLayout.parts; from++) {
       const float2 part = reinterpret_cast<const float2*>(
           slots)[(from * kLayout.items + group_of(j) * kBlocks + block_of(j)) * kWarp + lane];
       sum[0] += part.x;
@@ -237,7 +251,14 @@ scan_backward(const BackwardParams p) {
   };
   const auto wait = [&](int s) {
     const int message = rows.steps - 2 - s;
-    if (!kAlone) barrier_wait<Order::acquire>(barriers_at + 8 * (s & 1), (message >> 1) & 1);
+    if (kCluster) barrier_wait<Order::acquire>(barriers_at + 8 * (s & 1), (message >> 1) & 1);
+  };
+
+  // In a grid: parts of the gradient of h after step s.
+  const auto gather_for = [&](int s) {
+    gather<Element, Tile, kind>(exchange, rows.steps - 1 - s, weights, shared_weights,
+                                reinterpret_cast<uint32_t*>(shared + kStageAt),
+                                reinterpret_cast<float2*>(shared + kSlotsAt));
   };
 
   for (int i = 1; i < Tile::ring; i++) prefetch(rows.steps - i);
@@ -246,16 +267,17 @@ scan_backward(const BackwardParams p) {
     warp_sync();  // every lane has read the slot that is filled next
     prefetch(s - Tile::ring + 1);
     const int64_t t = rows.time(s);
+    const int buffer = kLayout.buffers == 1 ? 0 : s & 1;
     uint32_t* grads_now =
-        reinterpret_cast<uint32_t*>(shared + kGradsAt + (s & 1) * kLayout.grads_bytes);
-    if (!kAlone && thread_index() == 0) {
+        reinterpret_cast<uint32_t*>(shared + kGradsAt + buffer * kLayout.grads_bytes);
+    if (kCluster && thread_index() == 0) {
       barrier_expect(barriers_at + 8 * ((s + 1) & 1), kLayout.slot_bytes);
     }
+    float factors[kItems][2][Cell::kFactors], arriving[kItems][2];
+    uint32_t next_anew = 0;
     if (has_items) {
       copy_wait<Tile::ring - 1>();
       warp_sync();
-      float factors[kItems][2][Cell::kFactors], arriving[kItems][2];
-      uint32_t next_anew = 0;
       FUSED_RNN_UNROLL
       for (int j = 0; j < kItems; j++) {
         const uint32_t item = ring_item(s, j), state_at = item + kSaved * kBlockBytes;
@@ -287,6 +309,11 @@ scan_backward(const BackwardParams p) {
           arriving[j][e] = from_y[0][e];
         }
       }
+    }
+    if constexpr (kGrid) {
+      if (s + 1 < rows.steps) gather_for(s);
+    }
+    if (has_items) {
       if (s + 1 < rows.steps) wait(s);
       FUSED_RNN_UNROLL
       for (int j = 0; j < kItems; j++) {
@@ -320,57 +347,65 @@ scan_backward(const BackwardParams p) {
           const int at = ((group_of(j) * kGrads + q) * kBlocks + block_of(j)) * kBlockWords;
           FUSED_RNN_UNROLL
           for (int w = 0; w < kWords; w++) grads_now[at + lane * kWords + w] = words[w];
+          if (kGrid && q < kGates) {
+            const int row_group = rank * kRowGroups + group_of(j) * kGates + q;
+            const int to = (row_group * kBlocks + block_of(j)) * kBlockWords + lane * kWords;
+            exchange.put(rows.steps - s, to, words);
+          }
         }
       }
+      if (kGrid) exchange.sent();
       began = anew;
       anew = next_anew;
     }
     block_sync();  // the gradients of all the CTA's gates are there
 
-    typename Element::Sum sums[kProducts][kBlocks];
-    const auto multiply = [&](int step, const auto& weight) {
-      FUSED_RNN_UNROLL
-      for (int n = 0; n < kBlocks; n++) {
-        const auto block = [&](int index) -> const uint32_t* {
-          if (index >= kRowGroups) return nullptr;
-          const int at = index / kGates * kGrads + index % kGates;
-          return grads_now + (at * kBlocks + n) * kBlockWords;
-        };
-        const int index = step * kGroupsPerStep;
-        const auto b = Element::operand(block(index), block(index + 1));
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < kProducts; i++) Element::multiply(sums[i][n], weight(i), b);
-      }
-    };
-    FUSED_RNN_UNROLL
-    for (int k = 0; k < Tile::register_steps; k++) {
-      multiply(k, [&](int i) -> const Fragment& { return weights[k][i]; });
-    }
-    FUSED_RNN_UNROLL
-    for (int k = 0; k < kLayout.shared_steps; k++) {
-      multiply(Tile::register_steps + k,
-               [&](int i) { return shared_weights[(k * kProducts + i) * kWarp]; });
-    }
-    const int slot_at = kSlotsAt + ((s + 1) & 1) * kLayout.slot_bytes;
-    FUSED_RNN_UNROLL
-    for (int i = 0; i < kProducts; i++) {
-      float totals[kBlocks][4];
-      FUSED_RNN_UNROLL
-      for (int n = 0; n < kBlocks; n++) sums[i][n].finish(totals[n]);
-      FUSED_RNN_UNROLL
-      for (int half = 0; half < 2; half++) {
-        const int group = product(i) * 2 + half;
-        const int owner = group / kLayout.groups, item = group % kLayout.groups * kBlocks;
-        const int at = slot_at + ((rank * kLayout.items + item) * kWarp + lane) * 8;
+    if constexpr (!kGrid) {
+      typename Element::Sum sums[kProducts][kBlocks];
+      const auto multiply = [&](int step, const auto& weight) {
         FUSED_RNN_UNROLL
         for (int n = 0; n < kBlocks; n++) {
-          const float2 v = make_float2(totals[n][2 * half], totals[n][2 * half + 1]);
-          if constexpr (kAlone) {
-            *reinterpret_cast<float2*>(shared + at + n * kWarp * 8) = v;
-          } else {
-            const uint32_t words[2] = {bits_of(v.x), bits_of(v.y)};
-            send<2>(peer_address(shared_at + at + n * kWarp * 8, owner), words,
-                    peer_address(barriers_at + 8 * ((s + 1) & 1), owner));
+          const auto block = [&](int index) -> const uint32_t* {
+            if (index >= kRowGroups) return nullptr;
+            const int at = index / kGates * kGrads + index % kGates;
+            return grads_now + (at * kBlocks + n) * kBlockWords;
+          };
+          const int index = step * kGroupsPerStep;
+          const auto b = Element::operand(block(index), block(index + 1));
+          FUSED_RNN_UNROLL
+          for (int i = 0; i < kProducts; i++) Element::multiply(sums[i][n], weight(i), b);
+        }
+      };
+      FUSED_RNN_UNROLL
+      for (int k = 0; k < Tile::register_steps; k++) {
+        multiply(k, [&](int i) -> const Fragment& { return weights[k][i]; });
+      }
+      FUSED_RNN_UNROLL
+      for (int k = 0; k < kLayout.shared_steps; k++) {
+        multiply(Tile::register_steps + k,
+                 [&](int i) { return shared_weights[(k * kProducts + i) * kWarp]; });
+      }
+      const int slot_at = kSlotsAt + ((s + 1) & 1) * kLayout.slot_bytes;
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kProducts; i++) {
+        float totals[kBlocks][4];
+        FUSED_RNN_UNROLL
+        for (int n = 0; n < kBlocks; n++) sums[i][n].finish(totals[n]);
+        FUSED_RNN_UNROLL
+        for (int half = 0; half < 2; half++) {
+          const int group = product(i) * 2 + half;
+          const int owner = group / kLayout.groups, item = group % kLayout.groups * kBlocks;
+          const int at = slot_at + ((rank * kLayout.items + item) * kWarp + lane) * 8;
+          FUSED_RNN_UNROLL
+          for (int n = 0; n < kBlocks; n++) {
+            const float2 v = make_float2(totals[n][2 * half], totals[n][2 * half + 1]);
+            if constexpr (kAlone) {
+              *reinterpret_cast<float2*>(shared + at + n * kWarp * 8) = v;
+            } else {
+              const uint32_t words[2] = {bits_of(v.x), bits_of(v.y)};
+              send<2>(peer_address(shared_at + at + n * kWarp * 8, owner), words,
+                      peer_address(barriers_at + 8 * ((s + 1) & 1), owner));
+            }
           }
         }
       }
@@ -384,6 +419,9 @@ scan_backward(const BackwardParams p) {
 
   // The gradient of the state before the first step. To have received it also means that nothing
   // is on its way to this CTA when it leaves.
+  if constexpr (kGrid) {
+    if (rows.steps > 0) gather_for(-1);
+  }
   if (has_items) {
     if (rows.steps > 0) wait(-1);
     FUSED_RNN_UNROLL

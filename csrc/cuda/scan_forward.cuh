@@ -1,8 +1,10 @@
-// The forward scan: a cluster of CTAs keeps W_hh on chip for the whole sequence and takes a tile of
-// batch rows through time. docs/cuda-kernels.md tells how, and why it needs no more barriers.
+// The forward scan: CTAs, of a cluster or of the whole grid, keep W_hh on chip for the whole
+// sequence and take a tile of batch rows through time. docs/cuda-kernels.md tells how, and why it
+// needs no more barriers.
 #pragma once
 
 #include "elements.h"
+#include "exchange.h"
 #include "params.h"
 #include "rows.h"
 
@@ -17,29 +19,35 @@ scan_forward(const ForwardParams p) {
   constexpr int kProducts = kLayout.products, kWords = Element::kWords;
   constexpr int kDepth = step_depth(Element::kBytes);
   constexpr int kBlockWords = kWarp * kWords;
-  constexpr bool kAlone = Tile::cluster == 1;
+  constexpr bool kGrid = Tile::grid, kAlone = Tile::cluster == 1;
+  constexpr bool kCluster = !kGrid && !kAlone;
   using Stored = typename Element::Stored;
 
 #if !FUSED_RNN_HAS_CLUSTERS
-  if constexpr (!kAlone) return;  // the planner never asks for it
+  if constexpr (kCluster) return;  // the planner never asks for it
 #endif
   FUSED_RNN_SHARED(shared);
   const uint32_t weights_at = shared_address(shared);
   const uint32_t h_at = weights_at + kLayout.weights_bytes;
-  const uint32_t ring_at = h_at + 2 * kLayout.h_bytes;
-  const uint32_t barriers_at = ring_at + kLayout.ring_bytes + kLayout.partial_bytes;
+  const uint32_t ring_at = h_at + kLayout.h_buffers * kLayout.h_bytes;
+  constexpr int kBarriersAt = kLayout.shared_bytes - kBarrierBytes;
+  const uint32_t barriers_at = shared_address(shared) + kBarriersAt;
   Fragment* weights_memory = reinterpret_cast<Fragment*>(shared);
   uint32_t* h_memory = reinterpret_cast<uint32_t*>(shared + kLayout.weights_bytes);
-  float4* partials = reinterpret_cast<float4*>(shared + kLayout.weights_bytes +
-                                               2 * kLayout.h_bytes + kLayout.ring_bytes);
+  float4* partials = reinterpret_cast<float4*>(
+      shared + kLayout.weights_bytes + kLayout.h_buffers * kLayout.h_bytes + kLayout.ring_bytes);
 
   const int lane = lane_index(), warp = warp_index();
   const int column = warp % kLayout.warp_columns, part = warp / kLayout.warp_columns;
   const bool leads = part == 0;  // the warp that does the pointwise part of its unit groups
-  const int rank = kAlone ? 0 : static_cast<int>(cluster_rank());
-  const int direction = block_y();
-  const TileRows<kBlocks> rows(p.rows, block_x() / Tile::cluster * kGroup * kBlocks,
-                               direction == 1);
+  const int rank = kCluster ? static_cast<int>(cluster_rank()) : block_x() % Tile::cluster;
+  const int tile = block_x() / Tile::cluster;  // of the launch
+  const int first_tile = kGrid ? p.exchange.first_tile : 0;
+  const int direction = block_y() + (kGrid ? p.exchange.first_direction : 0);
+  const TileRows<kBlocks> rows(p.rows, (first_tile + tile) * kGroup * kBlocks, direction == 1);
+  // Message s, in a grid, is h_s; each CTA has the first for itself.
+  const Exchange<kLayout.h_bytes, Tile::cluster * kLayout.warp_columns, kLayout.threads> exchange(
+      p.exchange, tile, reinterpret_cast<uint32_t*>(shared + kBarriersAt));
   const int64_t pitch = p.pitch;
   const int group0 = rank * kLayout.groups + column * kUnits;  // of this warp
 
@@ -74,7 +82,8 @@ scan_forward(const ForwardParams p) {
     }
   }
 
-  if (!kAlone && thread_index() == 0) {
+  if (kGrid) exchange.start();
+  if (kCluster && thread_index() == 0) {
     barrier_init(barriers_at, 1);
     barrier_init(barriers_at + 8, 1);
     barrier_init_fence();
@@ -175,7 +184,7 @@ scan_forward(const ForwardParams p) {
   }
 
   block_sync();
-  if (!kAlone) cluster_sync();
+  if (kCluster) cluster_sync();
 
   // gx of step s on its way into the ring; each warp reads only what it asked for itself.
   const auto ring_block = [&](int s, int j, int n) {
@@ -222,11 +231,16 @@ scan_forward(const ForwardParams p) {
         }
       }
     }
-    if (!kAlone && thread_index() == 0 && !last) {
+    if (kCluster && thread_index() == 0 && !last) {
       barrier_expect(barriers_at + 8 * ((s + 1) & 1), kLayout.h_bytes);
     }
     if (s > 0) {
       if constexpr (kAlone) {
+        block_sync();
+      } else if constexpr (kGrid) {
+        exchange.await(s);
+        exchange.template fetch<kLayout.h_bytes / 4, kLayout.threads>(h_memory, s, 0,
+                                                                      thread_index());
         block_sync();
       } else {
         barrier_wait<Order::acquire>(barriers_at + 8 * (s & 1), ((s - 1) >> 1) & 1);
@@ -235,7 +249,7 @@ scan_forward(const ForwardParams p) {
 
     // W_hh h
     typename Element::Sum sums[kProducts][kBlocks];
-    const uint32_t* h_now = h_memory + (s & 1) * (kLayout.h_bytes / 4);
+    const uint32_t* h_now = h_memory + (kGrid ? 0 : (s & 1) * (kLayout.h_bytes / 4));
     const auto multiply = [&](int step, const Fragment(&a)[kProducts]) {
       constexpr int kGroupsPerStep = kDepth / kGroup;
       const int group = (part * kLayout.k_steps + step) * kGroupsPerStep;
@@ -342,7 +356,8 @@ scan_forward(const ForwardParams p) {
     // h to every CTA. Not in the last step: nobody waits for it, and a CTA that has left must not
     // be written to.
     if (!last) {
-      const int block0 = ((s + 1) & 1) * (kLayout.h_bytes / 4) + group0 * kBlocks * kBlockWords;
+      const int group0_at = group0 * kBlocks * kBlockWords;
+      const int block0 = ((s + 1) & 1) * (kLayout.h_bytes / 4) + group0_at;
       uint32_t words[kUnits * kBlocks][kWords];
       FUSED_RNN_UNROLL
       for (int i = 0; i < kUnits * kBlocks; i++) {
@@ -356,6 +371,12 @@ scan_forward(const ForwardParams p) {
             h_memory[block0 + i * kBlockWords + lane * kWords + w] = words[i][w];
           }
         }
+      } else if constexpr (kGrid) {
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < kUnits * kBlocks; i++) {
+          exchange.put(s + 1, group0_at + i * kBlockWords + lane * kWords, words[i]);
+        }
+        exchange.sent();
       } else {
 #pragma unroll 4
         for (int d = 0; d < Tile::cluster; d++) {
@@ -424,7 +445,7 @@ scan_forward(const ForwardParams p) {
       }
     }
   }
-  if (!kAlone) cluster_sync();  // no CTA leaves while another may still write to it
+  if (kCluster) cluster_sync();  // no CTA leaves while another may still write to it
 }
 
 }  // namespace fused_rnn

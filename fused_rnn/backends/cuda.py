@@ -21,7 +21,7 @@ from .base import Backend, allocate_output, float32_precision, is_relu_of_half
 from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
 
 _GROUP = 8  # rows of matrices are a multiple of so many columns
-REGIMES = ("cluster", "steps")
+REGIMES = ("cluster", "grid", "steps")
 
 
 def requested_regime() -> str:

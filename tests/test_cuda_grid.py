@@ -1,0 +1,196 @@
+"""Scans that spread W_hh over the whole grid, emulated: all CTAs at once, over a global memory in
+which stores come late and out of order and loads may be stale.
+
+Small messages are stamped, larger ones counted (tiles.h); the cases have both, in both passes.
+"""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cuda_emulated import BACKEND, run
+
+import fused_rnn
+from fused_rnn import native, testing
+from fused_rnn.cells import CELLS
+from fused_rnn.testing import LayerCase
+
+DTYPES = {
+    "rnn_tanh": (torch.bfloat16, torch.float16, torch.float32),
+    "rnn_relu": (torch.float32,),  # its half types run through float32
+    "gru": (torch.bfloat16, torch.float16, torch.float32),
+    "lstm": (torch.bfloat16, torch.float16, torch.float32),
+}
+
+
+@pytest.fixture(autouse=True)
+def library(poisoned, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "grid")
+    if reason := native.cuda_emulated_library_error():
+        pytest.skip(reason)
+    return torch.ops.fused_rnn_cuda_emulated
+
+
+@pytest.fixture
+def ampere(library):
+    """A device without clusters."""
+    library.device(80, 6, 1)  # capability, SMs, CTAs of a cluster
+    yield
+    library.device(90, 6, 16)
+
+
+def _cases(cell: str) -> list[LayerCase]:
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    every_mask = {"resets": True, "reset_states": True, "states": CELLS[cell].has_c}
+    return [
+        case(1, 1, 2, 17),
+        case(3, 5, 3, 90, bias=False),  # three CTAs, one direction after the other
+        case(4, 19, 3, 29, directions=2),  # 16 rows to a tile, and more tiles than fit at once
+        case(6, 5, 3, 21, ends=(3, 0, 5, 1, 6), directions=2, **every_mask),
+        packed([5, 3, 3, 1], 3, 32, directions=2),
+    ]
+
+
+def _slow_cases(cell: str) -> list[LayerCase]:
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    return [
+        *(case(t, b, 3, h, directions=d) for t in (2, 11) for b in (1, 40) for h, d in
+          ((18, 2), (31, 1), (33, 2), (96, 1))),
+        *(packed(lengths, 3, h) for lengths in ([9, 8, 1], [2] * 20 + [1]) for h in (24, 70)),
+        case(30, 6, 3, 32, ends=(30, 1, 17, 0, 29, 30), resets=True, reset_states=True),
+    ]  # fmt: skip
+
+
+def _params(cases, seeds, marks=()):
+    return [
+        pytest.param(
+            replace(case, dtype=dtype),
+            seeds,
+            id="-".join((cell, str(dtype).removeprefix("torch."), str(case))),
+            marks=marks,
+        )
+        for cell, dtypes in DTYPES.items()
+        for case in cases(cell)
+        for dtype in dtypes
+    ]
+
+
+@pytest.mark.parametrize(
+    ("case", "seeds"),
+    [
+        *_params(_cases, 2),
+        *_params(_cases, 16, [pytest.mark.slow]),
+        *_params(_slow_cases, 8, [pytest.mark.slow]),
+    ],
+)
+def test_accuracy(case, seeds):
+    """Outputs, states and gradients as accurate as torch.nn's, and the same bits for every seed."""
+    results = [run(case, seed) for seed in range(seeds)]
+    testing.assert_accurate(
+        results[0],
+        testing.results_of_draws(testing.run_oracle, case, "all", torch.float64),
+        testing.results_of_draws(testing.run_torch, case),
+        case,
+    )
+    for seed, other in enumerate(results):
+        for name, tensor in other.items():
+            assert torch.equal(tensor, results[0][name]), f"seed {seed}: other bits in {name}"
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_a_row_has_the_same_bits_in_every_batch(cell):
+    """However many rows a tile has and however many launches there are."""
+    inputs = testing.make_inputs(LayerCase(cell, 3, 60, 5, 31))
+    # The input projection is torch's, whose sums may depend on the batch.
+    inputs.weights[0].zero_()
+    few = replace(inputs, x=inputs.x[:, :3], h0=inputs.h0[:, :3])
+    if inputs.c0 is not None:
+        few = replace(few, c0=inputs.c0[:, :3])
+    with fused_rnn.backend(BACKEND):
+        many_y, few_y = testing.run_layer(inputs)[0], testing.run_layer(few)[0]
+    assert torch.equal(many_y[:, :3], few_y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("value", [1e30, float("inf"), float("nan")])
+def test_any_number_may_be_sent(value, dtype):
+    """States are whatever the caller gives; what is not finite stays in its row."""
+    inputs = testing.make_inputs(LayerCase("gru", 4, 3, 3, 20, dtype=dtype))
+    h0 = inputs.h0.clone()
+    h0[:, 1] = value
+    with fused_rnn.backend(BACKEND):
+        usual = testing.run_layer(inputs)[0]
+        y = testing.run_layer(replace(inputs, h0=h0))[0]
+    assert torch.equal(y[:, ::2], usual[:, ::2])
+    if value == 1e30:
+        assert y.isfinite().all() and y[0, 1].abs().max() > 1e20
+    else:
+        assert not y[-1, 1].isfinite().any()
+
+
+@pytest.mark.parametrize("hidden", [20, 90])
+def test_a_cta_that_never_runs_is_an_error_not_a_hang(library, hidden):
+    inputs = testing.make_inputs(LayerCase("lstm", 4, 3, 3, hidden))
+    with fused_rnn.backend(BACKEND):
+        library.lose_a_cta()
+        with pytest.raises(RuntimeError, match="gave up waiting for message 1 of its CTAs"):
+            testing.run_layer(inputs)
+        y = testing.run_layer(inputs.leaves())[0]
+        library.lose_a_cta()
+        with pytest.raises(RuntimeError, match="gave up waiting for message 1 .* H=" + str(hidden)):
+            y.sum().backward()
+        again = testing.run_layer(inputs)[0]
+    assert torch.equal(y, again)
+
+
+def test_explain_says_where_it_runs(monkeypatch, ampere):
+    monkeypatch.setenv("FUSED_RNN_BACKEND", BACKEND)
+    monkeypatch.delenv("FUSED_RNN_CUDA_REGIME")
+    lines = str(fused_rnn.explain(fused_rnn.GRU(5, 24), torch.randn(3, 4, 5)))
+    assert "scan H<=32 across the grid by 2, 8 rows each; back H<=32 across the grid by 2" in lines
+
+
+def test_clusters_are_preferred(library):
+    describe = functools.partial(library.describe, CELLS["gru"].index, 4)
+    assert "on clusters of 2" in describe(32, 3, 1, True, "", 0)
+    assert "across the grid by 3" in describe(65, 3, 1, True, "", 0)
+    assert "a product per step" in describe(97, 3, 1, True, "", 0)
+
+
+def test_a_forward_scan_in_clusters_may_have_a_backward_one_across_the_grid(monkeypatch):
+    inputs = testing.make_inputs(LayerCase("lstm", 5, 3, 3, 30, directions=2))
+    with fused_rnn.backend(BACKEND):
+        monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "cluster")
+        in_clusters = testing.run_layer(inputs.leaves())
+        both = inputs.leaves()
+        y = testing.run_layer(both)[0]
+        monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "grid")
+        y.square().sum().backward()
+        across = inputs.leaves()
+        testing.run_layer(across)[0].square().sum().backward()
+    torch.testing.assert_close(y, in_clusters[0])
+    torch.testing.assert_close(both.x.grad, across.x.grad)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (LayerCase("gru", 3, 2, 4, 97), "hidden_size up to 96 .* got 97"),
+        (LayerCase("gru_reset_before", 3, 2, 4, 5), "across the grid have no GRU with the reset"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_take_has_a_reason(case, reason):
+    with (
+        fused_rnn.backend(BACKEND),
+        pytest.raises(fused_rnn.UnsupportedProblemError, match=reason),
+    ):
+        testing.run_layer(testing.make_inputs(case))
+
+
+def test_a_device_with_too_few_processors_is_refused(library, ampere):
+    library.device(80, 2, 1)
+    refusal = functools.partial(library.refusal, CELLS["lstm"].index, 2)
+    assert refusal(32, 3, 1, True, "grid", 0) == ""
+    assert "needs hidden_size up to 32" in refusal(33, 3, 1, True, "grid", 0)
