@@ -228,7 +228,7 @@ def _tf32_cases(cell: str) -> list[LayerCase]:
 )
 def test_tf32_is_as_accurate_as_float16(case):
     with tf32():
-        results = [_run(case, seed) for seed in range(2)]
+        results = [run(case, seed) for seed in range(2)]
     assert_tf32_accurate(results[0], case)
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), f"seed 1: other bits in {name}"
