@@ -30,13 +30,14 @@ _CELLS = {cell.torch_mode: cell for cell in CELLS.values()}
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
-# Each gives something true where a call is to do more than compute numbers.
-_MODES = (
+# One gives something true where a call is to do more than compute numbers, or elsewhere.
+_GUARDS = (
     torch._C._is_any_autocast_enabled,
     torch._C._is_torch_function_mode_enabled,
     torch._C._len_torch_dispatch_stack,
     torch._C._get_tracing_state,
     torch._C._functorch.peek_interpreter_stack,
+    *dispatch.redirections(),
 )
 
 
@@ -89,7 +90,7 @@ def _call_operator(
     name: str, cell: Cell, input: Any, weights: list[Any], hx: Any, *sizes: int
 ) -> list[Tensor]:
     """What it returns; nothing where the call is not for it."""
-    if any(mode() for mode in _MODES) or dispatch.is_redirected("cpu"):
+    if any(guard() for guard in _GUARDS):
         return []
     states = _states(cell, hx)
     if states is None or not _PLAIN_TYPES.issuperset(map(type, (input, *weights))):
@@ -138,7 +139,5 @@ def calls() -> Any:
         return _NoCalls
     address = ctypes.CDLL(str(library_path())).fused_rnn_direct_calls
     address.restype = ctypes.c_void_p
-    # Nobody forces a backend here: whoever asks for the cpu's by name gets it by the operators.
-    guards = (*_MODES, *dispatch.redirections())
-    connected = connect(address(), exchange, Tensor, torch.nn.Parameter, guards)
+    connected = connect(address(), exchange, Tensor, torch.nn.Parameter, _GUARDS)
     return _C if connected else _NoCalls

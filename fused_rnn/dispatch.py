@@ -29,6 +29,8 @@ ON_REQUEST: dict[str, Backend] = {b.name: b for b in (CudaEmulatedBackend(),)}
 _Recorder = Callable[[Problem, Backend, bool], None]  # problem, chosen backend, whether forced
 
 _forced: ContextVar[str] = ContextVar("fused_rnn_backend", default="")
+# Whether that is another one than the cpu's: what the shortest way asks (direct.py).
+_off_the_cpu: ContextVar[bool] = ContextVar("fused_rnn_off_the_cpu", default=False)
 _recorder: ContextVar[_Recorder | None] = ContextVar("fused_rnn_recorder", default=None)
 
 
@@ -65,10 +67,11 @@ def backend(name: str) -> Iterator[None]:
     if not isinstance(name, str):
         raise TypeError(f"backend: expected a str, got {type(name).__name__}")
     _check_name(name, "backend")
-    token = _forced.set(name)
+    token, off = _forced.set(name), _off_the_cpu.set(name not in ("", "auto", "cpu"))
     try:
         yield
     finally:
+        _off_the_cpu.reset(off)
         _forced.reset(token)
 
 
@@ -80,14 +83,10 @@ def requested() -> str:
     return _check_name(os.environ.get("FUSED_RNN_BACKEND", ""), "FUSED_RNN_BACKEND")
 
 
-def is_redirected(name: str) -> bool:
-    """Whether a `with` block asks for another backend than `name`, or for a record of choices."""
-    return _recorder.get() is not None or _forced.get() not in ("", "auto", name)
-
-
 def redirections() -> tuple[Callable[[], object], ...]:
-    """Functions, one of which gives something true where `is_redirected` may be."""
-    return _recorder.get, _forced.get
+    """Functions, one of which gives something true where a `with` block asks for another backend
+    than the cpu's, or for a record of choices."""
+    return _recorder.get, _off_the_cpu.get
 
 
 def reasons(problem: Problem) -> list[tuple[str, str | None]]:

@@ -175,11 +175,14 @@ def test_modes_and_transforms_are_left_to_the_operators():
 
     call(x)
     assert answers.pop() is not None
+    with fused_rnn.backend("reference"), fused_rnn.backend("cpu"):
+        call(x)
+    assert answers.pop() is not None
     with Mode():
         call(x)
     with torch.autocast("cpu", torch.bfloat16):
         call(x)
-    with fused_rnn.backend("cpu"):
+    with fused_rnn.backend("reference"):
         call(x)
     torch.jit.trace(call, (x,), check_trace=False)
     torch.func.vmap(lambda row: row * (answers.append(step._direct(x, None)) is None))(x)
