@@ -18,8 +18,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import dispatch
 from .cells import CELLS, Cell
@@ -81,9 +82,7 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
 
 def _wants_gradients() -> bool:
     """Whether more than numbers is wanted of a call. A compiler does not look into what follows."""
-    return (
-        torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0
-    )
+    return is_compiling() or is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def _call_operator(
