@@ -531,6 +531,20 @@ def test_stateful_is_not_restored():
         fused_rnn.restore(torch.nn.Sequential(fused_rnn.RNN(I, H, stateful=True)), strict=True)
 
 
+def test_masks_may_lie_in_any_way():
+    layer, x = fused_rnn.GRU(I, H), torch.randn(T, B, I)
+    lengths, resets = torch.randint(0, T + 1, (2 * B,)), torch.rand(2 * B, 2 * T) < 0.2
+    strided = {"lengths": lengths[::2], "resets": resets[::2, 1::2].t()}
+    dense = {
+        name: mask.clone(memory_format=torch.contiguous_format) for name, mask in strided.items()
+    }
+    for name in strided:
+        actual = layer(x, **{name: strided[name]})
+        expected = layer(x, **{name: dense[name]})
+        assert all(map(torch.equal, actual, expected))
+    assert all(map(torch.equal, layer(x, **strided), layer(x, **dense)))
+
+
 @pytest.mark.skipif(native.cpu_library_error() is not None, reason="no C++ library")
 @given(st.integers(0, 9), st.integers(0, 5), st.booleans(), st.data())
 def test_the_library_cuts_as_torch_does(timesteps, batch, some_lengths, data):

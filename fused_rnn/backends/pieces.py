@@ -31,7 +31,7 @@ class Pieces:
     """
 
     def __init__(self, masks: Masks, timesteps: int, batch_size: int):
-        lengths, resets = (None if mask is None else mask.cpu() for mask in masks[:2])
+        lengths, resets = (None if mask is None else mask.cpu().contiguous() for mask in masks[:2])
         native = cpu_library_error() is None
         cut = torch.ops.fused_rnn_cpu.cut.default if native else _cut
         # By direction: where a piece's initial states are, those of row b at b, others at B + b;
