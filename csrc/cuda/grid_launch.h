@@ -47,7 +47,7 @@ inline constexpr int64_t kPatience = int64_t{1} << 34;
 class GridTurn {
  public:
   GridTurn(int64_t device, void* stream)
-      : of_device_(all_[static_cast<size_t>(device)]),
+      : of_device_(of(device)),
         lock_(of_device_.mutex),
         stream_(static_cast<cudaStream_t>(stream)) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
@@ -82,7 +82,12 @@ class GridTurn {
     throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
   }
 
-  static inline std::array<OfDevice, 64> all_;
+  // A function's, since OfDevice is not complete where a static member would be.
+  static OfDevice& of(int64_t device) {
+    static std::array<OfDevice, 64> all;
+    return all.at(static_cast<size_t>(device));
+  }
+
   OfDevice& of_device_;
   const std::lock_guard<std::mutex> lock_;
   cudaStream_t stream_;
