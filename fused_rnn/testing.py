@@ -413,6 +413,12 @@ def assert_accurate(
         assert_near(name, value, expected[name], norm_bound, element_bound)
 
 
+def assert_draws_accurate(actual: dict[str, Tensor], case: LayerCase) -> None:
+    """`assert_accurate` of a case's results as `results_of_draws` gives them."""
+    exact = results_of_draws(run_oracle, case, "all", torch.float64)
+    assert_accurate(actual, exact, results_of_draws(run_torch, case), case)
+
+
 def _slack(case: LayerCase) -> float:
     """The relative error allowed where torch.nn has none."""
     if case.dtype == torch.float64:

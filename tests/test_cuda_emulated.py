@@ -19,7 +19,7 @@ from fused_rnn.testing import LayerCase
 
 BACKEND = "cuda_emulated"
 KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = dict.fromkeys(KERNELS, (torch.bfloat16, torch.float16, torch.float32))
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,8 @@ def _slow_cases(cell: str) -> list[LayerCase]:
     ]
 
 
-def _params(cases, seeds, marks=()):
+def case_params(dtypes, cases, seeds, marks=()):
+    """What test_accuracy takes, for the dtypes of each cell."""
     return [
         pytest.param(
             replace(case, dtype=dtype),
@@ -64,9 +65,9 @@ def _params(cases, seeds, marks=()):
             id="-".join((cell, str(dtype).removeprefix("torch."), str(case))),
             marks=marks,
         )
-        for cell in KERNELS
+        for cell, each in dtypes.items()
         for case in cases(cell)
-        for dtype in DTYPES
+        for dtype in each
     ]
 
 
@@ -76,26 +77,25 @@ def run(case: LayerCase, seed: int) -> dict[str, torch.Tensor]:
         return testing.results_of_draws(testing.run_layer, case)
 
 
-@pytest.mark.parametrize(
-    ("case", "seeds"),
-    [
-        *_params(_cases, 2),
-        *_params(_cases, 16, [pytest.mark.slow]),
-        *_params(_slow_cases, 8, [pytest.mark.slow]),
-    ],
-)
-def test_accuracy(case, seeds):
+def assert_accurate_with_every_seed(case: LayerCase, seeds: int) -> None:
     """Outputs, states and gradients as accurate as torch.nn's, and the same bits for every seed."""
     results = [run(case, seed) for seed in range(seeds)]
-    testing.assert_accurate(
-        results[0],
-        testing.results_of_draws(testing.run_oracle, case, "all", torch.float64),
-        testing.results_of_draws(testing.run_torch, case),
-        case,
-    )
+    testing.assert_draws_accurate(results[0], case)
     for seed, other in enumerate(results):
         for name, tensor in other.items():
             assert torch.equal(tensor, results[0][name]), f"seed {seed}: other bits in {name}"
+
+
+@pytest.mark.parametrize(
+    ("case", "seeds"),
+    [
+        *case_params(DTYPES, _cases, 2),
+        *case_params(DTYPES, _cases, 16, [pytest.mark.slow]),
+        *case_params(DTYPES, _slow_cases, 8, [pytest.mark.slow]),
+    ],
+)
+def test_accuracy(case, seeds):
+    assert_accurate_with_every_seed(case, seeds)
 
 
 @pytest.mark.parametrize("cell", KERNELS)

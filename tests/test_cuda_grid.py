@@ -9,19 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cuda_emulated import BACKEND, run
+from test_cuda_emulated import BACKEND, assert_accurate_with_every_seed, case_params
+from test_cuda_emulated import DTYPES as ALL_DTYPES
 
 import fused_rnn
 from fused_rnn import native, testing
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase
 
-DTYPES = {
-    "rnn_tanh": (torch.bfloat16, torch.float16, torch.float32),
-    "rnn_relu": (torch.float32,),  # its half types run through float32
-    "gru": (torch.bfloat16, torch.float16, torch.float32),
-    "lstm": (torch.bfloat16, torch.float16, torch.float32),
-}
+# The half types of relu run through float32.
+DTYPES = {**ALL_DTYPES, "rnn_relu": (torch.float32,)}
 
 
 @pytest.fixture(autouse=True)
@@ -62,40 +59,16 @@ def _slow_cases(cell: str) -> list[LayerCase]:
     ]  # fmt: skip
 
 
-def _params(cases, seeds, marks=()):
-    return [
-        pytest.param(
-            replace(case, dtype=dtype),
-            seeds,
-            id="-".join((cell, str(dtype).removeprefix("torch."), str(case))),
-            marks=marks,
-        )
-        for cell, dtypes in DTYPES.items()
-        for case in cases(cell)
-        for dtype in dtypes
-    ]
-
-
 @pytest.mark.parametrize(
     ("case", "seeds"),
     [
-        *_params(_cases, 2),
-        *_params(_cases, 16, [pytest.mark.slow]),
-        *_params(_slow_cases, 8, [pytest.mark.slow]),
+        *case_params(DTYPES, _cases, 2),
+        *case_params(DTYPES, _cases, 16, [pytest.mark.slow]),
+        *case_params(DTYPES, _slow_cases, 8, [pytest.mark.slow]),
     ],
 )
 def test_accuracy(case, seeds):
-    """Outputs, states and gradients as accurate as torch.nn's, and the same bits for every seed."""
-    results = [run(case, seed) for seed in range(seeds)]
-    testing.assert_accurate(
-        results[0],
-        testing.results_of_draws(testing.run_oracle, case, "all", torch.float64),
-        testing.results_of_draws(testing.run_torch, case),
-        case,
-    )
-    for seed, other in enumerate(results):
-        for name, tensor in other.items():
-            assert torch.equal(tensor, results[0][name]), f"seed {seed}: other bits in {name}"
+    assert_accurate_with_every_seed(case, seeds)
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])

@@ -62,12 +62,7 @@ def _params(cases, marks=()):
 def _check(case: LayerCase) -> None:
     with fused_rnn.backend(BACKEND):
         actual = testing.results_of_draws(testing.run_layer, case)
-    testing.assert_accurate(
-        actual,
-        testing.results_of_draws(testing.run_oracle, case, "all", torch.float64),
-        testing.results_of_draws(testing.run_torch, case),
-        case,
-    )
+    testing.assert_draws_accurate(actual, case)
 
 
 @pytest.mark.parametrize("case", [*_params(_cases), *_params(_slow_cases, [pytest.mark.slow])])

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from test_streaming import flat, states
 
 import fused_rnn
 from fused_rnn import direct, native
@@ -19,12 +20,6 @@ pytestmark = pytest.mark.skipif(
     reason=native.cpu_library_error() or "no extension module, or torch has no exchange of tensors",
 )
 LAYERS = list(CELLS)
-
-
-def flat(result):
-    if isinstance(result, torch.Tensor):
-        return [result]
-    return [tensor for part in result for tensor in flat(part)]
 
 
 @pytest.fixture
@@ -55,11 +50,6 @@ def asked(monkeypatch):
     direct_calls, watched = direct.calls(), Watched()
     monkeypatch.setattr(direct, "calls", lambda: watched)
     return answers
-
-
-def states(cell, *shape):
-    h = torch.randn(shape)
-    return (h, torch.randn(shape)) if CELLS[cell].has_c else h
 
 
 @pytest.mark.parametrize("cell", LAYERS)

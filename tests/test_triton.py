@@ -289,8 +289,7 @@ def test_accuracy_on_a_gpu(regime, case, on_the_gpu, monkeypatch, poisoned):
     if reason := testing.refusal("triton", testing.make_inputs(case)):
         pytest.skip(reason)
     actual = testing.results_of_draws(testing.run_layer, case)
-    oracle = testing.results_of_draws(testing.run_oracle, case, "all", torch.float64)
-    testing.assert_accurate(actual, oracle, testing.results_of_draws(testing.run_torch, case), case)
+    testing.assert_draws_accurate(actual, case)
 
 
 @pytest.mark.gpu

@@ -15,11 +15,8 @@
 #include <string>
 
 #include "../plan.h"
+#include "check_cuda.h"
 #include "kernels.h"
-
-#if !defined(FUSED_RNN_EMULATED)
-#include <cuda_runtime.h>
-#endif
 
 namespace fused_rnn {
 
@@ -51,16 +48,17 @@ class GridTurn {
         lock_(of_device_.mutex),
         stream_(static_cast<cudaStream_t>(stream)) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    check(cudaStreamIsCapturing(stream_, &capture));
+    check_cuda(cudaStreamIsCapturing(stream_, &capture));
     captures_ = capture != cudaStreamCaptureStatusNone;
     if (of_device_.stalled == nullptr) {
       void* memory = nullptr;
-      check(cudaHostAlloc(&memory, sizeof(uint32_t), cudaHostAllocMapped | cudaHostAllocPortable));
+      check_cuda(
+          cudaHostAlloc(&memory, sizeof(uint32_t), cudaHostAllocMapped | cudaHostAllocPortable));
       of_device_.stalled = static_cast<uint32_t*>(memory);
       *of_device_.stalled = 0;
-      check(cudaEventCreateWithFlags(&of_device_.ended, cudaEventDisableTiming));
+      check_cuda(cudaEventCreateWithFlags(&of_device_.ended, cudaEventDisableTiming));
     }
-    if (!captures_) check(cudaStreamWaitEvent(stream_, of_device_.ended, 0));
+    if (!captures_) check_cuda(cudaStreamWaitEvent(stream_, of_device_.ended, 0));
   }
   GridTurn(const GridTurn&) = delete;
   ~GridTurn() {
@@ -76,11 +74,6 @@ class GridTurn {
     cudaEvent_t ended = nullptr;
     uint32_t* stalled = nullptr;
   };
-
-  static void check(cudaError_t status) {
-    if (status == cudaSuccess) return;
-    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
-  }
 
   // A function's, since OfDevice is not complete where a static member would be.
   static OfDevice& of(int64_t device) {

@@ -8,17 +8,11 @@
 #include <utility>
 
 #include "../cells.h"
+#include "check_cuda.h"
 #include "instances.h"
 #include "kernels.h"
 #include "scan_backward.cuh"
 #include "scan_forward.cuh"
-
-#if !defined(FUSED_RNN_EMULATED)
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-#endif
 
 namespace fused_rnn {
 
@@ -37,11 +31,6 @@ int active_clusters(const LaunchShape&) {
 }
 
 #else
-
-inline void check_cuda(cudaError_t status) {
-  if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
-}
 
 struct LaunchConfig {
   cudaLaunchConfig_t config{};
