@@ -11,8 +11,8 @@ A model that has understood nothing answers with the mean, and its squared error
 the answer: 1/12 for copying, 1/6 for adding. Those are the dotted lines. How the layers start
 decides much of how far back they learn to reach in few steps: here with orthogonal recurrent
 weights, and an LSTM with forget gates that are open at first. When a model leaves the dotted line
-is a matter of luck too: at the longest distances so few steps are enough for a GRU with most seeds,
-not with all.
+is a matter of luck too: so few updates were enough for a GRU to add over 200 steps with four seeds
+of four, and to copy over 100 with three.
 
 The picture has the losses of RNN, GRU and LSTM side by side at every length. What is reported is
 the error of `--cell` on new sequences, at the shortest length and at the longest, each of which is
