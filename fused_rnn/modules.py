@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
-from . import checks, direct, functional, torchscript
+from . import checks, compiled, direct, functional, torchscript
 from .cells import CELLS, Cell
 from .regularised import (
     NAMES,
@@ -87,7 +87,8 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         plain = lengths is None and resets is None and reset_hx is None and not return_states
         options = self._regularisation
         plain = plain and (options is PLAIN or options.is_idle(self.training))
-        result = direct.layers(self, input, hx) if plain else None
+        shortest = compiled if torch.compiler.is_compiling() else direct
+        result = shortest.layers(self, input, hx) if plain else None
         if result is None:
             masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
             result = self._forward(input, hx, masks, return_states)

@@ -60,6 +60,9 @@ _library.define(
 )
 
 
+_NO_MASKS = Masks()
+
+
 class LayerResult(NamedTuple):
     """What a layer gives."""
 
@@ -99,8 +102,8 @@ def layer(
             step, or None; for a backend whose `extras` have recurrent dropout.
     """
     states = states and CELLS[cell].has_c
-    inputs = (x, h0, c0, weights, batch_sizes, *(masks or Masks()))
-    if torch.compiler.is_compiling():
+    inputs = (x, h0, c0, weights, batch_sizes, *(masks or _NO_MASKS))
+    if torch.compiler.is_compiling() and not is_transformed():
         if onnx.is_exporting():
             return onnx_layer(cell, x, h0, c0, weights, batch_sizes, masks, states)
         # An exported program is trained through the operator's Autograd kernel, or not at all.
@@ -437,14 +440,16 @@ def _layer_autograd(
         )  # fmt: skip
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is under way. Of all functions that tell it, this one has
+    its true answer in a graph that is being compiled."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+
+
 def needs_oracle(x: Tensor) -> bool:
     """Whether only plain torch operations will do: inside a function transform, under
     forward-mode differentiation, or for a dtype no backend has."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or x.is_complex()
-    )
+    return is_transformed() or torch.autograd.forward_ad._current_level >= 0 or x.is_complex()
 
 
 _library.impl("layer_forward", _forward_impl, "CompositeExplicitAutograd")

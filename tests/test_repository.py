@@ -30,6 +30,7 @@ LAYERS = [
     {"ops", "direct"},
     {"general_scan"},
     {"functional", "regularised"},
+    {"compiled"},
     {"modules"},
     {"convert", "explain", "export", "testing"},
     {"bench", "interop", "streaming", "truncated"},
