@@ -6,6 +6,12 @@
 
 namespace fused_rnn {
 
+// A timestep, and the memory row that the first of a kernel's rows has in it: looked up once, for
+// after every store to memory the compiler would have it looked up again.
+struct Timestep {
+  int64_t t, row0;
+};
+
 // Rows are counted from the first of those a kernel has; steps in the order of the scan, which the
 // second direction goes from the last timestep to the first.
 struct RowsView {
@@ -29,6 +35,9 @@ struct RowsView {
     return (all.offsets ? all.offsets[t] : t * all.batch) + first + row;
   }
 
+  // 0 <= t < T.
+  FUSED_RNN_DEVICE_MEMBER Timestep timestep(int64_t t) const { return {t, index(t, 0)}; }
+
   FUSED_RNN_DEVICE_MEMBER bool exists(int length, int row, int64_t t) const {
     return t < length && first + row < all.batch;
   }
@@ -36,6 +45,9 @@ struct RowsView {
   // Whether the row has memory at time t: packed rows end, padded ones go on with zeros.
   FUSED_RNN_DEVICE_MEMBER bool stored(int length, int row, int64_t t) const {
     return first + row < all.batch && (!all.offsets || t < length);
+  }
+  FUSED_RNN_DEVICE_MEMBER bool stored(int row, int64_t t) const {
+    return first + row < all.batch && (!all.offsets || t < length_of(row));
   }
 
   // Whether the row's state begins anew before this step. Against time, the step before a reset is

@@ -137,15 +137,16 @@ scan_forward(const ForwardParams p) {
   }
 
   // A block of words to rows of a matrix; those of rows that are not there are left out.
-  const auto store = [&](Stored* to, int64_t to_pitch, int64_t t, int n, const float (&v)[2]) {
+  const auto store = [&](Stored* to, int64_t to_pitch, const Timestep& at, int n,
+                         const float (&v)[2]) {
     uint32_t words[kWords];
     Element::to_words(v, words);
     FUSED_RNN_UNROLL
     for (int w = 0; w < kWords; w++) {
       const int row = Element::row(w);
-      if (rows.stored(alive.stored_length[n][w], n * kGroup + row, t)) {
-        Stored* at = to + rows.index(t, n * kGroup + row) * to_pitch + Element::column();
-        *reinterpret_cast<uint32_t*>(at) = words[w];
+      if (rows.stored(alive.stored_length[n][w], n * kGroup + row, at.t)) {
+        Stored* first = to + (at.row0 + n * kGroup + row) * to_pitch + Element::column();
+        *reinterpret_cast<uint32_t*>(first) = words[w];
       }
     }
   };
@@ -155,19 +156,20 @@ scan_forward(const ForwardParams p) {
   if (leads && !p.rows.offsets) {
     const float zeros[2] = {};
     for (int64_t t = rows.steps; t < p.rows.timesteps; t++) {
+      const Timestep now = rows.timestep(t);
       FUSED_RNN_UNROLL
       for (int j = 0; j < kUnits; j++) {
         FUSED_RNN_UNROLL
         for (int n = 0; n < kBlocks; n++) {
           if (!group_is_there(j)) continue;
           const int64_t unit = (group0 + j) * kGroup;
-          store(y + unit, y_pitch, t, n, zeros);
+          store(y + unit, y_pitch, now, n, zeros);
           if (Cell::kSavedGates > 0 && p.gates) {
             Stored* gates = static_cast<Stored*>(p.gates) +
                             direction * p.rows.count * Cell::kSavedGates * pitch + unit;
             FUSED_RNN_UNROLL
             for (int q = 0; q < Cell::kSavedGates; q++) {
-              store(gates + q * pitch, Cell::kSavedGates * pitch, t, n, zeros);
+              store(gates + q * pitch, Cell::kSavedGates * pitch, now, n, zeros);
             }
           }
           if (Cell::kHasC && p.cells) {
@@ -175,7 +177,7 @@ scan_forward(const ForwardParams p) {
             for (int e = 0; e < 2; e++) {
               const int row = alive.row(n, e);
               if (rows.first + row >= p.rows.batch) continue;
-              p.cells[(direction * p.rows.count + rows.index(t, row)) * pitch + unit_of(j)] = 0.0f;
+              p.cells[(direction * p.rows.count + now.row0 + row) * pitch + unit_of(j)] = 0.0f;
             }
           }
         }
@@ -195,7 +197,7 @@ scan_forward(const ForwardParams p) {
   const auto prefetch = [&](int s) {
     if (leads && s < rows.steps) {
       constexpr int kPieces = Element::kBytes / 2;  // of 16 bytes, in a row of a block
-      const int64_t t = rows.time(s);
+      const Timestep now = rows.timestep(rows.time(s));
       FUSED_RNN_UNROLL
       for (int j = 0; j < kUnits; j++) {
         FUSED_RNN_UNROLL
@@ -205,8 +207,8 @@ scan_forward(const ForwardParams p) {
             const int gate = piece / (kGroup * kPieces), row = piece / kPieces % kGroup;
             const int64_t at = gate * pitch + (group0 + j) * kGroup + piece % kPieces * 4;
             const bool there =
-                group_is_there(j) && rows.exists(alive.copied_length[n], n * kGroup + row, t);
-            const int64_t index = there ? rows.index(t, n * kGroup + row) * kGates * pitch + at : 0;
+                group_is_there(j) && rows.exists(alive.copied_length[n], n * kGroup + row, now.t);
+            const int64_t index = there ? (now.row0 + n * kGroup + row) * kGates * pitch + at : 0;
             copy_async(ring_block(s, j, n) + piece * 16, gx + index, there);
           }
         }
@@ -315,7 +317,7 @@ scan_forward(const ForwardParams p) {
     if (!leads) continue;
 
     // The pointwise part: `out` is y's row, h what the next step starts from.
-    const int64_t t = rows.time(s);
+    const Timestep now = rows.timestep(rows.time(s));
     float out[kUnits][kBlocks][2], c[kUnits][kBlocks][2], saved[kUnits][kBlocks][4][2];
     copy_wait<Tile::ring - 1>();
     warp_sync();
@@ -339,7 +341,7 @@ scan_forward(const ForwardParams p) {
           float next = state[j][n][e];
           const float h_new = Cell::forward(gx_of, gh, next, next, values);
           if (Cell::kUsesPreviousH) next = h_new;
-          const bool taken = real && t < alive.length[n][e];
+          const bool taken = real && now.t < alive.length[n][e];
           if (taken) {
             state[j][n][e] = next;
             h[j][n][e] = Element::rounded(h_new);
@@ -398,21 +400,21 @@ scan_forward(const ForwardParams p) {
       const int64_t unit = (group0 + j) * kGroup;
       FUSED_RNN_UNROLL
       for (int n = 0; n < kBlocks; n++) {
-        store(y + unit, y_pitch, t, n, out[j][n]);
+        store(y + unit, y_pitch, now, n, out[j][n]);
         if (Cell::kSavedGates > 0 && p.gates) {
           Stored* gates = static_cast<Stored*>(p.gates) +
                           direction * p.rows.count * Cell::kSavedGates * pitch + unit;
           FUSED_RNN_UNROLL
           for (int q = 0; q < Cell::kSavedGates; q++) {
-            store(gates + q * pitch, Cell::kSavedGates * pitch, t, n, saved[j][n][q]);
+            store(gates + q * pitch, Cell::kSavedGates * pitch, now, n, saved[j][n][q]);
           }
         }
         if (Cell::kHasC && p.cells) {
           FUSED_RNN_UNROLL
           for (int e = 0; e < 2; e++) {
             const int row = alive.row(n, e);
-            if (rows.stored(alive.length[n][e], row, t)) {
-              p.cells[(direction * p.rows.count + rows.index(t, row)) * pitch + unit_of(j)] =
+            if (rows.stored(alive.length[n][e], row, now.t)) {
+              p.cells[(direction * p.rows.count + now.row0 + row) * pitch + unit_of(j)] =
                   c[j][n][e];
             }
           }
