@@ -268,11 +268,14 @@ scan_backward(const BackwardParams p) {
   };
 
   for (int i = 1; i < Tile::ring; i++) prefetch(rows.steps - i);
+  // Across the grid a last turn, of step -1, only gathers: that code is too large to have twice.
+  constexpr int kLastTurn = kGrid ? -1 : 0;
 #pragma unroll 1
-  for (int s = rows.steps - 1; s >= 0; s--) {
+  for (int s = rows.steps - 1; s >= kLastTurn; s--) {
     warp_sync();  // every lane has read the slot that is filled next
     prefetch(s - Tile::ring + 1);
-    const Timestep now = rows.timestep(rows.time(s));
+    const bool is_step = kLastTurn == 0 || s >= 0;
+    const Timestep now = rows.timestep(rows.time(is_step ? s : 0));
     const int buffer = kLayout.buffers == 1 ? 0 : s & 1;
     uint32_t* grads_now =
         reinterpret_cast<uint32_t*>(shared + kGradsAt + buffer * kLayout.grads_bytes);
@@ -311,7 +314,7 @@ scan_backward(const BackwardParams p) {
         arriving[j][e] = from_y[0][e];
       }
     };
-    if (has_items) {
+    if (has_items && is_step) {
       copy_wait<Tile::ring - 1>();
       warp_sync();
       if constexpr (!kAlone) {
@@ -323,6 +326,7 @@ scan_backward(const BackwardParams p) {
     }
     if constexpr (kGrid) {
       if (s + 1 < rows.steps) gather_for(s);
+      if (!is_step) break;
     }
     if (has_items) {
       if (s + 1 < rows.steps) wait(s);
@@ -431,9 +435,6 @@ scan_backward(const BackwardParams p) {
 
   // The gradient of the state before the first step. To have received it also means that nothing
   // is on its way to this CTA when it leaves.
-  if constexpr (kGrid) {
-    if (rows.steps > 0) gather_for(-1);
-  }
   if (has_items) {
     if (rows.steps > 0) wait(-1);
     FUSED_RNN_UNROLL

@@ -76,6 +76,7 @@ scan_forward(const ForwardParams p) {
   }
   Fragment* shared_weights =
       weights_memory + warp * kLayout.shared_steps * kProducts * kWarp + lane;
+#pragma unroll 1
   for (int k = 0; k < kLayout.shared_steps; k++) {
     for (int i = 0; i < kProducts; i++) {
       shared_weights[(k * kProducts + i) * kWarp] = fragment(Tile::register_steps + k, i);
