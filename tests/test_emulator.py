@@ -109,7 +109,7 @@ MUTATIONS = [
     Mutation(
         "a row that has ended goes on",
         FORWARD,
-        [("const bool taken = real && now.t < alive.length[n][e];", "const bool taken = real;")],
+        [("const bool taken = real && t < alive.length[n][e];", "const bool taken = real;")],
     ),
     Mutation(
         "one buffer for received sums",

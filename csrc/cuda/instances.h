@@ -94,7 +94,7 @@ inline constexpr std::array kLstmForward2 = {
     ForwardTile{256, 4, 1, 1, 1, 16, 4},
     ForwardTile{256, 4, 2, 1, 1, 16, 4},
     ForwardTile{384, 8, 1, 1, 1, 18, 4},
-    ForwardTile{384, 8, 2, 1, 1, 20, 4},
+    ForwardTile{384, 8, 2, 1, 1, 19, 4},
     ForwardTile{512, 16, 1, 1, 2, 16, 4},
     ForwardTile{512, 16, 2, 1, 2, 16, 4},
     ForwardTile{512, 8, 1, 1, 1, 20, 4},

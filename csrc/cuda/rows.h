@@ -71,24 +71,34 @@ struct TileRows : RowsView {
   }
 };
 
+// The rows of a lane's words at one time: whether they have memory then.
+template <class Element, int kBlocks>
+struct WordRows {
+  int64_t row0;  // as in Timestep
+  bool stored[kBlocks][Element::kWords];
+
+  FUSED_RNN_DEVICE_MEMBER WordRows(const TileRows<kBlocks>& rows, int64_t t)
+      : row0(rows.timestep(t).row0) {
+    FUSED_RNN_UNROLL
+    for (int n = 0; n < kBlocks; n++) {
+      FUSED_RNN_UNROLL
+      for (int w = 0; w < Element::kWords; w++) {
+        stored[n][w] = rows.stored(n * kGroup + Element::row(w), t);
+      }
+    }
+  }
+};
+
 // Lengths of the rows a lane deals with, in the arrangements in which it does.
 template <class Element, int kBlocks>
 struct LaneRows {
-  int length[kBlocks][2];                       // in lane order
-  int stored_length[kBlocks][Element::kWords];  // of its words
-  int copied_length[kBlocks];                   // of the row it copies from global memory
+  int length[kBlocks][2];
 
   FUSED_RNN_DEVICE_MEMBER explicit LaneRows(const TileRows<kBlocks>& rows) {
-    constexpr int kPieces = Element::kBytes / 2;
     FUSED_RNN_UNROLL
     for (int n = 0; n < kBlocks; n++) {
       FUSED_RNN_UNROLL
       for (int e = 0; e < 2; e++) length[n][e] = rows.length_of(row(n, e));
-      FUSED_RNN_UNROLL
-      for (int w = 0; w < Element::kWords; w++) {
-        stored_length[n][w] = rows.length_of(n * kGroup + Element::row(w));
-      }
-      copied_length[n] = rows.length_of(n * kGroup + lane_index() / kPieces % kGroup);
     }
   }
 

@@ -275,7 +275,7 @@ scan_backward(const BackwardParams p) {
     warp_sync();  // every lane has read the slot that is filled next
     prefetch(s - Tile::ring + 1);
     const bool is_step = kLastTurn == 0 || s >= 0;
-    const Timestep now = rows.timestep(rows.time(is_step ? s : 0));
+    const int64_t t = rows.time(s);
     const int buffer = kLayout.buffers == 1 ? 0 : s & 1;
     uint32_t* grads_now =
         reinterpret_cast<uint32_t*>(shared + kGradsAt + buffer * kLayout.grads_bytes);
@@ -338,13 +338,14 @@ scan_backward(const BackwardParams p) {
         float grads[2][kGrads];
         FUSED_RNN_UNROLL
         for (int e = 0; e < 2; e++) {
-          const int64_t after = now.t + (rows.reverse ? -1 : 1);
+          const int64_t after = t + (rows.reverse ? -1 : 1);
           if (after < length[j][e] && after >= 0) held[j][e] += sum[e];
           if (began >> (2 * j + e) & 1) give_to_fresh_state(j, e);
-          const bool taken = now.t < length[j][e];
+          const bool taken = t < length[j][e];
           float carry = grad_c[j][e];
           if (Cell::kHasC && p.grad_cells && taken) {
-            carry += p.grad_cells[direction * p.rows.count * pitch + cell_index(now, j, e)];
+            carry +=
+                p.grad_cells[direction * p.rows.count * pitch + cell_index(rows.timestep(t), j, e)];
           }
           Cell::backward(factors[j][e], held[j][e] + arriving[j][e], carry, grads[e]);
           // Selects, not products: what was never saved may be NaN.
@@ -427,6 +428,7 @@ scan_backward(const BackwardParams p) {
       }
     }
 
+    const Timestep now = rows.timestep(t);
     for (int i = warp; i < kLayout.items * kGrads; i += Tile::warps) {
       store(now, i / kBlocks / kGrads, i / kBlocks % kGrads, i % kBlocks,
             grads_now + i * kBlockWords + lane * kWords);

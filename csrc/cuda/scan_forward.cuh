@@ -138,17 +138,16 @@ scan_forward(const ForwardParams p) {
   }
 
   // A block of words to rows of a matrix; those of rows that are not there are left out.
-  const auto store = [&](Stored* to, int64_t to_pitch, const Timestep& at, int n,
+  using Words = WordRows<Element, kBlocks>;
+  const auto store = [&](Stored* to, int64_t to_pitch, const Words& at, int n,
                          const float (&v)[2]) {
     uint32_t words[kWords];
     Element::to_words(v, words);
     FUSED_RNN_UNROLL
     for (int w = 0; w < kWords; w++) {
-      const int row = Element::row(w);
-      if (rows.stored(alive.stored_length[n][w], n * kGroup + row, at.t)) {
-        Stored* first = to + (at.row0 + n * kGroup + row) * to_pitch + Element::column();
-        *reinterpret_cast<uint32_t*>(first) = words[w];
-      }
+      if (!at.stored[n][w]) continue;
+      const int row = n * kGroup + Element::row(w);
+      *reinterpret_cast<uint32_t*>(to + (at.row0 + row) * to_pitch + Element::column()) = words[w];
     }
   };
   const auto group_is_there = [&](int j) { return (group0 + j) * kGroup < p.pitch; };
@@ -157,7 +156,7 @@ scan_forward(const ForwardParams p) {
   if (leads && !p.rows.offsets) {
     const float zeros[2] = {};
     for (int64_t t = rows.steps; t < p.rows.timesteps; t++) {
-      const Timestep now = rows.timestep(t);
+      const Words now(rows, t);
       FUSED_RNN_UNROLL
       for (int j = 0; j < kUnits; j++) {
         FUSED_RNN_UNROLL
@@ -200,16 +199,17 @@ scan_forward(const ForwardParams p) {
       constexpr int kPieces = Element::kBytes / 2;  // of 16 bytes, in a row of a block
       const Timestep now = rows.timestep(rows.time(s));
       FUSED_RNN_UNROLL
-      for (int j = 0; j < kUnits; j++) {
+      for (int n = 0; n < kBlocks; n++) {
+        const int row = n * kGroup + lane / kPieces % kGroup;
+        const bool exists = rows.exists(rows.length_of(row), row, now.t);
         FUSED_RNN_UNROLL
-        for (int n = 0; n < kBlocks; n++) {
+        for (int j = 0; j < kUnits; j++) {
+          const bool there = exists && group_is_there(j);
           FUSED_RNN_UNROLL
           for (int piece = lane; piece < kGates * kGroup * kPieces; piece += kWarp) {
-            const int gate = piece / (kGroup * kPieces), row = piece / kPieces % kGroup;
+            const int gate = piece / (kGroup * kPieces);
             const int64_t at = gate * pitch + (group0 + j) * kGroup + piece % kPieces * 4;
-            const bool there =
-                group_is_there(j) && rows.exists(alive.copied_length[n], n * kGroup + row, now.t);
-            const int64_t index = there ? (now.row0 + n * kGroup + row) * kGates * pitch + at : 0;
+            const int64_t index = there ? (now.row0 + row) * kGates * pitch + at : 0;
             copy_async(ring_block(s, j, n) + piece * 16, gx + index, there);
           }
         }
@@ -318,7 +318,7 @@ scan_forward(const ForwardParams p) {
     if (!leads) continue;
 
     // The pointwise part: `out` is y's row, h what the next step starts from.
-    const Timestep now = rows.timestep(rows.time(s));
+    const int64_t t = rows.time(s);
     float out[kUnits][kBlocks][2], c[kUnits][kBlocks][2], saved[kUnits][kBlocks][4][2];
     copy_wait<Tile::ring - 1>();
     warp_sync();
@@ -342,7 +342,7 @@ scan_forward(const ForwardParams p) {
           float next = state[j][n][e];
           const float h_new = Cell::forward(gx_of, gh, next, next, values);
           if (Cell::kUsesPreviousH) next = h_new;
-          const bool taken = real && now.t < alive.length[n][e];
+          const bool taken = real && t < alive.length[n][e];
           if (taken) {
             state[j][n][e] = next;
             h[j][n][e] = Element::rounded(h_new);
@@ -395,6 +395,7 @@ scan_forward(const ForwardParams p) {
       }
     }
 
+    const Words now(rows, t);
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnits; j++) {
       if (!group_is_there(j)) continue;
@@ -414,7 +415,7 @@ scan_forward(const ForwardParams p) {
           FUSED_RNN_UNROLL
           for (int e = 0; e < 2; e++) {
             const int row = alive.row(n, e);
-            if (rows.stored(alive.length[n][e], row, now.t)) {
+            if (rows.stored(alive.length[n][e], row, t)) {
               p.cells[(direction * p.rows.count + now.row0 + row) * pitch + unit_of(j)] =
                   c[j][n][e];
             }
