@@ -41,7 +41,8 @@ scan_backward(const BackwardParams p) {
   const uint32_t barriers_at = shared_at + kBarriersAt;
   Fragment* weights_memory = reinterpret_cast<Fragment*>(shared);
 
-  const int lane = lane_index(), warp = warp_index();
+  const int warp = warp_index();
+  int lane = lane_index();
   const bool has_items = warp < kLayout.item_warps;
   const int rank = kCluster ? static_cast<int>(cluster_rank()) : block_x() % Tile::cluster;
   const int tile = block_x() / Tile::cluster;  // of the launch
@@ -122,17 +123,13 @@ scan_backward(const BackwardParams p) {
   };
 
   // In lane order: lengths (0 for units that are padding), the gradients that wait for a row's
-  // next live step, and LSTM's c after the step at hand. Then the lengths of the rows that the
-  // lane copies from global memory.
-  constexpr int kPieces = Element::kBytes / 2;  // of 16 bytes, in a row of a block
-  int length[kItems][2], copied_length[kItems], copied_c_length[kItems];
+  // next live step, and LSTM's c after the step at hand.
+  int length[kItems][2];
   float held[kItems][2], grad_c[kItems][2], c[kItems][2];
   // Bit 2 * j + e: whether the step at hand, and the one after it, began from a fresh state.
   uint32_t anew = 0, began = 0;
   FUSED_RNN_UNROLL
   for (int j = 0; j < kItems; j++) {
-    copied_length[j] = rows.length_of(block_of(j) * kGroup + lane / kPieces % kGroup);
-    copied_c_length[j] = rows.length_of(block_of(j) * kGroup + lane / 2 % kGroup);
     FUSED_RNN_UNROLL
     for (int e = 0; e < 2; e++) {
       const bool real = has_items && unit_of(j) < p.hidden;
@@ -181,7 +178,7 @@ scan_backward(const BackwardParams p) {
   };
   const auto prefetch = [&](int s) {
     if (has_items && s >= 0) {
-      const int row_in_block = lane / kPieces % kGroup;
+      constexpr int kPieces = Element::kBytes / 2;  // of 16 bytes, in a row of a block
       const Timestep now = rows.timestep(rows.time(s));
       const int64_t t_before = now.t + (rows.reverse ? 1 : -1);
       const bool has_before = t_before >= 0 && t_before < rows.steps;
@@ -189,9 +186,10 @@ scan_backward(const BackwardParams p) {
       FUSED_RNN_UNROLL
       for (int j = 0; j < kItems; j++) {
         const uint32_t item = ring_item(s, j);
-        const int n = block_of(j), row = n * kGroup + row_in_block;
+        const int n = block_of(j), row = n * kGroup + lane / kPieces % kGroup;
+        const int length_of_row = rows.length_of(row);
         const int64_t group_at = (group0 + group_of(j)) * kGroup;
-        const bool there = group_is_there(group_of(j)) && rows.exists(copied_length[j], row, now.t);
+        const bool there = group_is_there(group_of(j)) && rows.exists(length_of_row, row, now.t);
         const int64_t index = there ? now.row0 + row : 0;
         FUSED_RNN_UNROLL
         for (int piece = lane; piece < kSaved * kGroup * kPieces; piece += kWarp) {
@@ -208,7 +206,7 @@ scan_backward(const BackwardParams p) {
             const bool c_there = group_is_there(group_of(j)) && rows.first + c_row < p.rows.batch;
             const int64_t column = group_at + lane % 2 * 4;
             const float* from = p.c0 + states_at + (rows.first + c_row) * pitch + column;
-            if (has_before && before.t < copied_c_length[j]) {
+            if (has_before && before.t < rows.length_of(c_row)) {
               from = cells + (before.row0 + c_row) * pitch + column;
             }
             copy_async(state_at + lane * 16, c_there ? from : p.c0, c_there);
@@ -217,7 +215,7 @@ scan_backward(const BackwardParams p) {
           const int64_t column = group_at + lane % kPieces * 4;
           const Stored* from = y + index * y_pitch + column;
           if (Cell::kUsesPreviousH) {
-            from = has_before && before.t < copied_length[j]
+            from = has_before && before.t < length_of_row
                        ? y + (before.row0 + row) * y_pitch + column
                        : static_cast<const Stored*>(p.h0) + states_at + (rows.first + row) * pitch +
                              column;
@@ -437,6 +435,7 @@ scan_backward(const BackwardParams p) {
 
   // The gradient of the state before the first step. To have received it also means that nothing
   // is on its way to this CTA when it leaves.
+  lane = known_anew(lane);
   if (has_items) {
     if (rows.steps > 0) wait(-1);
     FUSED_RNN_UNROLL
@@ -445,8 +444,8 @@ scan_backward(const BackwardParams p) {
       if (rows.steps > 0) received(-1, j, sum);
       FUSED_RNN_UNROLL
       for (int e = 0; e < 2; e++) {
-        const int64_t t = rows.time(0);
-        if (t < length[j][e]) held[j][e] += sum[e];
+        const bool took = rows.reverse ? length[j][e] == rows.steps : length[j][e] > 0;
+        if (took) held[j][e] += sum[e];
         if (began >> (2 * j + e) & 1) give_to_fresh_state(j, e);
         if (unit_of(j) < p.pitch && rows.first + row_of(j, e) < p.rows.batch) {
           p.grad_h0[state_index(j, e)] = held[j][e];

@@ -37,7 +37,8 @@ scan_forward(const ForwardParams p) {
   float4* partials = reinterpret_cast<float4*>(
       shared + kLayout.weights_bytes + kLayout.h_buffers * kLayout.h_bytes + kLayout.ring_bytes);
 
-  const int lane = lane_index(), warp = warp_index();
+  const int warp = warp_index();
+  int lane = lane_index();
   const int column = warp % kLayout.warp_columns, part = warp / kLayout.warp_columns;
   const bool leads = part == 0;  // the warp that does the pointwise part of its unit groups
   const int rank = kCluster ? static_cast<int>(cluster_rank()) : block_x() % Tile::cluster;
@@ -425,6 +426,7 @@ scan_forward(const ForwardParams p) {
     }
   }
 
+  lane = known_anew(lane);
   if (leads) {
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnits; j++) {
