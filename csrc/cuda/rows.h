@@ -89,7 +89,7 @@ struct WordRows {
   }
 };
 
-// Lengths of the rows a lane deals with, in the arrangements in which it does.
+// Lengths of the rows a lane deals with, in lane order.
 template <class Element, int kBlocks>
 struct LaneRows {
   int length[kBlocks][2];
