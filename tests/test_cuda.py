@@ -247,7 +247,7 @@ def test_every_automatic_choice_says_which_kernel_ran():
 
 
 def test_clusters_are_as_large_as_the_chip_has_them():
-    """The device is asked. A whole H100 or H200 has clusters of 16, which LSTMs of 512 units take."""
+    """The device is asked: a whole H100 or H200 has clusters of 16, which an LSTM of 512 takes."""
     name = torch.cuda.get_device_name()
     if not ("H100" in name or "H200" in name) or "MIG" in name:
         pytest.skip(f"what {name} answers is not known")
