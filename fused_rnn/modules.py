@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
-from . import checks, direct, functional, torchscript
+from . import checks, compiled, direct, functional, torchscript
 from .cells import CELLS, Cell
 from .regularised import (
     NAMES,
@@ -87,7 +87,8 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         plain = lengths is None and resets is None and reset_hx is None and not return_states
         options = self._regularisation
         plain = plain and (options is PLAIN or options.is_idle(self.training))
-        result = direct.layers(self, input, hx) if plain else None
+        shortest = compiled if torch.compiler.is_compiling() else direct
+        result = shortest.layers(self, input, hx) if plain else None
         if result is None:
             masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
             result = self._forward(input, hx, masks, return_states)
@@ -250,7 +251,8 @@ class RNN(_RecurrentLayers):
             W_hh h: W_hh (m * h_{t-1}), m 0 or 1/(1-p), drawn once a call for each row of the
             batch and unit, the same at all steps and for all gates (Gal and Ghahramani 2016 with
             tied weights). What goes past the product, as z_t * h_{t-1} of a GRU, is h itself.
-            Keras' argument of that name differs in that each gate has a mask of its own.
+            Keras' argument of that name differs in that each gate has a mask of its own. Runs on
+            the CPU kernels.
         zoneout: probability p, in training, that a unit keeps its old state instead of taking
             the new one, drawn for each step (Krueger et al. 2017). In eval mode the expectation,
             p * h_{t-1} + (1 - p) * h_t.

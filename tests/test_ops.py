@@ -1,4 +1,4 @@
-"""The two operators as compilers see them: registration, fake implementations, torch.compile."""
+"""The operators as compilers see them: registration, fake implementations, torch.compile."""
 
 import itertools
 from dataclasses import replace
@@ -273,3 +273,20 @@ def test_export(cell):
     with torch.no_grad():
         logits, _ = program.module()(tokens)
         torch.testing.assert_close(logits, model(tokens)[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("given", [False, True])
+def test_opcheck_inference_of_a_module(cell, given):
+    layers, directions, spec = 2, 2, CELLS[cell]
+    weights = [
+        torch.randn(shape)
+        for width in (3, 10)
+        for _ in range(directions)
+        for shape in ((spec.gates * 5, width), (spec.gates * 5, 5))
+    ]
+    h0, c0 = (torch.randn(layers * directions, 7, 5) if wanted and given else None
+              for wanted in (True, spec.has_c))  # fmt: skip
+    operator = torch.ops.fused_rnn.infer_layers.default
+    for x in (torch.randn(6, 7, 3), torch.randn(7, 6, 3).transpose(0, 1)):
+        opcheck(operator, (x, h0, c0, weights, cell, layers, True))

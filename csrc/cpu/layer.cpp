@@ -225,7 +225,8 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
   const CellSizes sizes = cell_sizes(s.cell);
   const int gates = static_cast<int>(sizes.gates);
   Call<E> work(isa, s, threads);
-  if (s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows && !projected(s)) {
+  if (s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows && !projected(s) &&
+      !call.h_factor) {
     StepParamsOf<E> p{call, nullptr, nullptr, false};
     const auto step = [&] {
       work.run(s.directions * ceil_div(s.hidden, isa.width),
@@ -241,7 +242,7 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
     step();
     return;
   }
-  ForwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0};
+  ForwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0, {}};
   p.chunk_rows = std::min(s.count, rows_for(kInputSideBytes * (work.plan().parallel ? 2 : 1),
                                             sizes.gates * s.hidden, kInputSideRows));
   p.scratch_rows = std::max(p.chunk_rows, s.rows.batch);
@@ -258,6 +259,7 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
     }
     p.bias[d] = input_bias(s, w, work);
     if (s.cell == CellKind::gru && w.b_hh) p.hidden_bias[d] = w.b_hh + 2 * s.hidden;
+    if (call.h_factor) p.operands[d] = work.take_elements(3 * s.rows.batch * s.output);
     if (!in_place) {
       p.scratch[d] = work.take(work.interleaved_shares() * p.scratch_rows * sizes.gates * s.hidden);
     }
@@ -297,9 +299,9 @@ class Products {
     // Rows apart by a power of two would share a few sets of the cache.
     stride_ = ceil_div(rows, 16) * 16 + 16;
     if (any) transposed_ = work.take_elements(width_ * stride_);
-    if (any_ih) x_ = work.packed(rows, s.input, 1);
-    if (any_hh) states_ = work.packed(rows, s.output, 1);
-    if (any_between) between_ = work.packed(rows, s.hidden, 1);
+    const int64_t widest =
+        std::max({any_ih ? s.input : 0, any_hh ? s.output : 0, any_between ? s.hidden : 0});
+    if (widest > 0) packed_ = work.packed(rows, widest, 1);
     if (any_between && projected(s)) unwanted_sums_ = work.take(s.output);
   }
 
@@ -322,15 +324,15 @@ class Products {
       transpose({grad_gates, chunk.rows, width_, transposed_, stride_, sums_[d], accumulate});
     }
     if (g.w_ih) {
-      product({&call_, RowSource::x, chunk, d, x_},
+      product({&call_, RowSource::x, chunk, d, packed(call_.shape.input)},
               {transposed_ + input_side_ * stride_, stride_, gate_rows, {}, g.w_ih, 0, accumulate});
     }
     if (g.w_hh) {
       const int64_t first_rows = reset_before(call_.shape) ? 2 * hidden : gate_rows;
-      product({&call_, RowSource::states, chunk, d, states_},
+      product({&call_, RowSource::states, chunk, d, packed(output)},
               {transposed_, stride_, first_rows, {}, g.w_hh, rotate_, accumulate});
       if (first_rows < gate_rows) {
-        product({&call_, RowSource::between, chunk, d, between_},
+        product({&call_, RowSource::between, chunk, d, packed(hidden)},
                 {transposed_ + first_rows * stride_,
                  stride_,
                  gate_rows - first_rows,
@@ -342,7 +344,7 @@ class Products {
     }
     if (g.w_hr) {
       transpose({grad_h, chunk.rows, output, transposed_, stride_, unwanted_sums_, false});
-      product({&call_, RowSource::between, chunk, d, between_},
+      product({&call_, RowSource::between, chunk, d, packed(hidden)},
               {transposed_, stride_, output, {}, g.w_hr, 0, accumulate});
     }
   }
@@ -358,6 +360,12 @@ class Products {
   void transpose(const TransposeParamsOf<E>& p) const {
     work_.run(ceil_div(p.width, isa_.width),
               [&](int64_t begin, int64_t end) { isa_.transpose(p, begin, end); });
+  }
+
+  PackedMatrix packed(int64_t columns) const {
+    PackedMatrix matrix = packed_;
+    matrix.columns = columns;
+    return matrix;
   }
 
   // Packs the chunk's rows and multiplies by them.
@@ -382,9 +390,7 @@ class Products {
   float* sums_[2] = {};             // [Q*H]
   float* unwanted_sums_ = nullptr;  // [P]
   PackedMatrix w_ih_[2] = {};
-  PackedMatrix x_ = {};
-  PackedMatrix states_ = {};
-  PackedMatrix between_ = {};
+  PackedMatrix packed_ = {};  // of one product at a time, as wide as the widest
 };
 
 }  // namespace

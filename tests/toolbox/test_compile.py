@@ -79,14 +79,86 @@ def test_any_sizes_with_one_graph(layer, with_hx, backend, make):
 
 
 @every_backend
-def test_inference(layer, backend, make):
-    module, theirs = make.pair(layer, num_layers=2, dropout=0.5)
+@with_and_without_hx
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_inference(layer, batch_first, with_hx, backend, make):
+    """Any T and B with one graph for each mode, and each of the sizes of 1 once more."""
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first, "dropout": 0.5}
+    module, theirs = make.pair(layer, **options)
     module.eval(), theirs.eval()
-    compiled = torch.compile(module, fullgraph=True, backend=backend)
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            args = Inputs(module).args
+    compiled = torch.compile(module, fullgraph=True, backend=backend, dynamic=True)
+    for number, mode in enumerate((torch.no_grad, torch.inference_mode)):
+        for timesteps, batch in ((6, 7), (9, 3), (31, 8)):
+            args = Inputs(module, with_hx, timesteps, batch).args
+            with mode():
+                near(compiled(*args), theirs(*args))
+            assert graphs() == number + 1
+    for timesteps, batch in ((1, 1), (1, 6), (5, 1)):
+        args = Inputs(module, with_hx, timesteps, batch).args
+        with torch.inference_mode():
             near(compiled(*args), theirs(*args))
+
+
+def operators(call, *args) -> list[str]:
+    """The names of our operators in the graphs of a call."""
+    found = []
+
+    def backend(graph, example_inputs):
+        found.extend(str(n.target) for n in graph.graph.nodes if "fused_rnn" in str(n.target))
+        return graph
+
+    torch.compile(call, backend=backend, fullgraph=True)(*args)
+    return found
+
+
+def test_inference_is_one_operator():
+    """A stack of layers that is nothing out of the ordinary; what is has one for each layer."""
+    module = fused_rnn.LSTM(3, 5, 2, bidirectional=True)
+    (x,) = Inputs(module).args
+    with torch.no_grad():
+        assert operators(module, x) == ["fused_rnn.infer_layers"]
+        lengths = torch.full((7,), 4)
+        assert operators(lambda x: module(x, lengths=lengths), x) == ["fused_rnn.layer_forward"] * 2
+    assert operators(module, x) == ["fused_rnn.layer_forward"] * 2
+
+
+CALLS = {
+    "float64": lambda m, x, h: (m.double(), x.double(), h.double()),
+    "bfloat16": lambda m, x, h: (m.bfloat16(), x.bfloat16(), h.bfloat16()),
+    "unbatched": lambda m, x, h: (m, x[:, 0], h[:, 0]),
+    "strides": lambda m, x, h: (m, x.mT.contiguous().mT, h.mT.contiguous().mT),
+    "no rows": lambda m, x, h: (m, x[:, :0], h[:, :0]),
+    "strided weights": lambda m, x, h: (strided(m), x, h),
+}
+
+
+def strided(module: torch.nn.Module) -> torch.nn.Module:
+    for parameter in module.parameters():
+        parameter.data = torch.stack((parameter.data,) * 2, -1)[..., 0]
+    return module
+
+
+@every_backend
+@pytest.mark.parametrize("call", CALLS)
+def test_inference_out_of_the_ordinary(call, backend, make):
+    """It takes another way, to the same numbers."""
+    module = make("gru", num_layers=2)
+    module, *args = CALLS[call](module, *Inputs(module, True).args)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        near(compiled(*args), module(*args))
+
+
+def test_transforms_inside_a_graph(make):
+    """torch.func inside torch.compile."""
+    module, x = make("gru"), torch.randn(4, 6, 7, 3)
+
+    def mapped(x):
+        return torch.vmap(lambda one: module(one)[0])(x)
+
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            near(torch.compile(mapped, backend="aot_eager", fullgraph=True)(x), mapped(x))
 
 
 # Sizes that are equal at first are one symbol to torch.compile, so none is.
@@ -225,6 +297,19 @@ def test_errors_are_eager_modes(what):
     assert str(eager.value) in str(in_full.value)
 
 
+@every_backend
+@pytest.mark.parametrize("what", WRONG)
+def test_errors_of_inference_are_eager_modes(what, backend):
+    module, args = fused_rnn.GRU(3, 5), WRONG[what]()
+    with torch.no_grad():
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as eager:
+            module(*args)
+        with pytest.raises(type(eager.value)) as compiled:
+            torch.compile(module, backend=backend)(*args)
+    assert type(compiled.value) is type(eager.value)
+    assert str(compiled.value) == str(eager.value)
+
+
 @pytest.mark.parametrize("sizes", [[2, 1], [2, 3], [4, 1], [5, 0]])
 def test_packed_layouts_are_checked_when_the_graph_runs(sizes):
     layer = torch.compile(fused_rnn.GRU(3, 5), fullgraph=True, backend="aot_eager")
@@ -238,9 +323,10 @@ def test_forced_backend_is_asked_when_the_graph_runs():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(6, 4, 3)
     compiled(x)
-    with fused_rnn.backend("reference"):
-        assert fused_rnn.explain(layer, x).backend == "reference"
-        near(compiled(x), layer(x))
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), fused_rnn.backend("reference"):
+            assert fused_rnn.explain(compiled, x).backend == "reference"
+            near(compiled(x), layer(x))
 
 
 @pytest.mark.gpu

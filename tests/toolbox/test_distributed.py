@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import socket
 from contextlib import nullcontext
@@ -25,13 +26,13 @@ CONTEXT = torch.multiprocessing.get_context("spawn")
 class Model(nn.Module):
     """A character model: every kind of layer, one of them with packed rows."""
 
-    def __init__(self):
+    def __init__(self, library):
         super().__init__()
         self.embedding = nn.Embedding(11, 6)
-        self.first = fused_rnn.LSTM(6, 8, num_layers=2, bidirectional=True, proj_size=3)
-        self.second = fused_rnn.GRU(6, 8)
-        self.third = fused_rnn.RNN(8, 8)
-        self.cell = fused_rnn.LSTMCell(8, 8)
+        self.first = library.LSTM(6, 8, num_layers=2, bidirectional=True, proj_size=3)
+        self.second = library.GRU(6, 8)
+        self.third = library.RNN(8, 8)
+        self.cell = library.LSTMCell(8, 8)
         self.head = nn.Linear(8, 11)
 
     def forward(self, tokens):  # [T, B]
@@ -39,9 +40,9 @@ class Model(nn.Module):
         return self.head(x + self.cell(x[-1])[0])
 
 
-def make_model() -> Model:
+def make_model(library) -> Model:
     torch.manual_seed(0)
-    return Model().double()
+    return Model(library).double()
 
 
 def batch_of(step: int) -> torch.Tensor:
@@ -88,26 +89,27 @@ def full_parameters(model) -> list[torch.Tensor]:
     return [p.detach().clone() for p in whole]
 
 
-def work(rank: int, port: int, kind: str, queue) -> None:
+def work(rank: int, port: int, kind: str, library: str, queue) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
-        results = JOBS[kind](rank)
+        results = JOBS[kind](rank, importlib.import_module(library))
         # As arrays: tensors would be shared through this process, which is about to end.
         queue.put((rank, torch.utils._pytree.tree_map(lambda t: t.numpy(), results)))
     finally:
         dist.destroy_process_group()
 
 
-def run_everywhere(kind: str) -> list:
+def run_everywhere(kind: str, library) -> list:
     """What each rank's job gives. A rank that dies is an error here, not a hang."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     queue = CONTEXT.Queue()
     processes = [
-        CONTEXT.Process(target=work, args=(rank, port, kind, queue)) for rank in range(WORLD)
+        CONTEXT.Process(target=work, args=(rank, port, kind, library.__name__, queue))
+        for rank in range(WORLD)
     ]
     for process in processes:
         process.start()
@@ -123,16 +125,18 @@ def run_everywhere(kind: str) -> list:
     return [torch.utils._pytree.tree_map(torch.from_numpy, results[rank]) for rank in range(WORLD)]
 
 
-def ddp_job(rank):
+def ddp_job(rank, library):
     """The same training with and without accumulation, gradient buckets as views."""
     results = {}
     for accumulate in (1, 2):
-        model = DistributedDataParallel(make_model(), gradient_as_bucket_view=accumulate == 2)
+        model = DistributedDataParallel(
+            make_model(library), gradient_as_bucket_view=accumulate == 2
+        )
         results[str(accumulate)] = train(model, batch_of, accumulate, rank)
     return results
 
 
-def fsdp_job(rank):
+def fsdp_job(rank, library):
     """Each layer a unit of its own, and the model around them; then a checkpoint, and on."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
@@ -141,7 +145,7 @@ def fsdp_job(rank):
     mesh = init_device_mesh("cpu", (WORLD,))
 
     def sharded():
-        model = make_model()
+        model = make_model(library)
         for layer in (model.first, model.second, model.third, model.cell):
             fully_shard(layer, mesh=mesh)
         return fully_shard(model, mesh=mesh)
@@ -161,16 +165,16 @@ def fsdp_job(rank):
 JOBS = {"ddp": ddp_job, "fsdp": fsdp_job}
 
 
-def in_one_process(accumulate: int) -> dict:
-    return train(make_model(), batch_of, accumulate)
+def in_one_process(accumulate: int, library) -> dict:
+    return train(make_model(library), batch_of, accumulate)
 
 
 @pytest.mark.parametrize("kind", JOBS)
-def test_losses_of_two_processes_are_those_of_one(kind):
+def test_losses_of_two_processes_are_those_of_one(kind, library):
     """The same global batch: the same losses and parameters, with and without accumulation."""
-    ranks = run_everywhere(kind)
+    ranks = run_everywhere(kind, library)
     for accumulate in (1, 2):
-        expected = in_one_process(accumulate)
+        expected = in_one_process(accumulate, library)
         for results in ranks:
             torch.testing.assert_close(results[str(accumulate)], expected, rtol=1e-7, atol=1e-9)
     if kind == "fsdp":
@@ -192,11 +196,11 @@ def test_ddp_model_still_says_what_runs():
     assert type(fused_rnn.restore(copied).module[0]) is nn.GRU
 
 
-def lightning_module(lightning):
+def lightning_module(lightning, library):
     class Lit(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.model = make_model()
+            self.model = make_model(library)
             self.losses = []
 
         def training_step(self, batch, _index):
@@ -210,15 +214,15 @@ def lightning_module(lightning):
     return Lit()
 
 
-def expected_losses() -> torch.Tensor:
-    return in_one_process(1)["losses"]
+def expected_losses(library) -> torch.Tensor:
+    return in_one_process(1, library)["losses"]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning(tmp_path):
+def test_lightning(tmp_path, library):
     """A Trainer's losses are a plain loop's, and a checkpoint loads."""
     lightning = pytest.importorskip("lightning", reason="lightning is not installed")
-    module = lightning_module(lightning)
+    module = lightning_module(lightning, library)
     rows = torch.cat([batch_of(step).t() for step in range(STEPS)])
     loader = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(rows), batch_size=BATCH, shuffle=False
@@ -228,19 +232,19 @@ def test_lightning(tmp_path):
         enable_model_summary=False, default_root_dir=tmp_path, enable_checkpointing=False,
     )  # fmt: skip
     trainer.fit(module, loader)
-    torch.testing.assert_close(torch.stack(module.losses), expected_losses())
+    torch.testing.assert_close(torch.stack(module.losses), expected_losses(library))
     path = tmp_path / "model.ckpt"
     trainer.save_checkpoint(path)
     state = torch.load(path, weights_only=False)["state_dict"]
-    other = lightning_module(lightning)
+    other = lightning_module(lightning, library)
     other.load_state_dict(state)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_accelerate():
+def test_accelerate(library):
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     accelerator = accelerate.Accelerator(cpu=True)
-    model = make_model()
+    model = make_model(library)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     model, optimizer = accelerator.prepare(model, optimizer)
     losses = []
@@ -251,5 +255,5 @@ def test_accelerate():
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
-    torch.testing.assert_close(torch.stack(losses), expected_losses())
-    assert isinstance(accelerator.unwrap_model(model).first, fused_rnn.LSTM)
+    torch.testing.assert_close(torch.stack(losses), expected_losses(library))
+    assert isinstance(accelerator.unwrap_model(model).first, library.LSTM)

@@ -1,17 +1,16 @@
-"""No leaks, no reference cycles around activations; loaders that fork and spawn."""
+"""No leaks, no reference cycles around activations; Python threads; loaders that fork and spawn."""
 
 from __future__ import annotations
 
 import gc
 import os
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from toolkit import Inputs, leaves, loss_of
-
-import fused_rnn
 
 
 @pytest.fixture
@@ -94,6 +93,23 @@ def test_no_leak_in_training(variant, steps, make):
     assert resident() - before < 8 * 2**20
 
 
+def test_eight_python_threads(layer, make):
+    """Forward and backward at once, on one module: to each thread the bits it gets alone."""
+    module = make(layer, num_layers=2, bidirectional=True)
+
+    def step(seed):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(20, 9, 3, generator=generator, requires_grad=True)
+        outputs = leaves(module(x))
+        return [*outputs, *torch.autograd.grad(loss_of(outputs), [x, *module.parameters()])]
+
+    alone = [step(seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for actual, expected in zip(pool.map(step, range(8)), alone, strict=True):
+                assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 class Windows(torch.utils.data.Dataset):
     """Runs a layer in the worker, as one that makes features does."""
 
@@ -109,9 +125,9 @@ class Windows(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_data_loader_workers(start, num_threads):
+def test_data_loader_workers(start, num_threads, library):
     """Workers made after the library was used, with several threads, in this process."""
-    layer = fused_rnn.GRU(3, 64)
+    layer = library.GRU(3, 64)
     num_threads(2)
     big = torch.randn(30, 64, 3)
     layer(big)[0].sum().backward()
