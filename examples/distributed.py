@@ -8,6 +8,10 @@ the training of one process with all the streams, up to rounding. Nothing about 
 special here: its parameters are torch parameters, and its backward fires their hooks as any
 other's.
 
+After each tenth of the steps every process writes a checkpoint: with its own streams go the states
+that are carried along them. `--resume`, with as many processes, goes on from there and comes out as
+if never stopped; `--stop 60` stops early, to try that.
+
 Started without torchrun it is one process. On the CPU the processes talk through gloo, on GPUs
 through NCCL, one process to each GPU.
 """
@@ -16,10 +20,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import char_lm
@@ -54,32 +58,40 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.Parser(
         __doc__, cell="lstm", steps=(500, 120), hidden=(128, 96), characters=(1_000_000, 100_000)
     )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoints")
+    parser.add_argument("--stop", type=common.positive, help="stop early, after this many steps")
     args = parser.parse(argv)
     rank, count = join(args)
     try:
-        return train(args, rank, count)
+        checkpoint = args.out / f"distributed.{rank}-of-{count}.pt"
+        if args.resume and not checkpoint.exists():
+            parser.error(f"argument --resume: there is no {checkpoint}")
+        return train(args, rank, count, checkpoint)
     finally:
         dist.destroy_process_group()
 
 
-def train(args: argparse.Namespace, rank: int, count: int) -> int:
+def train(args: argparse.Namespace, rank: int, count: int, checkpoint: Path) -> int:
     common.console.quiet = rank > 0
     whole, held_out = language_model.corpora(args.characters, args.device)
     mine = whole.streams[:, rank::count].contiguous()
-    corpus = char_lm.Corpus(whole.alphabet, mine, whole.window)
-    model = char_lm.CharLM(args.cell, len(corpus.alphabet), args.hidden, layers=1)
-    model = common.fused_rnn.replace(model).to(args.device)
+    training = language_model.Training(args, char_lm.Corpus(whole.alphabet, mine, whole.window))
+    if args.resume:
+        training.load(checkpoint)
+    model = training.model
     parallel = DistributedDataParallel(model)
-    trainer = common.Trainer(parallel, args.steps, lr=5e-3)
-    steps, state = common.Steps(args.steps, f"training in {count} processes"), None
-    for step in steps:
-        if step % corpus.windows == 0:
-            state = None
-        x, target = corpus.batch(step)
-        logits, state = parallel(x, state)
-        state = common.detach(state)
-        loss = trainer.step(F.cross_entropy(logits.flatten(0, 1), target.flatten()))
+    last = min(args.steps, args.stop or args.steps)
+    steps = common.Steps(max(0, last - training.number), f"training in {count} processes")
+    for _ in steps:
+        training.model = parallel
+        loss = training.step()
+        training.model = model  # what is saved is nobody's copy
         steps.note = f"{loss * language_model.BITS:.3f} bits"
+        if training.number % max(1, args.steps // 10) == 0 or training.number == last:
+            training.save(checkpoint)
+    if last < args.steps:
+        common.console.print(f"stopped at step {training.number}; --resume goes on")
+        return 0
 
     apart = largest_difference(model)
     bits = language_model.bits_per_character(model, held_out) if rank == 0 else 0.0

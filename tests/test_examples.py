@@ -237,14 +237,13 @@ def test_bad_arguments(example, capsys, tmp_path, argv, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(example, tmp_path):
-    """Under torchrun: both processes end with the same parameters, as good as those of one."""
+def under_torchrun(tmp_path, *argv):
+    """The distributed example in two processes; what it found, or None where it stopped early."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(FOLDER / "distributed.py")]
     package = Path(fused_rnn.__file__).parents[1]
     done = subprocess.run(
-        [*command, "--small", "--out", str(tmp_path)],
+        [*command, "--small", "--out", str(tmp_path), *argv],
         env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -252,10 +251,34 @@ def test_two_processes_train_as_one(example, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    bits, apart = results(tmp_path, "distributed")
+    return None if "--stop" in argv else results(tmp_path, "distributed")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(example, tmp_path):
+    """Under torchrun: both processes end with the same parameters, as good as those of one."""
+    bits, apart = under_torchrun(tmp_path)
     assert "2 processes" in apart["measure"] and apart["value"] == 0
     assert example("distributed").main(["--small", "--out", str(tmp_path)]) == 0
     assert abs(results(tmp_path, "distributed")[0]["value"] - bits["value"]) < 0.02
+
+
+@pytest.mark.slow
+def test_two_processes_resume(tmp_path):
+    """Stopped in the midst of the streams and resumed, both come out as those of one go."""
+    under_torchrun(tmp_path / "whole", "--stop", "20")
+    under_torchrun(tmp_path / "parts", "--stop", "9")
+    name = "distributed.{}-of-2.pt"
+    half = torch.load(tmp_path / "parts" / name.format(0), weights_only=True)
+    under_torchrun(tmp_path / "parts", "--stop", "20", "--resume")
+    for rank in range(2):
+        whole, parts = (
+            torch.load(tmp_path / run / name.format(rank), weights_only=True)
+            for run in ("whole", "parts")
+        )
+        for part in ("number", "state", "model", "optimizer"):
+            torch.testing.assert_close(parts[part], whole[part], rtol=0, atol=0)
+        assert not torch.equal(half["model"]["head.weight"], whole["model"]["head.weight"])
 
 
 def test_readme_leads_to_every_example():

@@ -133,7 +133,7 @@ def test_data_loader_workers(start, num_threads, library):
     layer(big)[0].sum().backward()
     dataset = Windows(layer)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_size=2, num_workers=2, multiprocessing_context=start, timeout=120
+        dataset, batch_size=2, num_workers=2, multiprocessing_context=start, timeout=600
     )
     batches = list(loader)
     assert len(batches) == 3
