@@ -112,6 +112,20 @@ def _check_compiled(target, *numbers):
 
 
 @needs_triton
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_the_planner_reckons_with_what_every_row_took(target):
+    """When it was last compiled."""
+    import triton_ahead
+
+    vendor = target.split(":")[0]
+    for _, row in triton_ahead.rows_for(target):
+        problem = triton_ahead.problem_of(row)
+        taken = _bounds()[target][triton_ahead.name_of(row)]["shared"]
+        reckoned = planner.on_chip_bytes(row.config, problem, row.which, vendor)
+        assert taken <= reckoned <= SHARED_MEMORY[target], row
+
+
+@needs_triton
 @pytest.mark.parametrize(("target", "numbers"), [("cuda:90", (0, 1)), ("hip:gfx942", (-1,))])
 def test_some_rows_of_the_table_compile(target, numbers):
     """A forward and a backward kernel; every row in a slow test."""

@@ -248,8 +248,10 @@ def on_chip_bytes(config: Config, problem: Problem, which: str, vendor: str = "c
         stage = (config.block_b + gates * config.block_h) * config.block_k * size
         return stages * stage + turned
     slice_bytes = gates * padded * config.block_h * size
-    if vendor == "hip" and config.regime == "b":
-        slice_bytes = 0  # in registers
+    if vendor == "hip":
+        if config.regime == "b":
+            slice_bytes = 0  # in registers
+        return slice_bytes + operand + turned  # which do not share their room there
     return slice_bytes + max(operand, turned)
 
 
