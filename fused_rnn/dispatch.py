@@ -105,8 +105,9 @@ def find(name: str) -> Backend:
 
 
 def _refusal(candidate: Backend, problem: Problem) -> str | None:
-    if problem.extras and candidate.name != "reference":
-        return f"has no kernel for {', '.join(problem.extras)}"
+    missing = [name for name in problem.extras if name not in candidate.extras]
+    if missing and candidate.name != "reference":  # which general_scan computes in its place
+        return f"has no kernel for {', '.join(missing)}"
     return candidate.unsupported(problem)
 
 
@@ -122,12 +123,17 @@ def select(problem: Problem, name: str = "") -> Backend:
         UnsupportedProblemError: the one that was named cannot take it, or none can.
     """
     name = name or requested() or "auto"
-    forced = name != "auto"
-    chosen = _forced_backend(problem, name) if forced else _first_backend(problem)
+    chosen, forced = choose(problem, name), name != "auto"
     recorder = _recorder.get()
     if recorder is not None:
         recorder(problem, chosen, forced)
     return chosen
+
+
+def choose(problem: Problem, name: str = "") -> Backend:
+    """As `select`, for who only wants to know: nobody is told of the choice."""
+    name = name or requested() or "auto"
+    return _first_backend(problem) if name == "auto" else _forced_backend(problem, name)
 
 
 @contextmanager

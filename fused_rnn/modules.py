@@ -251,7 +251,8 @@ class RNN(_RecurrentLayers):
             W_hh h: W_hh (m * h_{t-1}), m 0 or 1/(1-p), drawn once a call for each row of the
             batch and unit, the same at all steps and for all gates (Gal and Ghahramani 2016 with
             tied weights). What goes past the product, as z_t * h_{t-1} of a GRU, is h itself.
-            Keras' argument of that name differs in that each gate has a mask of its own.
+            Keras' argument of that name differs in that each gate has a mask of its own. Runs on
+            the CPU kernels.
         zoneout: probability p, in training, that a unit keeps its old state instead of taking
             the new one, drawn for each step (Krueger et al. 2017). In eval mode the expectation,
             p * h_{t-1} + (1 - p) * h_t.

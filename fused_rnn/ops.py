@@ -21,10 +21,11 @@ from torch import Tensor
 
 from . import dispatch, onnx
 from .backends.base import LayerOutput, Needs, OutputGrads
-from .cells import CELLS, DirectionWeights, state_dtype
+from .cells import CELLS, Cell, DirectionWeights, state_dtype
 from .oracle import Recurrence, plain_recurrence
 from .oracle import run as oracle_run
 from .problem import Masks, Problem, Rows
+from .recurrences import Extras, Noise, general_recurrence
 
 _library = torch.library.Library("fused_rnn", "DEF")
 _INPUTS = (
@@ -41,7 +42,8 @@ _library.define(
     "bool save, "  # whether backward will follow
     "bool states, "  # whether `cells` is an output, wanted in every row and differentiable
     "bool recompute, "  # whether backward shall compute gates and cells anew
-    "str backend"  # "auto" to choose; "" to ask when it runs
+    "str backend, "  # "auto" to choose; "" to ask when it runs
+    "Tensor? h_factor=None"  # [D, B, P] what h is multiplied by before W_hh; gets no gradient
     ") -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -52,7 +54,7 @@ _library.define(
     "Tensor y, Tensor gates, Tensor cells, "
     "str cell, "
     "bool[] needs, "  # which of x, h0, c0, reset_h, reset_c, *weights want a gradient
-    "bool states, bool recompute, str backend"
+    "bool states, bool recompute, str backend, Tensor? h_factor=None"
     ") -> Tensor[]",  # their gradients; an empty tensor where none was wanted
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -81,6 +83,7 @@ def layer(
     *,
     states: bool = False,
     recompute: bool = False,
+    h_factor: Tensor | None = None,
 ) -> LayerResult:
     """One layer of `cell` over a whole sequence.
 
@@ -95,6 +98,8 @@ def layer(
         masks: where the rows of a padded batch end and start afresh. y is zero past the end.
         states: whether to give LSTM's c after every step.
         recompute: whether backward computes anew what it would otherwise have to keep.
+        h_factor: [D, B, P] in `cells.state_dtype`, what h is multiplied by before W_hh in every
+            step, or None; for a backend whose `extras` have recurrent dropout.
     """
     states = states and CELLS[cell].has_c
     inputs = (x, h0, c0, weights, batch_sizes, *(masks or _NO_MASKS))
@@ -103,12 +108,16 @@ def layer(
             return onnx_layer(cell, x, h0, c0, weights, batch_sizes, masks, states)
         # An exported program is trained through the operator's Autograd kernel, or not at all.
         save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
-        out = torch.ops.fused_rnn.layer_forward(*inputs, cell, save, states, recompute, "")
-    elif _needs_oracle(x):
-        return oracle(cell, x, h0, c0, weights, batch_sizes, masks, states=states)
+        options = (cell, save, states, recompute, "")
+        out = torch.ops.fused_rnn.layer_forward(*inputs, *options, h_factor)
+    elif needs_oracle(x):
+        recurrence = recurrence_of(h_factor)
+        return oracle(
+            cell, x, h0, c0, weights, batch_sizes, masks, states=states, recurrence=recurrence
+        )
     else:
         backend = dispatch.requested() or "auto"
-        out = _layer_autograd(*inputs, cell, False, states, recompute, backend)
+        out = _layer_autograd(*inputs, cell, False, states, recompute, backend, h_factor)
     y, h_n, c_n, _, cells = out
     if not states:
         cells = None
@@ -168,6 +177,17 @@ def oracle(
     return LayerResult(y, h_n, c_n[0] if c_n else None, cells[0] if states and cells else None)
 
 
+def recurrence_of(h_factor: Tensor | None) -> Callable[..., Recurrence]:
+    """What `oracle` takes for layers with an h_factor, or without."""
+    if h_factor is None:
+        return plain_recurrence
+
+    def recurrence(cell: Cell, d: int, w: DirectionWeights) -> Recurrence:
+        return general_recurrence(cell, w, Extras(), Noise(h_factor[d]))
+
+    return recurrence
+
+
 def make_problem(
     cell: str,
     x: Tensor,
@@ -178,6 +198,7 @@ def make_problem(
     masks: Masks | None,
     training: bool,
     states: bool = False,
+    h_factor: Tensor | None = None,
 ) -> Problem:
     """The problem of one layer call, from its arguments as `layer` takes them."""
     directions = h0.shape[0]
@@ -199,6 +220,7 @@ def make_problem(
         lengths=masks.lengths is not None,
         resets=masks.resets is not None,
         states=states,
+        extras=() if h_factor is None else ("recurrent_dropout",),
     )
 
 
@@ -215,11 +237,12 @@ def _layout(
     weights: list[Tensor],
     batch_sizes: Tensor | None,
     masks: Masks | None,
+    h_factor: Tensor | None = None,
 ) -> _Layout:
     timesteps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     if masks is not None and masks.lengths is None and masks.resets is None:
         masks = None
-    rows = Rows(timesteps, h0.shape[1], batch_sizes, x.shape[0], masks)
+    rows = Rows(timesteps, h0.shape[1], batch_sizes, x.shape[0], masks, h_factor=h_factor)
     return _Layout(rows, split_by_direction(h0, c0, weights))
 
 
@@ -250,11 +273,11 @@ def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
 
 def _forward_impl(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    cell, save, states, recompute, backend,
+    cell, save, states, recompute, backend, h_factor=None,
 ):  # fmt: skip
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
-    problem = make_problem(*inputs, save, states)
-    rows, by_direction = _layout(*inputs)
+    problem = make_problem(*inputs, save, states, h_factor)
+    rows, by_direction = _layout(*inputs, h_factor)
     chosen = dispatch.select(problem, backend)
     out = chosen.forward(
         problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save and not recompute
@@ -265,7 +288,7 @@ def _forward_impl(
 
 def _forward_fake(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    cell, save, states, recompute, backend,
+    cell, save, states, recompute, backend, h_factor=None,
 ):  # fmt: skip
     spec = CELLS[cell]
     directions, batch, out = h0.shape
@@ -285,11 +308,11 @@ def _forward_fake(
 def _backward_impl(
     grad_y, grad_h_n, grad_c_n, grad_cells,
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    y, gates, cells, cell, needs, states, recompute, backend,
+    y, gates, cells, cell, needs, states, recompute, backend, h_factor=None,
 ):  # fmt: skip
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
-    problem = make_problem(*inputs, True, states)
-    rows, by_direction = _layout(*inputs)
+    problem = make_problem(*inputs, True, states, h_factor)
+    rows, by_direction = _layout(*inputs, h_factor)
     x_rows = _rows_of(x, problem.packed)
     chosen = dispatch.select(problem, backend)
     saved = LayerOutput(_rows_of(y, problem.packed), None, None, gates, cells)
@@ -314,7 +337,7 @@ def _backward_impl(
 def _backward_fake(
     grad_y, grad_h_n, grad_c_n, grad_cells,
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    y, gates, cells, cell, needs, states, recompute, backend,
+    y, gates, cells, cell, needs, states, recompute, backend, h_factor=None,
 ):  # fmt: skip
     inputs = [x, h0, c0, reset_h, reset_c, *weights]
     return [
@@ -327,15 +350,18 @@ class _LayerFunction(torch.autograd.Function):
     """Of the tensors, those that can ask for a gradient come last."""
 
     @staticmethod
-    def forward(ctx, options, batch_sizes, lengths, resets, x, h0, c0, reset_h, reset_c, *weights):
+    def forward(
+        ctx, options, batch_sizes, lengths, resets, h_factor,
+        x, h0, c0, reset_h, reset_c, *weights,
+    ):  # fmt: skip
         cell, states, _, _ = options
         with torch._C._AutoDispatchBelowAutograd():
             y, h_n, c_n, gates, cells = torch.ops.fused_rnn.layer_forward(
                 x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-                cell, True, *options[1:],
+                cell, True, *options[1:], h_factor,
             )  # fmt: skip
         ctx.save_for_backward(
-            y, gates, cells, batch_sizes, lengths, resets,
+            y, gates, cells, batch_sizes, lengths, resets, h_factor,
             x, h0, c0, reset_h, reset_c, *weights,
         )  # fmt: skip
         ctx.options = options
@@ -347,37 +373,39 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_h_n, grad_c_n, _gates, grad_cells):
         kept = ctx.saved_tensors  # once: checkpointing computes them anew at every look
-        *saved, batch_sizes, lengths, resets = kept[:6]
-        x, h0, c0, reset_h, reset_c, *weights = kept[6:]
+        *saved, batch_sizes, lengths, resets, h_factor = kept[:7]
+        x, h0, c0, reset_h, reset_c, *weights = kept[7:]
         cell, states, recompute, backend = ctx.options
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[5:]
         grads = (
             grad_y, grad_h_n, grad_c_n if CELLS[cell].has_c else None,
             grad_cells if states else None,
         )  # fmt: skip
         if all(grad is None for grad in grads):
-            return (None,) * (4 + len(needs))
+            return (None,) * (5 + len(needs))
         if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable
-            results = _differentiable_backward(
-                cell, grads, kept[6:], (batch_sizes, lengths, resets), needs
-            )
+            layout = batch_sizes, lengths, resets, h_factor
+            results = _differentiable_backward(cell, grads, kept[7:], layout, needs)
         else:
             results = torch.ops.fused_rnn.layer_backward(
                 *grads, x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-                *saved, cell, needs, states, recompute, backend,
+                *saved, cell, needs, states, recompute, backend, h_factor,
             )  # fmt: skip
         wanted = (g if need else None for g, need in zip(results, needs, strict=True))
-        return (None, None, None, None, *wanted)
+        return (None, None, None, None, None, *wanted)
 
 
 def _differentiable_backward(cell, grads, inputs, layout, needs):
     """The gradients of the inputs as differentiable functions of the inputs and `grads`."""
-    batch_sizes, lengths, resets = layout
+    batch_sizes, lengths, resets, h_factor = layout
     # A view of each input, so that differentiation stops there: an input may depend on another.
     views = [None if i is None else i.view_as(i) for i in inputs]
     x, h0, c0, reset_h, reset_c, *weights = views
     masks = Masks(lengths, resets, reset_h, reset_c)
-    *outputs, cells = oracle(cell, x, h0, c0, weights, batch_sizes, masks, states=True)
+    recurrence = recurrence_of(h_factor)
+    *outputs, cells = oracle(
+        cell, x, h0, c0, weights, batch_sizes, masks, states=True, recurrence=recurrence
+    )
     if grads[3] is not None and batch_sizes is None:
         cells = cells.flatten(1, 2)
     used = [(o, g) for o, g in zip((*outputs, cells), grads, strict=True) if g is not None]
@@ -396,19 +424,19 @@ def _differentiable_backward(cell, grads, inputs, layout, needs):
 
 def _layer_autograd(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    cell, save, states, recompute, backend,
+    cell, save, states, recompute, backend, h_factor=None,
 ):  # fmt: skip
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, h0, c0, reset_h, reset_c, *weights)
     ):
         return _LayerFunction.apply(
-            (cell, states, recompute, backend), batch_sizes, lengths, resets,
+            (cell, states, recompute, backend), batch_sizes, lengths, resets, h_factor,
             x, h0, c0, reset_h, reset_c, *weights,
         )  # fmt: skip
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.fused_rnn.layer_forward(
             x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-            cell, save, states, recompute, backend,
+            cell, save, states, recompute, backend, h_factor,
         )  # fmt: skip
 
 
@@ -418,7 +446,7 @@ def is_transformed() -> bool:
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 
-def _needs_oracle(x: Tensor) -> bool:
+def needs_oracle(x: Tensor) -> bool:
     """Whether only plain torch operations will do: inside a function transform, under
     forward-mode differentiation, or for a dtype no backend has."""
     return is_transformed() or torch.autograd.forward_ad._current_level >= 0 or x.is_complex()

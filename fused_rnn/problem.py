@@ -32,7 +32,7 @@ class Problem:
     lengths: bool = False  # whether rows end at lengths of their own
     resets: bool = False  # whether rows start afresh at resets
     states: bool = False  # whether c after every step is an output
-    extras: tuple[str, ...] = ()  # what of its recurrence only `general_scan` has, by name
+    extras: tuple[str, ...] = ()  # what its recurrence has beyond the cell's own, by name
 
     @property
     def cell(self) -> Cell:
@@ -115,10 +115,12 @@ class Rows:
         count: int,
         masks: Masks | None = None,
         room: int = 0,
+        h_factor: Tensor | None = None,
     ):
         """`batch_sizes`: int64 [T] on the CPU, as in a PackedSequence, or None when padded.
         `count`: the number of packed rows, N; a padded batch has T*B. `masks`: for one, or None.
         `room`: for how many rows what is saved should have memory, if for more than N.
+        `h_factor`: [D, B, P] what h is multiplied by before W_hh in every step, or None.
 
         Raises:
             RuntimeError: batch_sizes grow, fall below 1, do not start at `batch_size`, or do not
@@ -128,6 +130,7 @@ class Rows:
         self.timesteps = timesteps
         self.batch_size = batch_size
         self.masks = masks
+        self.h_factor = h_factor
         self.count = count if self.packed else timesteps * batch_size
         self.room = max(room, self.count)
         self._batch_sizes = batch_sizes

@@ -24,6 +24,7 @@ LAYERS = [
     {"cells", "native", "torchscript"},
     {"problem", "checks", "onnx"},
     {"oracle"},
+    {"recurrences"},
     {"backends"},
     {"dispatch"},
     {"ops", "direct"},

@@ -13,7 +13,14 @@ struct BackwardRows {
   RowsOf<Element> grad_gates;       // [Q*H]
   RowsOf<float> grad_h;             // [P] in: grad_h_n, or what carry left (GRU); out: carry (GRU)
   RowsOf<float> grad_c;             // [H] in and out: the gradient of c
+  RowsOf<const float> factor;       // [P] or null
 };
+
+// Of h, from that of what the product took, which may be h times a factor.
+FUSED_RNN_INLINE Vector through_factor(RowsOf<const float> factor, int64_t row, int64_t column,
+                                       int valid, Vector grad) {
+  return factor.base ? grad * load(factor[row] + column, valid) : grad;
+}
 
 // `weights` [depth, H] makes the gradient of the cell's output from grad_next: W_hh, or where h is
 // projected W_hr, grad_next being the gradient of h then and the other sources null.
@@ -40,7 +47,10 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
     for (int v = 0; v < panel.vectors; v++) {
       const int64_t unit = panel.column + v * kWidth;
       const int valid = valid_lanes(unit, hidden);
-      Vector d_h = r.grad_next.base ? tile[m * panel.vectors + v] : Vector{};
+      Vector d_h{};
+      if (r.grad_next.base) {
+        d_h = through_factor(r.factor, row, unit, valid, tile[m * panel.vectors + v]);
+      }
       if (add_grad_h) d_h += load(r.grad_h[row] + unit, valid);
       if (r.grad_y.base) d_h += load(r.grad_y[row] + unit, valid);
       Vector saved[4], grads[4], h{}, h_prev{}, c{}, c_prev{}, carry{};
@@ -87,9 +97,9 @@ static void reset_grad_tile(const BackwardRows& from, int64_t first, int rows, c
       const int valid = valid_lanes(unit, hidden);
       float* grad_h = from.grad_h[row] + unit;
       Vector carry = load(grad_h, valid);
-      const Vector grad = Cell::backward_reset(load(from.gates[row] + unit, valid),
-                                               load(from.h_prev[row] + unit, valid),
-                                               tile[m * panel.vectors + v], carry);
+      const Vector grad = Cell::backward_reset(
+          load(from.gates[row] + unit, valid), load(from.h_prev[row] + unit, valid),
+          through_factor(from.factor, row, unit, valid, tile[m * panel.vectors + v]), carry);
       store(from.grad_gates[row] + unit, grad, valid);
       store(grad_h, carry, valid);
     }
@@ -112,8 +122,9 @@ static void output_grad_tile(const BackwardRows& r, RowsOf<Element> to, int64_t 
     for (int v = 0; v < panel.vectors; v++) {
       const int64_t column = panel.column + v * kWidth;
       const int valid = valid_lanes(column, w_hh.columns);
-      Vector sum =
-          r.grad_next.base ? tile[m * panel.vectors + v] : load(r.grad_h[row] + column, valid);
+      Vector sum = r.grad_next.base
+                       ? through_factor(r.factor, row, column, valid, tile[m * panel.vectors + v])
+                       : load(r.grad_h[row] + column, valid);
       if (r.grad_y.base) sum += load(r.grad_y[row] + column, valid);
       store(to[row] + column, sum, valid);
     }
@@ -123,8 +134,8 @@ static void output_grad_tile(const BackwardRows& r, RowsOf<Element> to, int64_t 
 // Gradient of the state that rows [begin, end) started from.
 template <class Cell>
 static void initial_state_grad(RowsOf<const Element> grad_gates, RowsOf<float> grad_h,
-                               int64_t begin, int64_t end, const Share& share,
-                               const PackedMatrix& w_hh) {
+                               RowsOf<const float> factor, int64_t begin, int64_t end,
+                               const Share& share, const PackedMatrix& w_hh) {
   for (int64_t j = share.panel_begin; begin < end && j < share.panel_end; j++) {
     const Panel panel(w_hh, j, 1);
     for_each_tile(begin, end, panel.vectors, [&](int64_t first, int rows) {
@@ -136,7 +147,7 @@ static void initial_state_grad(RowsOf<const Element> grad_gates, RowsOf<float> g
           const int64_t unit = panel.column + v * kWidth;
           const int valid = valid_lanes(unit, w_hh.columns);
           float* to = grad_h[first + m] + unit;
-          Vector sum = tile[m * panel.vectors + v];
+          Vector sum = through_factor(factor, first + m, unit, valid, tile[m * panel.vectors + v]);
           if constexpr (Cell::kUsesPreviousH) sum += load(to, valid);
           store(to, sum, valid);
         }
@@ -172,6 +183,7 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
   const auto grad_h = rows_of(p.grad_h0, state, output, share);
   const auto grad_c = rows_of_or_null(p.grad_c0, state, hidden, share);
   const auto carried = rows_of(p.carried[d], 0, Q * hidden, share);
+  const auto factor = rows_of_or_null(p.h_factor, state, output, share);
 
   // The order of the forward scan, which this one follows from its end.
   const int64_t index_begin = d == 1 ? last + 1 - chunk.end : chunk.begin;
@@ -197,7 +209,8 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
                    rows_of_or_null(grad_cells, row, hidden, share),
                    grads,
                    grad_h,
-                   grad_c};
+                   grad_c,
+                   factor};
     // Rows without a previous or a next step come last; at most three kinds of rows.
     const int64_t low = smaller(step.from_previous, step.into_next);
     const int64_t high = step.from_previous + step.into_next - low;
@@ -241,6 +254,7 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
       for (BackwardRows& kind : kinds) {
         kind.grad_next = {grad_output.base, grad_output.stride};
         kind.grad_y = {nullptr, 0};
+        kind.factor = {nullptr, 0};  // the gradient of h itself goes into W_hr's product
       }
       if (meeting) meeting->wait();
     }
@@ -256,8 +270,8 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
                });
     }
     if (meeting) meeting->wait();
-    initial_state_grad<Cell>({grads.base, grads.stride}, grad_h, step.from_previous, step.rows,
-                             outputs, w_hh);
+    initial_state_grad<Cell>({grads.base, grads.stride}, grad_h, factor, step.from_previous,
+                             step.rows, outputs, w_hh);
     // The next chunk goes on from here, after grad_gates has been given to other steps.
     for (int64_t i = 0; index == index_begin && i < step.rows; i++) {
       for (int gate = 0; gate < Q; gate++) {

@@ -67,7 +67,7 @@ static void forward_tile(const ForwardRows& r, int64_t first, int rows, const Pa
   const int64_t hidden = w_hh.columns;
   const int columns = G * panel.vectors;
   Vector tile[kMaxRows * kMaxColumns];
-  multiply(columns, rows, w_hh.depth, r.h_prev[first], r.h_prev.stride, panel.data, tile);
+  multiply(columns, rows, w_hh.depth, r.operand[first], r.operand.stride, panel.data, tile);
   for (int v = 0; v < panel.vectors; v++) {
     const int64_t unit = panel.column + v * kWidth;
     const int valid = valid_lanes(unit, hidden);
@@ -189,6 +189,19 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
   }
   const RowsOf<float> running_h = kRunningH<Cell> ? h_n : RowsOf<float>{nullptr, 0};
 
+  // What the products take where h has a factor: of steps in turns, since while one is written
+  // others still read the one before.
+  const auto factor = rows_of_or_null(p.h_factor, state, output, share);
+  const auto operand = [&](int64_t which) {
+    return rows_of(p.operands[d], which * shape.rows.batch, output, share);
+  };
+  if (factor.base) {
+    for (int64_t i = 0; i < rows_below(share, share.limit); i++) {
+      multiply_row(h0[i], factor[i], operand(0)[i], output_units);
+    }
+    if (meeting) meeting->wait();
+  }
+
   int64_t projected = 0;  // steps whose input side is there
   int64_t first_row = 0;  // the one at side.base
   for (int64_t index = 0; index < timesteps; index++) {
@@ -212,12 +225,23 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
                         PROJECTED ? between : y_here,
                         c_n,
                         rows_of_or_null(gates, row, S * hidden, share),
-                        rows_of_or_null(cells, row, hidden, share)};
+                        rows_of_or_null(cells, row, hidden, share),
+                        h0,
+                        factor};
+    if (factor.base) {
+      const RowsOf<Element> initial = operand(0);
+      joining.operand = {initial.base, initial.stride};
+    }
     ForwardRows carrying_on = joining;
     if (step.previous >= 0) {
       carrying_on.h_prev =
           rows_of<const Element>(y, offset(shape.rows, step.previous), y_width, share);
       carrying_on.c_prev = {c_n.base, c_n.stride};
+      carrying_on.operand = carrying_on.h_prev;
+      if (factor.base) {
+        const RowsOf<Element> before = operand(1 + (index - 1) % 2);
+        carrying_on.operand = {before.base, before.stride};
+      }
     }
     const auto for_each = [&](const Share& columns, const PackedMatrix& m, int gates, auto body) {
       for (int64_t j = columns.panel_begin; j < columns.panel_end; j++) {
@@ -256,6 +280,9 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
     }
     for (int64_t i = step.into_next; !kRunningH<Cell> && i < step.rows; i++) {
       copy_row(y_here[i], h_n[i], output_units);
+    }
+    for (int64_t i = 0; factor.base && i < step.into_next; i++) {
+      multiply_row(y_here[i], factor[i], operand(1 + index % 2)[i], output_units);
     }
     if (meeting) meeting->wait();
   }

@@ -39,6 +39,7 @@ struct ForwardCallOf {
   float* c_n;               // [D, B, H], LSTM only
   E* gates;                 // [D, N, S*H] or null: not saved
   float* cells;             // [D, N, H] or null: not saved
+  const float* h_factor;    // [D, B, P] what W_hh's product takes h times, or null
 };
 
 // One timestep. Where GRU resets before the product, its two halves are steps of their own.
@@ -79,6 +80,7 @@ struct BackwardCallOf {
   float* grad_h0;           // [D, B, P]
   float* grad_c0;           // [D, B, H], LSTM only
   WeightGrads grads[2];     // per direction
+  const float* h_factor;    // [D, B, P] what W_hh's product took h times, or null
 };
 
 // A matrix in the kernels' own layout: panels of up to `vectors` vectors of columns (units), each
@@ -122,6 +124,8 @@ struct ForwardParamsOf : ForwardCallOf<E> {
   float* scratch[2];
   int64_t scratch_rows;
   int64_t chunk_rows;  // the input side is computed for so many rows at a time, or one step
+  // [3, B, P] where there is an h_factor: h times it, the initial one, and of the steps in turns.
+  E* operands[2];
 };
 
 // The layout of a stepper's matrices is the same for every instruction set: that of PackedMatrix

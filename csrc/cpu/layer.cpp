@@ -225,7 +225,8 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
   const CellSizes sizes = cell_sizes(s.cell);
   const int gates = static_cast<int>(sizes.gates);
   Call<E> work(isa, s, threads);
-  if (s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows && !projected(s)) {
+  if (s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows && !projected(s) &&
+      !call.h_factor) {
     StepParamsOf<E> p{call, nullptr, nullptr, false};
     const auto step = [&] {
       work.run(s.directions * ceil_div(s.hidden, isa.width),
@@ -241,7 +242,7 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
     step();
     return;
   }
-  ForwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0};
+  ForwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0, {}};
   p.chunk_rows = std::min(s.count, rows_for(kInputSideBytes * (work.plan().parallel ? 2 : 1),
                                             sizes.gates * s.hidden, kInputSideRows));
   p.scratch_rows = std::max(p.chunk_rows, s.rows.batch);
@@ -258,6 +259,7 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
     }
     p.bias[d] = input_bias(s, w, work);
     if (s.cell == CellKind::gru && w.b_hh) p.hidden_bias[d] = w.b_hh + 2 * s.hidden;
+    if (call.h_factor) p.operands[d] = work.take_elements(3 * s.rows.batch * s.output);
     if (!in_place) {
       p.scratch[d] = work.take(work.interleaved_shares() * p.scratch_rows * sizes.gates * s.hidden);
     }

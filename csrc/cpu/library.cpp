@@ -172,7 +172,7 @@ template <class E>
 void forward_of(int64_t cell, const Tensor& x, const std::vector<Tensor>& weights, const Tensor& h0,
                 const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
                 const Tensor& y, const Tensor& h_n, const Tensor& c_n, const Tensor& gates,
-                const Tensor& cells) {
+                const Tensor& cells, const std::optional<Tensor>& h_factor) {
   std::vector<int64_t> offsets;
   ForwardCallOf<E> call{};
   LayerShape& s = call.shape;
@@ -195,15 +195,16 @@ void forward_of(int64_t cell, const Tensor& x, const std::vector<Tensor>& weight
   if (sizes.has_c && cells.dim() == 3 && cells.size(2) > 0) {
     call.cells = output(cells, "cells", {s.directions, s.count, s.hidden});
   }
+  call.h_factor = input(h_factor, "h_factor", {s.directions, s.rows.batch, s.output});
   layer_forward(kernels_of<E>(), call, torch_threads());
 }
 
 void forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights, const Tensor& h0,
                 std::optional<Tensor> c0, std::optional<Tensor> batch_sizes, Tensor y, Tensor h_n,
-                Tensor c_n, Tensor gates, Tensor cells) {
+                Tensor c_n, Tensor gates, Tensor cells, std::optional<Tensor> h_factor) {
   const bool half = x.scalar_type() == ScalarType::BFloat16;
   (half ? forward_of<BFloat16> : forward_of<float>)(cell, x, weights, h0, c0, batch_sizes, y, h_n,
-                                                    c_n, gates, cells);
+                                                    c_n, gates, cells, h_factor);
 }
 
 template <class E>
@@ -214,7 +215,7 @@ void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
                  const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
                  const Tensor& y, const Tensor& gates, const Tensor& cells, const Tensor& grad_x,
                  const Tensor& grad_h0, const Tensor& grad_c0,
-                 const std::vector<Tensor>& grad_weights) {
+                 const std::vector<Tensor>& grad_weights, const std::optional<Tensor>& h_factor) {
   std::vector<int64_t> offsets;
   BackwardCallOf<E> call{};
   LayerShape& s = call.shape;
@@ -240,6 +241,7 @@ void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
   }
   if (grad_x.dim() == 2) call.grad_x = output<E>(grad_x, "grad_x", {s.count, s.input});
   read_grads(s, grad_weights, call.grads);
+  call.h_factor = input(h_factor, "h_factor", {s.directions, s.rows.batch, s.output});
   layer_backward(kernels_of<E>(), call, torch_threads());
 }
 
@@ -248,11 +250,12 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
                  std::vector<Tensor> weights, const Tensor& h0, std::optional<Tensor> c0,
                  std::optional<Tensor> batch_sizes, const Tensor& y, const Tensor& gates,
                  const Tensor& cells, Tensor grad_x, Tensor grad_h0, Tensor grad_c0,
-                 std::vector<Tensor> grad_weights) {
+                 std::vector<Tensor> grad_weights, std::optional<Tensor> h_factor) {
   const bool half = x.scalar_type() == ScalarType::BFloat16;
-  (half ? backward_of<BFloat16>
-        : backward_of<float>)(cell, grad_y, grad_h_n, grad_c_n, grad_cells, x, weights, h0, c0,
-                              batch_sizes, y, gates, cells, grad_x, grad_h0, grad_c0, grad_weights);
+  (half ? backward_of<BFloat16> : backward_of<float>)(cell, grad_y, grad_h_n, grad_c_n, grad_cells,
+                                                      x, weights, h0, c0, batch_sizes, y, gates,
+                                                      cells, grad_x, grad_h0, grad_c0, grad_weights,
+                                                      h_factor);
 }
 
 // Inference on the CPU in one call, for what needs neither a choice nor an error message: every
@@ -302,7 +305,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_op(int64_t cell, const Tensor& x,
   Tensor h_n = empty({s.directions, s.rows.batch, s.output});
   Tensor c_n = empty({s.directions, s.rows.batch, c_width});
   const Tensor nothing = empty({s.directions, s.count, 0});
-  forward_op(cell, x, std::move(weights), h0, c0, std::nullopt, y, h_n, c_n, nothing, nothing);
+  forward_op(cell, x, std::move(weights), h0, c0, std::nullopt, y, h_n, c_n, nothing, nothing,
+             std::nullopt);
   return {y, h_n, c_n};
 }
 
@@ -321,13 +325,13 @@ STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
   m.def(
       "layer_forward(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0, "
       "Tensor? batch_sizes, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) gates, "
-      "Tensor(e!) cells) -> ()");
+      "Tensor(e!) cells, Tensor? h_factor=None) -> ()");
   m.def(
       "layer_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, "
       "Tensor? grad_cells, Tensor x, "
       "Tensor[] weights, Tensor h0, Tensor? c0, Tensor? batch_sizes, Tensor y, Tensor gates, "
       "Tensor cells, Tensor(a!) grad_x, Tensor(b!) grad_h0, Tensor(c!) grad_c0, "
-      "Tensor(d!)[] grad_weights) -> ()");
+      "Tensor(d!)[] grad_weights, Tensor? h_factor=None) -> ()");
   m.def(
       "layer(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0) -> "
       "(Tensor y, Tensor h_n, Tensor c_n)");

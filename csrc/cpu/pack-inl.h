@@ -115,15 +115,15 @@ static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
   const int64_t row_end = p.chunk.first_row + p.chunk.rows;
   const Share all{d, 0, 1, shape.rows.batch, 0, 0};
   const int64_t hidden = shape.hidden;
-  // Calls body(row, h that it started from).
+  // Calls body(row, h that it started from, batch row).
   const auto for_each_state = [&](auto body) {
     for (int64_t t = p.chunk.begin; t < p.chunk.end; t++) {
       const Step step(shape.rows, all, d == 1 ? shape.rows.timesteps - 1 - t : t);
       const int64_t first = offset(shape.rows, t);
       for (int64_t i = 0; i < step.from_previous; i++) {
-        body(first + i, y + (offset(shape.rows, step.previous) + i) * width);
+        body(first + i, y + (offset(shape.rows, step.previous) + i) * width, i);
       }
-      for (int64_t i = step.from_previous; i < step.rows; i++) body(first + i, h0 + i * output);
+      for (int64_t i = step.from_previous; i < step.rows; i++) body(first + i, h0 + i * output, i);
     }
   };
   // What a second product took is computed anew from what is saved: a projected LSTM's o * tanh(c),
@@ -132,22 +132,29 @@ static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
     return narrow(load(o + unit, valid) *
                   Math::tanh(load(call.cells + row * hidden + unit, valid)));
   };
-  // or r * h_prev.
-  struct Reset {
-    const Element *r, *h_prev;
+  // or r * h_prev; and what the first one took, where h had a factor.
+  const float* factors = call.h_factor ? call.h_factor + d * shape.rows.batch * output : nullptr;
+  struct Product {
+    const Element *h_prev, *r;
+    const float* factor;
   };
-  const auto reset = [](const Reset& row, int64_t unit, int valid) {
-    return narrow(load(row.r + unit, valid) * load(row.h_prev + unit, valid));
+  const auto product = [](const Product& row, int64_t unit, int valid) {
+    Vector value = load(row.h_prev + unit, valid);
+    if (row.r) value *= load(row.r + unit, valid);
+    if (row.factor) value *= load(row.factor + unit, valid);
+    return narrow(value);
   };
+  const auto factor_of = [&](int64_t i) { return factors ? factors + i * output : nullptr; };
   for (int64_t index = begin; index < end; index++) {
     const Panel panel(p.packed, index, 1);
     if (p.source == RowSource::between && reset_before(shape)) {
       constexpr int S = GruResetBeforeCell<Math>::kSavedGates;
-      RowPacker<Reset> packer(panel, hidden);
-      for_each_state([&](int64_t row, const Element* h_prev) {
-        packer.add({call.gates + (d * shape.count + row) * S * hidden, h_prev}, reset);
+      RowPacker<Product> packer(panel, hidden);
+      for_each_state([&](int64_t row, const Element* h_prev, int64_t i) {
+        const Element* r = call.gates + (d * shape.count + row) * S * hidden;
+        packer.add({h_prev, r, factor_of(i)}, product);
       });
-      packer.finish(reset);
+      packer.finish(product);
       continue;
     }
     if (p.source == RowSource::between) {
@@ -158,13 +165,21 @@ static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
       packer.finish(unprojected);
       continue;
     }
+    if (p.source == RowSource::states && factors) {
+      RowPacker<Product> packer(panel, output);
+      for_each_state([&](int64_t, const Element* h_prev, int64_t i) {
+        packer.add({h_prev, nullptr, factor_of(i)}, product);
+      });
+      packer.finish(product);
+      continue;
+    }
     RowPacker<const Element*> packer(panel, p.packed.columns);
     if (p.source == RowSource::x) {
       for (int64_t row = p.chunk.first_row; row < row_end; row++) {
         packer.add(call.x + row * shape.input, elements_of);
       }
     } else {
-      for_each_state([&](int64_t, const Element* h) { packer.add(h, elements_of); });
+      for_each_state([&](int64_t, const Element* h, int64_t) { packer.add(h, elements_of); });
     }
     packer.finish(elements_of);
   }

@@ -3,15 +3,17 @@
 
 // Rows of one step that all start from the same kind of state.
 struct ForwardRows {
-  RowsOf<float> gx;              // [G*H]
-  RowsOf<const Element> h_prev;  // [P]
-  RowsOf<float> h;               // [H] the running h, where kRunningH, or null in a single step
-  RowsOf<const float> c_prev;    // [H]
-  RowsOf<Element> between;       // [H] where kResetBefore, r * h_prev
-  RowsOf<Element> y;             // [H] what the cell gives: h, if not yet projected
-  RowsOf<float> c;               // [H] the running c
-  RowsOf<Element> gates;         // [S*H] or null
-  RowsOf<float> cells;           // [H] or null
+  RowsOf<float> gx;               // [G*H]
+  RowsOf<const Element> h_prev;   // [P]
+  RowsOf<float> h;                // [H] the running h, where kRunningH, or null in a single step
+  RowsOf<const float> c_prev;     // [H]
+  RowsOf<Element> between;        // [H] where kResetBefore, r * h_prev
+  RowsOf<Element> y;              // [H] what the cell gives: h, if not yet projected
+  RowsOf<float> c;                // [H] the running c
+  RowsOf<Element> gates;          // [S*H] or null
+  RowsOf<float> cells;            // [H] or null
+  RowsOf<const Element> operand;  // [P] what the product takes: h_prev, or that times factor
+  RowsOf<const float> factor;     // [P] or null
 };
 
 // GRU's h is a running sum: where elements are not floats, it is kept beside y.
@@ -40,7 +42,9 @@ FUSED_RNN_INLINE void reset_gates_units(const ForwardRows& from, int64_t row, in
                                         const Vector* gh, float* z_to) {
   Vector r, z;
   const Vector h_prev = previous_h<Cell>(from, row, unit, valid);
-  store(from.between[row] + unit, Cell::forward_gates(gx, gh, h_prev, r, z), valid);
+  Vector between = Cell::forward_gates(gx, gh, h_prev, r, z);
+  if (from.factor.base) between *= load(from.factor[row] + unit, valid);
+  store(from.between[row] + unit, between, valid);
   store(z_to, z, valid);
   if (from.gates.base) {
     store(from.gates[row] + unit, r, valid);
@@ -68,7 +72,7 @@ static void reset_gates_tile(const ForwardRows& r, int64_t first, int rows, cons
   const int64_t hidden = w_rz.columns;
   const int columns = kResetGates * panel.vectors;
   Vector tile[kMaxRows * kMaxColumns];
-  multiply(columns, rows, w_rz.depth, r.h_prev[first], r.h_prev.stride, panel.data, tile);
+  multiply(columns, rows, w_rz.depth, r.operand[first], r.operand.stride, panel.data, tile);
   for (int v = 0; v < panel.vectors; v++) {
     const int64_t unit = panel.column + v * kWidth;
     const int valid = valid_lanes(unit, hidden);

@@ -72,6 +72,15 @@ FUSED_RNN_INLINE void copy_row(const From* from, To* to, const Units& units) {
   for (int64_t i = units.begin; i < units.end; i++) convert(from ? from[i] : From{}, to[i]);
 }
 
+// Likewise a row of h times a row of factors.
+FUSED_RNN_INLINE void multiply_row(const Element* h, const float* factor, Element* to,
+                                   const Units& units) {
+  for (int64_t i = units.begin; i < units.end; i += kWidth) {
+    const int valid = valid_lanes(i, units.end);
+    store(to + i, load(h + i, valid) * load(factor + i, valid), valid);
+  }
+}
+
 // The share's part of a matrix other than the one with panels of hidden units: of as many of its
 // panels, in proportion. Together the shares have all of them, but one may have none.
 FUSED_RNN_INLINE Share share_of(const PackedMatrix& m, const Share& share,

@@ -52,6 +52,7 @@ class Backend:
     name: str
     device_type: str | None = None  # where its tensors have to be; None: anywhere
     takes_masks = False  # whether its layers look at rows.masks; else they get packed pieces
+    extras: frozenset[str] = frozenset()  # those of Problem.extras that its layers have
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this backend cannot take the problem, or None if it can."""

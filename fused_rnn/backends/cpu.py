@@ -19,6 +19,7 @@ from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, allocate_saved
 class CpuBackend(Backend):
     name = "cpu"
     device_type = "cpu"
+    extras = frozenset({"recurrent_dropout"})
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":
@@ -68,6 +69,7 @@ class CpuBackend(Backend):
             c0.to(wide).contiguous() if cell.has_c else None,
             rows.batch_sizes_tensor if rows.packed else None,
             *out,
+            rows.h_factor,
         )
         if wide == problem.dtype:
             return out
@@ -114,6 +116,7 @@ class CpuBackend(Backend):
             grad_h0,
             grad_c0,
             grad_weights,
+            rows.h_factor,
         )
         return InputGrads(
             grad_x if needs.x else None,

@@ -51,6 +51,12 @@ class Pieces:
         both = torch.cat((states, fresh), 1)
         return torch.stack([s[i.to(s.device)] for s, i in zip(both, self._sources, strict=False)])
 
+    def of_rows(self, values: Tensor | None) -> Tensor | None:
+        """[D, K, ...] of the row that each piece is cut from; `values` [D, B, ...]."""
+        if values is None:
+            return None
+        return values.index_select(1, (self._sources[0] % self.batch_size).to(values.device))
+
     def initial_grads(self, grads: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
         """Backward of `initial`: gradients of states and reset [D, B, ...].
 
@@ -137,7 +143,7 @@ def forward_in_pieces(
         weights,
         pieces.initial(h0, masks.reset_h),
         None if c0 is None else pieces.initial(c0, masks.reset_c),
-        _packed_rows(pieces, count),
+        _packed_rows(pieces, count, rows.h_factor),
         save,
     )
     return LayerOutput(
@@ -187,7 +193,7 @@ def backward_in_pieces(
         weights,
         pieces.initial(h0, masks.reset_h),
         None if c0 is None else pieces.initial(c0, masks.reset_c),
-        _packed_rows(pieces, count),
+        _packed_rows(pieces, count, rows.h_factor),
         LayerOutput(
             saved.y.index_select(0, index),
             None,
@@ -224,9 +230,9 @@ def _packed_problem(problem: Problem, pieces: Pieces) -> Problem:
     )
 
 
-def _packed_rows(pieces: Pieces, room: int) -> Rows:
-    sizes = pieces.batch_sizes
-    return Rows(len(sizes), pieces.count, sizes, len(pieces.index), room=room)
+def _packed_rows(pieces: Pieces, room: int, h_factor: Tensor | None) -> Rows:
+    sizes, factor = pieces.batch_sizes, pieces.of_rows(h_factor)
+    return Rows(len(sizes), pieces.count, sizes, len(pieces.index), room=room, h_factor=factor)
 
 
 def _spread(packed: Tensor, index: Tensor, count: int) -> Tensor:
