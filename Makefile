@@ -12,7 +12,7 @@
 # make publish         docs/performance.md, plots and README.md's tables from benchmarks/results
 # make gpu             all that needs a GPU, into GPU_OUT; make gpu-wheels fetches what it takes along
 # make examples        the seventeen examples, each at the size of the tests
-# make examples-full   each at full size (an hour or so); the docs keep the results
+# make examples-full   each at full size, a minute or less; the docs keep the results
 # make docs            the documentation, in build/site
 # make lint            ruff and clang-format
 # make clean           remove what was built; .venv stays (git clean -xdf removes that too)

@@ -75,17 +75,22 @@ def row(result: dict) -> list[str]:
     ]
 
 
+def threads(facts: dict) -> str:
+    return "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+
+
 def results_table() -> str:
     lines = [
-        "| example | cell | measured | result | baseline | goal |",
-        "|---|---|---|---|---|---|",
+        "| example | cell | seconds | measured | result | baseline | goal |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, title in EXAMPLES.items():
         facts = published(name)
         if not facts:
-            lines.append(f"| [{title}](#{name}) | | not yet run at full size | | | |")
+            lines.append(f"| [{title}](#{name}) | | | not yet run at full size | | | |")
         for number, result in enumerate(facts.get("results", [])):
-            first = ["", ""] if number else [f"[{title}](#{name})", facts["cell"] or "all"]
+            first = [f"[{title}](#{name})", facts["cell"] or "all", f"{facts['cpu_seconds']:.0f}"]
+            first = [""] * len(first) if number else first
             cells = [*first, *row(result)]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -101,8 +106,9 @@ def gallery() -> str:
         parts.append(f"## {title} {{: #{name} }}\n\n`python examples/{name}.py`\n\n{text}")
         if facts:
             parts.append(
-                f"*The published run: {facts['steps']:,} steps, seed {facts['seed']}, "
-                f"on {facts['device']}.*"
+                f"*The published run: {facts['steps']:,} steps, seed {facts['seed']}, on "
+                f"{facts['device']} with {threads(facts)}: {facts['cpu_seconds']:.0f} s of CPU "
+                f"time in {facts['seconds']:.0f} s, torch {facts['torch']}.*"
             )
         if (ROOT / "docs" / "pictures" / f"{name}.png").exists():
             parts.append(f"![{title}](pictures/{name}.png)")

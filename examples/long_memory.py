@@ -8,9 +8,15 @@ Schmidhuber, 1997, https://doi.org/10.1162/neco.1997.9.8.1735, introduced the se
   the last, give the sum of the two marked numbers.
 
 A model that has understood nothing answers with the mean, and its squared error is the variance of
-the answer: 1/12 for copying, 1/6 for adding. Those are the dotted lines. The picture has the losses
-of RNN, GRU and LSTM side by side at every length. What is reported is the error of `--cell` on new
-sequences, at the shortest length and at the longest that it brought below a fifth of the baseline.
+the answer: 1/12 for copying, 1/6 for adding. Those are the dotted lines. How the layers start
+decides much of how far back they learn to reach in few steps: here with orthogonal recurrent
+weights, and an LSTM with forget gates that are open at first. When a model leaves the dotted line
+is a matter of luck too: so few updates were enough for a GRU to add over 200 steps with four seeds
+of four, and to copy over 100 with three.
+
+The picture has the losses of RNN, GRU and LSTM side by side at every length. What is reported is
+the error of `--cell` on new sequences, at the shortest length and at the longest, each of which is
+to come below a fifth of the baseline.
 """
 
 from __future__ import annotations
@@ -44,7 +50,8 @@ def sequences(task: str, length: int, batch: int, device) -> tuple[Tensor, Tenso
 class Reader(nn.Module):
     def __init__(self, cell: str, input_size: int, width: int):
         super().__init__()
-        self.rnn = common.LAYERS[cell](input_size, width)
+        options = {"forget_bias": 2.0} if cell == "lstm" else {}
+        self.rnn = common.LAYERS[cell](input_size, width, init="orthogonal", **options)
         self.head = nn.Linear(width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,12 +92,14 @@ def draw(args, runs: dict[tuple[str, int, str], Run], lengths: dict[str, list[in
             axis.axhline(VARIANCE[task], color="grey", linestyle=":", label="variance")
             axis.set_title(f"{task}, {length} steps")
         row[0].set_ylabel("squared error")
+    for axis in axes[-1]:
+        axis.set_xlabel("updates")
     axes[0][0].legend()
     common.save_picture(args, "long_memory", figure)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = common.Parser(__doc__, cell="gru", steps=(1500, 400), hidden=(64, 32))
+    parser = common.Parser(__doc__, cell="gru", steps=(450, 400), hidden=(32, 32))
     args = parser.parse(argv)
     lengths = {task: list(all_[: 1 if args.small else 4]) for task, all_ in LENGTHS.items()}
     runs = {

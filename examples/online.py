@@ -124,7 +124,7 @@ def draw(args, curves: dict[int, list[float]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = common.Parser(
-        __doc__, cell="gru", steps=(6000, 1200), hidden=(4, 4), steps_help="bits, one update each"
+        __doc__, cell="gru", steps=(3000, 1200), hidden=(4, 4), steps_help="bits, one update each"
     )
     args = parser.parse(argv)
     if args.steps < 2 * RECENT:

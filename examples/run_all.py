@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,18 @@ def command(name: str) -> list[str]:
     return [sys.executable, *program]
 
 
+def cpu_seconds_of_children() -> float:
+    """What the processes that this one started, and those that they started, have computed."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def add_times(path: Path, seconds: float, cpu_seconds: float) -> None:
+    """What the whole program took, from its start on; CPU time of all its processes and threads."""
+    times = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | times, indent=1) + "\n")
+
+
 def publish(out: Path, name: str) -> None:
     facts = json.loads((out / f"{name}.json").read_text())
     if facts["size"] != "full":
@@ -81,14 +94,19 @@ def main(argv: list[str] | None = None) -> int:
     failed = []
     for name in args.names or EXAMPLES:
         print(f"== {name}", flush=True)
-        start = time.perf_counter()
+        start, computed = time.perf_counter(), cpu_seconds_of_children()
         options = ["--out", str(args.out), *(["--small"] if args.small else [])]
         status = subprocess.run([*command(name), *options], check=False).returncode
-        print(f"== {name}: {'failed' if status else 'fine'}, {time.perf_counter() - start:.0f} s")
+        seconds = time.perf_counter() - start
+        computed = cpu_seconds_of_children() - computed
+        outcome = "failed" if status else "fine"
+        print(f"== {name}: {outcome}, {seconds:.0f} s, {computed:.0f} s of CPU time", flush=True)
         if status:
             failed.append(name)
-        elif args.publish:
-            publish(args.out, name)
+        else:
+            add_times(args.out / f"{name}.json", seconds, computed)
+            if args.publish:
+                publish(args.out, name)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

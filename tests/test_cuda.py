@@ -244,3 +244,12 @@ def test_every_automatic_choice_says_which_kernel_ran():
     layer = _layer("lstm", 5000)
     text = str(fused_rnn.explain(layer, torch.randn(5, 3, 64, device="cuda").bfloat16()))
     assert "cuda/scan a product per step" in text
+
+
+def test_clusters_are_as_large_as_the_chip_has_them():
+    """The device is asked: a whole H100 or H200 has clusters of 16, which an LSTM of 512 takes."""
+    name = torch.cuda.get_device_name()
+    if not ("H100" in name or "H200" in name) or "MIG" in name:
+        pytest.skip(f"what {name} answers is not known")
+    x = torch.randn(5, 3, 64, device="cuda").bfloat16()
+    assert "on clusters of 16" in str(fused_rnn.explain(_layer("lstm", 512), x))

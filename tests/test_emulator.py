@@ -320,7 +320,7 @@ MUTATIONS += [
         (
             "the first state's gradient is not waited for",
             BACKWARD,
-            [("if (rows.steps > 0) gather_for(-1);", "")],
+            [("kLastTurn = kGrid ? -1 : 0;", "kLastTurn = 0;")],
         ),
         (
             "gradients of the gates are not sent in the last step",

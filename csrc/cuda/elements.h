@@ -72,9 +72,10 @@ struct HalfElement {
     uint32_t low, high;
   };
 
-  FUSED_RNN_DEVICE Operand operand(const uint32_t* low, const uint32_t* high) {
+  // `whole` is known to the compiler, which cannot tell of an address that it is not null.
+  FUSED_RNN_DEVICE Operand operand(const uint32_t* low, const uint32_t* high, bool whole = true) {
     const int lane = lane_index();
-    return {low[lane], high ? high[lane] : 0u};
+    return {low[lane], whole ? high[lane] : 0u};
   }
 
   FUSED_RNN_DEVICE void multiply(Sum& sum, const Fragment& a, const Operand& b) {
@@ -190,7 +191,7 @@ struct FloatElement {
     float v[2][8];
   };
 
-  FUSED_RNN_DEVICE Operand operand(const uint32_t* block, const uint32_t*) {
+  FUSED_RNN_DEVICE Operand operand(const uint32_t* block, const uint32_t*, bool = true) {
     Operand b;
     const float* from = reinterpret_cast<const float*>(block) + (lane_index() & 3) * 8;
     FUSED_RNN_UNROLL
@@ -282,7 +283,7 @@ struct Tf32Element : FloatElement {
     uint32_t low, high;
   };
 
-  FUSED_RNN_DEVICE Operand operand(const uint32_t* block, const uint32_t*) {
+  FUSED_RNN_DEVICE Operand operand(const uint32_t* block, const uint32_t*, bool = true) {
     const uint32_t* from = block + (lane_index() & 3) * 8 + (lane_index() >> 2);
     return {Tf32::round(float_of(from[0])), Tf32::round(float_of(from[32]))};
   }

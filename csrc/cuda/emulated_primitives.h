@@ -37,6 +37,8 @@ static inline int block_x() { return emulator::current.block_x; }
 static inline int block_y() { return emulator::current.block_y; }
 static inline uint32_t cluster_rank() { return static_cast<uint32_t>(emulator::current.rank); }
 
+static inline int known_anew(int x) { return x; }
+
 uint32_t bits_of(float x);
 float float_of(uint32_t x);
 

@@ -51,6 +51,7 @@ class GridTurn {
     check_cuda(cudaStreamIsCapturing(stream_, &capture));
     captures_ = capture != cudaStreamCaptureStatusNone;
     if (of_device_.stalled == nullptr) {
+      const AnyCalls allowed;
       void* memory = nullptr;
       check_cuda(
           cudaHostAlloc(&memory, sizeof(uint32_t), cudaHostAllocMapped | cudaHostAllocPortable));
@@ -69,6 +70,18 @@ class GridTurn {
   uint32_t* stalled() const { return of_device_.stalled; }
 
  private:
+  // Lets this thread allocate memory while some stream is captured, which otherwise ends the
+  // capture.
+  class AnyCalls {
+   public:
+    AnyCalls() { check_cuda(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+    AnyCalls(const AnyCalls&) = delete;
+    ~AnyCalls() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+   private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+  };
+
   struct OfDevice {
     std::mutex mutex;
     cudaEvent_t ended = nullptr;

@@ -94,7 +94,7 @@ inline constexpr std::array kLstmForward2 = {
     ForwardTile{256, 4, 1, 1, 1, 16, 4},
     ForwardTile{256, 4, 2, 1, 1, 16, 4},
     ForwardTile{384, 8, 1, 1, 1, 18, 4},
-    ForwardTile{384, 8, 2, 1, 1, 20, 4},
+    ForwardTile{384, 8, 2, 1, 1, 19, 4},
     ForwardTile{512, 16, 1, 1, 2, 16, 4},
     ForwardTile{512, 16, 2, 1, 2, 16, 4},
     ForwardTile{512, 8, 1, 1, 1, 20, 4},
@@ -158,13 +158,13 @@ inline constexpr std::array kRnnForward4 = {
 // BackwardTile: hidden, cluster, row_blocks, warps, register_steps, ring, grid.
 inline constexpr std::array kLstmBackward2 = {
     BackwardTile{64, 1, 1, 4, 16, 4},          BackwardTile{64, 1, 2, 4, 12, 4},
-    BackwardTile{128, 1, 1, 8, 32, 4},         BackwardTile{128, 1, 2, 8, 20, 2},
+    BackwardTile{128, 1, 1, 8, 32, 4},         BackwardTile{128, 1, 2, 8, 18, 2},
     BackwardTile{256, 4, 1, 8, 16, 4},         BackwardTile{256, 4, 2, 8, 14, 4},
     BackwardTile{384, 8, 1, 8, 12, 4},         BackwardTile{384, 8, 2, 8, 9, 4},
     BackwardTile{512, 16, 1, 8, 8, 4},         BackwardTile{512, 16, 2, 8, 8, 4},
     BackwardTile{512, 8, 1, 8, 10, 4},         BackwardTile{640, 16, 1, 8, 7, 4},
     BackwardTile{768, 16, 1, 8, 6, 4},         BackwardTile{512, 32, 1, 8, 16, 4, true},
-    BackwardTile{1024, 64, 1, 8, 32, 4, true}, BackwardTile{1024, 64, 4, 8, 24, 2, true},
+    BackwardTile{1024, 64, 1, 8, 30, 4, true}, BackwardTile{1024, 64, 4, 8, 24, 2, true},
     BackwardTile{1536, 96, 1, 8, 34, 2, true}, BackwardTile{2048, 128, 1, 8, 32, 4, true},
 };
 inline constexpr std::array kGruBackward2 = {
@@ -175,7 +175,7 @@ inline constexpr std::array kGruBackward2 = {
     BackwardTile{512, 16, 2, 8, 6, 4},          BackwardTile{640, 16, 1, 8, 6, 4},
     BackwardTile{768, 16, 1, 8, 5, 4},          BackwardTile{512, 32, 1, 8, 12, 4, true},
     BackwardTile{1024, 64, 1, 8, 24, 4, true},  BackwardTile{1536, 96, 1, 8, 32, 4, true},
-    BackwardTile{2048, 128, 1, 8, 34, 4, true},
+    BackwardTile{2048, 128, 1, 8, 32, 4, true},
 };
 inline constexpr std::array kRnnBackward2 = {
     BackwardTile{64, 1, 1, 4, 4, 4},           BackwardTile{64, 1, 2, 4, 4, 4},
@@ -186,7 +186,7 @@ inline constexpr std::array kRnnBackward2 = {
     BackwardTile{2048, 64, 1, 8, 16, 4, true},
 };
 inline constexpr std::array kLstmBackward4 = {
-    BackwardTile{64, 1, 1, 4, 20, 4},         BackwardTile{64, 1, 2, 4, 20, 2},
+    BackwardTile{64, 1, 1, 4, 20, 4},         BackwardTile{64, 1, 2, 4, 19, 2},
     BackwardTile{128, 2, 1, 8, 24, 4},        BackwardTile{256, 8, 1, 8, 12, 4},
     BackwardTile{384, 16, 1, 8, 8, 4},        BackwardTile{512, 32, 1, 8, 24, 4, true},
     BackwardTile{768, 48, 1, 8, 24, 4, true}, BackwardTile{1024, 64, 1, 8, 24, 2, true},

@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "../plan.h"
 #include "../tensor_checks.h"
 #include "grid_launch.h"
+#include "instances.h"
 #include "kernels.h"
 #include "step_scan.h"
 
@@ -50,14 +52,21 @@ struct CurrentDevice {
 constexpr const char* kDeviceName = "CUDA";
 bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
 
-void check_status(cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess, "CUDA: ", cudaGetErrorString(status));
+using CurrentDevice = torch::stable::accelerator::DeviceGuard;
+
+// Whether the current device runs even one cluster of the kernel; too large a one is an error.
+bool is_active(const Kernel<ForwardParams>& kernel, const LaunchShape& shape) {
+  try {
+    return kernel.active_clusters(shape) > 0;
+  } catch (const std::runtime_error&) {
+    return false;
+  }
 }
 
 Device read_device_facts(int device) {
   const auto attribute = [device](cudaDeviceAttr which) {
     int value = 0;
-    check_status(cudaDeviceGetAttribute(&value, which, device));
+    check_cuda(cudaDeviceGetAttribute(&value, which, device));
     return value;
   };
   Device facts{};
@@ -65,21 +74,37 @@ Device read_device_facts(int device) {
                      attribute(cudaDevAttrComputeCapabilityMinor);
   facts.processors = attribute(cudaDevAttrMultiProcessorCount);
   facts.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  // Consumer parts of capability 12 have clusters of up to 8.
-  facts.max_cluster = facts.capability < 90 ? 1 : facts.capability < 120 ? 16 : 8;
+  facts.max_cluster = 1;
+  if (facts.capability < 80) return facts;  // the planner refuses it
+  const CurrentDevice guard(device);
+  // Not what its generation allows: chips come with SMs switched off, and in slices.
+  const auto& tiles = forward_tiles<CellKind::lstm, 2>();
+  const auto* kernels = kernels_of<CellKind::lstm, ElementKind::bfloat16, ForwardParams>();
+  for (size_t i = 0; i < tiles.size(); i++) {
+    const auto layout = layout_of(tiles[i], cell_sizes(CellKind::lstm).gates, 2);
+    const int cluster = tiles[i].cluster;
+    if (tiles[i].grid || layout.shared_bytes > facts.shared_bytes) continue;
+    const LaunchShape shape{cluster, 1, cluster, layout.threads, layout.shared_bytes, false};
+    if (cluster == 1) {
+      kernels[i].active_clusters(shape);  // throws where the library has no code for the device
+    } else if (facts.capability >= 90 && cluster > facts.max_cluster &&
+               is_active(kernels[i], shape)) {
+      facts.max_cluster = cluster;
+    }
+  }
   return facts;
 }
 
 Device device_facts(int64_t device) {
+  static std::mutex mutex;
   static std::array<std::optional<Device>, 64> known;
   STD_TORCH_CHECK(device >= 0 && device < static_cast<int64_t>(known.size()),
                   "device: expected an index from 0 to 63, got ", device);
+  const std::lock_guard<std::mutex> lock(mutex);
   auto& facts = known[static_cast<size_t>(device)];
   if (!facts) facts = read_device_facts(static_cast<int>(device));
   return *facts;
 }
-
-using CurrentDevice = torch::stable::accelerator::DeviceGuard;
 
 #endif
 

@@ -32,6 +32,13 @@ FUSED_RNN_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 FUSED_RNN_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 FUSED_RNN_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 
+// The same number. What the compiler has made of it before is computed again, not kept, which would
+// take registers all through a loop.
+FUSED_RNN_DEVICE int known_anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 FUSED_RNN_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

@@ -6,6 +6,12 @@
 
 namespace fused_rnn {
 
+// A timestep, and the memory row that the first of a kernel's rows has in it: looked up once, for
+// after every store to memory the compiler would have it looked up again.
+struct Timestep {
+  int64_t t, row0;
+};
+
 // Rows are counted from the first of those a kernel has; steps in the order of the scan, which the
 // second direction goes from the last timestep to the first.
 struct RowsView {
@@ -29,6 +35,9 @@ struct RowsView {
     return (all.offsets ? all.offsets[t] : t * all.batch) + first + row;
   }
 
+  // 0 <= t < T.
+  FUSED_RNN_DEVICE_MEMBER Timestep timestep(int64_t t) const { return {t, index(t, 0)}; }
+
   FUSED_RNN_DEVICE_MEMBER bool exists(int length, int row, int64_t t) const {
     return t < length && first + row < all.batch;
   }
@@ -36,6 +45,9 @@ struct RowsView {
   // Whether the row has memory at time t: packed rows end, padded ones go on with zeros.
   FUSED_RNN_DEVICE_MEMBER bool stored(int length, int row, int64_t t) const {
     return first + row < all.batch && (!all.offsets || t < length);
+  }
+  FUSED_RNN_DEVICE_MEMBER bool stored(int row, int64_t t) const {
+    return first + row < all.batch && (!all.offsets || t < length_of(row));
   }
 
   // Whether the row's state begins anew before this step. Against time, the step before a reset is
@@ -59,24 +71,34 @@ struct TileRows : RowsView {
   }
 };
 
-// Lengths of the rows a lane deals with, in the arrangements in which it does.
+// The rows of a lane's words at one time: whether they have memory then.
+template <class Element, int kBlocks>
+struct WordRows {
+  int64_t row0;  // as in Timestep
+  bool stored[kBlocks][Element::kWords];
+
+  FUSED_RNN_DEVICE_MEMBER WordRows(const TileRows<kBlocks>& rows, int64_t t)
+      : row0(rows.timestep(t).row0) {
+    FUSED_RNN_UNROLL
+    for (int n = 0; n < kBlocks; n++) {
+      FUSED_RNN_UNROLL
+      for (int w = 0; w < Element::kWords; w++) {
+        stored[n][w] = rows.stored(n * kGroup + Element::row(w), t);
+      }
+    }
+  }
+};
+
+// Lengths of the rows a lane deals with, in lane order.
 template <class Element, int kBlocks>
 struct LaneRows {
-  int length[kBlocks][2];                       // in lane order
-  int stored_length[kBlocks][Element::kWords];  // of its words
-  int copied_length[kBlocks];                   // of the row it copies from global memory
+  int length[kBlocks][2];
 
   FUSED_RNN_DEVICE_MEMBER explicit LaneRows(const TileRows<kBlocks>& rows) {
-    constexpr int kPieces = Element::kBytes / 2;
     FUSED_RNN_UNROLL
     for (int n = 0; n < kBlocks; n++) {
       FUSED_RNN_UNROLL
       for (int e = 0; e < 2; e++) length[n][e] = rows.length_of(row(n, e));
-      FUSED_RNN_UNROLL
-      for (int w = 0; w < Element::kWords; w++) {
-        stored_length[n][w] = rows.length_of(n * kGroup + Element::row(w));
-      }
-      copied_length[n] = rows.length_of(n * kGroup + lane_index() / kPieces % kGroup);
     }
   }
 

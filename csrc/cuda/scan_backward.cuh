@@ -41,7 +41,8 @@ scan_backward(const BackwardParams p) {
   const uint32_t barriers_at = shared_at + kBarriersAt;
   Fragment* weights_memory = reinterpret_cast<Fragment*>(shared);
 
-  const int lane = lane_index(), warp = warp_index();
+  const int warp = warp_index();
+  int lane = lane_index();
   const bool has_items = warp < kLayout.item_warps;
   const int rank = kCluster ? static_cast<int>(cluster_rank()) : block_x() % Tile::cluster;
   const int tile = block_x() / Tile::cluster;  // of the launch
@@ -117,22 +118,18 @@ scan_backward(const BackwardParams p) {
   const auto state_index = [&](int j, int e) {
     return states_at + (rows.first + row_of(j, e)) * pitch + unit_of(j);
   };
-  const auto cell_index = [&](int64_t t, int j, int e) {
-    return rows.index(t, row_of(j, e)) * pitch + unit_of(j);
+  const auto cell_index = [&](const Timestep& at, int j, int e) {
+    return (at.row0 + row_of(j, e)) * pitch + unit_of(j);
   };
 
   // In lane order: lengths (0 for units that are padding), the gradients that wait for a row's
-  // next live step, and LSTM's c after the step at hand. Then the lengths of the rows that the
-  // lane copies from global memory.
-  constexpr int kPieces = Element::kBytes / 2;  // of 16 bytes, in a row of a block
-  int length[kItems][2], copied_length[kItems], copied_c_length[kItems];
+  // next live step, and LSTM's c after the step at hand.
+  int length[kItems][2];
   float held[kItems][2], grad_c[kItems][2], c[kItems][2];
   // Bit 2 * j + e: whether the step at hand, and the one after it, began from a fresh state.
   uint32_t anew = 0, began = 0;
   FUSED_RNN_UNROLL
   for (int j = 0; j < kItems; j++) {
-    copied_length[j] = rows.length_of(block_of(j) * kGroup + lane / kPieces % kGroup);
-    copied_c_length[j] = rows.length_of(block_of(j) * kGroup + lane / 2 % kGroup);
     FUSED_RNN_UNROLL
     for (int e = 0; e < 2; e++) {
       const bool real = has_items && unit_of(j) < p.hidden;
@@ -143,26 +140,29 @@ scan_backward(const BackwardParams p) {
       c[j][e] = 0.0f;
       if (rows.begins(length[j][e], row_of(j, e), rows.steps - 1)) anew |= 1u << (2 * j + e);
       const int64_t t = rows.time(rows.steps - 1);
-      if (Cell::kHasC && t >= 0 && t < length[j][e]) c[j][e] = cells[cell_index(t, j, e)];
+      if (Cell::kHasC && t >= 0 && t < length[j][e]) {
+        c[j][e] = cells[cell_index(rows.timestep(t), j, e)];
+      }
     }
   }
 
   // Gradients of the gates at steps that no row of the tile takes.
-  const auto store = [&](int64_t t, int group, int q, int n, const uint32_t* words) {
+  const auto store = [&](const Timestep& at, int group, int q, int n, const uint32_t* words) {
     FUSED_RNN_UNROLL
     for (int w = 0; w < kWords; w++) {
       const int row = n * kGroup + Element::row(w);
-      if (!group_is_there(group) || !rows.stored(rows.length_of(row), row, t)) continue;
-      Stored* at = grad_gates + (rows.index(t, row) * kGrads + q) * pitch +
-                   (group0 + group) * kGroup + Element::column();
-      *reinterpret_cast<uint32_t*>(at) = words[w];
+      if (!group_is_there(group) || !rows.stored(row, at.t)) continue;
+      Stored* first = grad_gates + ((at.row0 + row) * kGrads + q) * pitch +
+                      (group0 + group) * kGroup + Element::column();
+      *reinterpret_cast<uint32_t*>(first) = words[w];
     }
   };
   if (!p.rows.offsets) {
     const uint32_t zeros[kWords] = {};
     for (int64_t t = rows.steps; t < p.rows.timesteps; t++) {
+      const Timestep now = rows.timestep(t);
       for (int i = warp; i < kLayout.items * kGrads; i += Tile::warps) {
-        store(t, i / kBlocks / kGrads, i / kBlocks % kGrads, i % kBlocks, zeros);
+        store(now, i / kBlocks / kGrads, i / kBlocks % kGrads, i % kBlocks, zeros);
       }
     }
   }
@@ -178,16 +178,19 @@ scan_backward(const BackwardParams p) {
   };
   const auto prefetch = [&](int s) {
     if (has_items && s >= 0) {
-      const int row_in_block = lane / kPieces % kGroup;
-      const int64_t t = rows.time(s), before = t + (rows.reverse ? 1 : -1);
+      constexpr int kPieces = Element::kBytes / 2;  // of 16 bytes, in a row of a block
+      const Timestep now = rows.timestep(rows.time(s));
+      const int64_t t_before = now.t + (rows.reverse ? 1 : -1);
+      const bool has_before = t_before >= 0 && t_before < rows.steps;
+      const Timestep before = rows.timestep(has_before ? t_before : now.t);
       FUSED_RNN_UNROLL
       for (int j = 0; j < kItems; j++) {
         const uint32_t item = ring_item(s, j);
-        const int n = block_of(j), row = n * kGroup + row_in_block;
+        const int n = block_of(j), row = n * kGroup + lane / kPieces % kGroup;
+        const int length_of_row = rows.length_of(row);
         const int64_t group_at = (group0 + group_of(j)) * kGroup;
-        const bool there = group_is_there(group_of(j)) && rows.exists(copied_length[j], row, t);
-        const bool has_before = before >= 0 && before < copied_length[j];
-        const int64_t index = there ? rows.index(t, row) : 0;
+        const bool there = group_is_there(group_of(j)) && rows.exists(length_of_row, row, now.t);
+        const int64_t index = there ? now.row0 + row : 0;
         FUSED_RNN_UNROLL
         for (int piece = lane; piece < kSaved * kGroup * kPieces; piece += kWarp) {
           const int64_t at = (index * kSaved + piece / (kGroup * kPieces)) * pitch + group_at +
@@ -203,8 +206,8 @@ scan_backward(const BackwardParams p) {
             const bool c_there = group_is_there(group_of(j)) && rows.first + c_row < p.rows.batch;
             const int64_t column = group_at + lane % 2 * 4;
             const float* from = p.c0 + states_at + (rows.first + c_row) * pitch + column;
-            if (before >= 0 && before < copied_c_length[j]) {
-              from = cells + rows.index(before, c_row) * pitch + column;
+            if (has_before && before.t < rows.length_of(c_row)) {
+              from = cells + (before.row0 + c_row) * pitch + column;
             }
             copy_async(state_at + lane * 16, c_there ? from : p.c0, c_there);
           }
@@ -212,9 +215,10 @@ scan_backward(const BackwardParams p) {
           const int64_t column = group_at + lane % kPieces * 4;
           const Stored* from = y + index * y_pitch + column;
           if (Cell::kUsesPreviousH) {
-            from = has_before ? y + rows.index(before, row) * y_pitch + column
-                              : static_cast<const Stored*>(p.h0) + states_at +
-                                    (rows.first + row) * pitch + column;
+            from = has_before && before.t < length_of_row
+                       ? y + (before.row0 + row) * y_pitch + column
+                       : static_cast<const Stored*>(p.h0) + states_at + (rows.first + row) * pitch +
+                             column;
           }
           copy_async(state_at + lane * 16, there ? from : y, there);
         }
@@ -262,10 +266,13 @@ scan_backward(const BackwardParams p) {
   };
 
   for (int i = 1; i < Tile::ring; i++) prefetch(rows.steps - i);
+  // Across the grid a last turn, of step -1, only gathers: that code is too large to have twice.
+  constexpr int kLastTurn = kGrid ? -1 : 0;
 #pragma unroll 1
-  for (int s = rows.steps - 1; s >= 0; s--) {
+  for (int s = rows.steps - 1; s >= kLastTurn; s--) {
     warp_sync();  // every lane has read the slot that is filled next
     prefetch(s - Tile::ring + 1);
+    const bool is_step = kLastTurn == 0 || s >= 0;
     const int64_t t = rows.time(s);
     const int buffer = kLayout.buffers == 1 ? 0 : s & 1;
     uint32_t* grads_now =
@@ -275,48 +282,55 @@ scan_backward(const BackwardParams p) {
     }
     float factors[kItems][2][Cell::kFactors], arriving[kItems][2];
     uint32_t next_anew = 0;
-    if (has_items) {
+    const auto prepare = [&](int j) {
+      const uint32_t item = ring_item(s, j), state_at = item + kSaved * kBlockBytes;
+      float saved[4][2] = {}, state[1][2], from_y[1][2];
+      if constexpr (kSaved > 0) Element::template load_blocks<kSaved>(item, saved);
+      if constexpr (Cell::kHasC) {
+        FloatElement::load_blocks<1>(state_at, state);
+      } else {
+        Element::template load_blocks<1>(state_at, state);
+      }
+      Element::template load_blocks<1>(state_at + kLayout.state_bytes, from_y);
+      FUSED_RNN_UNROLL
+      for (int e = 0; e < 2; e++) {
+        float values[4], before = state[0][e];
+        FUSED_RNN_UNROLL
+        for (int q = 0; q < 4; q++) values[q] = saved[q][e];
+        if (s > 0 && rows.begins(length[j][e], row_of(j, e), s - 1)) {
+          next_anew |= 1u << (2 * j + e);
+        }
+        if (anew >> (2 * j + e) & 1) {
+          before = 0.0f;
+          if (Cell::kHasC && p.reset_c) before = p.reset_c[state_index(j, e)];
+          if (Cell::kUsesPreviousH && p.reset_h) {
+            before = Element::to_float(static_cast<const Stored*>(p.reset_h) + state_index(j, e));
+          }
+        }
+        Cell::factors(values, state[0][e], before, c[j][e], before, factors[j][e]);
+        if (Cell::kHasC) c[j][e] = state[0][e];
+        arriving[j][e] = from_y[0][e];
+      }
+    };
+    if (has_items && is_step) {
       copy_wait<Tile::ring - 1>();
       warp_sync();
-      FUSED_RNN_UNROLL
-      for (int j = 0; j < kItems; j++) {
-        const uint32_t item = ring_item(s, j), state_at = item + kSaved * kBlockBytes;
-        float saved[4][2] = {}, state[1][2], from_y[1][2];
-        if constexpr (kSaved > 0) Element::template load_blocks<kSaved>(item, saved);
-        if constexpr (Cell::kHasC) {
-          FloatElement::load_blocks<1>(state_at, state);
-        } else {
-          Element::template load_blocks<1>(state_at, state);
-        }
-        Element::template load_blocks<1>(state_at + kLayout.state_bytes, from_y);
+      if constexpr (!kAlone) {
+        // While the sums are on their way; alone there is nothing to wait for, and what all items
+        // prepare would only take registers.
         FUSED_RNN_UNROLL
-        for (int e = 0; e < 2; e++) {
-          float values[4], before = state[0][e];
-          FUSED_RNN_UNROLL
-          for (int q = 0; q < 4; q++) values[q] = saved[q][e];
-          if (s > 0 && rows.begins(length[j][e], row_of(j, e), s - 1)) {
-            next_anew |= 1u << (2 * j + e);
-          }
-          if (anew >> (2 * j + e) & 1) {
-            before = 0.0f;
-            if (Cell::kHasC && p.reset_c) before = p.reset_c[state_index(j, e)];
-            if (Cell::kUsesPreviousH && p.reset_h) {
-              before = Element::to_float(static_cast<const Stored*>(p.reset_h) + state_index(j, e));
-            }
-          }
-          Cell::factors(values, state[0][e], before, c[j][e], before, factors[j][e]);
-          if (Cell::kHasC) c[j][e] = state[0][e];
-          arriving[j][e] = from_y[0][e];
-        }
+        for (int j = 0; j < kItems; j++) prepare(j);
       }
     }
     if constexpr (kGrid) {
       if (s + 1 < rows.steps) gather_for(s);
+      if (!is_step) break;
     }
     if (has_items) {
       if (s + 1 < rows.steps) wait(s);
       FUSED_RNN_UNROLL
       for (int j = 0; j < kItems; j++) {
+        if constexpr (kAlone) prepare(j);
         float sum[2] = {};
         if (s + 1 < rows.steps) received(s, j, sum);
         float grads[2][kGrads];
@@ -328,7 +342,8 @@ scan_backward(const BackwardParams p) {
           const bool taken = t < length[j][e];
           float carry = grad_c[j][e];
           if (Cell::kHasC && p.grad_cells && taken) {
-            carry += p.grad_cells[direction * p.rows.count * pitch + cell_index(t, j, e)];
+            carry +=
+                p.grad_cells[direction * p.rows.count * pitch + cell_index(rows.timestep(t), j, e)];
           }
           Cell::backward(factors[j][e], held[j][e] + arriving[j][e], carry, grads[e]);
           // Selects, not products: what was never saved may be NaN.
@@ -365,13 +380,13 @@ scan_backward(const BackwardParams p) {
       const auto multiply = [&](int step, const auto& weight) {
         FUSED_RNN_UNROLL
         for (int n = 0; n < kBlocks; n++) {
-          const auto block = [&](int index) -> const uint32_t* {
-            if (index >= kRowGroups) return nullptr;
+          const auto block = [&](int index) {
             const int at = index / kGates * kGrads + index % kGates;
             return grads_now + (at * kBlocks + n) * kBlockWords;
           };
           const int index = step * kGroupsPerStep;
-          const auto b = Element::operand(block(index), block(index + 1));
+          const bool whole = index + 1 < kRowGroups;
+          const auto b = Element::operand(block(index), block(whole ? index + 1 : index), whole);
           FUSED_RNN_UNROLL
           for (int i = 0; i < kProducts; i++) Element::multiply(sums[i][n], weight(i), b);
         }
@@ -411,17 +426,16 @@ scan_backward(const BackwardParams p) {
       }
     }
 
+    const Timestep now = rows.timestep(t);
     for (int i = warp; i < kLayout.items * kGrads; i += Tile::warps) {
-      store(t, i / kBlocks / kGrads, i / kBlocks % kGrads, i % kBlocks,
+      store(now, i / kBlocks / kGrads, i / kBlocks % kGrads, i % kBlocks,
             grads_now + i * kBlockWords + lane * kWords);
     }
   }
 
   // The gradient of the state before the first step. To have received it also means that nothing
   // is on its way to this CTA when it leaves.
-  if constexpr (kGrid) {
-    if (rows.steps > 0) gather_for(-1);
-  }
+  lane = known_anew(lane);
   if (has_items) {
     if (rows.steps > 0) wait(-1);
     FUSED_RNN_UNROLL
@@ -430,8 +444,8 @@ scan_backward(const BackwardParams p) {
       if (rows.steps > 0) received(-1, j, sum);
       FUSED_RNN_UNROLL
       for (int e = 0; e < 2; e++) {
-        const int64_t t = rows.time(0);
-        if (t < length[j][e]) held[j][e] += sum[e];
+        const bool took = rows.reverse ? length[j][e] == rows.steps : length[j][e] > 0;
+        if (took) held[j][e] += sum[e];
         if (began >> (2 * j + e) & 1) give_to_fresh_state(j, e);
         if (unit_of(j) < p.pitch && rows.first + row_of(j, e) < p.rows.batch) {
           p.grad_h0[state_index(j, e)] = held[j][e];

@@ -37,7 +37,8 @@ scan_forward(const ForwardParams p) {
   float4* partials = reinterpret_cast<float4*>(
       shared + kLayout.weights_bytes + kLayout.h_buffers * kLayout.h_bytes + kLayout.ring_bytes);
 
-  const int lane = lane_index(), warp = warp_index();
+  const int warp = warp_index();
+  int lane = lane_index();
   const int column = warp % kLayout.warp_columns, part = warp / kLayout.warp_columns;
   const bool leads = part == 0;  // the warp that does the pointwise part of its unit groups
   const int rank = kCluster ? static_cast<int>(cluster_rank()) : block_x() % Tile::cluster;
@@ -76,6 +77,7 @@ scan_forward(const ForwardParams p) {
   }
   Fragment* shared_weights =
       weights_memory + warp * kLayout.shared_steps * kProducts * kWarp + lane;
+#pragma unroll 1
   for (int k = 0; k < kLayout.shared_steps; k++) {
     for (int i = 0; i < kProducts; i++) {
       shared_weights[(k * kProducts + i) * kWarp] = fragment(Tile::register_steps + k, i);
@@ -137,16 +139,16 @@ scan_forward(const ForwardParams p) {
   }
 
   // A block of words to rows of a matrix; those of rows that are not there are left out.
-  const auto store = [&](Stored* to, int64_t to_pitch, int64_t t, int n, const float (&v)[2]) {
+  using Words = WordRows<Element, kBlocks>;
+  const auto store = [&](Stored* to, int64_t to_pitch, const Words& at, int n,
+                         const float (&v)[2]) {
     uint32_t words[kWords];
     Element::to_words(v, words);
     FUSED_RNN_UNROLL
     for (int w = 0; w < kWords; w++) {
-      const int row = Element::row(w);
-      if (rows.stored(alive.stored_length[n][w], n * kGroup + row, t)) {
-        Stored* at = to + rows.index(t, n * kGroup + row) * to_pitch + Element::column();
-        *reinterpret_cast<uint32_t*>(at) = words[w];
-      }
+      if (!at.stored[n][w]) continue;
+      const int row = n * kGroup + Element::row(w);
+      *reinterpret_cast<uint32_t*>(to + (at.row0 + row) * to_pitch + Element::column()) = words[w];
     }
   };
   const auto group_is_there = [&](int j) { return (group0 + j) * kGroup < p.pitch; };
@@ -155,19 +157,20 @@ scan_forward(const ForwardParams p) {
   if (leads && !p.rows.offsets) {
     const float zeros[2] = {};
     for (int64_t t = rows.steps; t < p.rows.timesteps; t++) {
+      const Words now(rows, t);
       FUSED_RNN_UNROLL
       for (int j = 0; j < kUnits; j++) {
         FUSED_RNN_UNROLL
         for (int n = 0; n < kBlocks; n++) {
           if (!group_is_there(j)) continue;
           const int64_t unit = (group0 + j) * kGroup;
-          store(y + unit, y_pitch, t, n, zeros);
+          store(y + unit, y_pitch, now, n, zeros);
           if (Cell::kSavedGates > 0 && p.gates) {
             Stored* gates = static_cast<Stored*>(p.gates) +
                             direction * p.rows.count * Cell::kSavedGates * pitch + unit;
             FUSED_RNN_UNROLL
             for (int q = 0; q < Cell::kSavedGates; q++) {
-              store(gates + q * pitch, Cell::kSavedGates * pitch, t, n, zeros);
+              store(gates + q * pitch, Cell::kSavedGates * pitch, now, n, zeros);
             }
           }
           if (Cell::kHasC && p.cells) {
@@ -175,7 +178,7 @@ scan_forward(const ForwardParams p) {
             for (int e = 0; e < 2; e++) {
               const int row = alive.row(n, e);
               if (rows.first + row >= p.rows.batch) continue;
-              p.cells[(direction * p.rows.count + rows.index(t, row)) * pitch + unit_of(j)] = 0.0f;
+              p.cells[(direction * p.rows.count + now.row0 + row) * pitch + unit_of(j)] = 0.0f;
             }
           }
         }
@@ -195,18 +198,19 @@ scan_forward(const ForwardParams p) {
   const auto prefetch = [&](int s) {
     if (leads && s < rows.steps) {
       constexpr int kPieces = Element::kBytes / 2;  // of 16 bytes, in a row of a block
-      const int64_t t = rows.time(s);
+      const Timestep now = rows.timestep(rows.time(s));
       FUSED_RNN_UNROLL
-      for (int j = 0; j < kUnits; j++) {
+      for (int n = 0; n < kBlocks; n++) {
+        const int row = n * kGroup + lane / kPieces % kGroup;
+        const bool exists = rows.exists(rows.length_of(row), row, now.t);
         FUSED_RNN_UNROLL
-        for (int n = 0; n < kBlocks; n++) {
+        for (int j = 0; j < kUnits; j++) {
+          const bool there = exists && group_is_there(j);
           FUSED_RNN_UNROLL
           for (int piece = lane; piece < kGates * kGroup * kPieces; piece += kWarp) {
-            const int gate = piece / (kGroup * kPieces), row = piece / kPieces % kGroup;
+            const int gate = piece / (kGroup * kPieces);
             const int64_t at = gate * pitch + (group0 + j) * kGroup + piece % kPieces * 4;
-            const bool there =
-                group_is_there(j) && rows.exists(alive.copied_length[n], n * kGroup + row, t);
-            const int64_t index = there ? rows.index(t, n * kGroup + row) * kGates * pitch + at : 0;
+            const int64_t index = there ? (now.row0 + row) * kGates * pitch + at : 0;
             copy_async(ring_block(s, j, n) + piece * 16, gx + index, there);
           }
         }
@@ -392,19 +396,20 @@ scan_forward(const ForwardParams p) {
       }
     }
 
+    const Words now(rows, t);
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnits; j++) {
       if (!group_is_there(j)) continue;
       const int64_t unit = (group0 + j) * kGroup;
       FUSED_RNN_UNROLL
       for (int n = 0; n < kBlocks; n++) {
-        store(y + unit, y_pitch, t, n, out[j][n]);
+        store(y + unit, y_pitch, now, n, out[j][n]);
         if (Cell::kSavedGates > 0 && p.gates) {
           Stored* gates = static_cast<Stored*>(p.gates) +
                           direction * p.rows.count * Cell::kSavedGates * pitch + unit;
           FUSED_RNN_UNROLL
           for (int q = 0; q < Cell::kSavedGates; q++) {
-            store(gates + q * pitch, Cell::kSavedGates * pitch, t, n, saved[j][n][q]);
+            store(gates + q * pitch, Cell::kSavedGates * pitch, now, n, saved[j][n][q]);
           }
         }
         if (Cell::kHasC && p.cells) {
@@ -412,7 +417,7 @@ scan_forward(const ForwardParams p) {
           for (int e = 0; e < 2; e++) {
             const int row = alive.row(n, e);
             if (rows.stored(alive.length[n][e], row, t)) {
-              p.cells[(direction * p.rows.count + rows.index(t, row)) * pitch + unit_of(j)] =
+              p.cells[(direction * p.rows.count + now.row0 + row) * pitch + unit_of(j)] =
                   c[j][n][e];
             }
           }
@@ -421,6 +426,7 @@ scan_forward(const ForwardParams p) {
     }
   }
 
+  lane = known_anew(lane);
   if (leads) {
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnits; j++) {
