@@ -52,6 +52,8 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
         return None
     if not all(_is_plain(tensor, 2) for tensor in weights[:2]):
         return None
+    if not all(isinstance(tensor, Tensor) for tensor in weights):
+        return None
     x = input.transpose(0, 1) if module.batch_first else input
     y, h_n, c_n = torch.ops.fused_rnn.infer_layers(
         x, h0, c0, weights, module.mode.lower(), num_layers, module.bidirectional
