@@ -112,7 +112,7 @@ inline constexpr std::array kGruForward2 = {
     ForwardTile{128, 1, 1, 2, 1, 8, 4},
     ForwardTile{128, 1, 2, 2, 1, 8, 4},
     ForwardTile{256, 4, 1, 2, 2, 8, 4},
-    ForwardTile{256, 4, 2, 2, 2, 8, 4},
+    ForwardTile{256, 4, 2, 2, 2, 7, 4},
     ForwardTile{384, 8, 1, 2, 4, 3, 4},
     ForwardTile{512, 16, 1, 2, 4, 8, 4},
     ForwardTile{512, 16, 2, 2, 4, 8, 4},
