@@ -58,14 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.Parser(
         __doc__, cell="lstm", steps=(500, 120), hidden=(128, 96), characters=(1_000_000, 100_000)
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoints")
-    parser.add_argument("--stop", type=common.positive, help="stop early, after this many steps")
+    language_model.add_checkpoint_arguments(parser)
     args = parser.parse(argv)
     rank, count = join(args)
     try:
         checkpoint = args.out / f"distributed.{rank}-of-{count}.pt"
-        if args.resume and not checkpoint.exists():
-            parser.error(f"argument --resume: there is no {checkpoint}")
+        language_model.expect_checkpoint(parser, args, checkpoint)
         return train(args, rank, count, checkpoint)
     finally:
         dist.destroy_process_group()
@@ -76,21 +74,17 @@ def train(args: argparse.Namespace, rank: int, count: int, checkpoint: Path) -> 
     whole, held_out = language_model.corpora(args.characters, args.device)
     mine = whole.streams[:, rank::count].contiguous()
     training = language_model.Training(args, char_lm.Corpus(whole.alphabet, mine, whole.window))
-    if args.resume:
-        training.load(checkpoint)
     model = training.model
     parallel = DistributedDataParallel(model)
-    last = min(args.steps, args.stop or args.steps)
-    steps = common.Steps(max(0, last - training.number), f"training in {count} processes")
-    for _ in steps:
+
+    def step() -> float:
         training.model = parallel
         loss = training.step()
         training.model = model  # what is saved is nobody's copy
-        steps.note = f"{loss * language_model.BITS:.3f} bits"
-        if training.number % max(1, args.steps // 10) == 0 or training.number == last:
-            training.save(checkpoint)
-    if last < args.steps:
-        common.console.print(f"stopped at step {training.number}; --resume goes on")
+        return loss
+
+    name = f"training in {count} processes"
+    if not language_model.train(args, training, checkpoint, name, step):
         return 0
 
     apart = largest_difference(model)

@@ -18,7 +18,9 @@ The model of `char_lm.py` (which trains it twice to compare speeds) trained in e
 
 from __future__ import annotations
 
+import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -138,30 +140,51 @@ class Training:
         self.state, self.number = facts["state"], facts["number"]
 
 
+def add_checkpoint_arguments(parser: common.Parser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--stop", type=common.positive, help="stop early, after this many steps")
+
+
+def expect_checkpoint(parser: common.Parser, args: argparse.Namespace, checkpoint: Path) -> None:
+    """There is one to go on from, where that is asked for."""
+    if args.resume and not checkpoint.exists():
+        parser.error(f"argument --resume: there is no {checkpoint}")
+
+
+def train(
+    args: argparse.Namespace,
+    training: Training,
+    checkpoint: Path,
+    name: str,
+    step: Callable[[], float],  # takes one of the training's steps, and gives its loss
+) -> bool:
+    """Goes on from the checkpoint or begins, and writes one after each tenth of the steps. Whether
+    it came to the end."""
+    if args.resume:
+        training.load(checkpoint)
+    last = min(args.steps, args.stop or args.steps)
+    steps = common.Steps(max(0, last - training.number), name)
+    for _ in steps:
+        steps.note = f"{step() * BITS:.3f} bits"
+        if training.number % max(1, args.steps // 10) == 0 or training.number == last:
+            training.save(checkpoint)
+    if last < args.steps:
+        common.console.print(f"stopped at step {training.number}; --resume goes on")
+    return last == args.steps
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = common.Parser(
         __doc__, cell="lstm", steps=(2000, 120), hidden=(192, 96), batch=(16, 16),
         characters=(2_000_000, 100_000),
     )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--stop", type=common.positive, help="stop early, after this many steps")
+    add_checkpoint_arguments(parser)
     args = parser.parse(argv)
+    checkpoint = args.out / "language_model.pt"
+    expect_checkpoint(parser, args, checkpoint)
     corpus, held_out = corpora(args.characters, args.device, args.batch)
     training = Training(args, corpus)
-    checkpoint = args.out / "language_model.pt"
-    if args.resume:
-        if not checkpoint.exists():
-            parser.error(f"argument --resume: there is no {checkpoint}")
-        training.load(checkpoint)
-    last = min(args.steps, args.stop or args.steps)
-    steps = common.Steps(max(0, last - training.number), "training")
-    for _ in steps:
-        loss = training.step()
-        steps.note = f"{loss * BITS:.3f} bits"
-        if training.number % max(1, args.steps // 10) == 0 or training.number == last:
-            training.save(checkpoint)
-    if last < args.steps:
-        common.console.print(f"stopped at step {training.number}; --resume goes on")
+    if not train(args, training, checkpoint, "training", training.step):
         return 0
 
     for temperature in (0.3, 0.7, 1.0):
