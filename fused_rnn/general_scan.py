@@ -58,7 +58,7 @@ class GeneralScan:
         recompute: bool = False,
     ) -> ops.LayerResult:
         compiling = torch.compiler.is_compiling()
-        transformed = not compiling and torch._C._functorch.peek_interpreter_stack() is not None
+        transformed = not compiling and ops.is_transformed()
         dtype, directions = state_dtype(x.dtype), h0.shape[0]
         noise = [self._draw(x, h0[0], c0, batch_sizes, dtype) for _ in range(directions)]
         if not compiling:

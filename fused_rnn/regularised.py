@@ -32,7 +32,7 @@ from . import checks
 from .cells import Cell, state_dtype
 from .general_scan import Extras, GeneralScan
 
-_SCANNED = ("recurrent_dropout", "zoneout", "layer_norm", "peepholes")  # what no kernel has
+_SCANNED = ("recurrent_dropout", "zoneout", "layer_norm", "peepholes")  # what changes a step
 
 
 def _number(name: str, value: Any) -> None:
