@@ -26,9 +26,10 @@ from . import dispatch
 from .cells import CELLS, Cell
 from .native import cpu_library_error, library_path
 
-_CELLS = {cell.torch_mode: cell for cell in CELLS.values()}
+CELL_OF = {cell.torch_mode: cell for cell in CELLS.values()}
+CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 # Not isinstance: a subclass may have a meaning of its own.
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 # One gives something true where a call is to do more than compute numbers, or elsewhere.
@@ -46,7 +47,7 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
     if _wants_gradients():
         return None
-    cell, dropout, num_layers = _CELLS.get(module.mode), module.dropout, module.num_layers
+    cell, dropout, num_layers = CELL_OF.get(module.mode), module.dropout, module.num_layers
     if cell is None or type(num_layers) is not int or type(dropout) is not float:
         return None
     if dropout != 0 and ((module.training and num_layers > 1) or not 0 <= dropout <= 1):
@@ -67,10 +68,7 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
     if _wants_gradients():
         return None
-    parameters = module._parameters
-    weights = [parameters.get("weight_ih"), parameters.get("weight_hh")]
-    if module.bias:
-        weights += parameters.get("bias_ih"), parameters.get("bias_hh")
+    weights = list(map(module._parameters.get, CELL_WEIGHTS[: 4 if module.bias else 2]))
     result = calls().infer_cell(cell.index, input, weights, hx, module.hidden_size)
     if result is not None:
         return result
@@ -85,16 +83,19 @@ def _wants_gradients() -> bool:
     return is_compiling() or is_grad_enabled() or forward_ad._current_level >= 0
 
 
+def is_watched() -> bool:
+    """Whether a call is to do more than compute numbers, or elsewhere."""
+    return any(guard() for guard in _GUARDS)
+
+
 def _call_operator(
     name: str, cell: Cell, input: Any, weights: list[Any], hx: Any, *sizes: int
 ) -> list[Tensor]:
     """What it returns; nothing where the call is not for it."""
-    if any(guard() for guard in _GUARDS):
+    if is_watched() or cpu_library_error() is not None:
         return []
-    states = _states(cell, hx)
-    if states is None or not _PLAIN_TYPES.issuperset(map(type, (input, *weights))):
-        return []
-    if cpu_library_error() is not None:
+    states = given_states(cell, hx)
+    if states is None or not PLAIN_TYPES.issuperset(map(type, (input, *weights))):
         return []
     operator = getattr(torch.ops.fused_rnn_cpu, name).default
     try:
@@ -103,16 +104,16 @@ def _call_operator(
         return []
 
 
-def _states(cell: Cell, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
+def given_states(cell: Cell, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
     """hx as (h0, c0), or None if it is not made as it should be."""
     if hx is None:
         return None, None
     if not cell.has_c:
-        return (hx, None) if type(hx) in _PLAIN_TYPES else None
+        return (hx, None) if type(hx) in PLAIN_TYPES else None
     if type(hx) not in (tuple, list) or len(hx) != 2:
         return None
     h0, c0 = hx
-    return (h0, c0) if type(h0) in _PLAIN_TYPES and type(c0) in _PLAIN_TYPES else None
+    return (h0, c0) if type(h0) in PLAIN_TYPES and type(c0) in PLAIN_TYPES else None
 
 
 class _NoCalls:

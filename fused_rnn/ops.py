@@ -13,11 +13,12 @@ H), D directions, G gates. Sequences are [T, B, ...], or [N, ...] with `batch_si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from . import dispatch, onnx
 from .backends.base import LayerOutput, Needs, OutputGrads
@@ -373,9 +374,7 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_h_n, grad_c_n, _gates, grad_cells):
         kept = ctx.saved_tensors  # once: checkpointing computes them anew at every look
-        *saved, batch_sizes, lengths, resets, h_factor = kept[:7]
-        x, h0, c0, reset_h, reset_c, *weights = kept[7:]
-        cell, states, recompute, backend = ctx.options
+        cell, states, _, _ = ctx.options
         needs = ctx.needs_input_grad[5:]
         grads = (
             grad_y, grad_h_n, grad_c_n if CELLS[cell].has_c else None,
@@ -383,20 +382,45 @@ class _LayerFunction(torch.autograd.Function):
         )  # fmt: skip
         if all(grad is None for grad in grads):
             return (None,) * (5 + len(needs))
-        if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable
-            layout = batch_sizes, lengths, resets, h_factor
-            results = _differentiable_backward(cell, grads, kept[7:], layout, needs)
-        else:
-            results = torch.ops.fused_rnn.layer_backward(
-                *grads, x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-                *saved, cell, needs, states, recompute, backend, h_factor,
-            )  # fmt: skip
-        wanted = (g if need else None for g, need in zip(results, needs, strict=True))
-        return (None, None, None, None, None, *wanted)
+        results = layer_gradients(ctx.options, grads, kept[:3], kept[3:7], kept[7:], needs)
+        return (None, None, None, None, None, *results)
+
+
+def layer_gradients(
+    options: tuple[str, bool, bool, str],  # cell, states, recompute and backend of the operators
+    grads: tuple[Tensor | None, ...],  # of y, h_n, c_n, cells
+    saved: tuple[Tensor, ...],  # y, gates, cells
+    layout: tuple[Tensor | None, ...],  # batch_sizes, lengths, resets, h_factor
+    inputs: tuple[Tensor | None, ...],  # x, h0, c0, reset_h, reset_c, *weights
+    needs: tuple[bool, ...],  # of these
+) -> list[Tensor | None]:
+    """The gradients of the inputs, differentiable ones where grad mode is on."""
+    if torch.is_grad_enabled() or are_batched(grads):  # create_graph, or by vmap
+        return _differentiable_backward(options[0], grads, inputs, layout, needs)
+    x, h0, c0, reset_h, reset_c, *weights = inputs
+    batch_sizes, lengths, resets, h_factor = layout
+    cell, *others = options
+    results = torch.ops.fused_rnn.layer_backward(
+        *grads, x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
+        *saved, cell, needs, *others, h_factor,
+    )  # fmt: skip
+    return [g if need else None for g, need in zip(results, needs, strict=True)]
+
+
+def are_batched(grads: Iterable[Tensor | None]) -> bool:
+    """Whether backward runs for several gradients at once, is_grads_batched or inside vmap."""
+    is_batched, is_legacy = _functorch.is_batchedtensor, _functorch.is_legacy_batchedtensor
+    return any(g is not None and (is_batched(g) or is_legacy(g)) for g in grads)
 
 
 def _differentiable_backward(cell, grads, inputs, layout, needs):
-    """The gradients of the inputs as differentiable functions of the inputs and `grads`."""
+    """The gradients of the inputs as functions of the inputs and `grads`, in plain operations."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        return _gradients_of_oracle(cell, grads, inputs, layout, needs, create_graph)
+
+
+def _gradients_of_oracle(cell, grads, inputs, layout, needs, create_graph):
     batch_sizes, lengths, resets, h_factor = layout
     # A view of each input, so that differentiation stops there: an input may depend on another.
     views = [None if i is None else i.view_as(i) for i in inputs]
@@ -415,7 +439,7 @@ def _differentiable_backward(cell, grads, inputs, layout, needs):
             [o for o, _ in used],
             wanted,
             [g.to(o.dtype) for o, g in used],
-            create_graph=True,
+            create_graph=create_graph,
             materialize_grads=True,
         )
     )
@@ -443,7 +467,7 @@ def _layer_autograd(
 def is_transformed() -> bool:
     """Whether a transform of torch.func is under way. Of all functions that tell it, this one has
     its true answer in a graph that is being compiled."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    return _functorch.get_dynamic_layer_stack_depth() > 0
 
 
 def needs_oracle(x: Tensor) -> bool:

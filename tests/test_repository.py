@@ -30,7 +30,7 @@ LAYERS = [
     {"ops", "direct"},
     {"general_scan"},
     {"functional", "regularised"},
-    {"compiled"},
+    {"compiled", "training"},
     {"modules"},
     {"convert", "explain", "export", "testing"},
     {"bench", "interop", "streaming", "truncated"},

@@ -332,6 +332,35 @@ def test_partial_inputs(variant, make):
     assert all(p.grad is None for p in module.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_several_gradients_at_once(variant, how, dtype, make):
+    """A Jacobian by one backward for many cotangents, of an output from outside of vmap."""
+    module, theirs = (each.to(dtype) for each in make.pair(variant))
+    args = torch.utils._pytree.tree_map(
+        lambda t: t.requires_grad_(), Inputs(module, True, dtype=dtype).args
+    )
+    results = []
+    for owner in (module, theirs):
+        y = leaves(owner(*args))[0]
+        cotangents = torch.eye(y.numel(), dtype=dtype)[:5].view(-1, *y.shape)
+        wanted = [*leaves(args), *owner.parameters()]
+
+        def pull(g, y=y, wanted=wanted, **options):
+            return torch.autograd.grad(y, wanted, g, True, allow_unused=True, **options)
+
+        if owner is theirs:
+            each = [pull(g) for g in cotangents]
+            results.append(
+                [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
+            )
+        elif how == "vmap":
+            results.append(vmap(pull)(cotangents))
+        else:
+            results.append(pull(cotangents, is_grads_batched=True))
+    near(*results)
+
+
 def test_repeated_backward_per_timestep(layer, make):
     """retain_graph: the gradient of every timestep's output by itself."""
     module, theirs = pair_of(make, layer, num_layers=2)
