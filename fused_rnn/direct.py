@@ -1,4 +1,4 @@
-"""Inference on the CPU in one call, past the waist.
+"""The CPU library asked first, past the waist: inference in one call, a layer in training in two.
 
 A step of a streaming model takes a few microseconds; its checks, the choice of a backend and
 operators written in Python take a hundred. So modules ask here first. What runs is what the
@@ -7,13 +7,15 @@ general way would have run, the cpu backend on arguments that fit each other: th
 that somebody watches or redirects, the answer is None: the general way alone knows error messages
 and choices.
 
-The call is one of the extension module (csrc/direct_calls.cpp) or, where that is absent or says
-None, an operator, which takes a few more kinds of tensors and some microseconds longer.
+In inference it is a call of the extension module (csrc/direct_calls.cpp) or, where that is absent
+or says None, an operator, which takes a few more kinds of tensors and some microseconds longer. In
+training they are operators (csrc/cpu/train.cpp), for `fused_rnn.training` and for graphs.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -114,6 +116,46 @@ def given_states(cell: Cell, hx: Any) -> tuple[Tensor | None, Tensor | None] | N
         return None
     h0, c0 = hx
     return (h0, c0) if type(h0) in PLAIN_TYPES and type(c0) in PLAIN_TYPES else None
+
+
+def train_layer(
+    cell: Cell,
+    x: Tensor,  # [T, B, I], or of a cell's timestep [B, I]
+    h0: Tensor | None,  # [D, B, P] or [B, H], None for zeros
+    c0: Tensor | None,  # [D, B, H] or [B, H], beside h0 of an LSTM
+    weights: list[Tensor],  # as in `ops.layer`
+    directions: int,
+) -> list[Tensor]:
+    """y, h_n (not of a timestep), c_n, gates and cells, those that the cell has; nothing where the
+    call is not for the library. To be called below autograd, and not where `is_watched`."""
+    if cpu_library_error() is not None:
+        return []
+    try:
+        return torch.ops.fused_rnn_cpu.train_layer.default(
+            cell.index, x, weights, h0, c0, directions
+        )
+    except NotImplementedError:  # the dispatcher's, for the rarest kinds of tensors
+        return []
+
+
+def train_layer_backward(
+    cell: Cell,
+    grads: Iterable[Tensor | None],  # of y, h_n and c_n
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    saved: tuple[Tensor | None, ...],  # y, gates, cells; None where the cell has none
+    directions: int,
+    needs: Sequence[bool],  # of x, h0, c0 and the weights
+) -> list[Tensor]:
+    """The gradients that are needed, one after the other; nothing where the call is not for the
+    library. As `train_layer` otherwise."""
+    grads = [grad if grad is None else grad.contiguous() for grad in grads]
+    wanted = sum(1 << i for i, need in enumerate(needs) if need)
+    return torch.ops.fused_rnn_cpu.train_layer_backward.default(
+        cell.index, *grads, x, weights, h0, c0, *saved, directions, wanted
+    )
 
 
 class _NoCalls:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from . import dispatch, onnx
+from . import direct, dispatch, onnx
 from .backends.base import LayerOutput, Needs, OutputGrads
 from .cells import CELLS, Cell, DirectionWeights, state_dtype
 from .oracle import Recurrence, plain_recurrence
@@ -272,10 +272,37 @@ def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(rows, (*like.shape[:-1], rows.shape[-1]))
 
 
+def _is_ordinary(
+    layout: tuple[Tensor | None, ...], states: bool, recompute: bool, backend: str
+) -> bool:
+    """Whether the CPU library may be tried before anything is asked."""
+    if states or recompute or backend not in ("", "auto") or any(t is not None for t in layout):
+        return False
+    return not direct.is_watched()
+
+
+def _with_empty_outputs(cell: Cell, y: Tensor, h_n: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    """y, h_n, c_n, gates and cells, with zero columns where the cell does not have them."""
+    given, shape = iter(rest), (*h_n.shape[:2], 0)
+    saved = h_n.shape[0], y.shape[:-1].numel(), 0
+    return (
+        y,
+        h_n,
+        next(given) if cell.has_c else y.new_empty(shape),
+        next(given) if cell.saved_gates else y.new_empty(saved),
+        next(given) if cell.has_c else y.new_empty(saved),
+    )
+
+
 def _forward_impl(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
     cell, save, states, recompute, backend, h_factor=None,
 ):  # fmt: skip
+    layout = batch_sizes, lengths, resets, h_factor
+    if save and _is_ordinary(layout, states, recompute, backend):
+        given = direct.train_layer(CELLS[cell], x, h0, c0, weights, h0.shape[0])
+        if given:
+            return _with_empty_outputs(CELLS[cell], *given)
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
     problem = make_problem(*inputs, save, states, h_factor)
     rows, by_direction = _layout(*inputs, h_factor)
@@ -311,6 +338,16 @@ def _backward_impl(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
     y, gates, cells, cell, needs, states, recompute, backend, h_factor=None,
 ):  # fmt: skip
+    layout = batch_sizes, lengths, resets, h_factor
+    if _is_ordinary(layout, states, recompute, backend):
+        spec, grads = CELLS[cell], (grad_y, grad_h_n, grad_c_n)
+        saved = y, gates if spec.saved_gates else None, cells if spec.has_c else None
+        given = direct.train_layer_backward(
+            spec, grads, x, h0, c0, weights, saved, h0.shape[0], (*needs[:3], *needs[5:])
+        )
+        if given:
+            wanted = iter(given)
+            return [next(wanted) if need else x.new_empty(0) for need in needs]
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
     problem = make_problem(*inputs, True, states, h_factor)
     rows, by_direction = _layout(*inputs, h_factor)

@@ -18,7 +18,6 @@ from torch.autograd import forward_ad
 
 from . import direct, ops
 from .cells import Cell
-from .native import cpu_library_error
 
 _States = tuple[Tensor | None, Tensor | None]  # h0 and c0
 
@@ -60,7 +59,7 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
 
 def _states_of_ordinary(cell: Cell, input: Any, weights: list[Any], hx: Any) -> _States | None:
     """hx as (h0, c0), or None: the call is not for here."""
-    if direct.is_watched() or cpu_library_error() is not None or forward_ad._current_level >= 0:
+    if direct.is_watched() or forward_ad._current_level >= 0:
         return None
     if not direct.PLAIN_TYPES.issuperset(map(type, (input, *weights))):
         return None
@@ -107,12 +106,8 @@ def _run(
     directions: int,
 ) -> tuple[Tensor, ...] | None:
     """y, h_n (not of a timestep) and, where the cell has it, c_n; or None: not for here."""
-    operator = torch.ops.fused_rnn_cpu.train_layer.default
-    try:
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = operator(cell.index, x, weights, *states, directions)
-    except NotImplementedError:  # the dispatcher's, for the rarest kinds of tensors
-        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        outputs = direct.train_layer(cell, x, *states, weights, directions)
     return _Layer.apply(cell, directions, outputs, x, *states, *weights) if outputs else None
 
 
@@ -154,15 +149,11 @@ def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
     if ops.are_batched(grads):
         return None
     y, gates, cells, x, h0, c0, *weights = saved
-    grads = [grad if grad is None else grad.contiguous() for grad in grads]
-    wanted = sum(1 << i for i, need in enumerate(needs) if need)
-    results = torch.ops.fused_rnn_cpu.train_layer_backward.default(
-        ctx.cell.index, *grads, x, weights, h0, c0, y, gates, cells, ctx.directions, wanted
+    results = direct.train_layer_backward(
+        ctx.cell, grads, x, h0, c0, weights, (y, gates, cells), ctx.directions, needs
     )
-    if not results:
-        return None
     given = iter(results)
-    return [next(given) if need else None for need in needs]
+    return [next(given) if need else None for need in needs] if results else None
 
 
 def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:

@@ -28,7 +28,7 @@ from test_streaming import (
 from torch.autograd import forward_ad
 
 import fused_rnn
-from fused_rnn import training
+from fused_rnn import direct, training
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
@@ -328,7 +328,7 @@ def test_capability_is_checked(ways, monkeypatch):
 
 def test_without_the_library(ways, monkeypatch):
     monkeypatch.setenv("FUSED_RNN_BACKEND", "reference")
-    monkeypatch.setattr(training, "cpu_library_error", lambda: "it is not there")
+    monkeypatch.setattr(direct, "cpu_library_error", lambda: "it is not there")
     assert_general(ways, fused_rnn.LSTM(8, 8), torch.randn(1, 1, 8))
 
 
