@@ -446,6 +446,8 @@ def layer_gradients(
 
 def are_batched(grads: Iterable[Tensor | None]) -> bool:
     """Whether backward runs for several gradients at once, is_grads_batched or inside vmap."""
+    if torch.compiler.is_compiling():  # which does not know these functions, and has no vmap here
+        return False
     is_batched, is_legacy = _functorch.is_batchedtensor, _functorch.is_legacy_batchedtensor
     return any(g is not None and (is_batched(g) or is_legacy(g)) for g in grads)
 

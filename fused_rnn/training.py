@@ -19,6 +19,10 @@ from torch.autograd import forward_ad
 from . import direct, ops
 from .cells import Cell
 
+# Up to so many floats, 1 MiB, the copy that a batch-first input needs is kept for backward. The
+# general way makes it anew there, which is less memory, and no time beside what more rows take.
+_KEPT_COPY = 1 << 18
+
 _States = tuple[Tensor | None, Tensor | None]  # h0 and c0
 
 
@@ -34,7 +38,9 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
     states = _states_of_ordinary(cell, input, weights, hx)
     if states is None or input.dim() != 3:
         return None
-    x = input.transpose(0, 1).contiguous() if module.batch_first else input
+    x = _time_first(input) if module.batch_first else input
+    if x is None:
+        return None
     directions = 2 if module.bidirectional else 1
     if num_layers == 1:
         result = _run(cell, x, states, weights, directions)
@@ -68,6 +74,14 @@ def _states_of_ordinary(cell: Cell, input: Any, weights: list[Any], hx: Any) -> 
         return None
     asking = (*weights, input, *states)
     return states if any(t is not None and t.requires_grad for t in asking) else None
+
+
+def _time_first(input: Tensor) -> Tensor | None:
+    """[T, B, I] of [B, T, I] in the order of its memory; or None: not for here."""
+    if input.is_nested or input.layout != torch.strided:
+        return None
+    x = input.transpose(0, 1)
+    return x if x.is_contiguous() or x.numel() > _KEPT_COPY else x.contiguous()
 
 
 def _run_stack(

@@ -123,6 +123,22 @@ def test_a_large_layer_with_threads(ways, num_threads):
     assert_both_ways(ways, fused_rnn.LSTM(96, 160, bidirectional=True), torch.randn(40, 24, 96))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_no_large_copy_is_kept_for_backward(batch_first, ways):
+    module = fused_rnn.GRU(1024, 4, batch_first=batch_first)
+    for timesteps, taken in ((100, True), (300, not batch_first)):
+        x = torch.randn(*((2, timesteps) if batch_first else (timesteps, 2)), 1024)
+        saved = set()
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        with hooks(
+            lambda t, saved=saved: saved.add(t.untyped_storage().data_ptr()) or t, lambda t: t
+        ):
+            before = ways.direct
+            module(x)
+        assert (ways.direct > before) == taken
+        assert taken or x.untyped_storage().data_ptr() in saved
+
+
 def test_no_timestep_of_a_loop_takes_the_general_way(ways):
     """Cells called in a loop, gradients through all of it."""
     ours, theirs = make("lstm", "Cell", 4, 6)
@@ -214,6 +230,9 @@ def test_unusual_inputs_take_the_general_way(cell, suffix, kind, ways, monkeypat
     monkeypatch.delenv("FUSED_RNN_BACKEND")
     ours, _ = make(cell, suffix, 8, 8)
     assert_general(ways, ours, dict(bad_inputs())[kind](suffix))
+    if not suffix and kind != "strided":
+        ours.batch_first = True
+        assert_general(ways, ours, dict(bad_inputs())[kind](suffix))
 
 
 @every_module
