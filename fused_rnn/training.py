@@ -144,7 +144,7 @@ class _Layer(torch.autograd.Function):
         if len(grads) == 2:  # of a timestep
             grads.insert(1, None)
         needs = ctx.needs_input_grad[3:]
-        if grads.count(None) == 3:
+        if all(grad is None for grad in grads):
             return (None,) * (3 + len(needs))
         saved = ctx.saved_tensors  # once: checkpointing computes them anew at every look
         results = _library_gradients(ctx, grads, saved, needs)
