@@ -273,10 +273,12 @@ def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_ordinary(
-    layout: tuple[Tensor | None, ...], states: bool, recompute: bool, backend: str
+    x: Tensor, layout: tuple[Tensor | None, ...], states: bool, recompute: bool, backend: str
 ) -> bool:
     """Whether the CPU library may be tried before anything is asked."""
-    if states or recompute or backend not in ("", "auto") or any(t is not None for t in layout):
+    if x.dtype != torch.float32 or not x.is_cpu or states or recompute:
+        return False
+    if backend not in ("", "auto") or any(t is not None for t in layout):
         return False
     return not direct.is_watched()
 
@@ -299,7 +301,7 @@ def _forward_impl(
     cell, save, states, recompute, backend, h_factor=None,
 ):  # fmt: skip
     layout = batch_sizes, lengths, resets, h_factor
-    if save and _is_ordinary(layout, states, recompute, backend):
+    if save and _is_ordinary(x, layout, states, recompute, backend):
         given = direct.train_layer(CELLS[cell], x, h0, c0, weights, h0.shape[0])
         if given:
             return _with_empty_outputs(CELLS[cell], *given)
@@ -339,7 +341,7 @@ def _backward_impl(
     y, gates, cells, cell, needs, states, recompute, backend, h_factor=None,
 ):  # fmt: skip
     layout = batch_sizes, lengths, resets, h_factor
-    if _is_ordinary(layout, states, recompute, backend):
+    if _is_ordinary(x, layout, states, recompute, backend):
         spec, grads = CELLS[cell], (grad_y, grad_h_n, grad_c_n)
         saved = y, gates if spec.saved_gates else None, cells if spec.has_c else None
         given = direct.train_layer_backward(

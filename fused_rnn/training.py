@@ -65,9 +65,11 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
 
 def _states_of_ordinary(cell: Cell, input: Any, weights: list[Any], hx: Any) -> _States | None:
     """hx as (h0, c0), or None: the call is not for here."""
+    if not direct.PLAIN_TYPES.issuperset(map(type, (input, *weights))):
+        return None
     if direct.is_watched() or forward_ad._current_level >= 0:
         return None
-    if not direct.PLAIN_TYPES.issuperset(map(type, (input, *weights))):
+    if input.dtype != torch.float32 or not input.is_cpu:
         return None
     states = direct.given_states(cell, hx)
     if states is None:
