@@ -151,6 +151,8 @@ def train_layer_backward(
 ) -> list[Tensor]:
     """The gradients that are needed, one after the other; nothing where the call is not for the
     library. As `train_layer` otherwise."""
+    if cpu_library_error() is not None:
+        return []
     grads = [grad if grad is None else grad.contiguous() for grad in grads]
     wanted = sum(1 << i for i, need in enumerate(needs) if need)
     return torch.ops.fused_rnn_cpu.train_layer_backward.default(
