@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -137,11 +138,66 @@ def test_accuracy(case, instruction_set):
     _check(case)
 
 
+@pytest.fixture
+def amx(cpu_backend, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", "amx")
+    try:
+        native.cpu_capability()
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+
+
 @pytest.mark.parametrize("case", _params(_tiles))
-def test_accuracy_of_tiles(case, instruction_set, num_threads):
+def test_accuracy_of_tiles(case, amx, num_threads):
     _skip_unless_supported(case)
     num_threads(2)
     _check(case)
+
+
+WITHOUT_PARTS = [
+    *itertools.product(["x", "h0", "w_ih", "w_hh", "grad"], [math.inf, -math.inf, math.nan]),
+    ("x", 3.4e38), ("h0", -3.395e38),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("where, value", WITHOUT_PARTS)
+def test_what_has_no_parts_goes_through_tiles(cell, where, value, amx, monkeypatch):
+    """Infinities and NaN come out where AVX-512 has them, and its numbers elsewhere; likewise of
+    floats that bfloat16 would round to infinity."""
+    inputs = testing.make_inputs(LayerCase(cell, 16, 33, 40, 50))
+    grad = torch.ones(16, 33, 50)
+    tensor = {**inputs.tensors, "grad": grad}[where].view(-1)
+    tensor[tensor.numel() // 2 + 1] = value
+
+    def results() -> dict[str, torch.Tensor]:
+        leaves = inputs.leaves()
+        out = ops.layer(*leaves.args)
+        found = {"y": out.y.detach(), "h_n": out.h_n.detach()}
+        if abs(value) == math.inf or math.isnan(value):  # sums of large gradients may overflow
+            tensors = leaves.tensors
+            grads = torch.autograd.grad(out.y.view_as(grad), [*tensors.values()], grad)
+            found |= zip(tensors, grads, strict=True)
+        return found
+
+    in_tiles = results()
+    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", "avx512")
+    for name, expected in results().items():
+        scale = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0
+        torch.testing.assert_close(
+            in_tiles[name], expected, rtol=0, atol=1e-5 * scale, equal_nan=True,
+            msg=lambda message, name=name: f"{name}: {message}",
+        )  # fmt: skip
+
+
+def test_small_numbers_keep_their_precision_in_tiles(amx):
+    """Down to where the last of a number's parts would be a denormal."""
+    case = LayerCase("rnn_relu", 16, 33, 40, 50, bias=False)
+    inputs = testing.make_inputs(case).map(lambda t: t if t.shape[-1] == 40 else t * 0)
+    small = replace(inputs, x=inputs.x * 2.0**-90)
+    large, result = (ops.layer(*i.args).y for i in (inputs, small))
+    assert large.abs().max() > 1e-3
+    torch.testing.assert_close(result * 2.0**90, large, rtol=1e-6, atol=1e-7)
 
 
 def _small_batches_of_every_dtype(cell: str) -> list[LayerCase]:

@@ -193,8 +193,11 @@ __attribute__((noinline)) static void multiply_sums(int columns, int rows, const
           return (Vector)(second_half ? bits & 0xffff0000u : bits << 16);
         };
         Vector value{}, weight{};
-        for (int part = 0; part < kParts; part++) {
-          value += half_of(broadcast(words_at(from, depth, part, first)[word]));
+        // The largest last: with less than what it was cut from, it might overflow.
+        for (int part = kParts - 1; part >= 0; part--) {
+          unsigned bits;
+          __builtin_memcpy(&bits, words_at(from, depth, part, first) + word, sizeof(bits));
+          value += half_of((Vector)(bits - VectorBits{}));
           weight += half_of(load(panel.data + tile_words_before(depth, column, k, part, kParts) +
                                  word * kWidth));
         }
