@@ -164,8 +164,12 @@ struct LstmCell {
     saved[1] = f;
     saved[2] = g;
     saved[3] = o;
-    c = f * c + i * g;
+    c = new_c(saved, c);
     return o * Math::tanh(c);
+  }
+
+  FUSED_RNN_CELL Value new_c(const Value* saved, Value c_prev) {
+    return saved[1] * c_prev + saved[0] * saved[2];
   }
 
   FUSED_RNN_CELL void factors(const Value* saved, Value, Value, Value c, Value c_prev, Value* k) {

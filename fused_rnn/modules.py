@@ -255,7 +255,7 @@ class RNN(_RecurrentLayers):
             the CPU kernels.
         zoneout: probability p, in training, that a unit keeps its old state instead of taking
             the new one, drawn for each step (Krueger et al. 2017). In eval mode the expectation,
-            p * h_{t-1} + (1 - p) * h_t.
+            p * h_{t-1} + (1 - p) * h_t. Runs on the CPU kernels.
         weight_dropout: probability p, in training, of dropping an element of W_hh for a whole
             call; the others are divided by 1 - p (Merity et al. 2018). Runs on every kernel.
         init: "uniform" as torch.nn has it, or "orthogonal": W_hh orthogonal (Saxe et al. 2014),

@@ -24,8 +24,8 @@ from .backends.base import LayerOutput, Needs, OutputGrads
 from .cells import CELLS, Cell, DirectionWeights, state_dtype
 from .oracle import Recurrence, plain_recurrence
 from .oracle import run as oracle_run
-from .problem import Masks, Problem, Rows
-from .recurrences import Extras, Noise, general_recurrence
+from .problem import NO_NOISE, Masks, Noise, Problem, Rows
+from .recurrences import Extras, general_recurrence, noise_of_steps
 
 _library = torch.library.Library("fused_rnn", "DEF")
 _INPUTS = (
@@ -36,6 +36,10 @@ _INPUTS = (
     "Tensor? batch_sizes, "  # int64 [T] on the CPU: the layout of a PackedSequence
     "Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "  # see problem.Masks
 )
+_NOISE = (  # see problem.Noise; gets no gradient
+    "Tensor? h_factor=None, Tensor? kept_h=None, Tensor? kept_c=None, "
+    "float part_h=0.0, float part_c=0.0"
+)
 _library.define(
     f"layer_forward({_INPUTS}"
     "str cell, "
@@ -43,7 +47,7 @@ _library.define(
     "bool states, "  # whether `cells` is an output, wanted in every row and differentiable
     "bool recompute, "  # whether backward shall compute gates and cells anew
     "str backend, "  # "auto" to choose; "" to ask when it runs
-    "Tensor? h_factor=None"  # [D, B, P] what h is multiplied by before W_hh; gets no gradient
+    f"{_NOISE}"
     ") -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -54,7 +58,7 @@ _library.define(
     "Tensor y, Tensor gates, Tensor cells, "
     "str cell, "
     "bool[] needs, "  # which of x, h0, c0, reset_h, reset_c, *weights want a gradient
-    "bool states, bool recompute, str backend, Tensor? h_factor=None"
+    f"bool states, bool recompute, str backend, {_NOISE}"
     ") -> Tensor[]",  # their gradients; an empty tensor where none was wanted
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -83,7 +87,7 @@ def layer(
     *,
     states: bool = False,
     recompute: bool = False,
-    h_factor: Tensor | None = None,
+    noise: Noise = NO_NOISE,
 ) -> LayerResult:
     """One layer of `cell` over a whole sequence.
 
@@ -98,8 +102,8 @@ def layer(
         masks: where the rows of a padded batch end and start afresh. y is zero past the end.
         states: whether to give LSTM's c after every step.
         recompute: whether backward computes anew what it would otherwise have to keep.
-        h_factor: [D, B, P] in `cells.state_dtype`, what h is multiplied by before W_hh in every
-            step, or None; for a backend whose `extras` have recurrent dropout.
+        noise: what recurrent dropout and zoneout do, h_factor in `cells.state_dtype`; for a backend
+            whose `extras` have what there is of it.
     """
     states = states and CELLS[cell].has_c
     inputs = (x, h0, c0, weights, batch_sizes, *(masks or _NO_MASKS))
@@ -109,15 +113,15 @@ def layer(
         # An exported program is trained through the operator's Autograd kernel, or not at all.
         save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         options = (cell, save, states, recompute, "")
-        out = torch.ops.fused_rnn.layer_forward(*inputs, *options, h_factor)
+        out = torch.ops.fused_rnn.layer_forward(*inputs, *options, *noise)
     elif needs_oracle(x):
-        recurrence = recurrence_of(h_factor)
+        recurrence = recurrence_of(noise, batch_sizes)
         return oracle(
             cell, x, h0, c0, weights, batch_sizes, masks, states=states, recurrence=recurrence
         )
     else:
         backend = dispatch.requested() or "auto"
-        out = _layer_autograd(*inputs, cell, False, states, recompute, backend, h_factor)
+        out = _layer_autograd(*inputs, cell, False, states, recompute, backend, *noise)
     y, h_n, c_n, _, cells = out
     if not states:
         cells = None
@@ -177,13 +181,13 @@ def oracle(
     return LayerResult(y, h_n, c_n[0] if c_n else None, cells[0] if states and cells else None)
 
 
-def recurrence_of(h_factor: Tensor | None) -> Callable[..., Recurrence]:
-    """What `oracle` takes for layers with an h_factor, or without."""
-    if h_factor is None:
+def recurrence_of(noise: Noise, batch_sizes: Tensor | None) -> Callable[..., Recurrence]:
+    """What `oracle` takes for layers with noise, or without."""
+    if not noise.names:
         return plain_recurrence
 
     def recurrence(cell: Cell, d: int, w: DirectionWeights) -> Recurrence:
-        return general_recurrence(cell, w, Extras(), Noise(h_factor[d]))
+        return general_recurrence(cell, w, Extras(), noise_of_steps(noise, d, batch_sizes))
 
     return recurrence
 
@@ -198,7 +202,7 @@ def make_problem(
     masks: Masks | None,
     training: bool,
     states: bool = False,
-    h_factor: Tensor | None = None,
+    noise: Noise = NO_NOISE,
 ) -> Problem:
     """The problem of one layer call, from its arguments as `layer` takes them."""
     directions = h0.shape[0]
@@ -220,7 +224,8 @@ def make_problem(
         lengths=masks.lengths is not None,
         resets=masks.resets is not None,
         states=states,
-        extras=() if h_factor is None else ("recurrent_dropout",),
+        extras=noise.names,
+        averaged=noise.averaged,
     )
 
 
@@ -237,12 +242,14 @@ def _layout(
     weights: list[Tensor],
     batch_sizes: Tensor | None,
     masks: Masks | None,
-    h_factor: Tensor | None = None,
+    noise: Noise = NO_NOISE,
 ) -> _Layout:
     timesteps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     if masks is not None and masks.lengths is None and masks.resets is None:
         masks = None
-    rows = Rows(timesteps, h0.shape[1], batch_sizes, x.shape[0], masks, h_factor=h_factor)
+    if batch_sizes is None:
+        noise = noise.of_rows()
+    rows = Rows(timesteps, h0.shape[1], batch_sizes, x.shape[0], masks, noise=noise)
     return _Layout(rows, split_by_direction(h0, c0, weights))
 
 
@@ -273,11 +280,12 @@ def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
 
 def _forward_impl(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    cell, save, states, recompute, backend, h_factor=None,
+    cell, save, states, recompute, backend, *noise,
 ):  # fmt: skip
+    noise = Noise(*noise)
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
-    problem = make_problem(*inputs, save, states, h_factor)
-    rows, by_direction = _layout(*inputs, h_factor)
+    problem = make_problem(*inputs, save, states, noise)
+    rows, by_direction = _layout(*inputs, noise)
     chosen = dispatch.select(problem, backend)
     out = chosen.forward(
         problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save and not recompute
@@ -288,14 +296,15 @@ def _forward_impl(
 
 def _forward_fake(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    cell, save, states, recompute, backend, h_factor=None,
+    cell, save, states, recompute, backend, *noise,
 ):  # fmt: skip
     spec = CELLS[cell]
+    inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
     directions, batch, out = h0.shape
     hidden = weights[1].shape[0] // spec.gates
     count = math.prod(x.shape[:-1])  # Size.numel would make the sizes constants
     save = save and not recompute
-    keep_cells = spec.has_c and (save or states)
+    keep_cells = make_problem(*inputs, save, states, Noise(*noise)).keeps_cells(save)
     return (
         x.new_empty((*x.shape[:-1], directions * out)),
         x.new_empty((directions, batch, out)),
@@ -308,11 +317,12 @@ def _forward_fake(
 def _backward_impl(
     grad_y, grad_h_n, grad_c_n, grad_cells,
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    y, gates, cells, cell, needs, states, recompute, backend, h_factor=None,
+    y, gates, cells, cell, needs, states, recompute, backend, *noise,
 ):  # fmt: skip
+    noise = Noise(*noise)
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
-    problem = make_problem(*inputs, True, states, h_factor)
-    rows, by_direction = _layout(*inputs, h_factor)
+    problem = make_problem(*inputs, True, states, noise)
+    rows, by_direction = _layout(*inputs, noise)
     x_rows = _rows_of(x, problem.packed)
     chosen = dispatch.select(problem, backend)
     saved = LayerOutput(_rows_of(y, problem.packed), None, None, gates, cells)
@@ -337,7 +347,7 @@ def _backward_impl(
 def _backward_fake(
     grad_y, grad_h_n, grad_c_n, grad_cells,
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    y, gates, cells, cell, needs, states, recompute, backend, h_factor=None,
+    y, gates, cells, cell, needs, states, recompute, backend, *noise,
 ):  # fmt: skip
     inputs = [x, h0, c0, reset_h, reset_c, *weights]
     return [
@@ -351,20 +361,20 @@ class _LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, options, batch_sizes, lengths, resets, h_factor,
+        ctx, options, noise, batch_sizes, lengths, resets,
         x, h0, c0, reset_h, reset_c, *weights,
     ):  # fmt: skip
         cell, states, _, _ = options
         with torch._C._AutoDispatchBelowAutograd():
             y, h_n, c_n, gates, cells = torch.ops.fused_rnn.layer_forward(
                 x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-                cell, True, *options[1:], h_factor,
+                cell, True, *options[1:], *noise,
             )  # fmt: skip
         ctx.save_for_backward(
-            y, gates, cells, batch_sizes, lengths, resets, h_factor,
+            y, gates, cells, batch_sizes, lengths, resets, *noise[:3],
             x, h0, c0, reset_h, reset_c, *weights,
         )  # fmt: skip
-        ctx.options = options
+        ctx.options, ctx.parts = options, noise[3:]
         fixed = [(gates, True), (c_n, not CELLS[cell].has_c), (cells, not states)]
         ctx.mark_non_differentiable(*(tensor for tensor, is_fixed in fixed if is_fixed))
         ctx.set_materialize_grads(False)
@@ -373,8 +383,9 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_h_n, grad_c_n, _gates, grad_cells):
         kept = ctx.saved_tensors  # once: checkpointing computes them anew at every look
-        *saved, batch_sizes, lengths, resets, h_factor = kept[:7]
-        x, h0, c0, reset_h, reset_c, *weights = kept[7:]
+        *saved, batch_sizes, lengths, resets = kept[:6]
+        noise = Noise(*kept[6:9], *ctx.parts)
+        x, h0, c0, reset_h, reset_c, *weights = kept[9:]
         cell, states, recompute, backend = ctx.options
         needs = ctx.needs_input_grad[5:]
         grads = (
@@ -384,12 +395,12 @@ class _LayerFunction(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * (5 + len(needs))
         if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable
-            layout = batch_sizes, lengths, resets, h_factor
-            results = _differentiable_backward(cell, grads, kept[7:], layout, needs)
+            layout = batch_sizes, lengths, resets, noise
+            results = _differentiable_backward(cell, grads, kept[9:], layout, needs)
         else:
             results = torch.ops.fused_rnn.layer_backward(
                 *grads, x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-                *saved, cell, needs, states, recompute, backend, h_factor,
+                *saved, cell, needs, states, recompute, backend, *noise,
             )  # fmt: skip
         wanted = (g if need else None for g, need in zip(results, needs, strict=True))
         return (None, None, None, None, None, *wanted)
@@ -397,12 +408,12 @@ class _LayerFunction(torch.autograd.Function):
 
 def _differentiable_backward(cell, grads, inputs, layout, needs):
     """The gradients of the inputs as differentiable functions of the inputs and `grads`."""
-    batch_sizes, lengths, resets, h_factor = layout
+    batch_sizes, lengths, resets, noise = layout
     # A view of each input, so that differentiation stops there: an input may depend on another.
     views = [None if i is None else i.view_as(i) for i in inputs]
     x, h0, c0, reset_h, reset_c, *weights = views
     masks = Masks(lengths, resets, reset_h, reset_c)
-    recurrence = recurrence_of(h_factor)
+    recurrence = recurrence_of(noise, batch_sizes)
     *outputs, cells = oracle(
         cell, x, h0, c0, weights, batch_sizes, masks, states=True, recurrence=recurrence
     )
@@ -424,19 +435,19 @@ def _differentiable_backward(cell, grads, inputs, layout, needs):
 
 def _layer_autograd(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    cell, save, states, recompute, backend, h_factor=None,
+    cell, save, states, recompute, backend, *noise,
 ):  # fmt: skip
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, h0, c0, reset_h, reset_c, *weights)
     ):
         return _LayerFunction.apply(
-            (cell, states, recompute, backend), batch_sizes, lengths, resets, h_factor,
+            (cell, states, recompute, backend), Noise(*noise), batch_sizes, lengths, resets,
             x, h0, c0, reset_h, reset_c, *weights,
         )  # fmt: skip
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.fused_rnn.layer_forward(
             x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-            cell, save, states, recompute, backend, h_factor,
+            cell, save, states, recompute, backend, *noise,
         )  # fmt: skip
 
 

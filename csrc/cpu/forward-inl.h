@@ -36,12 +36,17 @@ template <class Cell>
 FUSED_RNN_INLINE void forward_units(const ForwardRows& r, int64_t row, int64_t unit, int64_t hidden,
                                     int valid, const Vector* gx, const Vector* gh) {
   Vector saved[4], h_prev{}, c{};
-  if constexpr (Cell::kUsesPreviousH) h_prev = load(r.h_prev[row] + unit, valid);
-  if constexpr (kRunningH<Cell>) {
-    if (r.h.base) h_prev = load(r.h[row] + unit, valid);
-  }
+  if (Cell::kUsesPreviousH || r.zoneout_h.any()) h_prev = previous_h<Cell>(r, row, unit, valid);
   if constexpr (Cell::kHasC) c = load(r.c_prev[row] + unit, valid);
-  const Vector h = Cell::forward(gx, gh, h_prev, c, saved);
+  const Vector c_prev = c;
+  Vector h = Cell::forward(gx, gh, h_prev, c, saved);
+  if constexpr (Cell::kSavedGates == 0) {
+    if (r.cells.base) store(r.cells[row] + unit, h, valid);
+  }
+  if (r.zoneout_h.any()) h = zoned_out(r.zoneout_h, row, unit, valid, h_prev, h);
+  if constexpr (Cell::kHasC) {
+    if (r.zoneout_c.any()) c = zoned_out(r.zoneout_c, row, unit, valid, c_prev, c);
+  }
   store(r.y[row] + unit, h, valid);
   if constexpr (kRunningH<Cell>) {
     if (r.h.base) store(r.h[row] + unit, h, valid);
@@ -227,7 +232,11 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
                         rows_of_or_null(gates, row, S * hidden, share),
                         rows_of_or_null(cells, row, hidden, share),
                         h0,
-                        factor};
+                        factor,
+                        zoneout_rows(p.zoneout_h, d * shape.count + row, output, share),
+                        zoneout_rows(p.zoneout_c, d * shape.count + row, hidden, share)};
+    const ZoneoutRows of_projected = joining.zoneout_h;
+    if (PROJECTED) joining.zoneout_h = {};
     if (factor.base) {
       const RowsOf<Element> initial = operand(0);
       joining.operand = {initial.base, initial.stride};
@@ -276,6 +285,10 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
         const Panel panel(w_second, zigzag(j, outputs, index), 1);
         const InputRows<Element> rows{{joining.y.base, joining.y.stride}, y_here};
         project_panel<1>(rows, step.rows, panel, w_second, nullptr);
+      }
+      for (int64_t i = 0; of_projected.any() && i < step.rows; i++) {
+        const auto& from = i < step.from_previous ? carrying_on.h_prev : h0;
+        zone_out_row(of_projected, i, from[i], y_here[i], output_units);
       }
     }
     for (int64_t i = step.into_next; !kRunningH<Cell> && i < step.rows; i++) {

@@ -32,6 +32,7 @@ using WeightGradParams = WeightGradParamsOf<Element>;
 #include "element.h"
 #include "tile-inl.h"
 #include "rows-inl.h"
+#include "zoneout-inl.h"
 #include "pack-inl.h"
 #include "reset-before-inl.h"
 #include "forward-inl.h"

@@ -16,6 +16,15 @@ struct BFloat16 {
 // Elements, of type E, are what matrix products take, and what is saved of them: float or BFloat16.
 // All sums, the states' gradients and c are float.
 
+// What a step leaves of a state as it was: all of it where it is `kept`, or without that a `part`
+// of every element.
+struct Zoneout {
+  const uint8_t* kept;  // [D, N, P] of h, [D, N, H] of c, 0 or 1, or null
+  float part;
+
+  bool any() const { return kept != nullptr || part != 0; }
+};
+
 // One direction's parameters as torch lays them out.
 template <class E>
 struct WeightsOf {
@@ -38,8 +47,9 @@ struct ForwardCallOf {
   float* h_n;               // [D, B, P]
   float* c_n;               // [D, B, H], LSTM only
   E* gates;                 // [D, N, S*H] or null: not saved
-  float* cells;             // [D, N, H] or null: not saved
+  float* cells;             // [D, N, H] or null: not saved; of an RNN, its h before zoneout
   const float* h_factor;    // [D, B, P] what W_hh's product takes h times, or null
+  Zoneout zoneout_h, zoneout_c;
 };
 
 // One timestep. Where GRU resets before the product, its two halves are steps of their own.
@@ -75,12 +85,13 @@ struct BackwardCallOf {
   const float* c0;          // [D, B, H], LSTM only
   const E* y;               // [N, D*P]
   const E* gates;           // [D, N, S*H]
-  const float* cells;       // [D, N, H], LSTM only
+  const float* cells;       // [D, N, H], LSTM; of an RNN its h before zoneout, or null: y is that
   E* grad_x;                // [N, I], or null: not wanted
   float* grad_h0;           // [D, B, P]
   float* grad_c0;           // [D, B, H], LSTM only
   WeightGrads grads[2];     // per direction
   const float* h_factor;    // [D, B, P] what W_hh's product took h times, or null
+  Zoneout zoneout_h, zoneout_c;
 };
 
 // A matrix in the kernels' own layout: panels of up to `vectors` vectors of columns (units), each

@@ -225,8 +225,9 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
   const CellSizes sizes = cell_sizes(s.cell);
   const int gates = static_cast<int>(sizes.gates);
   Call<E> work(isa, s, threads);
-  if (s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows && !projected(s) &&
-      !call.h_factor) {
+  const bool plain = !call.h_factor && !call.zoneout_h.any() && !call.zoneout_c.any();
+  if (plain && s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows &&
+      !projected(s)) {
     StepParamsOf<E> p{call, nullptr, nullptr, false};
     const auto step = [&] {
       work.run(s.directions * ceil_div(s.hidden, isa.width),

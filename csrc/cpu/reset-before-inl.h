@@ -11,9 +11,11 @@ struct ForwardRows {
   RowsOf<Element> y;              // [H] what the cell gives: h, if not yet projected
   RowsOf<float> c;                // [H] the running c
   RowsOf<Element> gates;          // [S*H] or null
-  RowsOf<float> cells;            // [H] or null
+  RowsOf<float> cells;            // [H] or null; of an RNN, what the cell gives before zoneout
   RowsOf<const Element> operand;  // [P] what the product takes: h_prev, or that times factor
   RowsOf<const float> factor;     // [P] or null
+  ZoneoutRows zoneout_h;          // of y
+  ZoneoutRows zoneout_c;
 };
 
 // GRU's h is a running sum: where elements are not floats, it is kept beside y.
@@ -58,7 +60,8 @@ FUSED_RNN_INLINE void candidate_units(const ForwardRows& from, int64_t row, int6
                                       int64_t hidden, int valid, Vector gx, Vector gh, Vector z) {
   Vector n;
   const Vector h_prev = previous_h<Cell>(from, row, unit, valid);
-  const Vector h = Cell::forward_candidate(gx, gh, h_prev, z, n);
+  Vector h = Cell::forward_candidate(gx, gh, h_prev, z, n);
+  if (from.zoneout_h.any()) h = zoned_out(from.zoneout_h, row, unit, valid, h_prev, h);
   store(from.y[row] + unit, h, valid);
   if constexpr (kRunningH<Cell>) {
     if (from.h.base) store(from.h[row] + unit, h, valid);
