@@ -61,6 +61,7 @@ class GeneralScan:
         transformed = not compiling and ops.is_transformed()
         dtype, directions = state_dtype(x.dtype), h0.shape[0]
         noise = self._draw(x, h0, c0, dtype)
+        extras = self.extras[index * directions : (index + 1) * directions]
         if not compiling:
             problem = ops.make_problem(
                 cell, x, h0, c0, weights, batch_sizes, masks, torch.is_grad_enabled(), states, noise
@@ -68,13 +69,12 @@ class GeneralScan:
             problem = dataclasses.replace(problem, extras=self.traits)
             if not ops.needs_oracle(x) and dispatch.choose(problem).extras.issuperset(self.traits):
                 return ops.layer(
-                    cell, x, h0, c0, weights, batch_sizes, masks,
+                    cell, x, h0, c0, self._with_peepholes(weights, extras), batch_sizes, masks,
                     states=states, recompute=recompute, noise=noise,
                 )  # fmt: skip
             dispatch.select(problem)
         if masks is not None and not transformed:
             masks.check(x.shape[0])
-        extras = self.extras[index * directions : (index + 1) * directions]
 
         def recurrence(cell: Cell, d: int, w: DirectionWeights) -> Recurrence:
             steps = noise_of_steps(noise, d, batch_sizes)
@@ -99,6 +99,15 @@ class GeneralScan:
         y, h_n, c_n, cells = result
         narrow = (None if t is None else t.to(x.dtype) for t in (y, h_n, c_n))
         return ops.LayerResult(*narrow, cells)
+
+    @staticmethod
+    def _with_peepholes(weights: list[Tensor], extras: Sequence[Extras]) -> list[Tensor]:
+        """The flat list with what `ops.layer` takes of a direction's extras behind its weights."""
+        count, together = len(weights) // len(extras), []
+        for d, extra in enumerate(extras):
+            together += weights[d * count : (d + 1) * count]
+            together += [] if extra.peephole is None else [extra.peephole]
+        return together
 
     def _draw(
         self,

@@ -32,7 +32,7 @@ _INPUTS = (
     "Tensor x, "  # [T, B, I], or [N, I] when packed
     "Tensor h0, "  # [D, B, P]
     "Tensor? c0, "  # [D, B, H], LSTM only
-    "Tensor[] weights, "  # of each direction in turn: w_ih, w_hh[, b_ih, b_hh][, w_hr]
+    "Tensor[] weights, "  # of each direction in turn: w_ih, w_hh[, b_ih, b_hh][, w_hr][, peephole]
     "Tensor? batch_sizes, "  # int64 [T] on the CPU: the layout of a PackedSequence
     "Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "  # see problem.Masks
 )
@@ -97,13 +97,13 @@ def layer(
         h0: [D, B, P]. D is 1 or 2.
         c0: [D, B, H] for LSTM, else None.
         weights: for each direction w_ih [G*H, I], w_hh [G*H, P], and where there are biases
-            b_ih, b_hh [G*H], and with a projection w_hr [P, H].
+            b_ih, b_hh [G*H], with a projection w_hr [P, H], and with peepholes those [3*H].
         batch_sizes: int64 [T] on the CPU, the layout of packed rows.
         masks: where the rows of a padded batch end and start afresh. y is zero past the end.
         states: whether to give LSTM's c after every step.
         recompute: whether backward computes anew what it would otherwise have to keep.
-        noise: what recurrent dropout and zoneout do, h_factor in `cells.state_dtype`; for a backend
-            whose `extras` have what there is of it.
+        noise: what recurrent dropout and zoneout do, h_factor in `cells.state_dtype`. It and
+            peepholes are for backends whose `extras` have them.
     """
     states = states and CELLS[cell].has_c
     inputs = (x, h0, c0, weights, batch_sizes, *(masks or _NO_MASKS))
@@ -182,12 +182,13 @@ def oracle(
 
 
 def recurrence_of(noise: Noise, batch_sizes: Tensor | None) -> Callable[..., Recurrence]:
-    """What `oracle` takes for layers with noise, or without."""
-    if not noise.names:
-        return plain_recurrence
+    """What `oracle` takes for layers with noise or peepholes, or without."""
 
     def recurrence(cell: Cell, d: int, w: DirectionWeights) -> Recurrence:
-        return general_recurrence(cell, w, Extras(), noise_of_steps(noise, d, batch_sizes))
+        if not noise.names and w.peephole is None:
+            return plain_recurrence(cell, d, w)
+        steps = noise_of_steps(noise, d, batch_sizes)
+        return general_recurrence(cell, w, Extras(peephole=w.peephole), steps)
 
     return recurrence
 
@@ -208,6 +209,7 @@ def make_problem(
     directions = h0.shape[0]
     masks = masks or Masks()
     out, hidden = h0.shape[2], weights[1].shape[0] // CELLS[cell].gates
+    first = split_by_direction(h0, c0, weights)[0]
     return Problem(
         cell_name=cell,
         timesteps=x.shape[0] if batch_sizes is None else batch_sizes.shape[0],
@@ -216,7 +218,7 @@ def make_problem(
         hidden_size=hidden,
         proj_size=out if out != hidden else 0,
         directions=directions,
-        bias=len(weights) // directions >= 4,
+        bias=first.b_ih is not None,
         packed=batch_sizes is not None,
         training=training,
         dtype=x.dtype,
@@ -224,7 +226,7 @@ def make_problem(
         lengths=masks.lengths is not None,
         resets=masks.resets is not None,
         states=states,
-        extras=noise.names,
+        extras=(*noise.names, *(() if first.peephole is None else ("peepholes",))),
         averaged=noise.averaged,
     )
 
@@ -261,9 +263,10 @@ def split_by_direction(
     per_direction = len(weights) // h0.shape[0]
     split = []
     for start in range(0, len(weights), per_direction):
-        one = weights[start : start + per_direction]
-        biases = one[2:4] if len(one) >= 4 else (None, None)
-        split.append(DirectionWeights(one[0], one[1], *biases, one[-1] if projected else None))
+        w_ih, w_hh, *one = weights[start : start + per_direction]
+        peephole = one.pop() if (len(one) - projected) % 2 else None  # biases come in pairs
+        w_hr = one.pop() if projected else None
+        split.append(DirectionWeights(w_ih, w_hh, *(one or (None, None)), w_hr, peephole))
     return split
 
 

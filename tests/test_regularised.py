@@ -294,9 +294,22 @@ ON_KERNELS = {
     "zoneout": ({"zoneout": (0.3, 0.2)}, True),
     "zoneout of c": ({"zoneout": (0.0, 0.4)}, True),
     "zoneout, expected": ({"zoneout": (0.3, 0.2)}, False),
-    "both": ({"recurrent_dropout": 0.4, "zoneout": (0.3, 0.2)}, True),
+    "peepholes": ({"peepholes": True}, True),
+    "all": ({"recurrent_dropout": 0.4, "zoneout": (0.3, 0.2), "peepholes": True}, True),
 }
-every_kernel_option = pytest.mark.parametrize("options", ON_KERNELS.values(), ids=ON_KERNELS)
+ONLY_LSTM = "zoneout of c", "peepholes"
+EVERY_CELL = (*CELLS, "lstm_projected")
+
+
+def every_kernel_option(cells=EVERY_CELL):
+    """Each of these with each of the cells that has it."""
+    pairs = [
+        pytest.param(cell, options, id=f"{name}-{cell}")
+        for name, options in ON_KERNELS.items()
+        for cell in cells
+        if cell.startswith("lstm") or name not in ONLY_LSTM
+    ]
+    return pytest.mark.parametrize(("cell", "options"), pairs)
 
 
 def leaves(states, dtype):
@@ -337,8 +350,6 @@ def check_kernels(cell, form, dtype, options, layers=2):
     """The CPU kernels against the reference in float64, with the same masks: no worse than the
     reference in the same dtype, up to a tolerance of the whole tensor."""
     options, training = options
-    if not cell.startswith("lstm") and options.get("zoneout") == (0.0, 0.4):
-        pytest.skip("no c")
     hidden, batch = form.get("hidden", H), form.get("batch", B)
     layer = make(
         cell, I, hidden, layers, bidirectional=True, recompute=form.get("recompute", False),
@@ -363,17 +374,15 @@ def check_kernels(cell, form, dtype, options, layers=2):
 
 
 @needs_cpu_library
-@every_cell
 @every_form
-@every_kernel_option
+@every_kernel_option()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cpu_kernels(cell, form, dtype, options, num_threads):
     num_threads(form.get("threads", 1))
     check_kernels(cell, form, dtype, options)
 
 
-@every_cell
-@every_kernel_option
+@every_kernel_option()
 @pytest.mark.parametrize("form", ["lengths and resets", "units over threads"])
 def test_the_cpu_kernels_of_every_instruction_set(
     cell, form, options, instruction_set, num_threads
@@ -383,8 +392,7 @@ def test_the_cpu_kernels_of_every_instruction_set(
 
 
 @needs_cpu_library
-@pytest.mark.parametrize("cell", ["gru", "gru_reset_before", "lstm", "lstm_projected"])
-@every_kernel_option
+@every_kernel_option(["gru", "gru_reset_before", "lstm", "lstm_projected"])
 def test_the_cpu_kernels_take_several_chunks_backward(cell, options):
     """Of 8 MiB of gradients each: from one to the next go those of the states."""
     assert 110 * 40 * 4 * 130 * 4 > 8 << 20
@@ -392,8 +400,7 @@ def test_the_cpu_kernels_take_several_chunks_backward(cell, options):
 
 
 @needs_cpu_library
-@every_cell
-@every_kernel_option
+@every_kernel_option()
 def test_the_cpu_kernels_twice_differentiable(cell, options):
     options, training = options
     layer = make(cell, 2, 3, bidirectional=True, **options).train(training)
@@ -410,17 +417,93 @@ def test_the_cpu_kernels_twice_differentiable(cell, options):
 
 
 @needs_cpu_library
-@every_kernel_option
-def test_what_the_cpu_kernels_have_runs_on_them(options):
+@every_kernel_option()
+def test_what_the_cpu_kernels_have_runs_on_them(cell, options):
     options, training = options
-    layer = fused_rnn.LSTM(I, H, 2, layer_norm=False, **options).train(training)
-    x = torch.randn(T, B, I)
-    plain = fused_rnn.explain(fused_rnn.LSTM(I, H, 2), x)
+    layer, x = make(cell, I, H, 2, **options).train(training), torch.randn(T, B, I)
+    plain = fused_rnn.explain(make(cell, I, H, 2), x)
     assert [one.kernel for one in fused_rnn.explain(layer, x).layers] == [
         one.kernel for one in plain.layers
     ]
-    normed = fused_rnn.LSTM(I, H, 2, layer_norm=True, **options).train(training)
-    assert fused_rnn.explain(normed, x).layers[0].kernel.startswith("reference")
+    assert plain.backend == "cpu"
+    if not cell.startswith("rnn_"):
+        normed = make(cell, I, H, 2, layer_norm=True, **options).train(training)
+        assert fused_rnn.explain(normed, x).layers[0].kernel.startswith("reference")
+
+
+def noisy_arguments(cell):
+    """Of the operator, with everything: of one direction, two steps of three rows."""
+    hidden, gates = H, CELLS[cell].gates
+    weights = [torch.randn(gates * hidden, I), torch.randn(gates * hidden, hidden)]
+    c0 = None
+    if CELLS[cell].has_c:
+        c0 = torch.randn(1, B, hidden)
+        weights.append(torch.randn(3 * hidden))
+    for weight in weights:
+        weight.requires_grad_()
+    h_factor = torch.rand(1, B, hidden)
+    kept_h, kept_c = torch.rand(2, 1, 2, B, hidden) < 0.5
+    noise = (h_factor, kept_h, None if c0 is None else kept_c)
+    x = torch.randn(2, B, I, requires_grad=True)
+    inputs = x, torch.randn(1, B, hidden), c0, weights, *(None,) * 5
+    return *inputs, cell, True, False, False, "cpu", *noise
+
+
+@needs_cpu_library
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("averaged", [False, True], ids=["drawn", "expected"])
+def test_the_operator_is_what_torch_wants(cell, averaged):
+    arguments = noisy_arguments(cell)
+    if averaged:
+        arguments = (*arguments[:-2], None, None, 0.3, 0.2 if CELLS[cell].has_c else 0.0)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.fused_rnn.layer_forward.default, arguments, test_utils=utilities
+    )
+
+
+@needs_cpu_library
+@pytest.mark.parametrize(
+    ("which", "wrong", "message"),
+    [
+        (-1, torch.zeros(1, 2, B, H), "kept_c: expected dtype Bool"),
+        (-2, torch.zeros(1, 2, B, H + 1).bool(), "kept_h: expected shape"),
+        (-3, torch.zeros(1, B, H + 1), "h_factor: expected shape"),
+    ],
+)
+def test_the_librarys_border(which, wrong, message):
+    arguments = list(noisy_arguments("lstm"))
+    arguments[which] = wrong
+    with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+        torch.ops.fused_rnn.layer_forward(*arguments)
+
+
+@needs_cpu_library
+@pytest.mark.parametrize("shapes", [[], [(3 * H + 1,)], [(3 * H,), (3 * H,)]], ids=str)
+def test_the_librarys_border_of_weights(shapes):
+    """One for each direction, and as long as it has to be."""
+    layer = fused_rnn.LSTM(I, H, bias=False)
+    weights = [*layer.parameters(), *map(torch.zeros, shapes)][len(shapes) == 0 :]
+    h0 = torch.zeros(1, B, H)
+    out = [torch.empty(size) for size in ((B, H), (1, B, H), (1, B, H), (1, B, 0), (1, B, 0))]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="weights: expected"):
+        torch.ops.fused_rnn_cpu.layer_forward(
+            CELLS["lstm"].index, torch.zeros(B, I), weights, h0, h0, None, *out
+        )
+
+
+@needs_cpu_library
+def test_peepholes_on_the_kernels_under_autocast():
+    """They stay in float32, as what is no operand of a product does."""
+    layer, x = make("lstm", I, H, peepholes=True), torch.randn(T, B, I)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_rnn.explain(layer, x).backend == "cpu"
+        y, _ = layer(x)
+        with fused_rnn.backend("reference"):
+            expected, _ = layer(x)
+    near(y.float(), expected.float(), 0.02)
+    y.float().sum().backward()
+    assert layer.weight_peephole_l0.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
@@ -884,7 +967,7 @@ def test_explain_says_what_ran():
     assert [choice.kernel for choice in found.layers] == [f"reference: {names}"] * 2
     refusals = dict(found.layers[0].refusals)
     assert "reference" not in refusals
-    assert refusals.pop("cpu") == "has no kernel for layer_norm, peepholes"
+    assert refusals.pop("cpu") == "has no kernel for layer_norm"
     assert set(refusals.values()) == {f"has no kernel for {names}"}
     layer.eval()
     expected = "reference: zoneout, layer_norm, peepholes"

@@ -16,12 +16,27 @@ struct BackwardRows {
   RowsOf<float> grad_c;             // [H] in and out: the gradient of c
   RowsOf<const float> factor;       // [P] or null
   ZoneoutRows zoneout_h, zoneout_c;
+  const float* peephole;  // [3*H] of all rows, or null
 };
 
 // Of h, from that of what the product took, which may be h times a factor.
 FUSED_RNN_INLINE Vector through_factor(RowsOf<const float> factor, int64_t row, int64_t column,
                                        int valid, Vector grad) {
   return factor.base ? grad * load(factor[row] + column, valid) : grad;
+}
+
+template <class Cell>
+FUSED_RNN_INLINE void backward_cell(const BackwardRows& r, int64_t unit, int64_t hidden, int valid,
+                                    const Vector* factors, Vector d_h, Vector& carry,
+                                    Vector* grads) {
+  if constexpr (Cell::kHasC) {
+    if (r.peephole) {
+      Vector peephole[3];
+      load_peephole(r.peephole, unit, hidden, valid, peephole);
+      return Cell::backward_peeping(peephole, factors, d_h, carry, grads);
+    }
+  }
+  Cell::backward(factors, d_h, carry, grads);
 }
 
 // `weights` [depth, H] makes the gradient of the cell's output from grad_next: W_hh, or where h is
@@ -83,7 +98,7 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
       }
       Vector factors[Cell::kFactors];
       Cell::factors(saved, h, h_prev, c, c_prev, factors);
-      Cell::backward(factors, d_h, carry, grads);
+      backward_cell<Cell>(r, unit, hidden, valid, factors, d_h, carry, grads);
       FUSED_RNN_UNROLL
       for (int i = kResetBefore<Cell> ? 1 : 0; i < Cell::kGradGates; i++) {
         store(r.grad_gates[row] + i * hidden + unit, grads[i], valid);
@@ -233,7 +248,8 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
                    grad_c,
                    factor,
                    zoneout_rows(p.zoneout_h, d * shape.count + row, output, share),
-                   zoneout_rows(p.zoneout_c, d * shape.count + row, hidden, share)};
+                   zoneout_rows(p.zoneout_c, d * shape.count + row, hidden, share),
+                   p.weights[d].peephole};
     // Rows without a previous or a next step come last; at most three kinds of rows.
     const int64_t low = smaller(step.from_previous, step.into_next);
     const int64_t high = step.from_previous + step.into_next - low;

@@ -31,6 +31,20 @@ FUSED_RNN_INLINE void project_panel(const InputRows<To>& r, int64_t count, const
   });
 }
 
+template <class Cell>
+FUSED_RNN_INLINE Vector forward_cell(const ForwardRows& r, int64_t unit, int64_t hidden, int valid,
+                                     const Vector* gx, const Vector* gh, Vector h_prev, Vector& c,
+                                     Vector* saved) {
+  if constexpr (Cell::kHasC) {
+    if (r.peephole) {
+      Vector peephole[3];
+      load_peephole(r.peephole, unit, hidden, valid, peephole);
+      return Cell::forward_peeping(peephole, gx, gh, c, saved);
+    }
+  }
+  return Cell::forward(gx, gh, h_prev, c, saved);
+}
+
 // The pointwise part of `valid` units from `unit` on of one row, gh being the hidden side.
 template <class Cell>
 FUSED_RNN_INLINE void forward_units(const ForwardRows& r, int64_t row, int64_t unit, int64_t hidden,
@@ -39,7 +53,7 @@ FUSED_RNN_INLINE void forward_units(const ForwardRows& r, int64_t row, int64_t u
   if (Cell::kUsesPreviousH || r.zoneout_h.any()) h_prev = previous_h<Cell>(r, row, unit, valid);
   if constexpr (Cell::kHasC) c = load(r.c_prev[row] + unit, valid);
   const Vector c_prev = c;
-  Vector h = Cell::forward(gx, gh, h_prev, c, saved);
+  Vector h = forward_cell<Cell>(r, unit, hidden, valid, gx, gh, h_prev, c, saved);
   if constexpr (Cell::kSavedGates == 0) {
     if (r.cells.base) store(r.cells[row] + unit, h, valid);
   }
@@ -234,7 +248,8 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
                         h0,
                         factor,
                         zoneout_rows(p.zoneout_h, d * shape.count + row, output, share),
-                        zoneout_rows(p.zoneout_c, d * shape.count + row, hidden, share)};
+                        zoneout_rows(p.zoneout_c, d * shape.count + row, hidden, share),
+                        p.weights[d].peephole};
     const ZoneoutRows of_projected = joining.zoneout_h;
     if (PROJECTED) joining.zoneout_h = {};
     if (factor.base) {

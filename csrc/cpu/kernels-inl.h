@@ -26,6 +26,7 @@ using BackwardParams = BackwardParamsOf<Element>;
 using InputGradParams = InputGradParamsOf<Element>;
 using TransposeParams = TransposeParamsOf<Element>;
 using WeightGradParams = WeightGradParamsOf<Element>;
+using PeepholeGradParams = PeepholeGradParamsOf<Element>;
 
 // clang-format off: in the order of use
 #include "vec.h"
@@ -38,13 +39,15 @@ using WeightGradParams = WeightGradParamsOf<Element>;
 #include "forward-inl.h"
 #include "backward-inl.h"
 #include "products-inl.h"
+#include "peephole-inl.h"
 #include "step-inl.h"
 #include "stepper-inl.h"
 // clang-format on
 
 constexpr KernelsOf<Element> table(const char* name) {
-  return {name,     kWidth, kGradRows,   pack_gates,   pack_columns, pack_rows,       forward,
-          backward, step,   packed_step, project_step, input_grad,   transpose_grads, weight_grad};
+  return {name,         kWidth,     kGradRows,       pack_gates,  pack_columns,
+          pack_rows,    forward,    backward,        step,        packed_step,
+          project_step, input_grad, transpose_grads, weight_grad, peephole_grad};
 }
 
 }  // namespace fused_rnn::FUSED_RNN_ISA

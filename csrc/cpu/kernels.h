@@ -28,11 +28,12 @@ struct Zoneout {
 // One direction's parameters as torch lays them out.
 template <class E>
 struct WeightsOf {
-  const E* w_ih;      // [G*H, I]
-  const E* w_hh;      // [G*H, P]
-  const float* b_ih;  // [G*H], or null
-  const float* b_hh;  // [G*H], or null
-  const E* w_hr;      // [P, H] where projected, else null
+  const E* w_ih;          // [G*H, I]
+  const E* w_hh;          // [G*H, P]
+  const float* b_ih;      // [G*H], or null
+  const float* b_hh;      // [G*H], or null
+  const E* w_hr;          // [P, H] where projected, else null
+  const float* peephole;  // [3*H] from c to i, f and o, or null
 };
 
 // A forward call as it comes from outside.
@@ -67,8 +68,9 @@ struct WeightGrads {
   float* b_ih;
   float* b_hh;
   float* w_hr;
+  float* peephole;
 
-  bool any() const { return w_ih || w_hh || b_ih || b_hh || w_hr; }
+  bool any() const { return w_ih || w_hh || b_ih || b_hh || w_hr || peephole; }
 };
 
 // A backward call as it comes from outside.
@@ -232,6 +234,17 @@ struct WeightGradParamsOf {
   bool accumulate;
 };
 
+// grad [3*H] = or += the gradients of peepholes, of a chunk whose grad_gates are [rows, 4*H].
+template <class E>
+struct PeepholeGradParamsOf {
+  const BackwardCallOf<E>* call;
+  Chunk chunk;
+  int64_t direction;
+  const E* grad_gates;
+  float* grad;
+  bool accumulate;
+};
+
 // One thread's part of a direction: batch rows first, first + stride, ... below limit, and the
 // panels [panel_begin, panel_end) of hidden units, of which the kernel derives those of h where
 // that is projected.
@@ -273,6 +286,8 @@ struct KernelsOf {
   void (*transpose)(const TransposeParamsOf<E>&, int64_t begin, int64_t end);
   // Blocks [begin, end) of grad_rows rows.
   void (*weight_grad)(const WeightGradParamsOf<E>&, int64_t begin, int64_t end);
+  // Vectors [begin, end) of units.
+  void (*peephole_grad)(const PeepholeGradParamsOf<E>&, int64_t begin, int64_t end);
 };
 
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

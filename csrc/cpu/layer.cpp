@@ -225,7 +225,8 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
   const CellSizes sizes = cell_sizes(s.cell);
   const int gates = static_cast<int>(sizes.gates);
   Call<E> work(isa, s, threads);
-  const bool plain = !call.h_factor && !call.zoneout_h.any() && !call.zoneout_c.any();
+  const bool plain =
+      !call.h_factor && !call.zoneout_h.any() && !call.zoneout_c.any() && !call.weights[0].peephole;
   if (plain && s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows &&
       !projected(s)) {
     StepParamsOf<E> p{call, nullptr, nullptr, false};
@@ -342,6 +343,11 @@ class Products {
                  0,
                  accumulate});
       }
+    }
+    if (g.peephole) {
+      const PeepholeGradParamsOf<E> p{&call_, chunk, d, grad_gates, g.peephole, accumulate};
+      work_.run(ceil_div(hidden, isa_.width),
+                [&](int64_t begin, int64_t end) { isa_.peephole_grad(p, begin, end); });
     }
     if (g.w_hr) {
       transpose({grad_h, chunk.rows, output, transposed_, stride_, unwanted_sums_, false});

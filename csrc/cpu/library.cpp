@@ -162,7 +162,7 @@ void read_grads(const LayerShape& s, const std::vector<Tensor>& tensors, WeightG
   for_each_weight(s, tensors.size(), "grad_weights",
                   [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
                     WeightGrads& g = grads[d];
-                    float** fields[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr};
+                    float** fields[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr, &g.peephole};
                     const bool wanted = tensors[i].dim() == static_cast<int64_t>(shape.size());
                     *fields[which] = wanted ? output(tensors[i], "grad_weights", shape) : nullptr;
                   });
@@ -346,11 +346,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_op(int64_t cell, const Tensor& x,
 }  // namespace fused_rnn
 
 // The shapes of all arguments are in kernels.h, ForwardCallOf and BackwardCallOf; `weights` is the
-// flat list w_ih, w_hh[, b_ih, b_hh][, w_hr] of each direction. Outputs are written in place. Zero
-// columns in `gates` or `cells` mean that they are not saved; a gradient that is not wanted comes
-// as an empty 0-d or 3-d tensor. Elements have the dtype of x, Float or BFloat16, all others are
-// Float. `layer` is the forward operator of padded rows in Float with outputs of its own, for
-// programs that run without the package. The operators of inference take x and states as
+// flat list w_ih, w_hh[, b_ih, b_hh][, w_hr][, peephole] of each direction. Outputs are written in
+// place. Zero columns in `gates` or `cells` mean that they are not saved; a gradient that is not
+// wanted comes as an empty 0-d or 3-d tensor. Elements have the dtype of x, Float or BFloat16, all
+// others are Float. `layer` is the forward operator of padded rows in Float with outputs of its
+// own, for programs that run without the package. The operators of inference take x and states as
 // torch.nn's modules do, in Float, and return y, h_n and c_n, those that the module has; or
 // nothing, when the call is not for them.
 STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {

@@ -16,6 +16,7 @@ struct ForwardRows {
   RowsOf<const float> factor;     // [P] or null
   ZoneoutRows zoneout_h;          // of y
   ZoneoutRows zoneout_c;
+  const float* peephole;  // [3*H] of all rows, or null
 };
 
 // GRU's h is a running sum: where elements are not floats, it is kept beside y.

@@ -19,7 +19,7 @@ from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, allocate_saved
 class CpuBackend(Backend):
     name = "cpu"
     device_type = "cpu"
-    extras = frozenset({"recurrent_dropout", "zoneout"})
+    extras = frozenset({"recurrent_dropout", "zoneout", "peepholes"})
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":
