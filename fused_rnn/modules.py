@@ -252,10 +252,10 @@ class RNN(_RecurrentLayers):
             batch and unit, the same at all steps and for all gates (Gal and Ghahramani 2016 with
             tied weights). What goes past the product, as z_t * h_{t-1} of a GRU, is h itself.
             Keras' argument of that name differs in that each gate has a mask of its own. Runs on
-            the CPU kernels.
+            the CPU and Triton kernels.
         zoneout: probability p, in training, that a unit keeps its old state instead of taking
             the new one, drawn for each step (Krueger et al. 2017). In eval mode the expectation,
-            p * h_{t-1} + (1 - p) * h_t. Runs on the CPU kernels.
+            p * h_{t-1} + (1 - p) * h_t. Runs on the CPU and Triton kernels.
         weight_dropout: probability p, in training, of dropping an element of W_hh for a whole
             call; the others are divided by 1 - p (Merity et al. 2018). Runs on every kernel.
         init: "uniform" as torch.nn has it, or "orthogonal": W_hh orthogonal (Saxe et al. 2014),

@@ -225,6 +225,12 @@ class Rows:
         inside &= row < sizes[neighbour]
         return torch.where(inside, offsets[neighbour] + row, count + row)
 
+    def spread(self, values: Tensor) -> Tensor:
+        """[N, K] for each row that of its batch row; `values` [B, K]."""
+        if not self.packed:
+            return values.repeat(self.timesteps, 1)
+        return torch.cat([values[:size] for size in self.batch_sizes])
+
     def shift(
         self, values: Tensor, initial: Tensor, reverse: bool, reset: Tensor | None = None
     ) -> Tensor:

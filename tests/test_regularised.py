@@ -968,6 +968,7 @@ def test_explain_says_what_ran():
     refusals = dict(found.layers[0].refusals)
     assert "reference" not in refusals
     assert refusals.pop("cpu") == "has no kernel for layer_norm"
+    assert refusals.pop("triton") == "has no kernel for layer_norm, peepholes"
     assert set(refusals.values()) == {f"has no kernel for {names}"}
     layer.eval()
     expected = "reference: zoneout, layer_norm, peepholes"
