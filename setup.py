@@ -46,14 +46,15 @@ BASE_FLAGS = [
     *(["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]),
     *(["-DFUSED_RNN_X86"] if X86 else []),
 ]
+BFLOAT16_FLAGS = ["-mavx512f", "-mavx512bf16", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"]
 # One kernel source, compiled once per instruction set; the choice is made at run time.
 ISA_FLAGS = {
     "csrc/cpu/kernels_portable.cpp": [],
     "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/kernels_avx512.cpp": ["-mavx512f", "-mavx2", "-mfma"],
-    "csrc/cpu/kernels_avx512bf16.cpp": [
-        *("-mavx512f", "-mavx512bf16", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
-    ],
+    "csrc/cpu/kernels_avx512bf16.cpp": BFLOAT16_FLAGS,
+    "csrc/cpu/kernels_amx.cpp": BFLOAT16_FLAGS,  # AMX itself is in assembly
+    "csrc/cpu/kernels_amxbf16.cpp": BFLOAT16_FLAGS,
 }
 
 # The CUDA kernels, compiled once per element type and direction of time, side by side.

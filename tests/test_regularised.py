@@ -965,11 +965,10 @@ def test_explain_says_what_ran():
     names = "recurrent_dropout, zoneout, layer_norm, peepholes"
     found = fused_rnn.explain(layer, x)
     assert [choice.kernel for choice in found.layers] == [f"reference: {names}"] * 2
-    refusals = dict(found.layers[0].refusals)
-    assert "reference" not in refusals
-    assert refusals.pop("cpu") == "has no kernel for layer_norm"
-    assert refusals.pop("triton") == "has no kernel for layer_norm, peepholes"
-    assert set(refusals.values()) == {f"has no kernel for {names}"}
+    assert dict(found.layers[0].refusals) == {
+        "cpu": "has no kernel for layer_norm",
+        "triton": "has no kernel for layer_norm, peepholes",
+    }
     layer.eval()
     expected = "reference: zoneout, layer_norm, peepholes"
     assert fused_rnn.explain(layer, x).layers[0].kernel == expected

@@ -42,8 +42,8 @@ FUSED_RNN_INLINE void backward_cell(const BackwardRows& r, int64_t unit, int64_t
 // `weights` [depth, H] makes the gradient of the cell's output from grad_next: W_hh, or where h is
 // projected W_hr, grad_next being the gradient of h then and the other sources null.
 template <class Cell>
-static void backward_tile(const BackwardRows& r, int64_t first, int rows, const Panel& panel,
-                          const PackedMatrix& weights) {
+static void backward_tile(const BackwardRows& r, const Operand& grad_next, int64_t first, int rows,
+                          const Panel& panel, const PackedMatrix& weights) {
   const int64_t hidden = weights.columns;
   Vector tile[kMaxRows * kMaxColumns];
   if (r.grad_next.base) {
@@ -54,8 +54,7 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
     ask(r.grad_y, panel.column);
     if (Cell::kHasC) ask(r.c_prev, panel.column);
     if (!Cell::kHasC) ask(Cell::kUsesPreviousH ? r.h_prev : r.y, panel.column);
-    multiply(panel.vectors, rows, weights.depth, r.grad_next[first], r.grad_next.stride, panel.data,
-             tile);
+    multiply(panel.vectors, rows, grad_next, first, panel, tile);
   }
   // A row's own grad_h_n, once; and whatever went round W_hh.
   const bool zoned = r.zoneout_h.any();
@@ -112,12 +111,11 @@ static void backward_tile(const BackwardRows& r, int64_t first, int rows, const 
 
 // The gradient of r, and what of h_prev's comes through it, from that of n by W_hn.
 template <class Cell>
-static void reset_grad_tile(const BackwardRows& from, int64_t first, int rows, const Panel& panel,
-                            const PackedMatrix& w_n) {
+static void reset_grad_tile(const BackwardRows& from, const Operand& grad_n, int64_t first,
+                            int rows, const Panel& panel, const PackedMatrix& w_n) {
   const int64_t hidden = w_n.columns;
   Vector tile[kMaxRows * kMaxColumns];
-  multiply(panel.vectors, rows, w_n.depth, from.grad_gates[first] + 2 * hidden,
-           from.grad_gates.stride, panel.data, tile);
+  multiply(panel.vectors, rows, grad_n, first, panel, tile);
   for (int m = 0; m < rows; m++) {
     const int64_t row = first + m;
     for (int v = 0; v < panel.vectors; v++) {
@@ -136,15 +134,15 @@ static void reset_grad_tile(const BackwardRows& from, int64_t first, int rows, c
 
 // Gradient of h where it is projected, for the rows of one step; where there is zoneout, of what
 // the step gave.
-static void output_grad_tile(const BackwardRows& r, RowsOf<Element> to, int64_t first, int rows,
-                             const Panel& panel, const PackedMatrix& w_hh) {
+static void output_grad_tile(const BackwardRows& r, const Operand& grad_next, RowsOf<Element> to,
+                             int64_t first, int rows, const Panel& panel,
+                             const PackedMatrix& w_hh) {
   Vector tile[kMaxRows * kMaxColumns];
   if (r.grad_next.base) {
     if (r.grad_y.base) {
       prefetch(r.grad_y[first] + panel.column, r.grad_y.stride, rows, panel.vectors);
     }
-    multiply(panel.vectors, rows, w_hh.depth, r.grad_next[first], r.grad_next.stride, panel.data,
-             tile);
+    multiply(panel.vectors, rows, grad_next, first, panel, tile);
   }
   const bool zoned = r.zoneout_h.any();
   for (int m = 0; m < rows; m++) {
@@ -169,15 +167,15 @@ static void output_grad_tile(const BackwardRows& r, RowsOf<Element> to, int64_t 
 }
 
 // Gradient of the state that rows [begin, end) started from. `add`: to what went round W_hh.
-static void initial_state_grad(RowsOf<const Element> grad_gates, RowsOf<float> grad_h,
-                               RowsOf<const float> factor, int64_t begin, int64_t end,
-                               const Share& share, const PackedMatrix& w_hh, bool add) {
+static void initial_state_grad(Rows grad_gates, RowsOf<float> grad_h, RowsOf<const float> factor,
+                               int64_t begin, int64_t end, const Share& share,
+                               const PackedMatrix& w_hh, bool add, float* memory) {
+  const Operand grads = operand_of(w_hh, grad_gates, begin, end, memory);
   for (int64_t j = share.panel_begin; begin < end && j < share.panel_end; j++) {
     const Panel panel(w_hh, j, 1);
-    for_each_tile(begin, end, panel.vectors, [&](int64_t first, int rows) {
+    for_each_tile(begin, end, panel, panel.vectors, [&](int64_t first, int rows) {
       Vector tile[kMaxRows * kMaxColumns];
-      multiply(panel.vectors, rows, w_hh.depth, grad_gates[first], grad_gates.stride, panel.data,
-               tile);
+      multiply(panel.vectors, rows, grads, first, panel, tile);
       for (int m = 0; m < rows; m++) {
         for (int v = 0; v < panel.vectors; v++) {
           const int64_t unit = panel.column + v * kWidth;
@@ -193,7 +191,8 @@ static void initial_state_grad(RowsOf<const Element> grad_gates, RowsOf<float> g
 }
 
 template <class Cell, bool PROJECTED = false>
-static void backward_share(const BackwardParams& p, const Share& share, Meeting* meeting) {
+static void backward_share(const BackwardParams& p, const Share& share, Meeting* meeting,
+                           float* memory) {
   constexpr int S = Cell::kSavedGates, Q = Cell::kGradGates;
   const LayerShape& shape = p.shape;
   const int64_t hidden = shape.hidden, output = PROJECTED ? shape.output : hidden;
@@ -274,21 +273,29 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
         rows_here.c_prev = rows_of_or_null(cells, before, hidden, share);
       }
     }
-    const auto for_each = [&](const Share& columns, const PackedMatrix& m, auto body) {
+    // Calls body for the tiles of m's product with the rows that `taken` gives, if any.
+    const auto for_each = [&](const Share& columns, const PackedMatrix& m, auto taken, auto body) {
       for (int kind = 0; kind < 3; kind++) {
         const int64_t begin = bounds[kind], end = bounds[kind + 1];
-        for (int64_t j = columns.panel_begin; begin < end && j < columns.panel_end; j++) {
+        if (begin == end) continue;
+        const Rows rows_here = taken(kinds[kind]);
+        const Operand operand =
+            operand_of(m, rows_here, begin, rows_here.base ? end : begin, memory);
+        for (int64_t j = columns.panel_begin; j < columns.panel_end; j++) {
           const Panel panel(m, zigzag(j, columns, index), 1);
-          for_each_tile(begin, end, panel.vectors,
-                        [&](int64_t first, int rows) { body(kinds[kind], first, rows, panel); });
+          for_each_tile(begin, end, panel, panel.vectors, [&](int64_t first, int rows) {
+            body(kinds[kind], operand, first, rows, panel);
+          });
         }
       }
     };
+    const auto next_step = [](const BackwardRows& rows) { return rows.grad_next; };
     if constexpr (PROJECTED) {
       const auto grad_output = rows_of(p.grad_h[d], row - chunk.first_row, output, share);
-      for_each(outputs, w_hh,
-               [&](const BackwardRows& from, int64_t first, int rows, const Panel& panel) {
-                 output_grad_tile(from, grad_output, first, rows, panel, w_hh);
+      for_each(outputs, w_hh, next_step,
+               [&](const BackwardRows& from, const Operand& grad_next, int64_t first, int rows,
+                   const Panel& panel) {
+                 output_grad_tile(from, grad_next, grad_output, first, rows, panel, w_hh);
                });
       for (BackwardRows& kind : kinds) {
         kind.grad_next = {grad_output.base, grad_output.stride};
@@ -298,20 +305,25 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
       }
       if (meeting) meeting->wait();
     }
-    for_each(share, to_units,
-             [&](const BackwardRows& from, int64_t first, int rows, const Panel& panel) {
-               backward_tile<Cell>(from, first, rows, panel, to_units);
+    for_each(share, to_units, next_step,
+             [&](const BackwardRows& from, const Operand& grad_next, int64_t first, int rows,
+                 const Panel& panel) {
+               backward_tile<Cell>(from, grad_next, first, rows, panel, to_units);
              });
     if constexpr (kResetBefore<Cell>) {
       if (meeting) meeting->wait();
-      for_each(share, p.w_second[d],
-               [&](const BackwardRows& from, int64_t first, int rows, const Panel& panel) {
-                 reset_grad_tile<Cell>(from, first, rows, panel, p.w_second[d]);
+      const auto of_n = [&](const BackwardRows& rows) {
+        return Rows{rows.grad_gates.base + 2 * hidden, rows.grad_gates.stride};
+      };
+      for_each(share, p.w_second[d], of_n,
+               [&](const BackwardRows& from, const Operand& grad_n, int64_t first, int rows,
+                   const Panel& panel) {
+                 reset_grad_tile<Cell>(from, grad_n, first, rows, panel, p.w_second[d]);
                });
     }
     if (meeting) meeting->wait();
     initial_state_grad({grads.base, grads.stride}, grad_h, factor, step.from_previous, step.rows,
-                       outputs, w_hh, Cell::kUsesPreviousH || p.zoneout_h.any());
+                       outputs, w_hh, Cell::kUsesPreviousH || p.zoneout_h.any(), memory);
     // The next chunk goes on from here, after grad_gates has been given to other steps.
     for (int64_t i = 0; index == index_begin && i < step.rows; i++) {
       for (int gate = 0; gate < Q; gate++) {
@@ -321,18 +333,20 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
   }
 }
 
-static void backward(const BackwardParams& p, const Share& share, Meeting* meeting) {
+static void backward(const BackwardParams& p, const Share& share, Meeting* meeting, float* memory) {
+  const TileSession session;
   switch (p.shape.cell) {
     case CellKind::rnn_tanh:
-      return backward_share<RnnCell<Math, false>>(p, share, meeting);
+      return backward_share<RnnCell<Math, false>>(p, share, meeting, memory);
     case CellKind::rnn_relu:
-      return backward_share<RnnCell<Math, true>>(p, share, meeting);
+      return backward_share<RnnCell<Math, true>>(p, share, meeting, memory);
     case CellKind::gru:
-      return backward_share<GruCell<Math>>(p, share, meeting);
+      return backward_share<GruCell<Math>>(p, share, meeting, memory);
     case CellKind::lstm:
-      if (projected(p.shape)) return backward_share<LstmCell<Math>, true>(p, share, meeting);
-      return backward_share<LstmCell<Math>>(p, share, meeting);
+      if (projected(p.shape))
+        return backward_share<LstmCell<Math>, true>(p, share, meeting, memory);
+      return backward_share<LstmCell<Math>>(p, share, meeting, memory);
     case CellKind::gru_reset_before:
-      return backward_share<GruResetBeforeCell<Math>>(p, share, meeting);
+      return backward_share<GruResetBeforeCell<Math>>(p, share, meeting, memory);
   }
 }

@@ -16,6 +16,7 @@ const KernelsOf<float>& kernels() {
   };
   const Candidate candidates[] = {
 #if defined(FUSED_RNN_X86)
+      {&amx_kernels, cpu_has_amx()},
       {&avx512_kernels, cpu_has_avx512()},
       {&avx2_kernels, cpu_has_avx2()},
 #endif

@@ -3,6 +3,10 @@
 // A vector of words holds what one multiply-add per lane takes: a float, or two BFloat16 that
 // follow one another in depth. Words only travel in float vectors; nothing computes with them.
 
+#if defined(FUSED_RNN_AMX)
+constexpr int kTileDepth = 32;  // elements of depth that one of AMX's tiles has
+#endif
+
 #if defined(FUSED_RNN_BFLOAT16)
 
 constexpr int kPairs = 2;  // elements in a word
@@ -45,7 +49,7 @@ FUSED_RNN_INLINE Vector load_words(const BFloat16* p, int64_t valid) {
 }
 
 // Words of two rows of elements.
-FUSED_RNN_INLINE Vector pair(const Elements (&rows)[kPairs]) {
+FUSED_RNN_INLINE Vector pair(const Elements* rows) {
   return (Vector)(__builtin_convertvector(rows[0], VectorBits) |
                   __builtin_convertvector(rows[1], VectorBits) << 16);
 }
@@ -85,7 +89,7 @@ FUSED_RNN_INLINE Vector load_words(const float* p, int64_t valid) {
   return load(p, (int)(valid < kWidth ? valid : kWidth));
 }
 
-FUSED_RNN_INLINE Vector pair(const Elements (&rows)[kPairs]) { return rows[0]; }
+FUSED_RNN_INLINE Vector pair(const Elements* rows) { return rows[0]; }
 
 FUSED_RNN_INLINE Vector broadcast_word(const float* p) { return broadcast(*p); }
 
@@ -95,4 +99,13 @@ FUSED_RNN_INLINE Vector multiply_add(Vector sum, Vector a, Vector b) { return su
 
 FUSED_RNN_INLINE void convert(float from, float& to) { to = from; }
 
-FUSED_RNN_INLINE int64_t words(int64_t depth) { return ceil_div(depth, kPairs); }
+// Packed matrices are zero up to a multiple of this depth.
+#if defined(FUSED_RNN_AMX) && defined(FUSED_RNN_BFLOAT16)
+constexpr int kDepthBlock = kTileDepth;
+#else
+constexpr int kDepthBlock = kPairs;
+#endif
+
+FUSED_RNN_INLINE int64_t words(int64_t depth) {
+  return ceil_div(depth, kDepthBlock) * (kDepthBlock / kPairs);
+}

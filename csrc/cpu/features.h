@@ -1,9 +1,16 @@
 // What the running CPU can do, asked of the compiler's run-time support.
 #pragma once
 
+#if defined(FUSED_RNN_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fused_rnn {
 
-// The names are those of FUSED_RNN_CPU_CAPABILITY; avx512bf16 is what avx512 takes bfloat16 with.
+// The names are those of FUSED_RNN_CPU_CAPABILITY; avx512bf16 is what avx512 takes bfloat16 with,
+// amxbf16 what amx does.
 static inline bool cpu_has_avx2() {
 #if defined(FUSED_RNN_X86)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -24,6 +31,22 @@ static inline bool cpu_has_avx512bf16() {
 #if defined(FUSED_RNN_X86)
   return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+// A process has to ask Linux for the tiles, which it then has in all its threads.
+static inline bool cpu_has_amx() {
+#if defined(FUSED_RNN_X86) && defined(__linux__)
+  static const bool granted = [] {
+    constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+    constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return cpu_has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBFloat16) &&
+           (d & kTiles) && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+  }();
+  return granted;
 #else
   return false;
 #endif

@@ -4,8 +4,8 @@
 // projected, W_hr being a single gate.
 template <class To>
 struct InputRows {
-  RowsOf<const Element> x;  // [I]
-  RowsOf<To> gx;            // [G*H]
+  Operand x;      // [I]
+  RowsOf<To> gx;  // [G*H]
 };
 
 // Inlined, with `project`, into every scan: 2.5% of an LSTM's inference at (T, B, H) = (32, 8, 64).
@@ -14,9 +14,9 @@ FUSED_RNN_INLINE void project_panel(const InputRows<To>& r, int64_t count, const
                                     const PackedMatrix& w_ih, const float* bias) {
   const int64_t hidden = w_ih.columns;
   const int columns = GATES * panel.vectors;
-  for_each_tile(0, count, columns, [&](int64_t first, int rows) {
+  for_each_tile(0, count, panel, columns, [&](int64_t first, int rows) {
     Vector tile[kMaxRows * kMaxColumns];
-    multiply(columns, rows, w_ih.depth, r.x[first], r.x.stride, panel.data, tile);
+    multiply(columns, rows, r.x, first, panel, tile);
     for (int gate = 0; gate < GATES; gate++) {
       for (int v = 0; v < panel.vectors; v++) {
         const int64_t unit = panel.column + v * kWidth;
@@ -80,13 +80,13 @@ FUSED_RNN_INLINE void forward_units(const ForwardRows& r, int64_t row, int64_t u
 }
 
 template <class Cell>
-static void forward_tile(const ForwardRows& r, int64_t first, int rows, const Panel& panel,
-                         const PackedMatrix& w_hh, const float* hidden_bias) {
+static void forward_tile(const ForwardRows& r, const Operand& h, int64_t first, int rows,
+                         const Panel& panel, const PackedMatrix& w_hh, const float* hidden_bias) {
   constexpr int G = Cell::kGates;
   const int64_t hidden = w_hh.columns;
   const int columns = G * panel.vectors;
   Vector tile[kMaxRows * kMaxColumns];
-  multiply(columns, rows, w_hh.depth, r.operand[first], r.operand.stride, panel.data, tile);
+  multiply(columns, rows, h, first, panel, tile);
   for (int v = 0; v < panel.vectors; v++) {
     const int64_t unit = panel.column + v * kWidth;
     const int valid = valid_lanes(unit, hidden);
@@ -154,29 +154,42 @@ static int64_t span_end(const RowLayout& layout, bool reverse, int64_t index, in
 // `share` is one of panels of W_ih.
 template <class Cell>
 FUSED_RNN_INLINE void project(const ForwardParams& p, const Share& share, const Span& span,
-                              float* gx, int64_t gx_stride) {
+                              float* gx, int64_t gx_stride, float* memory) {
   const int64_t d = share.direction, input = p.shape.input;
+  const PackedMatrix& w_ih = p.w_ih[d];
   const bool whole_batch =
       share.first == 0 && share.stride == 1 && share.limit >= p.shape.rows.batch;
-  for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
-    const Panel panel(p.w_ih[d], j, Cell::kGates);
-    if (whole_batch) {
-      const InputRows<float> rows{{p.x + span.first_row * input, input}, {gx, gx_stride}};
-      project_panel<Cell::kGates>(rows, span.rows, panel, p.w_ih[d], p.bias[d]);
-      continue;
-    }
+  // Rows that lie together: of the whole span, or of one step after the other.
+  const auto for_each_group = [&](auto body) {
+    if (whole_batch) return body(Rows{p.x + span.first_row * input, input}, 0, span.rows);
     for (int64_t t = span.begin; t < span.end; t++) {
       const int64_t row = offset(p.shape.rows, t);
-      const InputRows<float> rows{rows_of(p.x, row, input, share),
-                                  rows_of(gx, row - span.first_row, gx_stride, share)};
-      project_panel<Cell::kGates>(rows, rows_below(share, batch_size(p.shape.rows, t)), panel,
-                                  p.w_ih[d], p.bias[d]);
+      body(rows_of(p.x, row, input, share), row - span.first_row,
+           rows_below(share, batch_size(p.shape.rows, t)));
     }
+  };
+  // Once, for all panels.
+  float* free = memory;
+  for_each_group([&](Rows x, int64_t, int64_t count) {
+    operand_of(w_ih, x, 0, count, free);
+    free += count * row_words(input);
+  });
+  for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
+    const Panel panel(w_ih, j, Cell::kGates);
+    float* parts = memory;
+    for_each_group([&](Rows x, int64_t row, int64_t count) {
+      const InputRows<float> rows{
+          operand_of(w_ih, x, 0, 0, parts),
+          whole_batch ? RowsOf<float>{gx, gx_stride} : rows_of(gx, row, gx_stride, share)};
+      project_panel<Cell::kGates>(rows, count, panel, w_ih, p.bias[d]);
+      parts += count * row_words(input);
+    });
   }
 }
 
 template <class Cell, bool PROJECTED = false>
-static void forward_share(const ForwardParams& p, const Share& share, Meeting* meeting) {
+static void forward_share(const ForwardParams& p, const Share& share, Meeting* meeting,
+                          float* memory) {
   constexpr int G = Cell::kGates, S = Cell::kSavedGates;
   const LayerShape& shape = p.shape;
   const int64_t hidden = shape.hidden, output = PROJECTED ? shape.output : hidden;
@@ -231,7 +244,7 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
       const Span span(shape.rows, d == 1, index, projected);
       if (p.scratch[d]) first_row = span.first_row;
       project<Cell>(p, inputs, span, side.base + (span.first_row - first_row) * side.stride,
-                    side.stride);
+                    side.stride, memory);
     }
     float* gx = side.base + (row - first_row) * side.stride;
     const auto y_here = rows_of(y, row, y_width, share);
@@ -254,51 +267,65 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
     if (PROJECTED) joining.zoneout_h = {};
     if (factor.base) {
       const RowsOf<Element> initial = operand(0);
-      joining.operand = {initial.base, initial.stride};
+      joining.taken = {initial.base, initial.stride};
     }
     ForwardRows carrying_on = joining;
     if (step.previous >= 0) {
       carrying_on.h_prev =
           rows_of<const Element>(y, offset(shape.rows, step.previous), y_width, share);
       carrying_on.c_prev = {c_n.base, c_n.stride};
-      carrying_on.operand = carrying_on.h_prev;
+      carrying_on.taken = carrying_on.h_prev;
       if (factor.base) {
         const RowsOf<Element> before = operand(1 + (index - 1) % 2);
-        carrying_on.operand = {before.base, before.stride};
+        carrying_on.taken = {before.base, before.stride};
       }
     }
-    const auto for_each = [&](const Share& columns, const PackedMatrix& m, int gates, auto body) {
+    // Calls body for the tiles of m's product with the rows that `taken` gives.
+    const auto for_each = [&](const Share& columns, const PackedMatrix& m, int gates, auto taken,
+                              auto body) {
+      const int64_t joined = step.from_previous;
+      const Operand before = operand_of(m, taken(carrying_on), 0, joined, memory);
+      const Operand initial = operand_of(m, taken(joining), joined, step.rows, memory);
       for (int64_t j = columns.panel_begin; j < columns.panel_end; j++) {
         const Panel panel(m, zigzag(j, columns, index), gates);
-        const auto tiles = [&](const ForwardRows& from, int64_t begin, int64_t end) {
-          for_each_tile(begin, end, gates * panel.vectors,
-                        [&](int64_t first, int rows) { body(from, first, rows, panel); });
+        const auto tiles = [&](const ForwardRows& from, const Operand& rows_of_product,
+                               int64_t begin, int64_t end) {
+          for_each_tile(begin, end, panel, gates * panel.vectors, [&](int64_t first, int rows) {
+            body(from, rows_of_product, first, rows, panel);
+          });
         };
-        tiles(carrying_on, 0, step.from_previous);
-        tiles(joining, step.from_previous, step.rows);
+        tiles(carrying_on, before, 0, joined);
+        tiles(joining, initial, joined, step.rows);
       }
     };
+    const auto states = [](const ForwardRows& rows) { return rows.taken; };
     if constexpr (kResetBefore<Cell>) {
-      for_each(same_units(w_hh, share, to_units), w_hh, kResetGates,
-               [&](const ForwardRows& from, int64_t first, int rows, const Panel& panel) {
-                 reset_gates_tile<Cell>(from, first, rows, panel, w_hh);
-               });
+      for_each(
+          same_units(w_hh, share, to_units), w_hh, kResetGates, states,
+          [&](const ForwardRows& from, const Operand& h, int64_t first, int rows,
+              const Panel& panel) { reset_gates_tile<Cell>(from, h, first, rows, panel, w_hh); });
       if (meeting) meeting->wait();
-      for_each(share, w_second, 1,
-               [&](const ForwardRows& from, int64_t first, int rows, const Panel& panel) {
-                 candidate_tile<Cell>(from, first, rows, panel, w_second);
-               });
+      for_each(
+          share, w_second, 1,
+          [](const ForwardRows& rows) { return Rows{rows.between.base, rows.between.stride}; },
+          [&](const ForwardRows& from, const Operand& r_h, int64_t first, int rows,
+              const Panel& panel) {
+            candidate_tile<Cell>(from, r_h, first, rows, panel, w_second);
+          });
     } else {
-      for_each(share, w_hh, G,
-               [&](const ForwardRows& from, int64_t first, int rows, const Panel& panel) {
-                 forward_tile<Cell>(from, first, rows, panel, w_hh, p.hidden_bias[d]);
+      for_each(share, w_hh, G, states,
+               [&](const ForwardRows& from, const Operand& h, int64_t first, int rows,
+                   const Panel& panel) {
+                 forward_tile<Cell>(from, h, first, rows, panel, w_hh, p.hidden_bias[d]);
                });
     }
     if constexpr (PROJECTED) {
       if (meeting) meeting->wait();
+      const Operand unprojected =
+          operand_of(w_second, {joining.y.base, joining.y.stride}, 0, step.rows, memory);
       for (int64_t j = outputs.panel_begin; j < outputs.panel_end; j++) {
         const Panel panel(w_second, zigzag(j, outputs, index), 1);
-        const InputRows<Element> rows{{joining.y.base, joining.y.stride}, y_here};
+        const InputRows<Element> rows{unprojected, y_here};
         project_panel<1>(rows, step.rows, panel, w_second, nullptr);
       }
       for (int64_t i = 0; of_projected.any() && i < step.rows; i++) {
@@ -316,18 +343,19 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
   }
 }
 
-static void forward(const ForwardParams& p, const Share& share, Meeting* meeting) {
+static void forward(const ForwardParams& p, const Share& share, Meeting* meeting, float* memory) {
+  const TileSession session;
   switch (p.shape.cell) {
     case CellKind::rnn_tanh:
-      return forward_share<RnnCell<Math, false>>(p, share, meeting);
+      return forward_share<RnnCell<Math, false>>(p, share, meeting, memory);
     case CellKind::rnn_relu:
-      return forward_share<RnnCell<Math, true>>(p, share, meeting);
+      return forward_share<RnnCell<Math, true>>(p, share, meeting, memory);
     case CellKind::gru:
-      return forward_share<GruCell<Math>>(p, share, meeting);
+      return forward_share<GruCell<Math>>(p, share, meeting, memory);
     case CellKind::lstm:
-      if (projected(p.shape)) return forward_share<LstmCell<Math>, true>(p, share, meeting);
-      return forward_share<LstmCell<Math>>(p, share, meeting);
+      if (projected(p.shape)) return forward_share<LstmCell<Math>, true>(p, share, meeting, memory);
+      return forward_share<LstmCell<Math>>(p, share, meeting, memory);
     case CellKind::gru_reset_before:
-      return forward_share<GruResetBeforeCell<Math>>(p, share, meeting);
+      return forward_share<GruResetBeforeCell<Math>>(p, share, meeting, memory);
   }
 }

@@ -1,7 +1,8 @@
 // All kernels for one instruction set.
 //
 // The including file defines FUSED_RNN_ISA, a namespace of its own for everything here,
-// FUSED_RNN_VECTOR_WIDTH and FUSED_RNN_ELEMENT, the type of matrix elements. No std templates, and
+// FUSED_RNN_VECTOR_WIDTH and FUSED_RNN_ELEMENT, the type of matrix elements; FUSED_RNN_BFLOAT16
+// where that is BFloat16, and FUSED_RNN_AMX where AMX multiplies. No std templates, and
 // no function that the linker might share: a copy compiled for AVX-512 could be the one it keeps
 // for everybody.
 
@@ -34,6 +35,8 @@ using PeepholeGradParams = PeepholeGradParamsOf<Element>;
 #include "tile-inl.h"
 #include "rows-inl.h"
 #include "zoneout-inl.h"
+#include "amx-inl.h"
+#include "operand-inl.h"
 #include "pack-inl.h"
 #include "reset-before-inl.h"
 #include "forward-inl.h"
@@ -45,9 +48,26 @@ using PeepholeGradParams = PeepholeGradParamsOf<Element>;
 // clang-format on
 
 constexpr KernelsOf<Element> table(const char* name) {
-  return {name,         kWidth,     kGradRows,       pack_gates,  pack_columns,
-          pack_rows,    forward,    backward,        step,        packed_step,
-          project_step, input_grad, transpose_grads, weight_grad, peephole_grad};
+  KernelsOf<Element> kernels{};
+  kernels.name = name;
+  kernels.width = kWidth;
+  kernels.grad_rows = kGradRows;
+  kernels.parts = kParts;
+  kernels.column_words = column_words;
+  kernels.row_words = row_words;
+  kernels.pack_gates = pack_gates;
+  kernels.pack_columns = pack_columns;
+  kernels.pack_rows = pack_rows;
+  kernels.forward = forward;
+  kernels.backward = backward;
+  kernels.step = step;
+  kernels.packed_step = packed_step;
+  kernels.project_step = project_step;
+  kernels.input_grad = input_grad;
+  kernels.transpose = transpose_grads;
+  kernels.weight_grad = weight_grad;
+  kernels.peephole_grad = peephole_grad;
+  return kernels;
 }
 
 }  // namespace fused_rnn::FUSED_RNN_ISA

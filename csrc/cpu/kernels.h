@@ -98,13 +98,17 @@ struct BackwardCallOf {
 
 // A matrix in the kernels' own layout: panels of up to `vectors` vectors of columns (units), each
 // [words][gate][vector][width], zero beyond the last column. A word is 32 bits: a float, or two
-// BFloat16 that follow one another in depth, the last one zero where depth is odd. A panel's depth
-// is that of the matrix.
+// BFloat16 that follow one another in depth, zero beyond it. A panel's depth is that of the matrix.
+//
+// Where it is in several parts, floats are sums of BFloat16: words are pairs of these, in blocks of
+// depth that have all words of the first part, then all of the second, and so on.
 struct PackedMatrix {
   float* data;
   int64_t depth;
-  int64_t columns;  // per gate
-  int vectors;      // per panel and gate
+  int64_t columns;    // per gate
+  int vectors;        // per panel and gate
+  int parts;          // 1: elements as such
+  bool* exceptional;  // [panels] whether a product needs the sums of the parts; null for 1 part
 };
 
 // W [gates*columns, depth] -> packed, for products a [rows, depth] times W transposed.
@@ -193,7 +197,8 @@ struct InputGradParamsOf {
   bool accumulate;
 };
 
-// transposed [width][stride] from grads [rows, width]; sums [width] = or += its row sums.
+// transposed [width][stride] from grads [rows, width], in parts or not; sums [width] = or += its
+// row sums.
 template <class E>
 struct TransposeParamsOf {
   const E* grads;
@@ -201,6 +206,7 @@ struct TransposeParamsOf {
   int64_t width;
   E* transposed;
   int64_t stride;
+  int parts;
   float* sums;
   bool accumulate;
 };
@@ -262,6 +268,10 @@ struct KernelsOf {
   const char* name;
   int64_t width;      // floats per vector
   int64_t grad_rows;  // rows that weight_grad takes at a time
+  int parts;          // that elements are cut into where that makes products faster, else 1
+  // Words of a column of a packed matrix, and of a row of `depth` elements in parts.
+  int64_t (*column_words)(int64_t depth, int parts);
+  int64_t (*row_words)(int64_t depth);
 
   // Each does panels [begin, end) of its packed matrix.
   void (*pack_gates)(const PackGatesParamsOf<E>&, int64_t begin, int64_t end);
@@ -269,9 +279,10 @@ struct KernelsOf {
   void (*pack_rows)(const PackRowsParamsOf<E>&, int64_t begin, int64_t end);
 
   // Run all timesteps (of the chunk) for one share. Shares of rows are independent of each
-  // other; those of units meet after every timestep.
-  void (*forward)(const ForwardParamsOf<E>&, const Share&, Meeting*);
-  void (*backward)(const BackwardParamsOf<E>&, const Share&, Meeting*);
+  // other; those of units meet after every timestep. `memory` has room for the rows in parts that
+  // a product takes, if any.
+  void (*forward)(const ForwardParamsOf<E>&, const Share&, Meeting*, float* memory);
+  void (*backward)(const BackwardParamsOf<E>&, const Share&, Meeting*, float* memory);
 
   // One timestep, vectors [begin, end) of the units of both directions.
   void (*step)(const StepParamsOf<E>&, int64_t begin, int64_t end);
@@ -281,7 +292,8 @@ struct KernelsOf {
   void (*packed_step)(const PackedStepParams&, int64_t begin, int64_t end);
   void (*project_step)(const PackedStepParams&, int64_t begin, int64_t end);
 
-  void (*input_grad)(const InputGradParamsOf<E>&, int64_t row_begin, int64_t row_end);
+  void (*input_grad)(const InputGradParamsOf<E>&, int64_t row_begin, int64_t row_end,
+                     float* memory);
   // Columns [begin, end) of grads, in vectors.
   void (*transpose)(const TransposeParamsOf<E>&, int64_t begin, int64_t end);
   // Blocks [begin, end) of grad_rows rows.
@@ -299,6 +311,8 @@ static inline int64_t panel_count(const PackedMatrix& m, int64_t width) {
 extern const KernelsOf<float> portable_kernels;
 extern const KernelsOf<float> avx2_kernels;
 extern const KernelsOf<float> avx512_kernels;
+extern const KernelsOf<float> amx_kernels;
 extern const KernelsOf<BFloat16> avx512bf16_kernels;
+extern const KernelsOf<BFloat16> amxbf16_kernels;
 
 }  // namespace fused_rnn

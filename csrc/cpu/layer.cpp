@@ -32,6 +32,11 @@ constexpr int64_t kInputSideRows = 256;
 // And the gradients of so many bytes of gates before they become those of x and the weights.
 constexpr int64_t kGradGatesBytes = 8 << 20;
 
+// A product takes elements in parts where it has so many rows or, for weights' gradients, so much
+// depth.
+constexpr int64_t kRowsInParts = 8;
+constexpr int64_t kDepthInParts = 16;
+
 int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
   return std::max(least, bytes / (floats_per_row * static_cast<int64_t>(sizeof(float))));
 }
@@ -95,25 +100,40 @@ class Call {
     }
   }
 
+  // How many parts the elements of a product are in that has so many rows, or so much depth.
+  int parts(int64_t rows, int64_t least = kRowsInParts) const {
+    return rows >= least ? isa_.parts : 1;
+  }
+
   // Wide panels are faster, but there must be one for every thread that splits units.
-  PackedMatrix packed(int64_t depth, int64_t columns, int gates, bool split_units = false) {
+  PackedMatrix packed(int64_t depth, int64_t columns, int gates, int parts,
+                      bool split_units = false) {
     int vectors = 4 / gates;
     const int64_t wanted = split_units && plan_.units ? plan_.members : 1;
     while (vectors > 1 && ceil_div(columns, vectors * isa_.width) < wanted) vectors /= 2;
     const int64_t padded = ceil_div(columns, isa_.width) * isa_.width;
-    return {workspace_.take(padded * gates * words(depth)), depth, columns, vectors};
+    float* data = workspace_.take(padded * gates * isa_.column_words(depth, parts));
+    PackedMatrix matrix{data, depth, columns, vectors, parts, nullptr};
+    if (parts > 1) {
+      matrix.exceptional =
+          reinterpret_cast<bool*>(workspace_.take(panel_count(matrix, isa_.width)));
+    }
+    return matrix;
   }
 
-  PackedMatrix pack_gates(const E* weights, int64_t depth, int64_t columns, int gates) {
-    const PackGatesParamsOf<E> p{weights, gates, packed(depth, columns, gates, true)};
+  // `rows` are those of a product.
+  PackedMatrix pack_gates(const E* weights, int64_t depth, int64_t columns, int gates,
+                          int64_t rows) {
+    const PackGatesParamsOf<E> p{weights, gates, packed(depth, columns, gates, parts(rows), true)};
     run(panel_count(p.packed, isa_.width),
         [&](int64_t begin, int64_t end) { isa_.pack_gates(p, begin, end); });
     return p.packed;
   }
 
   PackedMatrix pack_columns(const E* matrix, int64_t depth, int64_t columns, int64_t rotate,
-                            bool split_units = false) {
-    const PackColumnsParamsOf<E> p{matrix, rotate, packed(depth, columns, 1, split_units)};
+                            int64_t rows, bool split_units = false) {
+    const PackColumnsParamsOf<E> p{matrix, rotate,
+                                   packed(depth, columns, 1, parts(rows), split_units)};
     run(panel_count(p.packed, isa_.width),
         [&](int64_t begin, int64_t end) { isa_.pack_columns(p, begin, end); });
     return p.packed;
@@ -124,17 +144,37 @@ class Call {
     return shape_.rows.batch_sizes && !plan_.units ? row_shares() : 1;
   }
 
+  // Words that `rows` rows need as products with `m` take them, beyond what they are.
+  int64_t operand_words(const PackedMatrix& m, int64_t rows) const {
+    return m.parts > 1 ? rows * isa_.row_words(m.depth) : 0;
+  }
+
   // Runs `scan` on shares that together are all rows and units of all directions. `units` is the
-  // packed matrix whose columns the units are.
+  // packed matrix whose columns the units are; each share has `words` words of memory.
   template <class Scan>
-  void for_each_share(const PackedMatrix& units, const Scan& scan) const {
+  void for_each_share(const PackedMatrix& units, int64_t words, const Scan& scan) const {
     const int64_t panels = panel_count(units, isa_.width);
+    const auto scan_with_memory = [&](const Share& share, Meeting* meeting) {
+      OwnMemory own(words);
+      scan(share, meeting, own.data());
+    };
     if (plan_.units) {
-      split_units(panels, scan);
+      split_units(panels, scan_with_memory);
     } else {
-      split_rows(panels, scan);
+      split_rows(panels, scan_with_memory);
     }
   }
+
+  // A thread's work memory for one item.
+  class OwnMemory {
+   public:
+    explicit OwnMemory(int64_t words) : data_(words > 0 ? workspace_.take(words) : nullptr) {}
+    float* data() const { return data_; }
+
+   private:
+    Workspace workspace_;
+    float* data_;
+  };
 
  private:
   // Words of 32 bits that hold so many elements.
@@ -244,32 +284,38 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
     step();
     return;
   }
+  const int64_t batch = s.rows.batch;
+  int64_t words = 0;  // of a share's own memory
   ForwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0, {}};
   p.chunk_rows = std::min(s.count, rows_for(kInputSideBytes * (work.plan().parallel ? 2 : 1),
                                             sizes.gates * s.hidden, kInputSideRows));
-  p.scratch_rows = std::max(p.chunk_rows, s.rows.batch);
+  p.scratch_rows = std::max(p.chunk_rows, batch);
   const bool in_place = std::is_same_v<E, float> && (sizes.saved_gates == 0 || call.gates);
   for (int64_t d = 0; d < s.directions; d++) {
     const WeightsOf<E>& w = call.weights[d];
-    p.w_ih[d] = work.pack_gates(w.w_ih, s.input, s.hidden, gates);
+    p.w_ih[d] = work.pack_gates(w.w_ih, s.input, s.hidden, gates, s.count);
     const int first_gates = reset_before(s) ? 2 : gates;
-    p.w_hh[d] = work.pack_gates(w.w_hh, s.output, s.hidden, first_gates);
+    p.w_hh[d] = work.pack_gates(w.w_hh, s.output, s.hidden, first_gates, batch);
     if (has_second_product(s)) {
       const E* second = projected(s) ? w.w_hr : w.w_hh + first_gates * s.hidden * s.output;
-      p.w_second[d] = work.pack_gates(second, s.hidden, s.output, 1);
-      p.between[d] = work.take_elements(s.rows.batch * s.hidden);
+      p.w_second[d] = work.pack_gates(second, s.hidden, s.output, 1, batch);
+      p.between[d] = work.take_elements(batch * s.hidden);
     }
+    words =
+        std::max({work.operand_words(p.w_ih[d], p.scratch_rows),
+                  work.operand_words(p.w_hh[d], batch), work.operand_words(p.w_second[d], batch)});
     p.bias[d] = input_bias(s, w, work);
     if (s.cell == CellKind::gru && w.b_hh) p.hidden_bias[d] = w.b_hh + 2 * s.hidden;
-    if (call.h_factor) p.operands[d] = work.take_elements(3 * s.rows.batch * s.output);
+    if (call.h_factor) p.operands[d] = work.take_elements(3 * batch * s.output);
     if (!in_place) {
       p.scratch[d] = work.take(work.interleaved_shares() * p.scratch_rows * sizes.gates * s.hidden);
     }
   }
   // Of this GRU's panels, those of the second product have the most units.
-  work.for_each_share(
-      reset_before(s) ? p.w_second[0] : p.w_hh[0],
-      [&](const Share& share, Meeting* meeting) { isa.forward(p, share, meeting); });
+  work.for_each_share(reset_before(s) ? p.w_second[0] : p.w_hh[0], words,
+                      [&](const Share& share, Meeting* meeting, float* memory) {
+                        isa.forward(p, share, meeting, memory);
+                      });
 }
 
 namespace {
@@ -294,16 +340,18 @@ class Products {
       any_hh |= g.w_hh != nullptr;
       any_between |= g.w_hr || (g.w_hh && reset_before(s));
       if (call.grad_x) {
-        w_ih_[d] = work.pack_columns(call.weights[d].w_ih, sizes_.gates * s.hidden, s.input, 0);
+        w_ih_[d] =
+            work.pack_columns(call.weights[d].w_ih, sizes_.gates * s.hidden, s.input, 0, s.count);
       }
       if (g.any()) sums_[d] = work.take(width_);
     }
+    parts_ = work.parts(rows, kDepthInParts);
     // Rows apart by a power of two would share a few sets of the cache.
-    stride_ = ceil_div(rows, 16) * 16 + 16;
+    stride_ = parts_ > 1 ? isa.row_words(rows) : ceil_div(rows, 16) * 16 + 16;
     if (any) transposed_ = work.take_elements(width_ * stride_);
     const int64_t widest =
         std::max({any_ih ? s.input : 0, any_hh ? s.output : 0, any_between ? s.hidden : 0});
-    if (widest > 0) packed_ = work.packed(rows, widest, 1);
+    if (widest > 0) packed_ = work.packed(rows, widest, 1, parts_);
     if (any_between && projected(s)) unwanted_sums_ = work.take(s.output);
   }
 
@@ -313,7 +361,13 @@ class Products {
     if (!call_.grad_x) return;
     const InputGradParamsOf<E> p{grad_gates + input_side_, width_, w_ih_[d],
                                  call_.grad_x + chunk.first_row * call_.shape.input, accumulate};
-    work_.run(chunk.rows, [&](int64_t begin, int64_t end) { isa_.input_grad(p, begin, end); }, 16);
+    work_.run(
+        chunk.rows,
+        [&](int64_t begin, int64_t end) {
+          typename Call<E>::OwnMemory own(work_.operand_words(p.w_ih, end - begin));
+          isa_.input_grad(p, begin, end, own.data());
+        },
+        16);
   }
 
   void grad_weights(int64_t d, const Chunk& chunk, const E* grad_gates, const E* grad_h,
@@ -323,7 +377,8 @@ class Products {
     const int64_t hidden = call_.shape.hidden, output = call_.shape.output;
     const int64_t gate_rows = sizes_.gates * hidden;
     if (g.w_ih || g.w_hh || g.b_ih || g.b_hh) {
-      transpose({grad_gates, chunk.rows, width_, transposed_, stride_, sums_[d], accumulate});
+      transpose(
+          {grad_gates, chunk.rows, width_, transposed_, stride_, parts_, sums_[d], accumulate});
     }
     if (g.w_ih) {
       product({&call_, RowSource::x, chunk, d, packed(call_.shape.input)},
@@ -350,7 +405,7 @@ class Products {
                 [&](int64_t begin, int64_t end) { isa_.peephole_grad(p, begin, end); });
     }
     if (g.w_hr) {
-      transpose({grad_h, chunk.rows, output, transposed_, stride_, unwanted_sums_, false});
+      transpose({grad_h, chunk.rows, output, transposed_, stride_, parts_, unwanted_sums_, false});
       product({&call_, RowSource::between, chunk, d, packed(hidden)},
               {transposed_, stride_, output, {}, g.w_hr, 0, accumulate});
     }
@@ -392,6 +447,7 @@ class Products {
   int64_t width_ = 0;       // Q*H
   int64_t input_side_ = 0;  // first column of grad_gates that faces W_ih
   int64_t rotate_ = 0;      // from the order of grad_gates' hidden side to that of W_hh
+  int parts_ = 1;           // of what the weights' gradients are products of
   int64_t stride_ = 0;
   E* transposed_ = nullptr;         // [Q*H, stride]
   float* sums_[2] = {};             // [Q*H]
@@ -414,28 +470,33 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
   for (const Chunk& chunk : chunks) most_rows = std::max(most_rows, chunk.rows);
   Products<E> products(work, isa, call, most_rows);
   BackwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}};
+  const int64_t batch = s.rows.batch;
+  int64_t words = 0;  // of a share's own memory
   for (int64_t d = 0; d < s.directions; d++) {
     const WeightsOf<E>& w = call.weights[d];
     const int64_t first_rows = (reset_before(s) ? 2 : sizes.gates) * s.hidden;
-    p.w_hh[d] = work.pack_columns(w.w_hh, first_rows, s.output, products.rotate(), true);
+    p.w_hh[d] = work.pack_columns(w.w_hh, first_rows, s.output, products.rotate(), batch, true);
     if (reset_before(s)) {
       p.w_second[d] =
-          work.pack_columns(w.w_hh + first_rows * s.output, s.hidden, s.hidden, 0, true);
+          work.pack_columns(w.w_hh + first_rows * s.output, s.hidden, s.hidden, 0, batch, true);
     }
     if (projected(s)) {
-      p.w_second[d] = work.pack_columns(w.w_hr, s.output, s.hidden, 0, true);
+      p.w_second[d] = work.pack_columns(w.w_hr, s.output, s.hidden, 0, batch, true);
       p.grad_h[d] = work.take_elements(most_rows * s.output);
     }
     p.grad_gates[d] = work.take_elements(most_rows * width);
-    p.carried[d] = work.take_elements(s.rows.batch * width);
+    p.carried[d] = work.take_elements(batch * width);
+    words =
+        std::max(work.operand_words(p.w_hh[d], batch), work.operand_words(p.w_second[d], batch));
   }
   const auto rounds = static_cast<int64_t>(chunks.size());
   for (int64_t round = 0; round < rounds; round++) {
     const int64_t at[] = {rounds - 1 - round, round};  // the directions come from opposite ends
     for (int64_t d = 0; d < s.directions; d++) p.chunk[d] = chunks[static_cast<size_t>(at[d])];
-    work.for_each_share(
-        projected(s) ? p.w_second[0] : p.w_hh[0],
-        [&](const Share& share, Meeting* meeting) { isa.backward(p, share, meeting); });
+    work.for_each_share(projected(s) ? p.w_second[0] : p.w_hh[0], words,
+                        [&](const Share& share, Meeting* meeting, float* memory) {
+                          isa.backward(p, share, meeting, memory);
+                        });
     for (int64_t d = 0; d < s.directions; d++) {
       // The direction that comes to a chunk second adds to what the first has left in grad_x.
       const bool second =

@@ -26,6 +26,7 @@ using torch::headeronly::ScalarType;
 // Where the chosen instruction set has none of its own for bfloat16, null.
 const KernelsOf<BFloat16>* bfloat16_kernels() {
 #if defined(FUSED_RNN_X86)
+  if (&kernels() == &amx_kernels) return &amxbf16_kernels;
   if (&kernels() == &avx512_kernels && cpu_has_avx512bf16()) return &avx512bf16_kernels;
 #endif
   return nullptr;

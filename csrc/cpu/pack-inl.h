@@ -1,14 +1,54 @@
 // Matrices into the layout of PackedMatrix.
 
+#if defined(FUSED_RNN_PARTS)
+// Depth k and k + 1 of a vector of columns, in parts; k is even.
+FUSED_RNN_INLINE void store_words_in_parts(const Panel& panel, int columns, int column, int64_t k,
+                                           Vector even, Vector odd) {
+  Halves low[kParts], high[kParts];
+  *panel.exceptional |= cut(even, low) | cut(odd, high);
+  FUSED_RNN_UNROLL
+  for (int part = 0; part < kParts; part++) {
+    const VectorBits pairs = __builtin_convertvector(low[part], VectorBits) |
+                             __builtin_convertvector(high[part], VectorBits) << 16;
+    store(const_cast<float*>(panel.data) + (part_row(k, part) * columns + column) * kWidth,
+          (Vector)pairs);
+  }
+}
+#endif
+
+// Panel `index` of m, which nothing is written to yet.
+FUSED_RNN_INLINE Panel new_panel(const PackedMatrix& m, int64_t index, int gates) {
+  const Panel panel(m, index, gates);
+  if (panel.exceptional) *panel.exceptional = false;
+  return panel;
+}
+
 template <int GATES>
 static void pack_gates_panel(const Element* weights, const PackedMatrix& m, int64_t index) {
-  const Panel panel(m, index, GATES);
+  const Panel panel = new_panel(m, index, GATES);
   const int64_t k_stride = (int64_t)GATES * panel.vectors * kWidth;
   for (int gate = 0; gate < GATES; gate++) {
     for (int v = 0; v < panel.vectors; v++) {
       const int64_t unit = panel.column + v * kWidth;
       const int valid = valid_lanes(unit, m.columns);
       const Element* from = weights + (gate * m.columns + unit) * m.depth;
+#if defined(FUSED_RNN_PARTS)
+      for (int64_t k = 0; m.parts > 1 && k < row_depth(m.depth); k += kWidth) {
+        Vector block[kWidth];
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < kWidth; i++) {
+          block[i] =
+              i < valid && k < m.depth ? load_words(from + i * m.depth + k, m.depth - k) : Vector{};
+        }
+        transpose(block);
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < kWidth; i += 2) {
+          store_words_in_parts(panel, GATES * panel.vectors, gate * panel.vectors + v, k + i,
+                               block[i], block[i + 1]);
+        }
+      }
+      if (m.parts > 1) continue;
+#endif
       float* to = const_cast<float*>(panel.data) + (gate * panel.vectors + v) * kWidth;
       for (int64_t word = 0; word < words(m.depth); word += kWidth) {
         const int count = valid_lanes(word, words(m.depth));
@@ -52,23 +92,24 @@ template <class Row>
 struct RowPacker {
   const Panel& panel;
   const int64_t columns;
-  float* to;
-  Row rows[kPairs];  // that wait for what they are paired with
+  const int pairs;  // so many rows are written at a time
+  int64_t k = 0;    // depth that is written
+  Row rows[2];      // that wait for what they are paired with
   int waiting = 0;
 
   RowPacker(const Panel& panel, int64_t columns)
-      : panel(panel), columns(columns), to(const_cast<float*>(panel.data)) {}
+      : panel(panel), columns(columns), pairs(panel.parts > 1 ? 2 : kPairs) {}
 
   template <class Source>
   void add(Row row, const Source& source) {
     rows[waiting++] = row;
-    if (waiting == kPairs) write(source);
+    if (waiting == pairs) write(source);
   }
 
-  // The last of an odd number of rows is paired with zeros.
+  // The last of an odd number of rows is paired with zeros, and they fill the panel.
   template <class Source>
   void finish(const Source& source) {
-    if (waiting > 0) write(source);
+    while (waiting > 0 || k < filled_depth(panel.depth, panel.parts)) write(source);
   }
 
   template <class Source>
@@ -76,14 +117,21 @@ struct RowPacker {
     for (int v = 0; v < panel.vectors; v++) {
       const int64_t column = panel.column + v * kWidth;
       const int valid = valid_lanes(column, columns);
-      Elements elements[kPairs];
-      for (int i = 0; i < kPairs; i++) {
+      Elements elements[2];
+      for (int i = 0; i < pairs; i++) {
         elements[i] = i < waiting ? source(rows[i], column, valid) : Elements{};
       }
-      store(to, pair(elements));
-      to += kWidth;
+#if defined(FUSED_RNN_PARTS)
+      if (panel.parts > 1) {
+        store_words_in_parts(panel, panel.vectors, v, k, elements[0], elements[1]);
+        continue;
+      }
+#endif
+      store(const_cast<float*>(panel.data) + (k / kPairs * panel.vectors + v) * kWidth,
+            pair(elements));
     }
     waiting = 0;
+    k += pairs;
   }
 };
 
@@ -96,7 +144,7 @@ constexpr auto elements_of = [](const Element* row, int64_t column, int valid) {
 static void pack_columns(const PackColumnsParams& p, int64_t begin, int64_t end) {
   const int64_t depth = p.packed.depth, columns = p.packed.columns;
   for (int64_t index = begin; index < end; index++) {
-    const Panel panel(p.packed, index, 1);
+    const Panel panel = new_panel(p.packed, index, 1);
     RowPacker<const Element*> packer(panel, columns);
     for (int64_t k = 0; k < depth; k++) {
       const int64_t row = k + p.rotate < depth ? k + p.rotate : k + p.rotate - depth;
@@ -158,7 +206,7 @@ static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
   };
   const auto factor_of = [&](int64_t i) { return factors ? factors + i * output : nullptr; };
   for (int64_t index = begin; index < end; index++) {
-    const Panel panel(p.packed, index, 1);
+    const Panel panel = new_panel(p.packed, index, 1);
     if (p.source == RowSource::between && reset_before(shape)) {
       constexpr int S = GruResetBeforeCell<Math>::kSavedGates;
       RowPacker<Product> packer(panel, hidden);

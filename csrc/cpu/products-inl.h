@@ -1,18 +1,21 @@
 // What the gradients of a chunk's gates become: gradients of x, of the weights and of the biases.
 
-static void input_grad(const InputGradParams& p, int64_t row_begin, int64_t row_end) {
-  const int64_t input = p.w_ih.columns;
+static void input_grad(const InputGradParams& p, int64_t row_begin, int64_t row_end,
+                       float* memory) {
+  const TileSession session;
+  const int64_t input = p.w_ih.columns, stride = p.grad_gates_stride;
+  const Operand grads = operand_of(p.w_ih, {p.grad_gates + row_begin * stride, stride}, 0,
+                                   row_end - row_begin, memory);
   for (int64_t j = 0; j < panel_count(p.w_ih, kWidth); j++) {
     const Panel panel(p.w_ih, j, 1);
-    for_each_tile(row_begin, row_end, panel.vectors, [&](int64_t first, int rows) {
+    for_each_tile(0, row_end - row_begin, panel, panel.vectors, [&](int64_t first, int rows) {
       Vector tile[kMaxRows * kMaxColumns];
-      multiply(panel.vectors, rows, p.w_ih.depth, p.grad_gates + first * p.grad_gates_stride,
-               p.grad_gates_stride, panel.data, tile);
+      multiply(panel.vectors, rows, grads, first, panel, tile);
       for (int m = 0; m < rows; m++) {
         for (int v = 0; v < panel.vectors; v++) {
           const int64_t column = panel.column + v * kWidth;
           const int valid = valid_lanes(column, input);
-          Element* to = p.grad_x + (first + m) * input + column;
+          Element* to = p.grad_x + (row_begin + first + m) * input + column;
           Vector sum = tile[m * panel.vectors + v];
           if (p.accumulate) sum += load(to, valid);
           store(to, sum, valid);
@@ -22,12 +25,36 @@ static void input_grad(const InputGradParams& p, int64_t row_begin, int64_t row_
   }
 }
 
+// Rows in parts are zero up to a multiple of a tile.
+FUSED_RNN_INLINE int64_t transposed_rows(const TransposeParams& p) {
+#if defined(FUSED_RNN_PARTS)
+  if (p.parts > 1) return row_depth(p.rows);
+#endif
+  return p.rows;
+}
+
+FUSED_RNN_INLINE void store_transposed(const TransposeParams& p, int64_t column, int64_t row,
+                                       Vector v) {
+  Element* to = p.transposed + column * p.stride;
+#if defined(FUSED_RNN_PARTS)
+  if (p.parts > 1) {
+    BFloat16* to_parts = (BFloat16*)to;
+    Halves parts[kParts];
+    unsigned& exceptional = exceptional_of(to_parts, p.rows);
+    exceptional = cut(v, parts) | (row > 0 ? exceptional : 0);
+    return store_parts(parts, to_parts, p.rows, row);
+  }
+#endif
+  store(to + row, v);
+}
+
 static void transpose_grads(const TransposeParams& p, int64_t begin, int64_t end) {
   const int64_t first = begin * kWidth, last = smaller(end * kWidth, p.width);
   for (int64_t column = first; !p.accumulate && column < last; column++) p.sums[column] = 0.0f;
+  const int64_t row_end = transposed_rows(p);
   // Row blocks outside: memory is read in the order in which it lies.
-  for (int64_t row = 0; row < p.rows; row += kWidth) {
-    const int rows = valid_lanes(row, p.rows);
+  for (int64_t row = 0; row < row_end; row += kWidth) {
+    const int rows = row < p.rows ? valid_lanes(row, p.rows) : 0;
     for (int64_t column = first; column < last; column += kWidth) {
       const int valid = valid_lanes(column, p.width);
       Vector block[kWidth], sum{};
@@ -40,30 +67,35 @@ static void transpose_grads(const TransposeParams& p, int64_t begin, int64_t end
       transpose(block);
       FUSED_RNN_UNROLL
       for (int i = 0; i < kWidth; i++) {
-        if (i < valid) store(p.transposed + (column + i) * p.stride + row, block[i]);
+        if (i < valid) store_transposed(p, column + i, row, block[i]);
       }
     }
   }
 }
 
-constexpr int kGradRows = tile_rows(kMaxColumns);
+#if defined(FUSED_RNN_AMX)
+constexpr int kGradRows = kTileRows;
+#else
+constexpr int kGradRows = vector_rows(kMaxColumns);
+#endif
 
 // Each chunk's sum starts at zero and is added as a whole: the rounding errors of a long sequence
 // then grow with the square root of a chunk, not of the sequence.
 static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
+  const TileSession session;
   const int64_t columns = p.packed.columns;
+  const int64_t row_begin = begin * kGradRows, row_end = smaller(end * kGradRows, p.rows);
+  const Operand grads{p.transposed, p.stride, (const BFloat16*)p.transposed,
+                      p.stride * (int64_t)(sizeof(Element) / sizeof(BFloat16))};
   for (int64_t j = 0; j < panel_count(p.packed, kWidth); j++) {
     const Panel panel(p.packed, j, 1);
-    for (int64_t first = begin * kGradRows; first < smaller(end * kGradRows, p.rows);
-         first += kGradRows) {
-      const int rows = (int)smaller(kGradRows, p.rows - first);
+    for_each_tile(row_begin, row_end, panel, panel.vectors, [&](int64_t first, int rows) {
       Vector tile[kMaxRows * kMaxColumns];
       if (p.accumulate) {
         prefetch(p.grad + (first + p.rotate) % p.rows * columns + panel.column, columns, rows,
                  panel.vectors);
       }
-      multiply(panel.vectors, rows, p.packed.depth, p.transposed + first * p.stride, p.stride,
-               panel.data, tile);
+      multiply(panel.vectors, rows, grads, first, panel, tile);
       for (int m = 0; m < rows; m++) {
         const int64_t row =
             first + m + p.rotate < p.rows ? first + m + p.rotate : first + m + p.rotate - p.rows;
@@ -76,6 +108,6 @@ static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
           store(to, sum, valid);
         }
       }
-    }
+    });
   }
 }

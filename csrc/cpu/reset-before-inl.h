@@ -3,18 +3,18 @@
 
 // Rows of one step that all start from the same kind of state.
 struct ForwardRows {
-  RowsOf<float> gx;               // [G*H]
-  RowsOf<const Element> h_prev;   // [P]
-  RowsOf<float> h;                // [H] the running h, where kRunningH, or null in a single step
-  RowsOf<const float> c_prev;     // [H]
-  RowsOf<Element> between;        // [H] where kResetBefore, r * h_prev
-  RowsOf<Element> y;              // [H] what the cell gives: h, if not yet projected
-  RowsOf<float> c;                // [H] the running c
-  RowsOf<Element> gates;          // [S*H] or null
-  RowsOf<float> cells;            // [H] or null; of an RNN, what the cell gives before zoneout
-  RowsOf<const Element> operand;  // [P] what the product takes: h_prev, or that times factor
-  RowsOf<const float> factor;     // [P] or null
-  ZoneoutRows zoneout_h;          // of y
+  RowsOf<float> gx;              // [G*H]
+  RowsOf<const Element> h_prev;  // [P]
+  RowsOf<float> h;               // [H] the running h, where kRunningH, or null in a single step
+  RowsOf<const float> c_prev;    // [H]
+  RowsOf<Element> between;       // [H] where kResetBefore, r * h_prev
+  RowsOf<Element> y;             // [H] what the cell gives: h, if not yet projected
+  RowsOf<float> c;               // [H] the running c
+  RowsOf<Element> gates;         // [S*H] or null
+  RowsOf<float> cells;           // [H] or null; of an RNN, what the cell gives before zoneout
+  RowsOf<const Element> taken;   // [P] what the product takes: h_prev, or that times factor
+  RowsOf<const float> factor;    // [P] or null
+  ZoneoutRows zoneout_h;         // of y
   ZoneoutRows zoneout_c;
   const float* peephole;  // [3*H] of all rows, or null
 };
@@ -71,12 +71,12 @@ FUSED_RNN_INLINE void candidate_units(const ForwardRows& from, int64_t row, int6
 }
 
 template <class Cell>
-static void reset_gates_tile(const ForwardRows& r, int64_t first, int rows, const Panel& panel,
-                             const PackedMatrix& w_rz) {
+static void reset_gates_tile(const ForwardRows& r, const Operand& h, int64_t first, int rows,
+                             const Panel& panel, const PackedMatrix& w_rz) {
   const int64_t hidden = w_rz.columns;
   const int columns = kResetGates * panel.vectors;
   Vector tile[kMaxRows * kMaxColumns];
-  multiply(columns, rows, w_rz.depth, r.operand[first], r.operand.stride, panel.data, tile);
+  multiply(columns, rows, h, first, panel, tile);
   for (int v = 0; v < panel.vectors; v++) {
     const int64_t unit = panel.column + v * kWidth;
     const int valid = valid_lanes(unit, hidden);
@@ -90,11 +90,11 @@ static void reset_gates_tile(const ForwardRows& r, int64_t first, int rows, cons
 }
 
 template <class Cell>
-static void candidate_tile(const ForwardRows& r, int64_t first, int rows, const Panel& panel,
-                           const PackedMatrix& w_n) {
+static void candidate_tile(const ForwardRows& r, const Operand& between, int64_t first, int rows,
+                           const Panel& panel, const PackedMatrix& w_n) {
   const int64_t hidden = w_n.columns;
   Vector tile[kMaxRows * kMaxColumns];
-  multiply(panel.vectors, rows, w_n.depth, r.between[first], r.between.stride, panel.data, tile);
+  multiply(panel.vectors, rows, between, first, panel, tile);
   for (int v = 0; v < panel.vectors; v++) {
     const int64_t unit = panel.column + v * kWidth;
     const int valid = valid_lanes(unit, hidden);

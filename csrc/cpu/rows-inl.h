@@ -45,6 +45,8 @@ struct RowsOf {
   T* operator[](int64_t i) const { return base + i * stride; }
 };
 
+using Rows = RowsOf<const Element>;
+
 // The share's rows of an array whose rows are `width` apart, the first batch row being `row`.
 template <class T>
 FUSED_RNN_INLINE RowsOf<T> rows_of(T* array, int64_t row, int64_t width, const Share& share) {

@@ -18,7 +18,7 @@ template <class Word>
 static void multiply_step(int columns, int rows, int64_t depth, const float* a, int64_t a_stride,
                           const Word* panel, Vector* tile) {
   if constexpr (kStepParts == 1) {
-    multiply(columns, rows, depth, a, a_stride, panel, tile);
+    multiply_words(columns, rows, depth, a, a_stride, panel, tile);
   } else {
     switch (columns) {
       case 1:

@@ -1,15 +1,14 @@
-// The register tile that every matrix product here is made of.
+// The register tile that matrix products are made of where there is no AMX.
 //
 // Every sum is one chain of multiply-adds in the order of k, so an element does not depend on the
 // tile, batch, thread count or vector width it was computed with.
 
 constexpr int kMaxColumns = 4;
-constexpr int kMaxRows = 12;
 
 // Rows of a tile of `columns` vectors: as many as the registers hold. AVX-512 and ARM have 32.
 // Measured with AVX-512 on a prototype of this tile: 3 columns of 8 rows and 4 of 6 reach 92% of
 // FMA peak, 4 of 4 reach 73%.
-constexpr int tile_rows(int columns) {
+constexpr int vector_rows(int columns) {
 #if FUSED_RNN_VECTOR_WIDTH == 16 || defined(__aarch64__)
   constexpr int rows[] = {12, 12, 8, 6};
 #else
@@ -95,7 +94,7 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const Element* a, in
   }
 }
 
-template <int COLUMNS, int ROWS = tile_rows(COLUMNS), class Word>
+template <int COLUMNS, int ROWS = vector_rows(COLUMNS), class Word>
 void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, const Word* panel,
                    Vector* tile) {
   if constexpr (ROWS > 1) {
@@ -108,8 +107,8 @@ void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, 
 }
 
 template <class Word>
-static void multiply(int columns, int rows, int64_t depth, const Element* a, int64_t a_stride,
-                     const Word* panel, Vector* tile) {
+static void multiply_words(int columns, int rows, int64_t depth, const Element* a, int64_t a_stride,
+                           const Word* panel, Vector* tile) {
   switch (columns) {
     case 1:
       return multiply_rows<1>(rows, depth, a, a_stride, panel, tile);
@@ -121,30 +120,6 @@ static void multiply(int columns, int rows, int64_t depth, const Element* a, int
       return multiply_rows<4>(rows, depth, a, a_stride, panel, tile);
   }
 }
-
-// Calls body(first row, rows) for tiles of [begin, end) that differ by at most one row.
-template <class Body>
-FUSED_RNN_INLINE void for_each_tile(int64_t begin, int64_t end, int columns, Body body) {
-  const int64_t rows = end - begin;
-  const int64_t tiles = ceil_div(rows, tile_rows(columns));
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    const int64_t first = begin + rows * tile / tiles;
-    body(first, (int)(begin + rows * (tile + 1) / tiles - first));
-  }
-}
-
-// A block of neighbouring columns of a packed matrix, the last one narrower.
-struct Panel {
-  int64_t column;  // first of them
-  int vectors;     // per gate
-  const float* data;
-
-  Panel(const PackedMatrix& m, int64_t index, int gates) {
-    column = index * m.vectors * kWidth;
-    vectors = (int)smaller(m.vectors, ceil_div(m.columns - column, kWidth));
-    data = m.data + column * gates * words(m.depth);
-  }
-};
 
 // Asks for `vectors` vectors of each row of a tile, which the end of a product will want: short
 // pieces far apart are not foreseen by the hardware.

@@ -1,0 +1,248 @@
+// Matrix products by AMX: tiles of 16 rows of 64 bytes, multiplied as pairs of BFloat16 into sums
+// of float. A packed panel is laid out as the instructions want it, 16 words of depth a tile.
+//
+// Assembly rather than intrinsics: the compiler then needs no support but its assembler's, and gcc
+// 12's _tile_loadconfig does not say that it reads all of the configuration.
+
+#if defined(FUSED_RNN_AMX)
+
+constexpr int kTileRows = 32;  // of a product: two tiles above each other
+
+template <int TILE>
+FUSED_RNN_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
+}
+
+template <int TILE>
+FUSED_RNN_INLINE void tile_load(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(TILE), "r"(from), "r"(stride) : "memory");
+}
+
+template <int TILE>
+FUSED_RNN_INLINE void tile_store(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(TILE), "r"(to), "r"(stride) : "memory");
+}
+
+template <int SUM, int A, int B>
+FUSED_RNN_INLINE void tile_multiply_add() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
+}
+
+// Which tiles hold what. With up to 4 sums there is room for all of A's tiles of a block of depth,
+// with 6 (3 columns of 32 rows) for one; and sums are as many as the latency of a product wants.
+template <int COLUMNS, int HALVES>
+struct TileMap {
+  static constexpr bool kAllOfA = COLUMNS * HALVES <= 4;
+  static constexpr int kA = kAllOfA ? 4 : 6;
+  static constexpr int kB = kAllOfA ? 4 + HALVES : 7;
+  static constexpr int kTilesOfB = 8 - kB;
+  static constexpr bool kAllOfB = COLUMNS <= kTilesOfB;
+};
+
+constexpr int kFirstTileOfB = 5;  // of a product of up to 16 rows
+
+// Sums and A's tiles have as many rows as a product of up to 16 has; from 16 on, all have 16.
+struct TileRows {
+  int rows = 0;
+
+  void set(int wanted) {
+    if (wanted == rows) return;
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    static_assert(sizeof(config) == 64, "as the instruction reads it");
+    for (int tile = 0; tile < 8; tile++) {
+      config.row_bytes[tile] = 64;
+      config.rows[tile] = (uint8_t)(tile < kFirstTileOfB ? wanted : 16);
+    }
+    asm volatile("ldtilecfg %0" ::"m"(config));
+    rows = wanted;
+  }
+};
+
+static thread_local TileRows tile_rows_now;
+
+// While a kernel runs on a thread. Tiles in use make the thread's switches slower.
+struct TileSession {
+  TileSession() { tile_rows_now.rows = 0; }
+  ~TileSession() {
+    if (tile_rows_now.rows > 0) asm volatile("tilerelease" ::: "memory");
+    tile_rows_now.rows = 0;
+  }
+};
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
+// Calls body(Number<0>), ..., body(Number<N - 1>).
+template <int N, class Body>
+FUSED_RNN_INLINE void for_each_number(Body body) {
+  if constexpr (N > 0) {
+    for_each_number<N - 1>(body);
+    body(Number<N - 1>{});
+  }
+}
+
+// Tiles of A and of a panel that are multiplied with each other, row strides in bytes.
+struct TileBlock {
+  const char* a;
+  int64_t a_stride;
+  int64_t lower_half;  // from the upper half of A's rows, in bytes
+  const char* b;
+  int64_t b_stride;
+};
+
+// Adds A times B; what a product before this one has loaded may be there still.
+template <int COLUMNS, int HALVES, bool NEW_A = true, bool NEW_B = true>
+FUSED_RNN_INLINE void multiply_block(const TileBlock& block) {
+  using Map = TileMap<COLUMNS, HALVES>;
+  const auto load_a = [&](auto half, auto tile) __attribute__((always_inline)) {
+    tile_load<decltype(tile)::value>(block.a + decltype(half)::value * block.lower_half,
+                                     block.a_stride);
+  };
+  const auto load_b = [&](auto column) __attribute__((always_inline)) {
+    constexpr int c = decltype(column)::value;
+    tile_load<Map::kB + c % Map::kTilesOfB>(block.b + c * 64, block.b_stride);
+  };
+  if constexpr (Map::kAllOfA) {
+    if constexpr (NEW_A) {
+      for_each_number<HALVES>([&](auto half) __attribute__((always_inline)) {
+        load_a(half, Number<Map::kA + decltype(half)::value>{});
+      });
+    }
+    for_each_number<COLUMNS>([&](auto column) __attribute__((always_inline)) {
+      constexpr int c = decltype(column)::value;
+      if constexpr (NEW_B || !Map::kAllOfB) load_b(column);
+      for_each_number<HALVES>([&](auto half) __attribute__((always_inline)) {
+        constexpr int h = decltype(half)::value;
+        tile_multiply_add<h * COLUMNS + c, Map::kA + h, Map::kB + c % Map::kTilesOfB>();
+      });
+    });
+  } else {
+    for_each_number<HALVES>([&](auto half) __attribute__((always_inline)) {
+      constexpr int h = decltype(half)::value;
+      load_a(half, Number<Map::kA>{});
+      for_each_number<COLUMNS>([&](auto column) __attribute__((always_inline)) {
+        load_b(column);
+        tile_multiply_add<h * COLUMNS + decltype(column)::value, Map::kA, Map::kB>();
+      });
+    });
+  }
+}
+
+// A product whose A has parts `part` bytes apart, with `blocks` blocks of depth and then what is
+// left of A's depth in `rest`, if any.
+struct TileProduct {
+  TileBlock block;
+  int64_t part;
+  int64_t blocks;
+  const char* rest;
+  int rows;
+};
+
+template <int PARTS, int COLUMNS, int HALVES>
+static void multiply_columns(const TileProduct& p, int column, int columns, Vector* tile) {
+  for_each_number<COLUMNS * HALVES>(
+      [](auto sum) __attribute__((always_inline)) { tile_zero<decltype(sum)::value>(); });
+  const int64_t part_of_b = 16 * p.block.b_stride;
+  TileBlock block = p.block;
+  block.b += column * 64;
+  for (int64_t i = 0; i < p.blocks; i++) {
+    if constexpr (PARTS == 1) {
+      multiply_block<COLUMNS, HALVES>(block);
+    } else {
+      // The smallest products first, each with a factor of the one before.
+      const auto at = [&](int a, int b) __attribute__((always_inline)) {
+        TileBlock parts = block;
+        parts.a += a * p.part;
+        parts.b += b * part_of_b;
+        return parts;
+      };
+      multiply_block<COLUMNS, HALVES>(at(0, 2));
+      multiply_block<COLUMNS, HALVES, false, true>(at(0, 1));
+      multiply_block<COLUMNS, HALVES, true, false>(at(1, 1));
+      multiply_block<COLUMNS, HALVES, false, true>(at(1, 0));
+      multiply_block<COLUMNS, HALVES, true, false>(at(2, 0));
+      multiply_block<COLUMNS, HALVES, true, false>(at(0, 0));
+    }
+    block.a += 2 * kTileDepth;
+    block.b += PARTS * part_of_b;
+  }
+  if (p.rest) {
+    block.a = p.rest;
+    block.a_stride = 2 * kTileDepth;
+    block.lower_half = (p.rows - 16) * block.a_stride;
+    multiply_block<COLUMNS, HALVES>(block);
+  }
+  const int64_t stride = columns * (int64_t)sizeof(Vector);
+  for_each_number<HALVES>([&](auto half) __attribute__((always_inline)) {
+    constexpr int h = decltype(half)::value;
+    for_each_number<COLUMNS>([&](auto c) __attribute__((always_inline)) {
+      constexpr int number = decltype(c)::value;
+      Vector* to = tile + (h ? p.rows - 16 : 0) * columns + column + number;
+      tile_store<h * COLUMNS + number>(to, stride);
+    });
+  });
+}
+
+// tile [rows, columns] = a [rows, depth] times a panel of `columns` vectors, both in PARTS parts;
+// those of `a` are `part` elements apart, and zero up to the next tile where there are several.
+template <int PARTS>
+static void multiply_tiles(int columns, int rows, int64_t depth, const BFloat16* a,
+                           int64_t a_stride, int64_t part, const float* panel, Vector* tile) {
+  BFloat16 rest[PARTS == 1 ? kTileRows * kTileDepth : 1];
+  const int64_t a_bytes = 2 * a_stride;
+  TileProduct p{{(const char*)a, a_bytes, (rows - 16) * a_bytes, (const char*)panel,
+                 columns * (int64_t)sizeof(Vector)},
+                2 * part,
+                PARTS == 1 ? depth / kTileDepth : ceil_div(depth, kTileDepth),
+                nullptr,
+                rows};
+  if constexpr (PARTS == 1) {
+    const int64_t left = depth % kTileDepth;
+    if (left > 0) {
+      const __mmask32 lanes = (__mmask32)((1u << left) - 1);
+      const BFloat16* from = a + depth - left;
+      for (int row = 0; row < rows; row++) {
+        _mm512_storeu_si512(rest + row * kTileDepth,
+                            _mm512_maskz_loadu_epi16(lanes, from + row * a_stride));
+      }
+      p.rest = (const char*)rest;
+    }
+  }
+  tile_rows_now.set(rows < 16 ? rows : 16);
+  // The halves of 17 to 31 rows have some in common, which come out the same twice.
+  if (rows <= 16) {
+    switch (columns) {
+      case 1:
+        return multiply_columns<PARTS, 1, 1>(p, 0, columns, tile);
+      case 2:
+        return multiply_columns<PARTS, 2, 1>(p, 0, columns, tile);
+      case 3:
+        return multiply_columns<PARTS, 3, 1>(p, 0, columns, tile);
+      default:
+        return multiply_columns<PARTS, 4, 1>(p, 0, columns, tile);
+    }
+  }
+  switch (columns) {
+    case 1:
+      return multiply_columns<PARTS, 1, 2>(p, 0, columns, tile);
+    case 2:
+      return multiply_columns<PARTS, 2, 2>(p, 0, columns, tile);
+    case 3:
+      return multiply_columns<PARTS, 3, 2>(p, 0, columns, tile);
+    default:
+      multiply_columns<PARTS, 2, 2>(p, 0, columns, tile);
+      return multiply_columns<PARTS, 2, 2>(p, 2, columns, tile);
+  }
+}
+
+#else
+
+struct [[maybe_unused]] TileSession {};  // there are no tiles to release
+
+#endif
