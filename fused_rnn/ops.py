@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, onnx
-from .backends.base import LayerOutput, Needs, OutputGrads
+from .backends.base import Backend, LayerOutput, Needs, OutputGrads
 from .cells import CELLS, Cell, DirectionWeights, state_dtype
 from .oracle import Recurrence, plain_recurrence
 from .oracle import run as oracle_run
@@ -281,6 +281,16 @@ def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(rows, (*like.shape[:-1], rows.shape[-1]))
 
 
+def _select(problem: Problem, backend: str) -> Backend:
+    """`dispatch.select`, where the reference stands for `general_scan`, which is not here."""
+    chosen = dispatch.select(problem, backend)
+    if missing := [name for name in problem.extras if name not in chosen.extras]:
+        raise dispatch.UnsupportedProblemError(
+            f"backend {chosen.name!r} has no operator for {', '.join(missing)}"
+        )
+    return chosen
+
+
 def _forward_impl(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
     cell, save, states, recompute, backend, *noise,
@@ -289,7 +299,7 @@ def _forward_impl(
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
     problem = make_problem(*inputs, save, states, noise)
     rows, by_direction = _layout(*inputs, noise)
-    chosen = dispatch.select(problem, backend)
+    chosen = _select(problem, backend)
     out = chosen.forward(
         problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save and not recompute
     )
@@ -327,7 +337,7 @@ def _backward_impl(
     problem = make_problem(*inputs, True, states, noise)
     rows, by_direction = _layout(*inputs, noise)
     x_rows = _rows_of(x, problem.packed)
-    chosen = dispatch.select(problem, backend)
+    chosen = _select(problem, backend)
     saved = LayerOutput(_rows_of(y, problem.packed), None, None, gates, cells)
     if recompute:
         saved = chosen.forward(problem, x_rows, by_direction, h0, c0, rows, True)

@@ -478,6 +478,14 @@ def test_the_librarys_border(which, wrong, message):
         torch.ops.fused_rnn.layer_forward(*arguments)
 
 
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_the_operator_of_the_reference_has_none_of_it(cell):
+    arguments = list(noisy_arguments(cell))
+    arguments[-4] = "reference"
+    with pytest.raises(fused_rnn.UnsupportedProblemError, match="has no operator for recurrent_dr"):
+        torch.ops.fused_rnn.layer_forward(*arguments)
+
+
 @needs_cpu_library
 @pytest.mark.parametrize("shapes", [[], [(3 * H + 1,)], [(3 * H,), (3 * H,)]], ids=str)
 def test_the_librarys_border_of_weights(shapes):
