@@ -25,11 +25,11 @@ FUSED_RNN_INLINE Vector through_factor(RowsOf<const float> factor, int64_t row, 
   return factor.base ? grad * load(factor[row] + column, valid) : grad;
 }
 
-template <class Cell>
+template <class Cell, bool MORE>
 FUSED_RNN_INLINE void backward_cell(const BackwardRows& r, int64_t unit, int64_t hidden, int valid,
                                     const Vector* factors, Vector d_h, Vector& carry,
                                     Vector* grads) {
-  if constexpr (Cell::kHasC) {
+  if constexpr (MORE && Cell::kHasC) {
     if (r.peephole) {
       Vector peephole[3];
       load_peephole(r.peephole, unit, hidden, valid, peephole);
@@ -40,8 +40,9 @@ FUSED_RNN_INLINE void backward_cell(const BackwardRows& r, int64_t unit, int64_t
 }
 
 // `weights` [depth, H] makes the gradient of the cell's output from grad_next: W_hh, or where h is
-// projected W_hr, grad_next being the gradient of h then and the other sources null.
-template <class Cell>
+// projected W_hr, grad_next being the gradient of h then and the other sources null. MORE: see
+// forward_units.
+template <class Cell, bool MORE>
 static void backward_tile(const BackwardRows& r, const Operand& grad_next, int64_t first, int rows,
                           const Panel& panel, const PackedMatrix& weights) {
   const int64_t hidden = weights.columns;
@@ -57,7 +58,7 @@ static void backward_tile(const BackwardRows& r, const Operand& grad_next, int64
     multiply(panel.vectors, rows, grad_next, first, panel, tile);
   }
   // A row's own grad_h_n, once; and whatever went round W_hh.
-  const bool zoned = r.zoneout_h.any();
+  const bool zoned = MORE && r.zoneout_h.any();
   const bool add_grad_h = Cell::kUsesPreviousH || zoned || !r.grad_next.base;
   for (int m = 0; m < rows; m++) {
     const int64_t row = first + m;
@@ -81,7 +82,8 @@ static void backward_tile(const BackwardRows& r, const Operand& grad_next, int64
           saved[i] = load(r.gates[row] + i * hidden + unit, valid);
         }
       } else {
-        h = r.cells.base ? load(r.cells[row] + unit, valid) : load(r.y[row] + unit, valid);
+        const bool apart = MORE && r.cells.base;
+        h = apart ? load(r.cells[row] + unit, valid) : load(r.y[row] + unit, valid);
       }
       if constexpr (Cell::kUsesPreviousH) h_prev = load(r.h_prev[row] + unit, valid);
       if constexpr (Cell::kHasC) {
@@ -89,7 +91,7 @@ static void backward_tile(const BackwardRows& r, const Operand& grad_next, int64
         c_prev = load(r.c_prev[row] + unit, valid);
         carry = load(r.grad_c[row] + unit, valid);
         if (r.grad_cells.base) carry += load(r.grad_cells[row] + unit, valid);
-        if (r.zoneout_c.any()) {
+        if (MORE && r.zoneout_c.any()) {
           c = LstmCell<Math>::new_c(saved, c_prev);
           past_c = past_the_step(r.zoneout_c, row, unit, valid, carry);
           carry -= past_c;
@@ -97,14 +99,14 @@ static void backward_tile(const BackwardRows& r, const Operand& grad_next, int64
       }
       Vector factors[Cell::kFactors];
       Cell::factors(saved, h, h_prev, c, c_prev, factors);
-      backward_cell<Cell>(r, unit, hidden, valid, factors, d_h, carry, grads);
+      backward_cell<Cell, MORE>(r, unit, hidden, valid, factors, d_h, carry, grads);
       FUSED_RNN_UNROLL
       for (int i = kResetBefore<Cell> ? 1 : 0; i < Cell::kGradGates; i++) {
         store(r.grad_gates[row] + i * hidden + unit, grads[i], valid);
       }
-      if constexpr (Cell::kUsesPreviousH) past_h += carry;
+      if constexpr (Cell::kUsesPreviousH) past_h = zoned ? past_h + carry : carry;
       if (Cell::kUsesPreviousH || zoned) store(r.grad_h[row] + unit, past_h, valid);
-      if constexpr (Cell::kHasC) store(r.grad_c[row] + unit, carry + past_c, valid);
+      if constexpr (Cell::kHasC) store(r.grad_c[row] + unit, MORE ? carry + past_c : carry, valid);
     }
   }
 }
@@ -220,6 +222,8 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
   const auto carried = rows_of(p.carried[d], 0, Q * hidden, share);
   const auto factor = rows_of_or_null(p.h_factor, state, output, share);
 
+  const bool more = has_more(p, d);
+
   // The order of the forward scan, which this one follows from its end.
   const int64_t index_begin = d == 1 ? last + 1 - chunk.end : chunk.begin;
   const int64_t index_end = d == 1 ? last + 1 - chunk.begin : chunk.end;
@@ -308,7 +312,8 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
     for_each(share, to_units, next_step,
              [&](const BackwardRows& from, const Operand& grad_next, int64_t first, int rows,
                  const Panel& panel) {
-               backward_tile<Cell>(from, grad_next, first, rows, panel, to_units);
+               const auto tile = more ? backward_tile<Cell, true> : backward_tile<Cell, false>;
+               tile(from, grad_next, first, rows, panel, to_units);
              });
     if constexpr (kResetBefore<Cell>) {
       if (meeting) meeting->wait();

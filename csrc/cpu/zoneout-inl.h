@@ -13,6 +13,12 @@ FUSED_RNN_INLINE VectorIndex load_flags(const uint8_t* p, int valid) {
   return __builtin_convertvector(flags, VectorIndex) != 0;
 }
 
+// Whether a call has zoneout or peepholes.
+template <class Params>
+FUSED_RNN_INLINE bool has_more(const Params& p, int64_t direction) {
+  return p.zoneout_h.any() || p.zoneout_c.any() || p.weights[direction].peephole;
+}
+
 // The rows of one step.
 struct ZoneoutRows {
   RowsOf<const uint8_t> kept;  // [P] or [H], or null
