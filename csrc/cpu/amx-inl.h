@@ -1,5 +1,5 @@
 // Matrix products by AMX: tiles of 16 rows of 64 bytes, multiplied as pairs of BFloat16 into sums
-// of float. A packed panel is laid out as the instructions want it, 16 words of depth a tile.
+// of float.
 //
 // Assembly rather than intrinsics: the compiler then needs no support but its assembler's, and gcc
 // 12's _tile_loadconfig does not say that it reads all of the configuration.
@@ -7,6 +7,18 @@
 #if defined(FUSED_RNN_AMX)
 
 constexpr int kTileRows = 32;  // of a product: two tiles above each other
+constexpr int kTileDepth = 32;
+constexpr int kTileWords = 256;
+constexpr int kTileRowBytes = 64;
+
+// Words of a panel before the tile that has depth k of a part of one of its vectors of columns. A
+// vector's tiles lie one after the other, in the order in which a product reads them: 7% faster
+// than beside those of other vectors, where they come from L3.
+FUSED_RNN_INLINE int64_t tile_words_before(int64_t depth, int column, int64_t k, int part,
+                                           int parts) {
+  const int64_t blocks = ceil_div(depth, kTileDepth);
+  return ((column * blocks + k / kTileDepth) * parts + part) * kTileWords;
+}
 
 template <int TILE>
 FUSED_RNN_INLINE void tile_zero() {
@@ -54,7 +66,7 @@ struct TileRows {
     } config;
     static_assert(sizeof(config) == 64, "as the instruction reads it");
     for (int tile = 0; tile < 8; tile++) {
-      config.row_bytes[tile] = 64;
+      config.row_bytes[tile] = kTileRowBytes;
       config.rows[tile] = (uint8_t)(tile < kFirstTileOfB ? wanted : 16);
     }
     asm volatile("ldtilecfg %0" ::"m"(config));
@@ -93,7 +105,7 @@ struct TileBlock {
   int64_t a_stride;
   int64_t lower_half;  // from the upper half of A's rows, in bytes
   const char* b;
-  int64_t b_stride;
+  int64_t next_column;  // of B's tiles, in bytes
 };
 
 // Adds A times B; what a product before this one has loaded may be there still.
@@ -106,7 +118,7 @@ FUSED_RNN_INLINE void multiply_block(const TileBlock& block) {
   };
   const auto load_b = [&](auto column) __attribute__((always_inline)) {
     constexpr int c = decltype(column)::value;
-    tile_load<Map::kB + c % Map::kTilesOfB>(block.b + c * 64, block.b_stride);
+    tile_load<Map::kB + c % Map::kTilesOfB>(block.b + c * block.next_column, kTileRowBytes);
   };
   if constexpr (Map::kAllOfA) {
     if constexpr (NEW_A) {
@@ -146,11 +158,12 @@ struct TileProduct {
 
 template <int PARTS, int COLUMNS, int HALVES>
 static void multiply_columns(const TileProduct& p, int column, int columns, Vector* tile) {
-  for_each_number<COLUMNS * HALVES>(
-      [](auto sum) __attribute__((always_inline)) { tile_zero<decltype(sum)::value>(); });
-  const int64_t part_of_b = 16 * p.block.b_stride;
+  for_each_number<COLUMNS * HALVES>([](auto sum) __attribute__((always_inline)) {
+    tile_zero<decltype(sum)::value>();
+  });
+  constexpr int64_t kTileBytes = 4 * kTileWords;
   TileBlock block = p.block;
-  block.b += column * 64;
+  block.b += column * block.next_column;
   for (int64_t i = 0; i < p.blocks; i++) {
     if constexpr (PARTS == 1) {
       multiply_block<COLUMNS, HALVES>(block);
@@ -159,7 +172,7 @@ static void multiply_columns(const TileProduct& p, int column, int columns, Vect
       const auto at = [&](int a, int b) __attribute__((always_inline)) {
         TileBlock parts = block;
         parts.a += a * p.part;
-        parts.b += b * part_of_b;
+        parts.b += b * kTileBytes;
         return parts;
       };
       multiply_block<COLUMNS, HALVES>(at(0, 2));
@@ -169,12 +182,12 @@ static void multiply_columns(const TileProduct& p, int column, int columns, Vect
       multiply_block<COLUMNS, HALVES, true, false>(at(2, 0));
       multiply_block<COLUMNS, HALVES, true, false>(at(0, 0));
     }
-    block.a += 2 * kTileDepth;
-    block.b += PARTS * part_of_b;
+    block.a += kTileRowBytes;
+    block.b += PARTS * kTileBytes;
   }
   if (p.rest) {
     block.a = p.rest;
-    block.a_stride = 2 * kTileDepth;
+    block.a_stride = kTileRowBytes;
     block.lower_half = (p.rows - 16) * block.a_stride;
     multiply_block<COLUMNS, HALVES>(block);
   }
@@ -189,24 +202,27 @@ static void multiply_columns(const TileProduct& p, int column, int columns, Vect
   });
 }
 
-// tile [rows, columns] = a [rows, depth] times a panel of `columns` vectors, both in PARTS parts;
-// those of `a` are `part` elements apart, and zero up to the next tile where there are several.
+// tile [rows, columns] = a [rows, depth] times a panel of `columns` vectors, both in PARTS parts,
+// over depth [begin, end); the parts of `a` are `part` elements apart, and zero up to the next tile
+// where there are several.
 template <int PARTS>
-static void multiply_tiles(int columns, int rows, int64_t depth, const BFloat16* a,
-                           int64_t a_stride, int64_t part, const float* panel, Vector* tile) {
+static void multiply_tiles(int columns, int rows, int64_t depth, int64_t begin, int64_t end,
+                           const BFloat16* a, int64_t a_stride, int64_t part, const float* panel,
+                           Vector* tile) {
   BFloat16 rest[PARTS == 1 ? kTileRows * kTileDepth : 1];
   const int64_t a_bytes = 2 * a_stride;
-  TileProduct p{{(const char*)a, a_bytes, (rows - 16) * a_bytes, (const char*)panel,
-                 columns * (int64_t)sizeof(Vector)},
+  const float* first_tile = panel + tile_words_before(depth, 0, begin, 0, PARTS);
+  TileProduct p{{(const char*)(a + begin), a_bytes, (rows - 16) * a_bytes, (const char*)first_tile,
+                 4 * tile_words_before(depth, 1, 0, 0, PARTS)},
                 2 * part,
-                PARTS == 1 ? depth / kTileDepth : ceil_div(depth, kTileDepth),
+                PARTS == 1 ? (end - begin) / kTileDepth : ceil_div(end - begin, kTileDepth),
                 nullptr,
                 rows};
   if constexpr (PARTS == 1) {
-    const int64_t left = depth % kTileDepth;
+    const int64_t left = (end - begin) % kTileDepth;
     if (left > 0) {
       const __mmask32 lanes = (__mmask32)((1u << left) - 1);
-      const BFloat16* from = a + depth - left;
+      const BFloat16* from = a + end - left;
       for (int row = 0; row < rows; row++) {
         _mm512_storeu_si512(rest + row * kTileDepth,
                             _mm512_maskz_loadu_epi16(lanes, from + row * a_stride));

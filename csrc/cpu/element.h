@@ -3,10 +3,6 @@
 // A vector of words holds what one multiply-add per lane takes: a float, or two BFloat16 that
 // follow one another in depth. Words only travel in float vectors; nothing computes with them.
 
-#if defined(FUSED_RNN_AMX)
-constexpr int kTileDepth = 32;  // elements of depth that one of AMX's tiles has
-#endif
-
 #if defined(FUSED_RNN_BFLOAT16)
 
 constexpr int kPairs = 2;  // elements in a word
@@ -99,13 +95,4 @@ FUSED_RNN_INLINE Vector multiply_add(Vector sum, Vector a, Vector b) { return su
 
 FUSED_RNN_INLINE void convert(float from, float& to) { to = from; }
 
-// Packed matrices are zero up to a multiple of this depth.
-#if defined(FUSED_RNN_AMX) && defined(FUSED_RNN_BFLOAT16)
-constexpr int kDepthBlock = kTileDepth;
-#else
-constexpr int kDepthBlock = kPairs;
-#endif
-
-FUSED_RNN_INLINE int64_t words(int64_t depth) {
-  return ceil_div(depth, kDepthBlock) * (kDepthBlock / kPairs);
-}
+FUSED_RNN_INLINE int64_t words(int64_t depth) { return ceil_div(depth, kPairs); }

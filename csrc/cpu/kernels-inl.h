@@ -53,6 +53,8 @@ constexpr KernelsOf<Element> table(const char* name) {
   kernels.width = kWidth;
   kernels.grad_rows = kGradRows;
   kernels.parts = kParts;
+  kernels.chunk_bytes = kChunkBytes;
+  kernels.chunk_rows = kChunkRows;
   kernels.column_words = column_words;
   kernels.row_words = row_words;
   kernels.pack_gates = pack_gates;

@@ -269,6 +269,9 @@ struct KernelsOf {
   int64_t width;      // floats per vector
   int64_t grad_rows;  // rows that weight_grad takes at a time
   int parts;          // that elements are cut into where that makes products faster, else 1
+  // The gradients of so many bytes of gates become those of x and the weights at a time, but of so
+  // many rows at least.
+  int64_t chunk_bytes, chunk_rows;
   // Words of a column of a packed matrix, and of a row of `depth` elements in parts.
   int64_t (*column_words)(int64_t depth, int parts);
   int64_t (*row_words)(int64_t depth);

@@ -29,13 +29,13 @@ constexpr int64_t kStepRows = 4;
 // cache, where 256 rows instead of 64 made LSTM 1.2 times faster.
 constexpr int64_t kInputSideBytes = 512 << 10;
 constexpr int64_t kInputSideRows = 256;
-// And the gradients of so many bytes of gates before they become those of x and the weights.
-constexpr int64_t kGradGatesBytes = 8 << 20;
 
-// A product takes elements in parts where it has so many rows or, for weights' gradients, so much
-// depth.
+// Elements are taken in parts where a product has so many rows: with fewer, reading the weights
+// takes as long as multiplying, and parts are half as many bytes again.
 constexpr int64_t kRowsInParts = 8;
-constexpr int64_t kDepthInParts = 16;
+// And where a call has so many: cutting the weights costs more than packing them does. With 128 rows
+// of a batch of 1, GRU's inference at H=128 took 1.25 times as long in parts.
+constexpr int64_t kCallRowsInParts = 256;
 
 int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
   return std::max(least, bytes / (floats_per_row * static_cast<int64_t>(sizeof(float))));
@@ -100,9 +100,9 @@ class Call {
     }
   }
 
-  // How many parts the elements of a product are in that has so many rows, or so much depth.
-  int parts(int64_t rows, int64_t least = kRowsInParts) const {
-    return rows >= least ? isa_.parts : 1;
+  // How many parts the elements of a product of so many rows are in.
+  int parts(int64_t rows) const {
+    return rows >= kRowsInParts && shape_.count >= kCallRowsInParts ? isa_.parts : 1;
   }
 
   // Wide panels are faster, but there must be one for every thread that splits units.
@@ -345,7 +345,7 @@ class Products {
       }
       if (g.any()) sums_[d] = work.take(width_);
     }
-    parts_ = work.parts(rows, kDepthInParts);
+    parts_ = work.parts(s.count);
     // Rows apart by a power of two would share a few sets of the cache.
     stride_ = parts_ > 1 ? isa.row_words(rows) : ceil_div(rows, 16) * 16 + 16;
     if (any) transposed_ = work.take_elements(width_ * stride_);
@@ -465,7 +465,7 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
   const CellSizes sizes = cell_sizes(s.cell);
   const int64_t width = sizes.grad_gates * s.hidden;
   Call<E> work(isa, s, threads);
-  const std::vector<Chunk> chunks = make_chunks(s.rows, rows_for(kGradGatesBytes, width, 64));
+  const std::vector<Chunk> chunks = make_chunks(s.rows, rows_for(isa.chunk_bytes, width, isa.chunk_rows));
   int64_t most_rows = 0;
   for (const Chunk& chunk : chunks) most_rows = std::max(most_rows, chunk.rows);
   Products<E> products(work, isa, call, most_rows);

@@ -7,8 +7,8 @@
 // of a product, less than float's own rounding of it.
 //
 // Infinities are exceptional: the products of their parts would not be numbers. A row or a panel
-// that has one, or a float beyond the largest BFloat16, says so, and what it meets is computed from
-// the sums of parts. AMX takes denormals as zero, so below 2^-110 a float loses its last parts.
+// that has one, or a float that rounds to one, says so, and what it meets is computed from the sums
+// of parts. AMX takes denormals as zero, so below 2^-110 a float loses its last parts.
 
 #if defined(FUSED_RNN_AMX) && !defined(FUSED_RNN_BFLOAT16)
 #define FUSED_RNN_PARTS
@@ -27,26 +27,50 @@ struct Operand {
 
 #if defined(FUSED_RNN_PARTS)
 
-typedef unsigned short Halves __attribute__((vector_size(kWidth * 2)));
+// Parts as floats whose lower halves are zero, but for denormals, which lose theirs later on.
+struct Parts {
+  Vector part[kParts];
+};
 
-FUSED_RNN_INLINE Halves to_halves(Vector v) { return (Halves)_mm512_cvtneps_pbh((__m512)v); }
-
-FUSED_RNN_INLINE Vector from_halves(Halves h) {
-  return (Vector)(__builtin_convertvector(h, VectorBits) << 16);
+// For infinities, NaN and what rounds to infinity. Returns whether a lane is exceptional.
+__attribute__((noinline)) static bool cut_unusual(Vector v, Parts& to) {
+  constexpr float kLargest = 3.38953138925153547590e38f;
+  typedef unsigned short Halves __attribute__((vector_size(kWidth * 2)));
+  const auto round = [](Vector from) {
+    const Halves halves = (Halves)_mm512_cvtneps_pbh((__m512)from);
+    return (Vector)(__builtin_convertvector(halves, VectorBits) << 16);
+  };
+  const Vector within = clamp(v, -kLargest, kLargest);
+  to.part[0] = round(within);
+  Vector rest = v - to.part[0];
+  to.part[1] = round(rest);
+  rest -= to.part[1];
+  // Of an infinity no number is left, and the parts so far add up to it.
+  const __mmask16 numbers = _mm512_cmp_ps_mask((__m512)rest, (__m512)rest, _CMP_ORD_Q);
+  to.part[2] = round((Vector)_mm512_maskz_mov_ps(numbers, (__m512)rest));
+  return _mm512_cmp_ps_mask((__m512)v, (__m512)within, _CMP_NEQ_OQ) != 0;
 }
 
-// Whether a lane of v is exceptional.
-FUSED_RNN_INLINE bool cut(Vector v, Halves (&parts)[kParts]) {
-  constexpr float kLargest = 3.38953138925153547590e38f;
-  const Vector within = clamp(v, -kLargest, kLargest);
-  parts[0] = to_halves(within);
-  Vector rest = v - from_halves(parts[0]);
-  parts[1] = to_halves(rest);
-  rest -= from_halves(parts[1]);
-  // Of an infinity the rest is none, and what it was cut into still has it as its sum.
-  const __mmask16 numbers = _mm512_cmp_ps_mask((__m512)rest, (__m512)rest, _CMP_ORD_Q);
-  parts[2] = to_halves((Vector)_mm512_maskz_mov_ps(numbers, (__m512)rest));
-  return _mm512_cmp_ps_mask((__m512)v, (__m512)within, _CMP_NEQ_OQ) != 0;
+// Ties are rounded away from zero, which is as good here: the next part has what is left.
+FUSED_RNN_INLINE bool cut(Vector v, Parts& to) {
+  const VectorBits magnitude = (VectorBits)v & 0x7fffffffu;
+  if (_mm512_cmpge_epu32_mask((__m512i)magnitude, _mm512_set1_epi32(0x7f7f8000))) {
+    return cut_unusual(v, to);
+  }
+  const auto round = [](Vector from) __attribute__((always_inline)) {
+    return (Vector)(((VectorBits)from + 0x8000u) & 0xffff0000u);
+  };
+  to.part[0] = round(v);
+  const Vector rest = v - to.part[0];
+  to.part[1] = round(rest);
+  to.part[2] = rest - to.part[1];
+  return false;
+}
+
+// Words of one part. Where elements are in parts, the words of a tile's depth of 32 are elements i
+// and i + 16 of it, which takes less shuffling than neighbours do.
+FUSED_RNN_INLINE Vector words_of(Vector first_half, Vector second_half) {
+  return (Vector)((VectorBits)first_half >> 16 | ((VectorBits)second_half & 0xffff0000u));
 }
 
 // A row in parts is [kParts][row_depth], then a word that says whether it is exceptional; the room
@@ -61,75 +85,38 @@ FUSED_RNN_INLINE unsigned& exceptional_of(BFloat16* row, int64_t depth) {
   return *(unsigned*)(row + kParts * row_depth(depth));
 }
 
-FUSED_RNN_INLINE void store_parts(const Halves (&parts)[kParts], BFloat16* row, int64_t depth,
-                                  int64_t k) {
-  FUSED_RNN_UNROLL
-  for (int part = 0; part < kParts; part++) {
-    _mm256_storeu_si256((__m256i*)(row + part * row_depth(depth) + k), (__m256i)parts[part]);
-  }
+// The words of a tile's depth from k on.
+FUSED_RNN_INLINE float* words_at(BFloat16* row, int64_t depth, int part, int64_t k) {
+  return (float*)(row + part * row_depth(depth) + k);
 }
 
 static void cut_row(const float* from, int64_t depth, BFloat16* to) {
   bool exceptional = false;
-  for (int64_t k = 0; k < row_depth(depth); k += kWidth) {
-    Halves parts[kParts];
-    exceptional |= cut(k < depth ? load(from + k, valid_lanes(k, depth)) : Vector{}, parts);
-    store_parts(parts, to, depth, k);
-  }
-  exceptional_of(to, depth) = exceptional;
-}
-
-// Words of a panel's row number k / 2 in depth, of one part, counted in rows of vectors.
-FUSED_RNN_INLINE int64_t part_row(int64_t k, int part) {
-  constexpr int kRows = kTileDepth / 2;
-  return (k / kTileDepth * kParts + part) * kRows + k % kTileDepth / 2;
-}
-
-static int64_t column_words(int64_t depth, int parts) {
-  return parts > 1 ? kParts * row_depth(depth) / 2 : words(depth);
-}
-
-// Up to where packed matrices have zeros.
-FUSED_RNN_INLINE int64_t filled_depth(int64_t depth, int parts) {
-  return parts > 1 ? row_depth(depth) : words(depth) * kPairs;
-}
-
-// The product of what the parts add up to.
-__attribute__((noinline)) static void multiply_sums(int columns, int rows, int64_t depth,
-                                                    const BFloat16* a, int64_t a_stride,
-                                                    const float* panel, Vector* tile) {
-  for (int row = 0; row < rows; row++) {
-    for (int column = 0; column < columns; column++) {
-      Vector sum{};
-      for (int64_t k = 0; k < depth; k++) {
-        Vector value{}, weight{};
-        for (int part = 0; part < kParts; part++) {
-          const BFloat16* from = a + row * a_stride + part * row_depth(depth) + k;
-          value += (Vector)_mm512_set1_epi32((int)((unsigned)from->bits << 16));
-          const VectorBits pairs =
-              (VectorBits)load(panel + (part_row(k, part) * columns + column) * kWidth);
-          weight += (Vector)(k % 2 ? pairs & 0xffff0000u : pairs << 16);
-        }
-        sum += value * weight;
-      }
-      tile[row * columns + column] = sum;
+  const auto at = [&](int64_t k) __attribute__((always_inline)) {
+    if (k + kWidth <= depth) return load(from + k);
+    return k < depth ? load_tail(from + k, (int)(depth - k)) : Vector{};
+  };
+  for (int64_t k = 0; k < depth; k += kTileDepth) {
+    Parts first, second;
+    exceptional |= cut(at(k), first);
+    exceptional |= cut(at(k + kWidth), second);
+    FUSED_RNN_UNROLL
+    for (int part = 0; part < kParts; part++) {
+      store(words_at(to, depth, part, k), words_of(first.part[part], second.part[part]));
     }
   }
+  exceptional_of(to, depth) = exceptional;
 }
 
 #else
 
 static int64_t row_words(int64_t) { return 0; }
 
-static int64_t column_words(int64_t depth, int) { return words(depth); }
-
-FUSED_RNN_INLINE int64_t filled_depth(int64_t depth, int) { return words(depth) * kPairs; }
-
 #endif
 
 // Rows [begin, end) as a product with m takes them. `memory` is room for rows up to `end` in parts.
-FUSED_RNN_INLINE Operand operand_of(const PackedMatrix& m, RowsOf<const Element> rows,
-                                    int64_t begin, int64_t end, float* memory) {
+FUSED_RNN_INLINE Operand operand_of(const PackedMatrix& m, Rows rows, int64_t begin, int64_t end,
+                                    float* memory) {
   Operand operand{rows.base, rows.stride, nullptr, 0};
 #if defined(FUSED_RNN_PARTS)
   if (m.parts > 1) {
@@ -144,22 +131,81 @@ FUSED_RNN_INLINE Operand operand_of(const PackedMatrix& m, RowsOf<const Element>
   return operand;
 }
 
+// Whether AMX takes a matrix in so many parts.
+FUSED_RNN_INLINE bool in_tiles(int parts) {
+#if defined(FUSED_RNN_AMX)
+  return parts == kParts;
+#else
+  return false;
+#endif
+}
+
+// Up to where the columns of packed matrices have zeros.
+FUSED_RNN_INLINE int64_t filled_depth(int64_t depth, int parts) {
+#if defined(FUSED_RNN_AMX)
+  if (in_tiles(parts)) return ceil_div(depth, kTileDepth) * kTileDepth;
+#endif
+  return words(depth) * kPairs;
+}
+
+static int64_t column_words(int64_t depth, int parts) {
+#if defined(FUSED_RNN_AMX)
+  if (in_tiles(parts)) return filled_depth(depth, parts) / 2 * parts;
+#endif
+  return words(depth);
+}
+
 // A block of neighbouring columns of a packed matrix, the last one narrower.
 struct Panel {
   int64_t column;  // first of them
   int vectors;     // per gate
   int parts;
   int64_t depth;
+  int64_t begin, end;  // what of the depth a product has
   const float* data;
   bool* exceptional;  // or null
 
-  Panel(const PackedMatrix& m, int64_t index, int gates) : parts(m.parts), depth(m.depth) {
+  Panel(const PackedMatrix& m, int64_t index, int gates)
+      : parts(m.parts), depth(m.depth), begin(0), end(m.depth) {
     column = index * m.vectors * kWidth;
     vectors = (int)smaller(m.vectors, ceil_div(m.columns - column, kWidth));
     data = m.data + column * gates * column_words(m.depth, m.parts);
     exceptional = m.exceptional ? m.exceptional + index : nullptr;
   }
 };
+
+#if defined(FUSED_RNN_PARTS)
+
+// The product of what the parts add up to.
+__attribute__((noinline)) static void multiply_sums(int columns, int rows, const Panel& panel,
+                                                    const BFloat16* a, int64_t a_stride,
+                                                    Vector* tile) {
+  const int64_t depth = panel.depth;
+  for (int row = 0; row < rows; row++) {
+    BFloat16* from = const_cast<BFloat16*>(a) + row * a_stride;
+    for (int column = 0; column < columns; column++) {
+      Vector sum{};
+      for (int64_t k = panel.begin; k < panel.end; k++) {
+        const int64_t first = k / kTileDepth * kTileDepth, word = k % kWidth;
+        const bool second_half = k % kTileDepth >= kWidth;
+        const auto half_of = [&](Vector words) {
+          const VectorBits bits = (VectorBits)words;
+          return (Vector)(second_half ? bits & 0xffff0000u : bits << 16);
+        };
+        Vector value{}, weight{};
+        for (int part = 0; part < kParts; part++) {
+          value += half_of(broadcast(words_at(from, depth, part, first)[word]));
+          weight += half_of(load(panel.data + tile_words_before(depth, column, k, part, kParts) +
+                                 word * kWidth));
+        }
+        sum += value * weight;
+      }
+      tile[row * columns + column] = sum;
+    }
+  }
+}
+
+#endif
 
 #if defined(FUSED_RNN_AMX)
 constexpr int kMaxRows = kTileRows;
@@ -169,13 +215,10 @@ constexpr int kMaxRows = 12;
 
 // How many rows at a time a product with the panel takes.
 FUSED_RNN_INLINE int tile_rows(const Panel& panel, int columns) {
-#if defined(FUSED_RNN_PARTS)
-  return panel.parts > 1 ? kTileRows : vector_rows(columns);
-#elif defined(FUSED_RNN_AMX)
-  return kTileRows;
-#else
-  return vector_rows(columns);
+#if defined(FUSED_RNN_AMX)
+  if (in_tiles(panel.parts)) return kTileRows;
 #endif
+  return vector_rows(columns);
 }
 
 // Calls body(first row, rows) for tiles of [begin, end) that differ by at most one row.
@@ -190,27 +233,30 @@ FUSED_RNN_INLINE void for_each_tile(int64_t begin, int64_t end, const Panel& pan
   }
 }
 
-// tile [rows, columns] = rows of `a` from `first` on, times a panel of `columns` vectors.
+// tile [rows, columns] = rows of `a` from `first` on, times a panel of `columns` vectors. A product
+// of a part of the depth begins where a tile does.
 static void multiply(int columns, int rows, const Operand& a, int64_t first, const Panel& panel,
                      Vector* tile) {
 #if defined(FUSED_RNN_PARTS)
-  if (panel.parts > 1) {
-    const BFloat16* from = a.parts + first * a.parts_stride;
+  if (in_tiles(panel.parts)) {
+    BFloat16* from = const_cast<BFloat16*>(a.parts) + first * a.parts_stride;
     unsigned exceptional = *panel.exceptional;
     for (int row = 0; row < rows; row++) {
-      exceptional |= exceptional_of((BFloat16*)from + row * a.parts_stride, panel.depth);
+      exceptional |= exceptional_of(from + row * a.parts_stride, panel.depth);
     }
     if (exceptional) {
-      return multiply_sums(columns, rows, panel.depth, from, a.parts_stride, panel.data, tile);
+      return multiply_sums(columns, rows, panel, from, a.parts_stride, tile);
     }
-    return multiply_tiles<kParts>(columns, rows, panel.depth, from, a.parts_stride,
-                                  row_depth(panel.depth), panel.data, tile);
+    return multiply_tiles<kParts>(columns, rows, panel.depth, panel.begin, panel.end, from,
+                                  a.parts_stride, row_depth(panel.depth), panel.data, tile);
   }
-#elif defined(FUSED_RNN_AMX)
-  return multiply_tiles<1>(columns, rows, panel.depth, a.rows + first * a.stride, a.stride, 0,
-                           panel.data, tile);
 #endif
-#if !defined(FUSED_RNN_AMX) || defined(FUSED_RNN_PARTS)
-  multiply_words(columns, rows, panel.depth, a.rows + first * a.stride, a.stride, panel.data, tile);
+  const Element* from = a.rows + first * a.stride;
+#if defined(FUSED_RNN_AMX) && defined(FUSED_RNN_BFLOAT16)
+  multiply_tiles<1>(columns, rows, panel.depth, panel.begin, panel.end, from, a.stride, 0,
+                    panel.data, tile);
+#else
+  multiply_words(columns, rows, panel.end - panel.begin, from + panel.begin, a.stride,
+                 panel.data + words(panel.begin) * columns * kWidth, tile);
 #endif
 }

@@ -1,20 +1,30 @@
 // Matrices into the layout of PackedMatrix.
 
 #if defined(FUSED_RNN_PARTS)
-// Depth k and k + 1 of a vector of columns, in parts; k is even.
-FUSED_RNN_INLINE void store_words_in_parts(const Panel& panel, int columns, int column, int64_t k,
-                                           Vector even, Vector odd) {
-  Halves low[kParts], high[kParts];
-  *panel.exceptional |= cut(even, low) | cut(odd, high);
+// Depth k and k + 16 of a vector of columns, in parts.
+FUSED_RNN_INLINE void store_in_parts(const Panel& panel, int column, int64_t k, Vector first,
+                                     Vector second) {
+  Parts of_first, of_second;
+  *panel.exceptional |= cut(first, of_first) | cut(second, of_second);
   FUSED_RNN_UNROLL
   for (int part = 0; part < kParts; part++) {
-    const VectorBits pairs = __builtin_convertvector(low[part], VectorBits) |
-                             __builtin_convertvector(high[part], VectorBits) << 16;
-    store(const_cast<float*>(panel.data) + (part_row(k, part) * columns + column) * kWidth,
-          (Vector)pairs);
+    float* to = const_cast<float*>(panel.data) +
+                tile_words_before(panel.depth, column, k, part, kParts) + k % kWidth * kWidth;
+    store(to, words_of(of_first.part[part], of_second.part[part]));
   }
 }
 #endif
+
+// Where a panel of words has those of one vector of columns at depth k.
+FUSED_RNN_INLINE float* words_of_panel(const Panel& panel, int columns, int column, int64_t k) {
+  float* data = const_cast<float*>(panel.data);
+#if defined(FUSED_RNN_AMX) && defined(FUSED_RNN_BFLOAT16)
+  return data + tile_words_before(panel.depth, column, k, 0, 1) +
+         k % kTileDepth / kPairs * kWidth;
+#else
+  return data + (k / kPairs * columns + column) * kWidth;
+#endif
+}
 
 // Panel `index` of m, which nothing is written to yet.
 FUSED_RNN_INLINE Panel new_panel(const PackedMatrix& m, int64_t index, int gates) {
@@ -26,42 +36,41 @@ FUSED_RNN_INLINE Panel new_panel(const PackedMatrix& m, int64_t index, int gates
 template <int GATES>
 static void pack_gates_panel(const Element* weights, const PackedMatrix& m, int64_t index) {
   const Panel panel = new_panel(m, index, GATES);
-  const int64_t k_stride = (int64_t)GATES * panel.vectors * kWidth;
+  const int columns = GATES * panel.vectors;
   for (int gate = 0; gate < GATES; gate++) {
     for (int v = 0; v < panel.vectors; v++) {
       const int64_t unit = panel.column + v * kWidth;
       const int valid = valid_lanes(unit, m.columns);
       const Element* from = weights + (gate * m.columns + unit) * m.depth;
-#if defined(FUSED_RNN_PARTS)
-      for (int64_t k = 0; m.parts > 1 && k < row_depth(m.depth); k += kWidth) {
-        Vector block[kWidth];
+      const int column = gate * panel.vectors + v;
+      // [words from depth k on][columns]
+      const auto block_at = [&](int64_t k, Vector(&block)[kWidth]) __attribute__((always_inline)) {
         FUSED_RNN_UNROLL
         for (int i = 0; i < kWidth; i++) {
-          block[i] =
-              i < valid && k < m.depth ? load_words(from + i * m.depth + k, m.depth - k) : Vector{};
+          const bool inside = i < valid && k < m.depth;
+          block[i] = inside ? load_words(from + i * m.depth + k, m.depth - k) : Vector{};
         }
         transpose(block);
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < kWidth; i += 2) {
-          store_words_in_parts(panel, GATES * panel.vectors, gate * panel.vectors + v, k + i,
-                               block[i], block[i + 1]);
-        }
+      };
+      Vector block[kWidth];
+#if defined(FUSED_RNN_PARTS)
+      for (int64_t k = 0; m.parts > 1 && k < m.depth; k += kTileDepth) {
+        Vector second[kWidth];
+        block_at(k, block);
+        block_at(k + kWidth, second);
+        for (int i = 0; i < kWidth; i++) store_in_parts(panel, column, k + i, block[i], second[i]);
       }
       if (m.parts > 1) continue;
 #endif
-      float* to = const_cast<float*>(panel.data) + (gate * panel.vectors + v) * kWidth;
-      for (int64_t word = 0; word < words(m.depth); word += kWidth) {
-        const int count = valid_lanes(word, words(m.depth));
-        const int64_t k = word * kPairs;
-        Vector block[kWidth];
+      const int64_t filled = filled_depth(m.depth, m.parts);
+      for (int64_t k = 0; k < filled; k += kWidth * kPairs) {
+        block_at(k, block);
+        float* to = words_of_panel(panel, columns, column, k);
+        const int64_t next = words_of_panel(panel, columns, column, kPairs) -
+                             words_of_panel(panel, columns, column, 0);
         FUSED_RNN_UNROLL
         for (int i = 0; i < kWidth; i++) {
-          block[i] = i < valid ? load_words(from + i * m.depth + k, m.depth - k) : Vector{};
-        }
-        transpose(block);
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < kWidth; i++) {
-          if (i < count) store(to + (word + i) * k_stride, block[i]);
+          if (k + i * kPairs < filled) store(to + i * next, block[i]);
         }
       }
     }
@@ -92,46 +101,56 @@ template <class Row>
 struct RowPacker {
   const Panel& panel;
   const int64_t columns;
-  const int pairs;  // so many rows are written at a time
+  const int group;  // so many rows are written at a time
   int64_t k = 0;    // depth that is written
-  Row rows[2];      // that wait for what they are paired with
+  Row rows[32];     // that wait for what they are paired with
   int waiting = 0;
 
   RowPacker(const Panel& panel, int64_t columns)
-      : panel(panel), columns(columns), pairs(panel.parts > 1 ? 2 : kPairs) {}
+      : panel(panel), columns(columns), group(panel.parts > 1 ? 32 : kPairs) {}
 
   template <class Source>
   void add(Row row, const Source& source) {
+    ask_for(row);
     rows[waiting++] = row;
-    if (waiting == pairs) write(source);
+    if (waiting == group) write(source);
   }
 
-  // The last of an odd number of rows is paired with zeros, and they fill the panel.
+  // Zeros are the other halves of pairs, and fill the panel.
   template <class Source>
   void finish(const Source& source) {
     while (waiting > 0 || k < filled_depth(panel.depth, panel.parts)) write(source);
   }
 
+  // Rows of wide matrices are pages apart, and cutting leaves no room to load several ahead: for
+  // H=1024 twice as fast.
+  template <class Other>
+  void ask_for(const Other&) const {}
+  void ask_for(const Element* row) const {
+    if (panel.parts > 1) prefetch(row + panel.column, 0, 1, panel.vectors);
+  }
+
+  // Rows outside: the vectors of a row lie together.
   template <class Source>
   void write(const Source& source) {
-    for (int v = 0; v < panel.vectors; v++) {
+    const auto elements = [&](int i, int v) {
       const int64_t column = panel.column + v * kWidth;
-      const int valid = valid_lanes(column, columns);
-      Elements elements[2];
-      for (int i = 0; i < pairs; i++) {
-        elements[i] = i < waiting ? source(rows[i], column, valid) : Elements{};
-      }
+      return i < waiting ? source(rows[i], column, valid_lanes(column, columns)) : Elements{};
+    };
 #if defined(FUSED_RNN_PARTS)
-      if (panel.parts > 1) {
-        store_words_in_parts(panel, panel.vectors, v, k, elements[0], elements[1]);
-        continue;
+    for (int i = 0; panel.parts > 1 && i < kWidth; i++) {
+      for (int v = 0; v < panel.vectors; v++) {
+        store_in_parts(panel, v, k + i, elements(i, v), elements(i + kWidth, v));
       }
+    }
 #endif
-      store(const_cast<float*>(panel.data) + (k / kPairs * panel.vectors + v) * kWidth,
-            pair(elements));
+    for (int v = 0; panel.parts == 1 && v < panel.vectors; v++) {
+      Elements paired[kPairs];
+      for (int i = 0; i < kPairs; i++) paired[i] = elements(i, v);
+      store(words_of_panel(panel, panel.vectors, v, k), pair(paired));
     }
     waiting = 0;
-    k += pairs;
+    k += group;
   }
 };
 
