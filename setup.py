@@ -125,7 +125,7 @@ def architecture_flags() -> list[str]:
 
 def library_sources() -> list[str]:
     kernels = list(ISA_FLAGS) if X86 else ["csrc/cpu/kernels_portable.cpp"]
-    names = ("library", "border", "infer", "stepper", "pieces", "direct", "layer", "team")
+    names = ("library", "border", "infer", "train", "stepper", "pieces", "direct", "layer", "team")
     return [*(f"csrc/cpu/{name}.cpp" for name in names), *kernels]
 
 

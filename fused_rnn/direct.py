@@ -1,4 +1,4 @@
-"""Inference on the CPU in one call, past the waist.
+"""The CPU library asked first, past the waist: inference in one call, a layer in training in two.
 
 A step of a streaming model takes a few microseconds; its checks, the choice of a backend and
 operators written in Python take a hundred. So modules ask here first. What runs is what the
@@ -7,13 +7,15 @@ general way would have run, the cpu backend on arguments that fit each other: th
 that somebody watches or redirects, the answer is None: the general way alone knows error messages
 and choices.
 
-The call is one of the extension module (csrc/direct_calls.cpp) or, where that is absent or says
-None, an operator, which takes a few more kinds of tensors and some microseconds longer.
+In inference it is a call of the extension module (csrc/direct_calls.cpp) or, where that is absent
+or says None, an operator, which takes a few more kinds of tensors and some microseconds longer. In
+training they are operators (csrc/cpu/train.cpp), for `fused_rnn.training` and for graphs.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -26,9 +28,10 @@ from . import dispatch
 from .cells import CELLS, Cell
 from .native import cpu_library_error, library_path
 
-_CELLS = {cell.torch_mode: cell for cell in CELLS.values()}
+CELL_OF = {cell.torch_mode: cell for cell in CELLS.values()}
+CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 # Not isinstance: a subclass may have a meaning of its own.
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 # One gives something true where a call is to do more than compute numbers, or elsewhere.
@@ -46,7 +49,7 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
     if _wants_gradients():
         return None
-    cell, dropout, num_layers = _CELLS.get(module.mode), module.dropout, module.num_layers
+    cell, dropout, num_layers = CELL_OF.get(module.mode), module.dropout, module.num_layers
     if cell is None or type(num_layers) is not int or type(dropout) is not float:
         return None
     if dropout != 0 and ((module.training and num_layers > 1) or not 0 <= dropout <= 1):
@@ -67,10 +70,7 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
     if _wants_gradients():
         return None
-    parameters = module._parameters
-    weights = [parameters.get("weight_ih"), parameters.get("weight_hh")]
-    if module.bias:
-        weights += parameters.get("bias_ih"), parameters.get("bias_hh")
+    weights = list(map(module._parameters.get, CELL_WEIGHTS[: 4 if module.bias else 2]))
     result = calls().infer_cell(cell.index, input, weights, hx, module.hidden_size)
     if result is not None:
         return result
@@ -85,16 +85,19 @@ def _wants_gradients() -> bool:
     return is_compiling() or is_grad_enabled() or forward_ad._current_level >= 0
 
 
+def is_watched() -> bool:
+    """Whether a call is to do more than compute numbers, or elsewhere."""
+    return any(guard() for guard in _GUARDS)
+
+
 def _call_operator(
     name: str, cell: Cell, input: Any, weights: list[Any], hx: Any, *sizes: int
 ) -> list[Tensor]:
     """What it returns; nothing where the call is not for it."""
-    if any(guard() for guard in _GUARDS):
+    if is_watched() or cpu_library_error() is not None:
         return []
-    states = _states(cell, hx)
-    if states is None or not _PLAIN_TYPES.issuperset(map(type, (input, *weights))):
-        return []
-    if cpu_library_error() is not None:
+    states = given_states(cell, hx)
+    if states is None or not PLAIN_TYPES.issuperset(map(type, (input, *weights))):
         return []
     operator = getattr(torch.ops.fused_rnn_cpu, name).default
     try:
@@ -103,16 +106,58 @@ def _call_operator(
         return []
 
 
-def _states(cell: Cell, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
+def given_states(cell: Cell, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
     """hx as (h0, c0), or None if it is not made as it should be."""
     if hx is None:
         return None, None
     if not cell.has_c:
-        return (hx, None) if type(hx) in _PLAIN_TYPES else None
+        return (hx, None) if type(hx) in PLAIN_TYPES else None
     if type(hx) not in (tuple, list) or len(hx) != 2:
         return None
     h0, c0 = hx
-    return (h0, c0) if type(h0) in _PLAIN_TYPES and type(c0) in _PLAIN_TYPES else None
+    return (h0, c0) if type(h0) in PLAIN_TYPES and type(c0) in PLAIN_TYPES else None
+
+
+def train_layer(
+    cell: Cell,
+    x: Tensor,  # [T, B, I], or of a cell's timestep [B, I]
+    h0: Tensor | None,  # [D, B, P] or [B, H], None for zeros
+    c0: Tensor | None,  # [D, B, H] or [B, H], beside h0 of an LSTM
+    weights: list[Tensor],  # as in `ops.layer`
+    directions: int,
+) -> list[Tensor]:
+    """y, h_n (not of a timestep), c_n, gates and cells, those that the cell has; nothing where the
+    call is not for the library. To be called below autograd, and not where `is_watched`."""
+    if cpu_library_error() is not None:
+        return []
+    try:
+        return torch.ops.fused_rnn_cpu.train_layer.default(
+            cell.index, x, weights, h0, c0, directions
+        )
+    except NotImplementedError:  # the dispatcher's, for the rarest kinds of tensors
+        return []
+
+
+def train_layer_backward(
+    cell: Cell,
+    grads: Iterable[Tensor | None],  # of y, h_n and c_n
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    saved: tuple[Tensor | None, ...],  # y, gates, cells; None where the cell has none
+    directions: int,
+    needs: Sequence[bool],  # of x, h0, c0 and the weights
+) -> list[Tensor]:
+    """The gradients that are needed, one after the other; nothing where the call is not for the
+    library. As `train_layer` otherwise."""
+    if cpu_library_error() is not None:
+        return []
+    grads = [grad if grad is None else grad.contiguous() for grad in grads]
+    wanted = sum(1 << i for i, need in enumerate(needs) if need)
+    return torch.ops.fused_rnn_cpu.train_layer_backward.default(
+        cell.index, *grads, x, weights, h0, c0, *saved, directions, wanted
+    )
 
 
 class _NoCalls:

@@ -92,11 +92,12 @@ def redirections() -> tuple[Callable[[], object], ...]:
 def reasons(problem: Problem) -> list[tuple[str, str | None]]:
     """Every backend for the problem's device in order of preference, with why it does not take the
     problem by itself (None: it does)."""
-    return [
-        (b.name, _automatic_refusal(b, problem))
-        for b in BACKENDS.values()
-        if b.device_type in (None, problem.device_type)
-    ]
+    return [(b.name, _automatic_refusal(b, problem)) for b in _candidates(problem)]
+
+
+def _candidates(problem: Problem) -> Iterator[Backend]:
+    """Those for the problem's device, in order of preference."""
+    return (b for b in BACKENDS.values() if b.device_type in (None, problem.device_type))
 
 
 def find(name: str) -> Backend:
@@ -156,7 +157,7 @@ def _forced_backend(problem: Problem, name: str) -> Backend:
 
 
 def _first_backend(problem: Problem) -> Backend:
-    for candidate in BACKENDS.values():
+    for candidate in _candidates(problem):
         if _automatic_refusal(candidate, problem) is None:
             if candidate.name == "reference" and problem.device_type == "cuda":
                 _warn_slow(problem)

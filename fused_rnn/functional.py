@@ -160,7 +160,8 @@ def recurrent(
     finals, histories = [], []
     for layer in range(num_layers):
         span = slice(layer * directions, (layer + 1) * directions)
-        h0, c0 = states[0][span], states[1][span] if cell.has_c else None
+        h0, *c0 = states if num_layers == 1 else (state[span] for state in states)
+        c0 = c0[0] if cell.has_c else None
         layer_weights = list(weights[layer * per_layer : (layer + 1) * per_layer])
         if reset_states is not None:
             masks = Masks(masks.lengths, masks.resets, *(s[span] for s in reset_states))

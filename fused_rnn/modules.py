@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
-from . import checks, compiled, direct, functional, torchscript
+from . import checks, compiled, direct, functional, torchscript, training
 from .cells import CELLS, Cell
 from .regularised import (
     NAMES,
@@ -87,14 +87,20 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         plain = lengths is None and resets is None and reset_hx is None and not return_states
         options = self._regularisation
         plain = plain and (options is PLAIN or options.is_idle(self.training))
-        shortest = compiled if torch.compiler.is_compiling() else direct
-        result = shortest.layers(self, input, hx) if plain else None
+        result = self._shortest(input, hx) if plain else None
         if result is None:
             masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
             result = self._forward(input, hx, masks, return_states)
         if self.stateful:
             self._carry(result[1])
         return result
+
+    def _shortest(self, input, hx):
+        """A call with nothing beyond torch.nn's arguments in the way that is for it, or None."""
+        if torch.compiler.is_compiling():
+            return compiled.layers(self, input, hx)
+        shortest = training if torch.is_grad_enabled() else direct
+        return shortest.layers(self, input, hx)
 
     def _traced(self, input, hx, masks: dict[str, Any], return_states: bool):
         own = return_states or any(mask is not None for mask in masks.values())
@@ -488,8 +494,10 @@ class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None):
         cell = self._cell()
-        if (result := direct.step(self, cell, input, hx)) is not None:
-            return result
+        if not torch.compiler.is_compiling():
+            shortest = training if torch.is_grad_enabled() else direct
+            if (result := shortest.step(self, cell, input, hx)) is not None:
+                return result
         if torch.jit.is_tracing():
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             return torchscript.traced(self, self._torch_class, names, input, hx)

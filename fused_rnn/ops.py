@@ -13,13 +13,14 @@ H), D directions, G gates. Sequences are [T, B, ...], or [N, ...] with `batch_si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
-from . import dispatch, onnx
+from . import direct, dispatch, onnx
 from .backends.base import Backend, LayerOutput, Needs, OutputGrads
 from .cells import CELLS, Cell, DirectionWeights, state_dtype
 from .oracle import Recurrence, plain_recurrence
@@ -291,11 +292,40 @@ def _select(problem: Problem, backend: str) -> Backend:
     return chosen
 
 
+def _is_ordinary(
+    x: Tensor, layout: tuple[Tensor | None, ...], states: bool, recompute: bool, backend: str
+) -> bool:
+    """Whether the CPU library may be tried before anything is asked."""
+    if x.dtype != torch.float32 or not x.is_cpu or states or recompute:
+        return False
+    if backend not in ("", "auto") or any(t is not None for t in layout):
+        return False
+    return not direct.is_watched()
+
+
+def _with_empty_outputs(cell: Cell, y: Tensor, h_n: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    """y, h_n, c_n, gates and cells, with zero columns where the cell does not have them."""
+    given, shape = iter(rest), (*h_n.shape[:2], 0)
+    saved = h_n.shape[0], y.shape[:-1].numel(), 0
+    return (
+        y,
+        h_n,
+        next(given) if cell.has_c else y.new_empty(shape),
+        next(given) if cell.saved_gates else y.new_empty(saved),
+        next(given) if cell.has_c else y.new_empty(saved),
+    )
+
+
 def _forward_impl(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
     cell, save, states, recompute, backend, *noise,
 ):  # fmt: skip
     noise = Noise(*noise)
+    layout = batch_sizes, lengths, resets, noise.names or None
+    if save and _is_ordinary(x, layout, states, recompute, backend):
+        given = direct.train_layer(CELLS[cell], x, h0, c0, weights, h0.shape[0])
+        if given:
+            return _with_empty_outputs(CELLS[cell], *given)
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
     problem = make_problem(*inputs, save, states, noise)
     rows, by_direction = _layout(*inputs, noise)
@@ -333,6 +363,16 @@ def _backward_impl(
     y, gates, cells, cell, needs, states, recompute, backend, *noise,
 ):  # fmt: skip
     noise = Noise(*noise)
+    layout = batch_sizes, lengths, resets, noise.names or None
+    if _is_ordinary(x, layout, states, recompute, backend):
+        spec, grads = CELLS[cell], (grad_y, grad_h_n, grad_c_n)
+        saved = y, gates if spec.saved_gates else None, cells if spec.has_c else None
+        given = direct.train_layer_backward(
+            spec, grads, x, h0, c0, weights, saved, h0.shape[0], (*needs[:3], *needs[5:])
+        )
+        if given:
+            wanted = iter(given)
+            return [next(wanted) if need else x.new_empty(0) for need in needs]
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
     problem = make_problem(*inputs, True, states, noise)
     rows, by_direction = _layout(*inputs, noise)
@@ -396,10 +436,8 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_h_n, grad_c_n, _gates, grad_cells):
         kept = ctx.saved_tensors  # once: checkpointing computes them anew at every look
-        *saved, batch_sizes, lengths, resets = kept[:6]
-        noise = Noise(*kept[6:9], *ctx.parts)
-        x, h0, c0, reset_h, reset_c, *weights = kept[9:]
-        cell, states, recompute, backend = ctx.options
+        layout = *kept[3:6], Noise(*kept[6:9], *ctx.parts)
+        cell, states, _, _ = ctx.options
         needs = ctx.needs_input_grad[5:]
         grads = (
             grad_y, grad_h_n, grad_c_n if CELLS[cell].has_c else None,
@@ -407,20 +445,47 @@ class _LayerFunction(torch.autograd.Function):
         )  # fmt: skip
         if all(grad is None for grad in grads):
             return (None,) * (5 + len(needs))
-        if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable
-            layout = batch_sizes, lengths, resets, noise
-            results = _differentiable_backward(cell, grads, kept[9:], layout, needs)
-        else:
-            results = torch.ops.fused_rnn.layer_backward(
-                *grads, x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-                *saved, cell, needs, states, recompute, backend, *noise,
-            )  # fmt: skip
-        wanted = (g if need else None for g, need in zip(results, needs, strict=True))
-        return (None, None, None, None, None, *wanted)
+        results = layer_gradients(ctx.options, grads, kept[:3], layout, kept[9:], needs)
+        return (None, None, None, None, None, *results)
+
+
+def layer_gradients(
+    options: tuple[str, bool, bool, str],  # cell, states, recompute and backend of the operators
+    grads: tuple[Tensor | None, ...],  # of y, h_n, c_n, cells
+    saved: tuple[Tensor, ...],  # y, gates, cells
+    layout: tuple[Any, ...],  # batch_sizes, lengths, resets, noise
+    inputs: tuple[Tensor | None, ...],  # x, h0, c0, reset_h, reset_c, *weights
+    needs: tuple[bool, ...],  # of these
+) -> list[Tensor | None]:
+    """The gradients of the inputs, differentiable ones where grad mode is on."""
+    if torch.is_grad_enabled() or are_batched(grads):  # create_graph, or by vmap
+        return _differentiable_backward(options[0], grads, inputs, layout, needs)
+    x, h0, c0, reset_h, reset_c, *weights = inputs
+    batch_sizes, lengths, resets, noise = layout
+    cell, *others = options
+    results = torch.ops.fused_rnn.layer_backward(
+        *grads, x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
+        *saved, cell, needs, *others, *noise,
+    )  # fmt: skip
+    return [g if need else None for g, need in zip(results, needs, strict=True)]
+
+
+def are_batched(grads: Iterable[Tensor | None]) -> bool:
+    """Whether backward runs for several gradients at once, is_grads_batched or inside vmap."""
+    if torch.compiler.is_compiling():  # which does not know these functions, and has no vmap here
+        return False
+    is_batched, is_legacy = _functorch.is_batchedtensor, _functorch.is_legacy_batchedtensor
+    return any(g is not None and (is_batched(g) or is_legacy(g)) for g in grads)
 
 
 def _differentiable_backward(cell, grads, inputs, layout, needs):
-    """The gradients of the inputs as differentiable functions of the inputs and `grads`."""
+    """The gradients of the inputs as functions of the inputs and `grads`, in plain operations."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        return _gradients_of_oracle(cell, grads, inputs, layout, needs, create_graph)
+
+
+def _gradients_of_oracle(cell, grads, inputs, layout, needs, create_graph):
     batch_sizes, lengths, resets, noise = layout
     # A view of each input, so that differentiation stops there: an input may depend on another.
     views = [None if i is None else i.view_as(i) for i in inputs]
@@ -439,7 +504,7 @@ def _differentiable_backward(cell, grads, inputs, layout, needs):
             [o for o, _ in used],
             wanted,
             [g.to(o.dtype) for o, g in used],
-            create_graph=True,
+            create_graph=create_graph,
             materialize_grads=True,
         )
     )
@@ -467,7 +532,7 @@ def _layer_autograd(
 def is_transformed() -> bool:
     """Whether a transform of torch.func is under way. Of all functions that tell it, this one has
     its true answer in a graph that is being compiled."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    return _functorch.get_dynamic_layer_stack_depth() > 0
 
 
 def needs_oracle(x: Tensor) -> bool:

@@ -52,7 +52,7 @@ def cpu_backend(monkeypatch):
     monkeypatch.setenv("FUSED_RNN_BACKEND", "cpu")
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
 def instruction_set(request, cpu_backend, monkeypatch):
     """The cpu backend with each instruction set in turn, those the machine lacks skipped."""
     monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", request.param)

@@ -87,6 +87,22 @@ def _small_batches(cell: str) -> list[LayerCase]:
     ]
 
 
+def _tiles(cell: str) -> list[LayerCase]:
+    """Large enough for AMX to take float32 in parts, and just around its tiles."""
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    cases = [
+        case(20, 33, 45, 50, directions=2),
+        case(22, 24, 33, 31, bias=False),
+        case(9, 64, 64, 64),
+        case(5, 129, 7, 100),
+        case(19, 28, 16, 150, directions=2),
+        packed([25] * 20 + [3] * 17 + [1], 17, 33, directions=2),
+    ]
+    if CELLS[cell].has_c:
+        cases.append(case(20, 33, 16, 50, proj_size=17, directions=2))
+    return [*cases, *_in_bfloat16(cases)]
+
+
 def _params(cases, marks=()):
     """The instruction set, a fixture's parameter, changes fastest: expectations are shared."""
     dtypes = {torch.float32: "", torch.bfloat16: "-bfloat16"}
@@ -121,6 +137,13 @@ def test_accuracy(case, instruction_set):
     _check(case)
 
 
+@pytest.mark.parametrize("case", _params(_tiles))
+def test_accuracy_of_tiles(case, instruction_set, num_threads):
+    _skip_unless_supported(case)
+    num_threads(2)
+    _check(case)
+
+
 def _small_batches_of_every_dtype(cell: str) -> list[LayerCase]:
     return [*_small_batches(cell), *_in_bfloat16(_small_batches(cell))]
 
@@ -148,8 +171,8 @@ def test_half_types_tell_what_runs_them(dtype, instruction_set):
     problem = ops.make_problem(*inputs.args, True)
     description = dispatch.BACKENDS["cpu"].describe(problem)
     if dtype == torch.bfloat16 and native.bfloat16_capability():
-        assert instruction_set == "avx512"
-        assert description == "cpu/avx512bf16 layer"
+        assert instruction_set in ("amx", "avx512")
+        assert description == f"cpu/{instruction_set}bf16 layer"
     else:
         assert description == f"cpu/{instruction_set} layer in float32"
 

@@ -748,9 +748,9 @@ def test_no_gradient_is_computed_for_what_asks_for_none(monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(torch.ops.fused_rnn, "layer_backward", spy)
-    ours = fused_rnn.LSTM(I, H).requires_grad_(False)
+    ours = fused_rnn.LSTM(I, H, dtype=torch.float64).requires_grad_(False)
     ours.bias_hh_l0.requires_grad_()
-    ours(torch.ones(T, B, I))[0].sum().backward()
+    ours(torch.ones(T, B, I, dtype=torch.float64))[0].sum().backward()
     (grads,) = seen
     assert [g.numel() > 0 for g in grads] == [False] * 8 + [True]
 

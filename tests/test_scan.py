@@ -327,7 +327,7 @@ def _in_a_new_process(capability: str, *command: str) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.parametrize("capability", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("capability", ["amx", "avx512", "avx2", "portable"])
 def test_cpu_capability(capability):
     """Each instruction set the CPU library has passes the fast tests of its backend."""
     if reason := native.cpu_library_error():

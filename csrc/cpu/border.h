@@ -24,6 +24,13 @@ Threads torch_threads();
 // Lives no longer than the tensor.
 Array array_of(const Tensor& tensor);
 
+inline std::vector<Array> arrays_of(const std::vector<Tensor>& tensors) {
+  std::vector<Array> arrays;
+  arrays.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) arrays.push_back(array_of(tensor));
+  return arrays;
+}
+
 // torch.empty past the dispatcher, which has nothing to choose here.
 Tensor empty(const int64_t* sizes, int64_t dimensions, int32_t dtype = aoti_torch_dtype_float32());
 inline Tensor empty(std::initializer_list<int64_t> shape,

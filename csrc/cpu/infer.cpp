@@ -5,11 +5,10 @@
 #include <vector>
 
 #include "border.h"
-#include "direct.h"
+#include "calls.h"
 #include "weights.h"
 
 namespace fused_rnn {
-namespace {
 
 using Shape = std::initializer_list<int64_t>;
 
@@ -19,7 +18,6 @@ bool cpu_is_welcome() {
          std::strcmp(name, "cpu") == 0;
 }
 
-// Of the first layer, padded, from arguments that other checks will confirm.
 LayerShape stack_shape(const InferCall& call, int64_t directions, int64_t timesteps,
                        int64_t batch) {
   LayerShape s{};
@@ -35,7 +33,6 @@ LayerShape stack_shape(const InferCall& call, int64_t directions, int64_t timest
   return s;
 }
 
-// A call per layer with its shape and weights, or none where these do not fit.
 std::vector<ForwardCallOf<float>> stack_calls(const LayerShape& first, int64_t layers,
                                               const InferCall& call) {
   const bool is_projected = projected(first);
@@ -62,6 +59,8 @@ std::vector<ForwardCallOf<float>> stack_calls(const LayerShape& first, int64_t l
   if (!fit) calls.clear();
   return calls;
 }
+
+namespace {
 
 // y may be null.
 void run_stack(std::vector<ForwardCallOf<float>>& calls, const InferCall& given, float* y,

@@ -32,10 +32,10 @@ constexpr int64_t kInputSideRows = 256;
 
 // Elements are taken in parts where a product has so many rows: with fewer, reading the weights
 // takes as long as multiplying, and parts are half as many bytes again.
-constexpr int64_t kRowsInParts = 8;
+constexpr int64_t kRowsInParts = 24;
 // And where a call has so many: cutting the weights costs more than packing them does. With 128 rows
 // of a batch of 1, GRU's inference at H=128 took 1.25 times as long in parts.
-constexpr int64_t kCallRowsInParts = 256;
+constexpr int64_t kCallRowsInParts = 512;
 
 int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
   return std::max(least, bytes / (floats_per_row * static_cast<int64_t>(sizeof(float))));

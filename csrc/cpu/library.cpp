@@ -294,13 +294,6 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
 // Inference on the CPU in one call, for what needs neither a choice nor an error message: every
 // call that is not plain gets no outputs, and Python takes the general way (fused_rnn/direct.py).
 
-std::vector<Array> arrays_of(const std::vector<Tensor>& tensors) {
-  std::vector<Array> arrays;
-  arrays.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) arrays.push_back(array_of(tensor));
-  return arrays;
-}
-
 std::vector<Tensor> infer_layers_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights,
                                     std::optional<Tensor> h0, std::optional<Tensor> c0,
                                     int64_t layers, int64_t directions, bool time_first) {

@@ -28,6 +28,8 @@ def allocate_saved(
     like: Tensor, rows: Rows, directions: int, width: int, dtype: torch.dtype | None = None
 ) -> Tensor:
     """[D, N, width] in memory with room for `rows.room` rows."""
+    if rows.room == rows.count:
+        return like.new_empty((directions, rows.count, width), dtype=dtype)
     flat = like.new_empty(directions * rows.room * width, dtype=dtype)
     return flat[: directions * rows.count * width].view(directions, rows.count, width)
 

@@ -23,6 +23,10 @@ from torch.func import (
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
+# What the kernels of a device take, and what only the reference has.
+SINGLE_AND_DOUBLE = [torch.float32, torch.float64]
+every_dtype = pytest.mark.parametrize("dtype", SINGLE_AND_DOUBLE, ids=["float32", "float64"])
+every_hx = pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
 
@@ -30,13 +34,18 @@ def options_of(variant: str) -> dict:
     return {} if variant.endswith("_cell") else {"num_layers": 2, "bidirectional": True}
 
 
-def pair_of(make, variant: str, **options):
+def pair_of(make, variant: str, dtype: torch.dtype = torch.float64, **options):
     module, theirs = make.pair(variant, **(options or options_of(variant)))
-    return module.double(), theirs.double()
+    return module.to(dtype), theirs.to(dtype)
 
 
 def args_of(module, with_hx: bool = False, **sizes):
-    return Inputs(module, with_hx, dtype=torch.float64, **sizes).args
+    dtype = next(module.parameters()).dtype
+    return Inputs(module, with_hx, dtype=dtype, **sizes).args
+
+
+def exactly(dtype: torch.dtype) -> dict[str, float]:
+    return EXACT if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
 
 
 def parameters_of(module) -> dict[str, Tensor]:
@@ -54,9 +63,10 @@ def grads_of(module, *args) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters()}
 
 
-def test_vmap_over_a_batch(variant, make):
+@every_hx
+def test_vmap_over_a_batch(variant, with_hx, make):
     module, theirs = pair_of(make, variant)
-    batch = [args_of(module, True) for _ in range(3)]
+    batch = [args_of(module, with_hx) for _ in range(3)]
     stacked = torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *batch)
     results = vmap(lambda *args: tuple(leaves(module(*args))))(*stacked)
     for i, args in enumerate(batch):
@@ -92,9 +102,10 @@ def test_vmap_with_randomness(make):
     assert torch.equal(same[0], same[1])
 
 
-def test_grad_with_respect_to_parameters(variant, make):
+@every_hx
+def test_grad_with_respect_to_parameters(variant, with_hx, make):
     module, theirs = pair_of(make, variant)
-    args = args_of(module, True)
+    args = args_of(module, with_hx)
     actual = grad(loss_function(module))(parameters_of(module), *args)
     near(actual, grads_of(theirs, *args), **EXACT)
 
@@ -109,9 +120,10 @@ def test_per_sample_gradients(variant, make):
         near({k: v[i] for k, v in actual.items()}, grads_of(theirs, *args), **EXACT)
 
 
-def test_vjp(variant, make):
+@every_hx
+def test_vjp(variant, with_hx, make):
     module, theirs = pair_of(make, variant)
-    args = args_of(module, True)
+    args = args_of(module, with_hx)
     outputs, pull_back = vjp(lambda *args: tuple(leaves(module(*args))), *args)
     cotangents = tuple(torch.randn_like(o) for o in outputs)
     actual = pull_back(cotangents)
@@ -202,10 +214,12 @@ def test_functional_call_under_grad_of_grad(layer, make):
     near(*results, **EXACT)
 
 
+@every_dtype
+@every_hx
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(variant, use_reentrant, make):
-    module, theirs = pair_of(make, variant)
-    args = args_of(module, True)
+def test_checkpoint(variant, use_reentrant, with_hx, dtype, make):
+    module, theirs = pair_of(make, variant, dtype)
+    args = args_of(module, with_hx)
 
     def call(*args):
         flat, spec = torch.utils._pytree.tree_flatten(args)
@@ -215,12 +229,13 @@ def test_checkpoint(variant, use_reentrant, make):
             use_reentrant=use_reentrant,
         )
 
-    near(train_step(call, module, *args), train_step(theirs, theirs, *args), **EXACT)
+    near(train_step(call, module, *args), train_step(theirs, theirs, *args), **exactly(dtype))
 
 
-def test_selective_checkpoint(layer, make):
+@every_dtype
+def test_selective_checkpoint(layer, dtype, make):
     """What is saved is chosen operator by operator; a layer is one of them."""
-    module, theirs = pair_of(make, layer)
+    module, theirs = pair_of(make, layer, dtype)
     (x,) = args_of(module)
 
     def contexts():
@@ -231,24 +246,32 @@ def test_selective_checkpoint(layer, make):
             lambda x: tuple(leaves(module(x * 2))), x, use_reentrant=False, context_fn=contexts
         )
 
-    near(train_step(call, module, x), train_step(lambda x: theirs(x * 2), theirs, x), **EXACT)
+    near(
+        train_step(call, module, x),
+        train_step(lambda x: theirs(x * 2), theirs, x),
+        **exactly(dtype),
+    )
 
 
-def test_save_on_cpu(variant, make):
-    module, theirs = pair_of(make, variant)
-    args = args_of(module, True)
+@every_dtype
+@every_hx
+def test_save_on_cpu(variant, with_hx, dtype, make):
+    module, theirs = pair_of(make, variant, dtype)
+    args = args_of(module, with_hx)
 
     def call(*args):
         with torch.autograd.graph.save_on_cpu():
             return module(*args)
 
-    near(train_step(call, module, *args), train_step(theirs, theirs, *args), **EXACT)
+    near(train_step(call, module, *args), train_step(theirs, theirs, *args), **exactly(dtype))
 
 
-def test_saved_tensor_hooks(variant, make):
+@every_dtype
+@every_hx
+def test_saved_tensor_hooks(variant, with_hx, dtype, make):
     """What is saved goes out as other bytes, and comes back as another tensor."""
-    module, theirs = pair_of(make, variant)
-    args = args_of(module, True)
+    module, theirs = pair_of(make, variant, dtype)
+    args = args_of(module, with_hx)
     packed = []
 
     def pack(tensor):
@@ -262,7 +285,7 @@ def test_saved_tensor_hooks(variant, make):
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return module(*args)
 
-    near(train_step(call, module, *args), train_step(theirs, theirs, *args), **EXACT)
+    near(train_step(call, module, *args), train_step(theirs, theirs, *args), **exactly(dtype))
     assert packed
 
 
@@ -271,10 +294,12 @@ def times(factor, grads):
     return tuple(None if g is None else factor * g for g in grads)
 
 
-def test_full_backward_hooks(variant, make):
+@every_dtype
+@every_hx
+def test_full_backward_hooks(variant, with_hx, dtype, make):
     """What they see, and what they put in its place."""
-    module, theirs = pair_of(make, variant)
-    args = args_of(module)
+    module, theirs = pair_of(make, variant, dtype)
+    args = args_of(module, with_hx)
     results = []
     for owner in (module, theirs):
         seen = []
@@ -291,12 +316,14 @@ def test_full_backward_hooks(variant, make):
         owner.register_full_backward_hook(hook)
         results.append([*train_step(owner, owner, *args), *leaves(seen)])
     assert len(results[0]) > len(leaves(module(*args))) + 1
-    near(*results, **EXACT)
+    near(*results, **exactly(dtype))
 
 
-def test_gradient_hooks_and_retained_gradients(variant, make):
-    module, theirs = pair_of(make, variant)
-    args = args_of(module, True)
+@every_dtype
+@every_hx
+def test_gradient_hooks_and_retained_gradients(variant, with_hx, dtype, make):
+    module, theirs = pair_of(make, variant, dtype)
+    args = args_of(module, with_hx)
     results = []
     for owner in (module, theirs):
         seen = []
@@ -312,13 +339,16 @@ def test_gradient_hooks_and_retained_gradients(variant, make):
         loss_of(outputs).backward()
         seen.sort(key=lambda t: (t.shape, t.sum().item()))
         results.append([*seen, *(o.grad for o in watched), *(p.grad for p in owner.parameters())])
-    near(*results, rtol=1e-8, atol=1e-10)
+    doubled = {"rtol": 1e-8, "atol": 1e-10}  # the sums of gradients lose a digit
+    near(*results, **(doubled if dtype == torch.float64 else exactly(dtype)))
 
 
-def test_partial_inputs(variant, make):
+@every_dtype
+@every_hx
+def test_partial_inputs(variant, with_hx, dtype, make):
     """torch.autograd.grad for one tensor at a time, others left without."""
-    module, theirs = pair_of(make, variant)
-    args = torch.utils._pytree.tree_map(lambda t: t.requires_grad_(), args_of(module, True))
+    module, theirs = pair_of(make, variant, dtype)
+    args = torch.utils._pytree.tree_map(lambda t: t.requires_grad_(), args_of(module, with_hx))
     for name in ("args", *dict(module.named_parameters())):
         wanted = [
             leaves(args) if name == "args" else [owner.get_parameter(name)]
@@ -328,13 +358,43 @@ def test_partial_inputs(variant, make):
             torch.autograd.grad(loss_of(owner(*args)), each)
             for owner, each in zip((module, theirs), wanted, strict=True)
         ]
-        near(*results, **EXACT)
+        near(*results, **exactly(dtype))
     assert all(p.grad is None for p in module.parameters())
 
 
-def test_repeated_backward_per_timestep(layer, make):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_several_gradients_at_once(variant, how, dtype, make):
+    """A Jacobian by one backward for many cotangents, of an output from outside of vmap."""
+    module, theirs = (each.to(dtype) for each in make.pair(variant))
+    args = torch.utils._pytree.tree_map(
+        lambda t: t.requires_grad_(), Inputs(module, True, dtype=dtype).args
+    )
+    results = []
+    for owner in (module, theirs):
+        y = leaves(owner(*args))[0]
+        cotangents = torch.eye(y.numel(), dtype=dtype)[:5].view(-1, *y.shape)
+        wanted = [*leaves(args), *owner.parameters()]
+
+        def pull(g, y=y, wanted=wanted, **options):
+            return torch.autograd.grad(y, wanted, g, True, allow_unused=True, **options)
+
+        if owner is theirs:
+            each = [pull(g) for g in cotangents]
+            results.append(
+                [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
+            )
+        elif how == "vmap":
+            results.append(vmap(pull)(cotangents))
+        else:
+            results.append(pull(cotangents, is_grads_batched=True))
+    near(*results)
+
+
+@every_dtype
+def test_repeated_backward_per_timestep(layer, dtype, make):
     """retain_graph: the gradient of every timestep's output by itself."""
-    module, theirs = pair_of(make, layer, num_layers=2)
+    module, theirs = pair_of(make, layer, dtype, num_layers=2)
     (x,) = args_of(module)
     results = []
     for owner in (module, theirs):
@@ -343,28 +403,32 @@ def test_repeated_backward_per_timestep(layer, make):
         results.append(
             [torch.autograd.grad(step.sin().sum(), leaf, retain_graph=True)[0] for step in y]
         )
-    near(*results, **EXACT)
+    near(*results, **exactly(dtype))
 
 
-def test_anomaly_mode_and_determinism(variant, make):
-    module, theirs = pair_of(make, variant)
-    args = args_of(module, True)
+@every_dtype
+@every_hx
+def test_anomaly_mode_and_determinism(variant, with_hx, dtype, make):
+    module, theirs = pair_of(make, variant, dtype)
+    args = args_of(module, with_hx)
     expected = train_step(theirs, theirs, *args)
     with torch.autograd.set_detect_anomaly(True):
-        near(train_step(module, module, *args), expected, **EXACT)
+        near(train_step(module, module, *args), expected, **exactly(dtype))
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (train_step(module, module, *args) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
-    near(first, expected, **EXACT)
+    near(first, expected, **exactly(dtype))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_inference_mode(variant, make):
-    module, theirs = pair_of(make, variant)
-    args = args_of(module, True)
+@every_dtype
+@every_hx
+def test_inference_mode(variant, with_hx, dtype, make):
+    module, theirs = pair_of(make, variant, dtype)
+    args = args_of(module, with_hx)
     with torch.inference_mode():
         outputs = module(*args)
     assert all(leaf.is_inference() for leaf in leaves(outputs))
-    near(outputs, theirs(*args), **EXACT)
+    near(outputs, theirs(*args), **exactly(dtype))

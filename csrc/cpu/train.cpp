@@ -1,0 +1,235 @@
+// A layer in training: a forward call with memory for what its backward needs, and that backward.
+// For padded float32 that fits, as infer.cpp: every other call gets no outputs, and Python takes
+// the general way (fused_rnn/ops.py).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "border.h"
+#include "calls.h"
+#include "weights.h"
+#include "workspace.h"
+
+namespace fused_rnn {
+namespace {
+
+// The arguments that forward and backward share, as arrays.
+struct Arguments {
+  std::vector<Array> weights;
+  StateArrays states;
+  InferCall call;
+
+  Arguments(int64_t cell, const Tensor& x, const std::vector<Tensor>& w,
+            const std::optional<Tensor>& h0, const std::optional<Tensor>& c0)
+      : weights(arrays_of(w)),
+        states(h0, c0),
+        call{cell, array_of(x), weights.data(), static_cast<int64_t>(weights.size()),
+             states.given()} {}
+};
+
+// [T, B, width] or [D, B, width], and of a cell's one timestep [B, width].
+struct Shape {
+  bool is_step;
+  int64_t leading, batch, width;
+
+  bool is_of(const Array& array) const {
+    return is_step ? array.is_plain({batch, width}) : array.is_plain({leading, batch, width});
+  }
+  float* allocate(const Allocator& allocate) const {
+    return is_step ? allocate({batch, width}) : allocate({leading, batch, width});
+  }
+  int64_t count() const { return leading * batch * width; }
+};
+
+struct Shapes {
+  Shape x, y, h, c;
+};
+
+// What both passes need of the arguments.
+struct Layer {
+  ForwardCallOf<float> call;
+  CellSizes sizes;
+  Shapes shapes;
+  Memory zeros;  // in the place of initial states that are not given
+
+  const float* h0(const States& given) const { return zeros ? zeros.get() : given.h->data; }
+  const float* c0(const States& given) const { return zeros ? zeros.get() : given.c->data; }
+};
+
+// Or nothing where the arguments do not fit each other.
+std::optional<Layer> read_layer(const InferCall& given, int64_t directions) {
+  const Array& x = given.x;
+  const bool is_step = x.dimensions == 2;
+  if (!x.is_plain() || (x.dimensions != 3 && !is_step)) return {};
+  if (directions < 1 || directions > (is_step ? 1 : 2)) return {};
+  const int64_t timesteps = is_step ? 1 : x.sizes[0], batch = x.sizes[is_step ? 0 : 1];
+  const LayerShape s = stack_shape(given, directions, timesteps, batch);
+  const std::vector<ForwardCallOf<float>> calls = stack_calls(s, 1, given);
+  if (calls.empty()) return {};
+  Layer layer{calls[0], cell_sizes(s.cell), {}, nullptr};
+  layer.shapes = {{is_step, timesteps, batch, s.input},
+                  {is_step, timesteps, batch, directions * s.output},
+                  {is_step, directions, batch, s.output},
+                  {is_step, directions, batch, s.hidden}};
+  const Array *h = given.states.h, *c = given.states.c;
+  if ((h && !layer.shapes.h.is_of(*h)) || (c && !layer.shapes.c.is_of(*c)) ||
+      (c != nullptr) != (layer.sizes.has_c && h != nullptr)) {
+    return {};
+  }
+  if (h == nullptr) {
+    layer.zeros = memory(layer.shapes.c.count());
+    std::fill_n(layer.zeros.get(), layer.shapes.c.count(), 0.0f);
+  }
+  return layer;
+}
+
+std::vector<Tensor> train_layer_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights,
+                                   std::optional<Tensor> h0, std::optional<Tensor> c0,
+                                   int64_t directions) {
+  if (!cpu_is_welcome()) return {};
+  const Arguments given(cell, x, weights, h0, c0);
+  std::optional<Layer> layer = read_layer(given.call, directions);
+  if (!layer) return {};
+  ForwardCallOf<float>& call = layer->call;
+  const Shapes& shapes = layer->shapes;
+  const LayerShape& s = call.shape;
+  NewTensors outputs;
+  const Allocator allocate = outputs.allocator();
+  Memory h_n;
+  call.x = given.call.x.data;
+  call.h0 = layer->h0(given.call.states);
+  call.y = shapes.y.allocate(allocate);
+  if (shapes.y.is_step) {
+    h_n = memory(shapes.h.count());  // y once more
+    call.h_n = h_n.get();
+  } else {
+    call.h_n = shapes.h.allocate(allocate);
+  }
+  if (layer->sizes.has_c) {
+    call.c0 = layer->c0(given.call.states);
+    call.c_n = shapes.c.allocate(allocate);
+  }
+  if (const int64_t width = layer->sizes.saved_gates * s.hidden; width > 0) {
+    call.gates = allocate({directions, s.count, width});
+    const auto floats = static_cast<size_t>(directions * s.count * width);
+    advise_huge_pages_if_fresh(call.gates, floats * sizeof(float));
+  }
+  if (layer->sizes.has_c) call.cells = allocate({directions, s.count, s.hidden});
+  layer_forward(kernels(), call, torch_threads());
+  return outputs.take();
+}
+
+// Memory for gradients: those that are wanted become outputs, in the order of the bits of `needs`.
+class Gradients {
+ public:
+  explicit Gradients(int64_t needs) : needs_(needs) {}
+
+  bool next_is_wanted() {
+    const bool wanted = (needs_ & 1) != 0;
+    needs_ >>= 1;
+    return wanted;
+  }
+  // Null where it is not wanted.
+  float* next(const Shape& shape) {
+    return next_is_wanted() ? shape.allocate(allocator_) : nullptr;
+  }
+  float* next(const Array& like) {
+    if (!next_is_wanted()) return nullptr;
+    return allocator_.allocate(allocator_.context, like.sizes, like.dimensions);
+  }
+  // What kernels write in any case.
+  float* next_or_scratch(const Shape& shape) {
+    if (float* wanted = next(shape)) return wanted;
+    scratch_.push_back(memory(shape.count()));
+    return scratch_.back().get();
+  }
+  std::vector<Tensor> take() { return outputs_.take(); }
+
+ private:
+  int64_t needs_;
+  NewTensors outputs_;
+  Allocator allocator_ = outputs_.allocator();
+  std::vector<Memory> scratch_;
+};
+
+// Whether a tensor is not given, or has that shape; then `data` are its numbers, or null.
+bool read(const std::optional<Tensor>& tensor, const Shape& shape, const float*& data) {
+  if (!tensor) return true;
+  const Array array = array_of(*tensor);
+  data = array.data;
+  return shape.is_of(array);
+}
+
+std::vector<Tensor> train_layer_backward_op(
+    int64_t cell, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
+    std::optional<Tensor> grad_c_n, const Tensor& x, std::vector<Tensor> weights,
+    std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> y,
+    std::optional<Tensor> gates, std::optional<Tensor> cells, int64_t directions, int64_t needs) {
+  const Arguments given(cell, x, weights, h0, c0);
+  const std::optional<Layer> layer = read_layer(given.call, directions);
+  if (!layer) return {};
+  const Shapes& shapes = layer->shapes;
+  const CellSizes sizes = layer->sizes;
+  BackwardCallOf<float> call{};
+  LayerShape& s = call.shape;
+  s = layer->call.shape;
+  std::copy_n(layer->call.weights, 2, call.weights);
+  const Shape gates_shape{false, directions, s.count, sizes.saved_gates * s.hidden};
+  const Shape cells_shape{false, directions, s.count, s.hidden};
+  if (!read(grad_y, shapes.y, call.grad_y) || !read(grad_h_n, shapes.h, call.grad_h_n) ||
+      !read(grad_c_n, shapes.c, call.grad_c_n) || !read(y, shapes.y, call.y) ||
+      !read(gates, gates_shape, call.gates) || !read(cells, cells_shape, call.cells) ||
+      (call.gates != nullptr) != (sizes.saved_gates > 0) ||
+      (call.cells != nullptr) != sizes.has_c || call.y == nullptr) {
+    return {};
+  }
+  Gradients grads(needs);
+  call.x = given.call.x.data;
+  call.h0 = layer->h0(given.call.states);
+  call.grad_x = grads.next(shapes.x);
+  call.grad_h0 = grads.next_or_scratch(shapes.h);
+  if (sizes.has_c) {
+    call.c0 = layer->c0(given.call.states);
+    call.grad_c0 = grads.next_or_scratch(shapes.c);
+  } else if (grads.next_is_wanted()) {
+    return {};
+  }
+  const size_t per_direction = given.weights.size() / static_cast<size_t>(directions);
+  for (size_t i = 0; i < given.weights.size(); i++) {
+    WeightGrads& g = call.grads[i / per_direction];
+    float** fields[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr};
+    const size_t which = i % per_direction;
+    const bool is_projection = projected(s) && which == per_direction - 1;
+    *fields[is_projection ? kProjection : which] = grads.next(given.weights[i]);
+  }
+  layer_backward(kernels(), call, torch_threads());
+  return grads.take();
+}
+
+}  // namespace
+}  // namespace fused_rnn
+
+// x [T, B, I], states [D, B, P] and [D, B, H] or none for zeros, weights as in ForwardCallOf; or a
+// cell's timestep, x [B, I] and states [B, H]. train_layer gives y, h_n (not of a timestep), c_n,
+// gates and cells, those that the cell has; its backward the gradients of x, h0, c0 and the weights
+// whose bits are set in `needs`, from the lowest on. Both give nothing to a call that is not for
+// them.
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn_cpu, m) {
+  m.def(
+      "train_layer(int cell, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, int directions) "
+      "-> Tensor[]");
+  m.def(
+      "train_layer_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, "
+      "Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? y, Tensor? gates, "
+      "Tensor? cells, int directions, int needs) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CompositeExplicitAutograd, m) {
+  m.impl("train_layer", TORCH_BOX(&fused_rnn::train_layer_op));
+  m.impl("train_layer_backward", TORCH_BOX(&fused_rnn::train_layer_backward_op));
+}

@@ -1,0 +1,200 @@
+"""Training on the CPU in two calls of the library, past the waist.
+
+What `direct.py` is to inference: of a small layer the kernels take tens of microseconds, and the
+general way's checks, its choice of a backend and its operators written in Python some hundreds. So
+modules ask here first where gradients are wanted. What runs is what the general way would have run:
+the library (csrc/cpu/train.cpp) looks at every tensor. To a call that is wrong or out of the
+ordinary, or that somebody watches or redirects, the answer is None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import direct, ops
+from .cells import Cell
+from .problem import NO_NOISE
+
+# Up to so many floats, 1 MiB, the copy that a batch-first input needs is kept for backward. The
+# general way makes it anew there, which is less memory, and no time beside what more rows take.
+_KEPT_COPY = 1 << 18
+
+_States = tuple[Tensor | None, Tensor | None]  # h0 and c0
+
+
+def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
+    """What `module.forward(input, hx)` has to return, or None: take the general way."""
+    cell, dropout, num_layers = direct.CELL_OF.get(module.mode), module.dropout, module.num_layers
+    if cell is None or type(num_layers) is not int or type(dropout) is not float:
+        return None
+    if not 0 <= dropout <= 1 or module.recompute:
+        return None
+    # What is parametrized or was replaced by a plain attribute is not among the parameters.
+    weights = list(map(module._parameters.get, module._flat_weights_names))
+    states = _states_of_ordinary(cell, input, weights, hx)
+    if states is None or input.dim() != 3:
+        return None
+    x = _time_first(input) if module.batch_first else input
+    if x is None:
+        return None
+    directions = 2 if module.bidirectional else 1
+    if num_layers == 1:
+        result = _run(cell, x, states, weights, directions)
+    else:
+        dropout = dropout if module.training else 0.0
+        result = _run_stack(cell, x, states, weights, directions, num_layers, dropout)
+    if result is None:
+        return None
+    y, *final = result
+    return y.transpose(0, 1) if module.batch_first else y, tuple(final) if cell.has_c else final[0]
+
+
+def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
+    """What `module.forward(input, hx)` has to return, or None: take the general way."""
+    weights = list(map(module._parameters.get, direct.CELL_WEIGHTS[: 4 if module.bias else 2]))
+    states = _states_of_ordinary(cell, input, weights, hx)
+    if states is None or input.dim() != 2 or weights[1].shape[-1] != module.hidden_size:
+        return None
+    result = _run(cell, input, states, weights, 1)
+    return result if result is None or cell.has_c else result[0]
+
+
+def _states_of_ordinary(cell: Cell, input: Any, weights: list[Any], hx: Any) -> _States | None:
+    """hx as (h0, c0), or None: the call is not for here."""
+    if not direct.PLAIN_TYPES.issuperset(map(type, (input, *weights))):
+        return None
+    if direct.is_watched() or forward_ad._current_level >= 0:
+        return None
+    if input.dtype != torch.float32 or not input.is_cpu:
+        return None
+    states = direct.given_states(cell, hx)
+    if states is None:
+        return None
+    asking = (*weights, input, *states)
+    return states if any(t is not None and t.requires_grad for t in asking) else None
+
+
+def _time_first(input: Tensor) -> Tensor | None:
+    """[T, B, I] of [B, T, I] in the order of its memory; or None: not for here."""
+    if input.is_nested or input.layout != torch.strided:
+        return None
+    x = input.transpose(0, 1)
+    return x if x.is_contiguous() or x.numel() > _KEPT_COPY else x.contiguous()
+
+
+def _run_stack(
+    cell: Cell,
+    x: Tensor,
+    states: _States,
+    weights: list[Tensor],
+    directions: int,
+    num_layers: int,
+    dropout: float,
+) -> list[Tensor] | None:
+    """As `_run`, layer after layer."""
+    per_layer, remainder = divmod(len(weights), max(num_layers, 1))
+    if remainder:
+        return None
+    finals = []
+    for layer in range(num_layers):
+        span = slice(layer * directions, (layer + 1) * directions)
+        h0, c0 = (None if state is None else state[span] for state in states)
+        of_layer = weights[layer * per_layer : (layer + 1) * per_layer]
+        result = _run(cell, x, (h0, c0), of_layer, directions)
+        if result is None:
+            return None
+        x, *final = result
+        finals.append(final)
+        if dropout and layer < num_layers - 1:
+            x = F.dropout(x, dropout, True)
+    return [x, *map(torch.cat, zip(*finals, strict=True))] if finals else None
+
+
+def _run(
+    cell: Cell,
+    x: Tensor,  # [T, B, I], or of a cell's timestep [B, I]
+    states: _States,  # [D, B, P] and [D, B, H], or [B, H]; or None for zeros
+    weights: list[Tensor],  # as in `ops.layer`
+    directions: int,
+) -> tuple[Tensor, ...] | None:
+    """y, h_n (not of a timestep) and, where the cell has it, c_n; or None: not for here."""
+    with torch._C._AutoDispatchBelowAutograd():
+        outputs = direct.train_layer(cell, x, *states, weights, directions)
+    return _Layer.apply(cell, directions, outputs, x, *states, *weights) if outputs else None
+
+
+class _Layer(torch.autograd.Function):
+    """A layer that the library has run already."""
+
+    @staticmethod
+    def forward(ctx, cell, directions, outputs, x, h0, c0, *weights):
+        given = x.dim() - 1 + cell.has_c  # what follows them is saved only
+        gates = outputs[given] if cell.saved_gates else None
+        cells = outputs[given + 1] if cell.has_c else None
+        ctx.save_for_backward(outputs[0], gates, cells, x, h0, c0, *weights)
+        ctx.cell, ctx.directions = cell, directions
+        ctx.set_materialize_grads(False)
+        return tuple(outputs[:given])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grads = [*grads, *(() if ctx.cell.has_c else (None,))]
+        if len(grads) == 2:  # of a timestep
+            grads.insert(1, None)
+        needs = ctx.needs_input_grad[3:]
+        if all(grad is None for grad in grads):
+            return (None,) * (3 + len(needs))
+        saved = ctx.saved_tensors  # once: checkpointing computes them anew at every look
+        results = _library_gradients(ctx, grads, saved, needs)
+        if results is None:
+            results = _general_gradients(ctx, grads, saved, needs)
+        return (None, None, None, *results)
+
+
+# Both give the gradients of x, h0, c0 and the weights, from those of y, h_n and c_n.
+
+
+def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
+    """None: not for here."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or direct.is_watched():
+        return None
+    if ops.are_batched(grads):
+        return None
+    y, gates, cells, x, h0, c0, *weights = saved
+    results = direct.train_layer_backward(
+        ctx.cell, grads, x, h0, c0, weights, (y, gates, cells), ctx.directions, needs
+    )
+    given = iter(results)
+    return [next(given) if need else None for need in needs] if results else None
+
+
+def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
+    """Differentiable ones where grad mode is on."""
+    y, gates, cells, x, h0, c0, *weights = saved
+    is_step = x.dim() == 2
+    if is_step:
+        x, h0, c0, y, *grads = (
+            None if t is None else t.unsqueeze(0) for t in (x, h0, c0, y, *grads)
+        )
+    leading = ctx.directions, x.shape[1]
+    if h0 is None:
+        h0 = x.new_zeros((*leading, weights[1].shape[1]))
+        if ctx.cell.has_c:
+            c0 = x.new_zeros((*leading, weights[0].shape[0] // ctx.cell.gates))
+    nothing = x.new_empty((ctx.directions, x.shape[0] * x.shape[1], 0))
+    gates, cells = (nothing if t is None else t for t in (gates, cells))
+    results = ops.layer_gradients(
+        (ctx.cell.name, False, False, "auto"),
+        (*grads, None),
+        (y, gates, cells),
+        (None, None, None, NO_NOISE),
+        (x, h0, c0, None, None, *weights),
+        (*needs[:3], False, False, *needs[3:]),
+    )
+    states = [g.squeeze(0) if is_step and g is not None else g for g in results[:3]]
+    return [*states, *results[5:]]

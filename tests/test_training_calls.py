@@ -1,0 +1,562 @@
+"""The short way of training (fused_rnn/training.py): the general way's bits, forward and backward,
+and not taken where the general way has something to say."""
+
+import copy
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_streaming import (
+    ALL,
+    LAYERS,
+    Nothing,
+    NothingBelow,
+    Ways,
+    assert_general,
+    bad_inputs,
+    bad_states,
+    every_layer,
+    every_module,
+    flat,
+    make,
+    states,
+    weight_changes,
+)
+from torch.autograd import forward_ad
+
+import fused_rnn
+from fused_rnn import direct, training
+from fused_rnn.cells import CELLS
+from fused_rnn.modules import make_module
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    return Ways(monkeypatch, training)
+
+
+def leaves(value):
+    """The same nest of tensors, each a leaf that asks for a gradient."""
+    if isinstance(value, tuple):
+        return tuple(map(leaves, value))
+    return value if value is None else value.detach().clone().requires_grad_()
+
+
+def weighted(outputs):
+    """A sum that every element of every output has its own part in."""
+    generator = torch.Generator().manual_seed(3)
+    return sum((t * torch.randn(t.shape, generator=generator)).sum() for t in outputs)
+
+
+def run(module, *args, loss=weighted):
+    """Outputs, and the gradients of arguments and parameters."""
+    args = tuple(map(leaves, args))
+    torch.manual_seed(4)  # of dropout's masks
+    outputs = flat(module(*args))
+    inputs = [*flat(tuple(a for a in args if a is not None)), *module.parameters()]
+    return [*outputs, *torch.autograd.grad(loss(outputs), inputs)]
+
+
+def assert_same_bits(actual, expected):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert type(a) is type(e) and a.shape == e.shape and a.requires_grad == e.requires_grad
+        assert torch.equal(a, e)
+
+
+def assert_both_ways(ways, module, *args, **options):
+    before = ways.direct
+    actual = run(module, *args, **options)
+    assert ways.direct == before + 1, "took the general way"
+    assert_same_bits(actual, ways.call_generally(lambda: run(module, *args, **options)))
+
+
+OPTIONS = [
+    {"num_layers": layers, "bidirectional": bidirectional, "bias": bias, "batch_first": batch_first}
+    for layers, bidirectional, bias, batch_first in itertools.product(
+        (1, 3), (False, True), (True, False), (False, True)
+    )
+]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ".".join(map(str, map(int, o.values()))))
+def test_layers_have_the_general_ways_bits(cell, options, ways):
+    module = make_module(cell, 5, 18, **options)
+    parts = options["num_layers"] * (1 + options["bidirectional"])
+    for sizes in ((1, 1), (7, 3), (40, 2)):
+        x = torch.randn(*(sizes[::-1] if options["batch_first"] else sizes), 5)
+        for hx in (None, states(cell, parts, sizes[1], 18)):
+            assert_both_ways(ways, module, x, hx)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_projection_has_the_general_ways_bits(bias, ways):
+    sizes = {"proj_size": 5, "num_layers": 2, "bidirectional": True}
+    module = fused_rnn.LSTM(8, 12, bias=bias, **sizes)
+    for hx in (None, (torch.randn(4, 3, 5), torch.randn(4, 3, 12))):
+        assert_both_ways(ways, module, torch.randn(6, 3, 8), hx)
+
+
+@every_layer
+@pytest.mark.parametrize("bias", [True, False])
+def test_cells_have_the_general_ways_bits(cell, bias, ways):
+    module, _ = make(cell, "Cell", 5, 17, bias=bias)
+    for hx in (None, states(cell, 3, 17)):
+        assert_both_ways(ways, module, torch.randn(3, 5), hx)
+
+
+@every_layer
+def test_dropout_between_layers_draws_the_same_masks(cell, ways):
+    module, _ = make(cell, "", 5, 9, num_layers=3, dropout=0.4, batch_first=True)
+    for mode in (True, False):
+        assert_both_ways(ways, module.train(mode), torch.randn(4, 7, 5))
+
+
+def test_a_large_layer_with_threads(ways, num_threads):
+    num_threads(2)
+    assert_both_ways(ways, fused_rnn.LSTM(96, 160, bidirectional=True), torch.randn(40, 24, 96))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_no_large_copy_is_kept_for_backward(batch_first, ways):
+    module = fused_rnn.GRU(1024, 4, batch_first=batch_first)
+    for timesteps, taken in ((100, True), (300, not batch_first)):
+        x = torch.randn(*((2, timesteps) if batch_first else (timesteps, 2)), 1024)
+        saved = set()
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        with hooks(
+            lambda t, saved=saved: saved.add(t.untyped_storage().data_ptr()) or t, lambda t: t
+        ):
+            before = ways.direct
+            module(x)
+        assert (ways.direct > before) == taken
+        assert taken or x.untyped_storage().data_ptr() in saved
+
+
+def test_no_timestep_of_a_loop_takes_the_general_way(ways):
+    """Cells called in a loop, gradients through all of it."""
+    ours, theirs = make("lstm", "Cell", 4, 6)
+    x, results = torch.randn(9, 3, 4), []
+    for module in (ours, theirs):
+        hx, outputs = None, []
+        for row in x:
+            hx = module(row, hx)
+            outputs.append(hx[0])
+        torch.stack(outputs).sin().sum().backward()
+        results.append([p.grad for p in module.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert (ways.direct, ways.general) == (9, 0)
+
+
+@pytest.mark.parametrize("names", [["weight_hh_l0"], ["bias_ih_l0", "bias_hh_l0"], []])
+def test_what_asks_for_no_gradient_gets_none(names, ways):
+    module = fused_rnn.LSTM(4, 6).requires_grad_(False)
+    for name in names:
+        module.get_parameter(name).requires_grad_()
+    x, h, c = torch.randn(5, 3, 4), torch.randn(1, 3, 6), torch.randn(1, 3, 6)
+
+    def grads():
+        args = [t.clone().requires_grad_(not names) for t in (x, h, c)]
+        module(args[0], tuple(args[1:]))[0].square().sum().backward()
+        every = [*args, *module.parameters()]
+        assert [t.grad is None for t in every] == [not t.requires_grad for t in every]
+        found = [t.grad.clone() for t in every if t.requires_grad]
+        module.zero_grad()
+        return found
+
+    assert_same_bits(grads(), ways.call_generally(grads))
+    assert ways.direct == 1
+
+
+def test_nothing_that_asks_is_for_another_way(ways):
+    module = fused_rnn.GRU(4, 6).requires_grad_(False)
+    assert not module(torch.randn(5, 3, 4))[0].requires_grad
+    assert ways.direct == 0
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (1, 2)])
+def test_gradients_of_some_outputs(which, ways):
+    module = fused_rnn.LSTM(4, 6, bidirectional=True)
+
+    def loss(outputs):
+        return sum(outputs[i].sin().sum() for i in which)
+
+    assert_both_ways(ways, module, torch.randn(5, 3, 4), loss=loss)
+
+
+@pytest.mark.parametrize(("cell", "suffix"), [("gru", ""), ("lstm", "Cell")])
+def test_gradients_of_odd_layouts(cell, suffix, ways):
+    """What comes back may be one number for all, or lie in another order."""
+    module, _ = make(cell, suffix, 4, 6)
+    x = torch.randn(3, 4) if suffix else torch.randn(5, 3, 4)
+    for loss in (
+        lambda outputs: sum(t.sum() for t in outputs),
+        lambda outputs: sum((t.transpose(-1, -2) * 2).flatten().cumsum(0).sum() for t in outputs),
+    ):
+        assert_both_ways(ways, module, x, loss=loss)
+
+
+def plain_args(cell, suffix):
+    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    return x, states(cell, *x.shape)
+
+
+@every_module
+@pytest.mark.parametrize("change", weight_changes(), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("which", ["weight_ih", "weight_hh"])
+def test_unusual_weights_take_the_general_way(cell, suffix, change, which, ways):
+    ours, _ = make(cell, suffix, 8, 8)
+    change(ours, which if suffix else f"{which}_l0")
+    assert_general(ways, ours, plain_args(cell, suffix)[0])
+
+
+@every_module
+def test_one_bias_alone_takes_the_general_way(cell, suffix, ways):
+    ours, _ = make(cell, suffix, 8, 8)
+    setattr(ours, "bias_hh" if suffix else "bias_hh_l0", None)
+    assert_general(ways, ours, plain_args(cell, suffix)[0])
+
+
+@every_module
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", dict(bad_inputs()))
+def test_unusual_inputs_take_the_general_way(cell, suffix, kind, ways, monkeypatch):
+    monkeypatch.delenv("FUSED_RNN_BACKEND")
+    ours, _ = make(cell, suffix, 8, 8)
+    assert_general(ways, ours, dict(bad_inputs())[kind](suffix))
+    if not suffix and kind != "strided":
+        ours.batch_first = True
+        assert_general(ways, ours, dict(bad_inputs())[kind](suffix))
+
+
+@every_module
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", dict(bad_states()))
+def test_unusual_states_take_the_general_way(cell, suffix, kind, ways):
+    ours, _ = make(cell, suffix, 8, 8)
+    x, hx = plain_args(cell, suffix)
+    assert_general(ways, ours, x, dict(bad_states())[kind](hx))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_layers", 2), ("num_layers", 0), ("num_layers", 1.0), ("dropout", 2.0),
+        ("dropout", None), ("bidirectional", True), ("recompute", True),
+    ],
+)  # fmt: skip
+def test_changed_options_take_the_general_way(name, value, ways):
+    ours, _ = make("gru", "", 8, 8)
+    setattr(ours, name, value)
+    assert_general(ways, ours, *plain_args("gru", ""))
+
+
+@every_layer
+def test_changed_size_of_a_cell_takes_the_general_way(cell, ways):
+    ours, _ = make(cell, "Cell", 8, 8)
+    ours.hidden_size = 9
+    assert_general(ways, ours, *plain_args(cell, "Cell"))
+
+
+@every_module
+def test_functional_call_and_data_are_honoured(cell, suffix, ways):
+    """Weights that are not the module's own, or were written past autograd."""
+    ours, theirs = make(cell, suffix, 8, 8)
+    x = plain_args(cell, suffix)[0]
+    weights = {name: torch.randn_like(p) / 3 for name, p in ours.named_parameters()}
+    theirs.load_state_dict(weights)
+    weights = {name: weight.requires_grad_() for name, weight in weights.items()}
+    given = flat(torch.func.functional_call(ours, weights, (x,)))
+    grads = torch.autograd.grad(weighted(given), list(weights.values()))
+    expected = run(theirs, x)
+    outputs, expected_grads = expected[: len(given)], expected[-len(grads) :]
+    torch.testing.assert_close([*given, *grads], [*outputs, *expected_grads])
+    for name, p in ours.named_parameters():
+        p.data.copy_(weights[name])
+    torch.testing.assert_close(run(ours, x), expected)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        forward_ad.dual_level,
+        lambda: fused_rnn.backend("reference"),
+        lambda: torch.device("cpu"),
+        Nothing,
+        NothingBelow,
+    ],
+    ids=["autocast", "forward_ad", "backend", "device", "function_mode", "dispatch_mode"],
+)
+@every_module
+def test_contexts_take_the_general_way(cell, suffix, context, ways, monkeypatch):
+    monkeypatch.delenv("FUSED_RNN_BACKEND")
+    ours, _ = make(cell, suffix, 8, 8)
+    x, _ = plain_args(cell, suffix)
+    with context():
+        assert_general(ways, ours, x)
+    ours(x)
+    assert ways.direct == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "block", "taken"),
+    [
+        ("", None, True), ("auto", None, True), ("cpu", None, True), ("reference", None, False),
+        ("nonsense", None, False), ("", "cpu", True), ("", "auto", True),
+        ("reference", "cpu", False),
+    ],
+)  # fmt: skip
+def test_the_backend_asked_for_is_the_one(variable, block, taken, ways, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_BACKEND", variable)
+    ours, _ = make("gru", "", 8, 8)
+    x = torch.randn(3, 1, 8)
+
+    def call():
+        if block is None:
+            return ours(x)
+        with fused_rnn.backend(block):
+            return ours(x)
+
+    if taken:
+        call()
+        assert ways.direct == 1
+    else:
+        assert_general(ways, call)
+
+
+@every_module
+def test_explain_sees_every_layer(cell, suffix, ways, monkeypatch):
+    monkeypatch.delenv("FUSED_RNN_BACKEND")
+    ours, _ = make(cell, suffix, 8, 8)
+    told = fused_rnn.explain(ours, plain_args(cell, suffix)[0])
+    assert told.backend == "cpu" and len(told.layers) == 1 and ways.direct == 0
+
+
+def test_capability_is_checked(ways, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", "nonsense")
+    with pytest.raises(RuntimeError, match="FUSED_RNN_CPU_CAPABILITY"):
+        fused_rnn.GRU(4, 6)(torch.randn(5, 3, 4))
+
+
+def test_without_the_library(ways, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_BACKEND", "reference")
+    monkeypatch.setattr(direct, "cpu_library_error", lambda: "it is not there")
+    assert_general(ways, fused_rnn.LSTM(8, 8), torch.randn(1, 1, 8))
+
+
+@every_module
+def test_transforms_take_the_general_way(cell, suffix, ways):
+    ours, _ = make(cell, suffix, 8, 8)
+    x, _ = plain_args(cell, suffix)
+    torch.func.vmap(ours)(torch.stack((x, x)))
+    torch.func.grad(lambda x: weighted(flat(ours(x))))(x)
+    torch.func.jvp(lambda x: flat(ours(x))[0], (x,), (x,))
+    torch.jit.trace(ours, (x,), check_trace=False)
+    assert ways.direct == 0
+
+
+# What may be about in backward alone, where forward took the short way.
+
+
+@every_module
+def test_double_backward(cell, suffix, ways):
+    ours, theirs = make(cell, suffix, 8, 8)
+    x, hx = plain_args(cell, suffix)
+
+    def penalty(module, hx):
+        leaf, hx = leaves(x), leaves(hx)
+        given = [leaf, *(flat(hx) if hx is not None else []), *module.parameters()]
+        loss = sum(t.sin().sum() for t in flat(module(leaf, hx)))
+        grads = torch.autograd.grad(loss, given, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), given)
+        return [*grads, *second]
+
+    for each in (hx, None):
+        actual, expected = penalty(ours, each), penalty(theirs, each)
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    assert ways.direct == 2
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: fused_rnn.backend("reference"),
+        lambda: fused_rnn.backend("triton"),
+        NothingBelow,
+        lambda: torch.autograd.set_detect_anomaly(True),
+    ],
+    ids=["autocast", "reference", "triton", "dispatch_mode", "anomaly"],
+)
+@every_module
+def test_contexts_around_backward(cell, suffix, context, ways):
+    ours, _ = make(cell, suffix, 8, 8)
+    x, hx = plain_args(cell, suffix)
+    results = []
+    for around in (context, torch.enable_grad):
+        leaf = leaves(x)
+        loss = weighted(flat(ours(leaf, leaves(hx))))
+        with around():
+            results.append(torch.autograd.grad(loss, [leaf, *ours.parameters()]))
+    assert_same_bits(*results)
+    assert ways.direct == 2
+
+
+def test_a_batch_of_gradients_at_once(ways):
+    ours, _ = make("gru", "", 8, 8)
+    x = leaves(torch.randn(3, 2, 8))
+    y = ours(x)[0]
+    cotangents = torch.randn(4, *y.shape)
+    (batched,) = torch.autograd.grad(y, x, cotangents, is_grads_batched=True, retain_graph=True)
+    for cotangent, actual in zip(cotangents, batched, strict=True):
+        (expected,) = torch.autograd.grad(y, x, cotangent, retain_graph=True)
+        torch.testing.assert_close(actual, expected)
+    assert ways.direct == 1
+
+
+def test_saved_tensors_may_come_back_in_another_order(ways):
+    def transposed(t):
+        return t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t
+
+    ours, _ = make("lstm", "", 8, 8)
+    x = torch.randn(3, 2, 8)
+    expected = run(ours, x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, transposed):
+        torch.testing.assert_close(run(ours, x), expected)
+
+
+@pytest.mark.parametrize(("cell", "suffix"), ALL, ids="".join)
+def test_backward_again_and_of_what_was_changed(cell, suffix, ways):
+    ours, _ = make(cell, suffix, 8, 8)
+    x = leaves(plain_args(cell, suffix)[0])
+    outputs = flat(ours(x))
+    loss = weighted(outputs)
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True) for _ in range(2))
+    assert_same_bits(first, second)
+    with torch.no_grad():
+        next(ours.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, x)
+    assert ways.direct == 1
+
+
+def test_final_states_may_be_changed(ways):
+    ours, _ = make("lstm", "", 8, 8)
+    x = leaves(torch.randn(3, 2, 8))
+    y, (h_n, c_n) = ours(x)
+    (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    h_n.zero_(), c_n.mul_(2)
+    (actual,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(actual, expected) and ways.direct == 1
+
+
+def test_a_stateful_module_goes_on(ways):
+    ours = fused_rnn.GRU(4, 6, stateful=True)
+    plain = fused_rnn.GRU(4, 6)
+    plain.load_state_dict(ours.state_dict())
+    hx = None
+    for _ in range(3):
+        x = torch.randn(2, 3, 4)
+        y, hx = plain(x, None if hx is None else hx.detach())
+        assert torch.equal(ours(x)[0], y)
+    assert ways.direct == 6
+
+
+def test_copies_train(ways):
+    ours, _ = make("lstm", "", 8, 8)
+    x = torch.randn(3, 2, 8)
+    assert_same_bits(run(copy.deepcopy(ours), x), run(ours, x))
+
+
+MISFITS = {
+    "cell": [5, -1],
+    "x": [torch.randn(2, 4), torch.randn(5, 2, 3), torch.randn(5, 2, 4).double(),
+          torch.randn(2, 5, 4).transpose(0, 1), torch.randn(5, 0, 4), torch.randn(0, 2, 4)],
+    "weights": [[], [torch.randn(24, 4)], [torch.randn(24, 4), torch.randn(24, 5)]],
+    "h0": [torch.randn(1, 2, 5), torch.randn(2, 6), torch.randn(1, 2, 6).half()],
+    "c0": [None, torch.randn(1, 1, 6)],
+    "directions": [0, 2, 3],
+}  # fmt: skip
+
+
+def operator_arguments():
+    weights = [torch.randn(24, 4), torch.randn(24, 6), torch.randn(24), torch.randn(24)]
+    forward = {"cell": 3, "x": torch.randn(5, 2, 4), "weights": weights}
+    return forward | {"h0": torch.randn(1, 2, 6), "c0": torch.randn(1, 2, 6), "directions": 1}
+
+
+def call_operator(name, arguments):
+    """What it returns; to an index that is no cell's, nothing."""
+    try:
+        return getattr(torch.ops.fused_rnn_cpu, name)(**arguments)
+    except RuntimeError as error:
+        assert "cell: expected 0 to 4" in str(error)
+        return []
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_operators_return_nothing_to_what_does_not_fit(name):
+    arguments = operator_arguments()
+    y, h_n, c_n, gates, cells = torch.ops.fused_rnn_cpu.train_layer(**arguments)
+    grads = {"grad_y": y, "grad_h_n": h_n, "grad_c_n": c_n}
+    backward = arguments | grads | {"y": y, "gates": gates, "cells": cells, "needs": 0b1111111}
+    assert len(torch.ops.fused_rnn_cpu.train_layer_backward(**backward)) == 7
+    for value in MISFITS[name]:
+        assert call_operator("train_layer", arguments | {name: value}) == []
+        assert call_operator("train_layer_backward", backward | {name: value}) == []
+
+
+@pytest.mark.parametrize("name", ["grad_y", "grad_h_n", "grad_c_n", "y", "gates", "cells"])
+def test_backwards_operator_returns_nothing_to_what_was_not_saved(name):
+    arguments = operator_arguments()
+    y, h_n, c_n, gates, cells = torch.ops.fused_rnn_cpu.train_layer(**arguments)
+    saved = {"grad_y": y, "grad_h_n": h_n, "grad_c_n": c_n, "y": y, "gates": gates, "cells": cells}
+    backward = torch.ops.fused_rnn_cpu.train_layer_backward
+    for value in (saved[name][:1, :1], saved[name].double(), saved[name].to("meta")):
+        assert backward(**arguments, **(saved | {name: value}), needs=1) == []
+    found = backward(**arguments, **(saved | {name: None}), needs=1)
+    assert len(found) == (1 if name.startswith("grad") else 0)
+
+
+UNWRITTEN = """
+import torch, fused_rnn
+from test_training_calls import run, states
+for cell, suffix, sizes in (("gru", "", (7, 3)), ("lstm", "", (7, 3)), ("rnn_tanh", "", (7, 3)),
+                            ("lstm", "Cell", (3,)), ("gru", "Cell", (3,))):
+    torch.manual_seed(0)
+    name = cell.split("_")[0].upper() + suffix
+    module = getattr(fused_rnn, name)(5, 17)
+    x = torch.randn(*sizes, 5)
+    hx = states(cell, *(() if suffix else (1,)), 3, 17)
+    for each in (None, hx):
+        for t in run(module, x, each):
+            print(hash(t.detach().numpy().tobytes()))
+"""
+
+
+def test_all_memory_is_written():
+    """The same bits whatever fresh memory holds: glibc fills it with a byte that it is told."""
+    found = set()
+    for byte in ("0", "85", "170"):
+        folder = os.path.dirname(__file__)
+        environment = os.environ | {
+            "MALLOC_PERTURB_": byte,
+            "PYTHONHASHSEED": "0",
+            "PYTHONPATH": os.pathsep.join((os.path.dirname(folder), folder)),
+        }
+        command = [sys.executable, "-c", UNWRITTEN]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1 and "\n" in found.pop()
+
+
+def test_all_layers_are_here():
+    assert LAYERS.keys() | {"gru_reset_before"} == CELLS.keys()
