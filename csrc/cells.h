@@ -164,8 +164,21 @@ struct LstmCell {
     saved[1] = f;
     saved[2] = g;
     saved[3] = o;
-    c = f * c + i * g;
+    c = new_c(saved, c);
     return o * Math::tanh(c);
+  }
+
+  FUSED_RNN_CELL Value new_c(const Value* saved, Value c_prev) {
+    return saved[1] * c_prev + saved[0] * saved[2];
+  }
+
+  // With peepholes, p of i, f and o: the first two see the old c, o the new one.
+  FUSED_RNN_CELL Value forward_peeping(const Value* p, const Value* gx, const Value* gh, Value& c,
+                                       Value* saved) {
+    const Value seen[] = {p[0] * c + gx[0], p[1] * c + gx[1], gx[2], gx[3]};
+    forward(seen, gh, c, c, saved);  // all but o, and h
+    saved[3] = Math::sigmoid(p[2] * c + gx[3] + gh[3]);
+    return saved[3] * Math::tanh(c);
   }
 
   FUSED_RNN_CELL void factors(const Value* saved, Value, Value, Value c, Value c_prev, Value* k) {
@@ -186,6 +199,13 @@ struct LstmCell {
     grads[2] = d_c * k[3];
     grads[3] = d_h * k[4];
     carry = d_c * k[5];
+  }
+
+  FUSED_RNN_CELL void backward_peeping(const Value* p, const Value* k, Value d_h, Value& carry,
+                                       Value* grads) {
+    carry = d_h * k[4] * p[2] + carry;
+    backward(k, d_h, carry, grads);
+    carry = grads[0] * p[0] + grads[1] * p[1] + carry;
   }
 };
 

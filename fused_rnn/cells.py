@@ -26,6 +26,7 @@ class DirectionWeights(NamedTuple):
     b_ih: Tensor | None = None  # [G*H]
     b_hh: Tensor | None = None  # [G*H]
     w_hr: Tensor | None = None  # [P, H], projected LSTM only
+    peephole: Tensor | None = None  # [3*H] from c to i, f and o, where an LSTM has them
 
 
 def rnn_tanh_step(gx: Tensor, state: tuple[Tensor, ...], w: DirectionWeights) -> tuple[Tensor, ...]:

@@ -1,9 +1,9 @@
 """Layers with more in their recurrence than torch.nn's: dropout, zoneout, layer normalisation and
 peepholes.
 
-Recurrent dropout alone runs on the kernels that have it. The rest runs step by step in plain torch
-operations, by `recurrences` over the scan of `oracle`: on any device, in any dtype (half types run
-through time in float32), with all forms of input, and differentiable any number of times.
+What kernels have of it runs on them. The rest runs step by step in plain torch operations, by
+`recurrences` over the scan of `oracle`: on any device, in any dtype (half types run through time in
+float32), with all forms of input, and differentiable any number of times.
 
 Shapes: T timesteps, B batch, N rows, I input_size, H hidden_size, P output size, G gates,
 D directions.
@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from . import dispatch, ops
 from .cells import Cell, DirectionWeights, state_dtype
 from .oracle import Recurrence
-from .problem import Masks
-from .recurrences import Extras, Noise, general_recurrence
+from .problem import Masks, Noise
+from .recurrences import Extras, general_recurrence, noise_of_steps
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,25 @@ class GeneralScan:
         compiling = torch.compiler.is_compiling()
         transformed = not compiling and ops.is_transformed()
         dtype, directions = state_dtype(x.dtype), h0.shape[0]
-        noise = [self._draw(x, h0[0], c0, batch_sizes, dtype) for _ in range(directions)]
+        noise = self._draw(x, h0, c0, dtype)
+        extras = self.extras[index * directions : (index + 1) * directions]
         if not compiling:
             problem = ops.make_problem(
-                cell, x, h0, c0, weights, batch_sizes, masks, torch.is_grad_enabled(), states
+                cell, x, h0, c0, weights, batch_sizes, masks, torch.is_grad_enabled(), states, noise
             )
             problem = dataclasses.replace(problem, extras=self.traits)
             if not ops.needs_oracle(x) and dispatch.choose(problem).extras.issuperset(self.traits):
-                factor = torch.stack([drawn.h_factor for drawn in noise])
                 return ops.layer(
-                    cell, x, h0, c0, weights, batch_sizes, masks,
-                    states=states, recompute=recompute, h_factor=factor,
+                    cell, x, h0, c0, self._with_peepholes(weights, extras), batch_sizes, masks,
+                    states=states, recompute=recompute, noise=noise,
                 )  # fmt: skip
             dispatch.select(problem)
         if masks is not None and not transformed:
             masks.check(x.shape[0])
-        extras = self.extras[index * directions : (index + 1) * directions]
 
         def recurrence(cell: Cell, d: int, w: DirectionWeights) -> Recurrence:
-            return general_recurrence(cell, w, extras[d].to(dtype), noise[d], self._kept_on_average)
+            steps = noise_of_steps(noise, d, batch_sizes)
+            return general_recurrence(cell, w, extras[d].to(dtype), steps)
 
         def run(x, h0, c0, reset_h, reset_c, *weights):
             given = masks and masks._replace(reset_h=reset_h, reset_c=reset_c)
@@ -100,32 +100,35 @@ class GeneralScan:
         narrow = (None if t is None else t.to(x.dtype) for t in (y, h_n, c_n))
         return ops.LayerResult(*narrow, cells)
 
+    @staticmethod
+    def _with_peepholes(weights: list[Tensor], extras: Sequence[Extras]) -> list[Tensor]:
+        """The flat list with what `ops.layer` takes of a direction's extras behind its weights."""
+        count, together = len(weights) // len(extras), []
+        for d, extra in enumerate(extras):
+            together += weights[d * count : (d + 1) * count]
+            together += [] if extra.peephole is None else [extra.peephole]
+        return together
+
     def _draw(
         self,
         x: Tensor,
-        h: Tensor,  # [B, P]
-        c0: Tensor | None,
-        batch_sizes: Tensor | None,
+        h0: Tensor,  # [D, B, P]
+        c0: Tensor | None,  # [D, B, H]
         dtype: torch.dtype,
     ) -> Noise:
-        """The mask of recurrent dropout, then those of zoneout for h and for c."""
-        factor = None
-        if self.recurrent_dropout:
-            factor = F.dropout(h.new_ones(h.shape, dtype=dtype), self.recurrent_dropout)
-        kept = []
-        for p, state in zip(self.zoneout, (h,) if c0 is None else (h, c0[0]), strict=False):
-            if not (p and self.training):
-                kept.append(None)
-                continue
-            drawn = torch.rand((*x.shape[:-1], state.shape[-1]), device=x.device) < p
-            kept.append(
-                drawn.unbind() if batch_sizes is None else drawn.split(batch_sizes.tolist())
-            )
-        return Noise(factor, tuple(kept))
-
-    @property
-    def _kept_on_average(self) -> tuple[float, float]:
-        return (0.0, 0.0) if self.training else self.zoneout
+        """Of each direction in turn the mask of recurrent dropout, then those of zoneout for h and
+        for c."""
+        probabilities = self.zoneout if c0 is not None else (self.zoneout[0], 0.0)
+        factors, kept = [], ([], [])
+        for h in h0:
+            if self.recurrent_dropout:
+                ones = h.new_ones(h.shape, dtype=dtype)
+                factors.append(F.dropout(ones, self.recurrent_dropout))
+            for p, state, into in zip(probabilities, (h0, c0), kept, strict=True):
+                if p and self.training:
+                    into.append(torch.rand((*x.shape[:-1], state.shape[-1]), device=x.device) < p)
+        masks = (torch.stack(each) if each else None for each in (factors, *kept))
+        return Noise(*masks, *((0.0, 0.0) if self.training else map(float, probabilities)))
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager:

@@ -258,10 +258,10 @@ class RNN(_RecurrentLayers):
             batch and unit, the same at all steps and for all gates (Gal and Ghahramani 2016 with
             tied weights). What goes past the product, as z_t * h_{t-1} of a GRU, is h itself.
             Keras' argument of that name differs in that each gate has a mask of its own. Runs on
-            the CPU kernels.
+            the CPU and Triton kernels.
         zoneout: probability p, in training, that a unit keeps its old state instead of taking
             the new one, drawn for each step (Krueger et al. 2017). In eval mode the expectation,
-            p * h_{t-1} + (1 - p) * h_t.
+            p * h_{t-1} + (1 - p) * h_t. Runs on the CPU and Triton kernels.
         weight_dropout: probability p, in training, of dropping an element of W_hh for a whole
             call; the others are divided by 1 - p (Merity et al. 2018). Runs on every kernel.
         init: "uniform" as torch.nn has it, or "orthogonal": W_hh orthogonal (Saxe et al. 2014),
@@ -422,7 +422,7 @@ class LSTM(_RecurrentLayers):
             biases) ln_c_bias_l0 [H].
         peepholes: whether gates see c (Gers et al. 2002, Graves 2013): p_i * c_{t-1} is added
             inside i_t, p_f * c_{t-1} inside f_t, p_o * c_t inside o_t. The parameter
-            weight_peephole_l0 [3*H] has p_i, p_f, p_o.
+            weight_peephole_l0 [3*H] has p_i, p_f, p_o. Runs on the CPU kernels.
         forget_bias: what the bias of f starts at, in b_if, with b_hf zero (Gers et al. 2000;
             1.0 in Jozefowicz et al. 2015).
 

@@ -14,28 +14,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 
 from . import direct, dispatch, onnx
-from .backends.base import LayerOutput, Needs, OutputGrads
+from .backends.base import Backend, LayerOutput, Needs, OutputGrads
 from .cells import CELLS, Cell, DirectionWeights, state_dtype
 from .oracle import Recurrence, plain_recurrence
 from .oracle import run as oracle_run
-from .problem import Masks, Problem, Rows
-from .recurrences import Extras, Noise, general_recurrence
+from .problem import NO_NOISE, Masks, Noise, Problem, Rows
+from .recurrences import Extras, general_recurrence, noise_of_steps
 
 _library = torch.library.Library("fused_rnn", "DEF")
 _INPUTS = (
     "Tensor x, "  # [T, B, I], or [N, I] when packed
     "Tensor h0, "  # [D, B, P]
     "Tensor? c0, "  # [D, B, H], LSTM only
-    "Tensor[] weights, "  # of each direction in turn: w_ih, w_hh[, b_ih, b_hh][, w_hr]
+    "Tensor[] weights, "  # of each direction in turn: w_ih, w_hh[, b_ih, b_hh][, w_hr][, peephole]
     "Tensor? batch_sizes, "  # int64 [T] on the CPU: the layout of a PackedSequence
     "Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "  # see problem.Masks
+)
+_NOISE = (  # see problem.Noise; gets no gradient
+    "Tensor? h_factor=None, Tensor? kept_h=None, Tensor? kept_c=None, "
+    "float part_h=0.0, float part_c=0.0"
 )
 _library.define(
     f"layer_forward({_INPUTS}"
@@ -44,7 +48,7 @@ _library.define(
     "bool states, "  # whether `cells` is an output, wanted in every row and differentiable
     "bool recompute, "  # whether backward shall compute gates and cells anew
     "str backend, "  # "auto" to choose; "" to ask when it runs
-    "Tensor? h_factor=None"  # [D, B, P] what h is multiplied by before W_hh; gets no gradient
+    f"{_NOISE}"
     ") -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -55,7 +59,7 @@ _library.define(
     "Tensor y, Tensor gates, Tensor cells, "
     "str cell, "
     "bool[] needs, "  # which of x, h0, c0, reset_h, reset_c, *weights want a gradient
-    "bool states, bool recompute, str backend, Tensor? h_factor=None"
+    f"bool states, bool recompute, str backend, {_NOISE}"
     ") -> Tensor[]",  # their gradients; an empty tensor where none was wanted
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -84,7 +88,7 @@ def layer(
     *,
     states: bool = False,
     recompute: bool = False,
-    h_factor: Tensor | None = None,
+    noise: Noise = NO_NOISE,
 ) -> LayerResult:
     """One layer of `cell` over a whole sequence.
 
@@ -94,13 +98,13 @@ def layer(
         h0: [D, B, P]. D is 1 or 2.
         c0: [D, B, H] for LSTM, else None.
         weights: for each direction w_ih [G*H, I], w_hh [G*H, P], and where there are biases
-            b_ih, b_hh [G*H], and with a projection w_hr [P, H].
+            b_ih, b_hh [G*H], with a projection w_hr [P, H], and with peepholes those [3*H].
         batch_sizes: int64 [T] on the CPU, the layout of packed rows.
         masks: where the rows of a padded batch end and start afresh. y is zero past the end.
         states: whether to give LSTM's c after every step.
         recompute: whether backward computes anew what it would otherwise have to keep.
-        h_factor: [D, B, P] in `cells.state_dtype`, what h is multiplied by before W_hh in every
-            step, or None; for a backend whose `extras` have recurrent dropout.
+        noise: what recurrent dropout and zoneout do, h_factor in `cells.state_dtype`. It and
+            peepholes are for backends whose `extras` have them.
     """
     states = states and CELLS[cell].has_c
     inputs = (x, h0, c0, weights, batch_sizes, *(masks or _NO_MASKS))
@@ -110,15 +114,15 @@ def layer(
         # An exported program is trained through the operator's Autograd kernel, or not at all.
         save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         options = (cell, save, states, recompute, "")
-        out = torch.ops.fused_rnn.layer_forward(*inputs, *options, h_factor)
+        out = torch.ops.fused_rnn.layer_forward(*inputs, *options, *noise)
     elif needs_oracle(x):
-        recurrence = recurrence_of(h_factor)
+        recurrence = recurrence_of(noise, batch_sizes)
         return oracle(
             cell, x, h0, c0, weights, batch_sizes, masks, states=states, recurrence=recurrence
         )
     else:
         backend = dispatch.requested() or "auto"
-        out = _layer_autograd(*inputs, cell, False, states, recompute, backend, h_factor)
+        out = _layer_autograd(*inputs, cell, False, states, recompute, backend, *noise)
     y, h_n, c_n, _, cells = out
     if not states:
         cells = None
@@ -178,13 +182,14 @@ def oracle(
     return LayerResult(y, h_n, c_n[0] if c_n else None, cells[0] if states and cells else None)
 
 
-def recurrence_of(h_factor: Tensor | None) -> Callable[..., Recurrence]:
-    """What `oracle` takes for layers with an h_factor, or without."""
-    if h_factor is None:
-        return plain_recurrence
+def recurrence_of(noise: Noise, batch_sizes: Tensor | None) -> Callable[..., Recurrence]:
+    """What `oracle` takes for layers with noise or peepholes, or without."""
 
     def recurrence(cell: Cell, d: int, w: DirectionWeights) -> Recurrence:
-        return general_recurrence(cell, w, Extras(), Noise(h_factor[d]))
+        if not noise.names and w.peephole is None:
+            return plain_recurrence(cell, d, w)
+        steps = noise_of_steps(noise, d, batch_sizes)
+        return general_recurrence(cell, w, Extras(peephole=w.peephole), steps)
 
     return recurrence
 
@@ -199,12 +204,13 @@ def make_problem(
     masks: Masks | None,
     training: bool,
     states: bool = False,
-    h_factor: Tensor | None = None,
+    noise: Noise = NO_NOISE,
 ) -> Problem:
     """The problem of one layer call, from its arguments as `layer` takes them."""
     directions = h0.shape[0]
     masks = masks or Masks()
     out, hidden = h0.shape[2], weights[1].shape[0] // CELLS[cell].gates
+    first = split_by_direction(h0, c0, weights)[0]
     return Problem(
         cell_name=cell,
         timesteps=x.shape[0] if batch_sizes is None else batch_sizes.shape[0],
@@ -213,7 +219,7 @@ def make_problem(
         hidden_size=hidden,
         proj_size=out if out != hidden else 0,
         directions=directions,
-        bias=len(weights) // directions >= 4,
+        bias=first.b_ih is not None,
         packed=batch_sizes is not None,
         training=training,
         dtype=x.dtype,
@@ -221,7 +227,8 @@ def make_problem(
         lengths=masks.lengths is not None,
         resets=masks.resets is not None,
         states=states,
-        extras=() if h_factor is None else ("recurrent_dropout",),
+        extras=(*noise.names, *(() if first.peephole is None else ("peepholes",))),
+        averaged=noise.averaged,
     )
 
 
@@ -238,12 +245,14 @@ def _layout(
     weights: list[Tensor],
     batch_sizes: Tensor | None,
     masks: Masks | None,
-    h_factor: Tensor | None = None,
+    noise: Noise = NO_NOISE,
 ) -> _Layout:
     timesteps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     if masks is not None and masks.lengths is None and masks.resets is None:
         masks = None
-    rows = Rows(timesteps, h0.shape[1], batch_sizes, x.shape[0], masks, h_factor=h_factor)
+    if batch_sizes is None:
+        noise = noise.of_rows()
+    rows = Rows(timesteps, h0.shape[1], batch_sizes, x.shape[0], masks, noise=noise)
     return _Layout(rows, split_by_direction(h0, c0, weights))
 
 
@@ -255,9 +264,10 @@ def split_by_direction(
     per_direction = len(weights) // h0.shape[0]
     split = []
     for start in range(0, len(weights), per_direction):
-        one = weights[start : start + per_direction]
-        biases = one[2:4] if len(one) >= 4 else (None, None)
-        split.append(DirectionWeights(one[0], one[1], *biases, one[-1] if projected else None))
+        w_ih, w_hh, *one = weights[start : start + per_direction]
+        peephole = one.pop() if (len(one) - projected) % 2 else None  # biases come in pairs
+        w_hr = one.pop() if projected else None
+        split.append(DirectionWeights(w_ih, w_hh, *(one or (None, None)), w_hr, peephole))
     return split
 
 
@@ -270,6 +280,16 @@ def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
     """[T, B, K] from rows [N, K], for `like` [T, B, ...]. Not a view to autograd, which would
     forbid changing an operator's output in place."""
     return torch.ops.aten._unsafe_view(rows, (*like.shape[:-1], rows.shape[-1]))
+
+
+def _select(problem: Problem, backend: str) -> Backend:
+    """`dispatch.select`, where the reference stands for `general_scan`, which is not here."""
+    chosen = dispatch.select(problem, backend)
+    if missing := [name for name in problem.extras if name not in chosen.extras]:
+        raise dispatch.UnsupportedProblemError(
+            f"backend {chosen.name!r} has no operator for {', '.join(missing)}"
+        )
+    return chosen
 
 
 def _is_ordinary(
@@ -298,17 +318,18 @@ def _with_empty_outputs(cell: Cell, y: Tensor, h_n: Tensor, *rest: Tensor) -> tu
 
 def _forward_impl(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    cell, save, states, recompute, backend, h_factor=None,
+    cell, save, states, recompute, backend, *noise,
 ):  # fmt: skip
-    layout = batch_sizes, lengths, resets, h_factor
+    noise = Noise(*noise)
+    layout = batch_sizes, lengths, resets, noise.names or None
     if save and _is_ordinary(x, layout, states, recompute, backend):
         given = direct.train_layer(CELLS[cell], x, h0, c0, weights, h0.shape[0])
         if given:
             return _with_empty_outputs(CELLS[cell], *given)
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
-    problem = make_problem(*inputs, save, states, h_factor)
-    rows, by_direction = _layout(*inputs, h_factor)
-    chosen = dispatch.select(problem, backend)
+    problem = make_problem(*inputs, save, states, noise)
+    rows, by_direction = _layout(*inputs, noise)
+    chosen = _select(problem, backend)
     out = chosen.forward(
         problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save and not recompute
     )
@@ -318,14 +339,15 @@ def _forward_impl(
 
 def _forward_fake(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    cell, save, states, recompute, backend, h_factor=None,
+    cell, save, states, recompute, backend, *noise,
 ):  # fmt: skip
     spec = CELLS[cell]
+    inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
     directions, batch, out = h0.shape
     hidden = weights[1].shape[0] // spec.gates
     count = math.prod(x.shape[:-1])  # Size.numel would make the sizes constants
     save = save and not recompute
-    keep_cells = spec.has_c and (save or states)
+    keep_cells = make_problem(*inputs, save, states, Noise(*noise)).keeps_cells(save)
     return (
         x.new_empty((*x.shape[:-1], directions * out)),
         x.new_empty((directions, batch, out)),
@@ -338,9 +360,10 @@ def _forward_fake(
 def _backward_impl(
     grad_y, grad_h_n, grad_c_n, grad_cells,
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    y, gates, cells, cell, needs, states, recompute, backend, h_factor=None,
+    y, gates, cells, cell, needs, states, recompute, backend, *noise,
 ):  # fmt: skip
-    layout = batch_sizes, lengths, resets, h_factor
+    noise = Noise(*noise)
+    layout = batch_sizes, lengths, resets, noise.names or None
     if _is_ordinary(x, layout, states, recompute, backend):
         spec, grads = CELLS[cell], (grad_y, grad_h_n, grad_c_n)
         saved = y, gates if spec.saved_gates else None, cells if spec.has_c else None
@@ -351,10 +374,10 @@ def _backward_impl(
             wanted = iter(given)
             return [next(wanted) if need else x.new_empty(0) for need in needs]
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
-    problem = make_problem(*inputs, True, states, h_factor)
-    rows, by_direction = _layout(*inputs, h_factor)
+    problem = make_problem(*inputs, True, states, noise)
+    rows, by_direction = _layout(*inputs, noise)
     x_rows = _rows_of(x, problem.packed)
-    chosen = dispatch.select(problem, backend)
+    chosen = _select(problem, backend)
     saved = LayerOutput(_rows_of(y, problem.packed), None, None, gates, cells)
     if recompute:
         saved = chosen.forward(problem, x_rows, by_direction, h0, c0, rows, True)
@@ -377,7 +400,7 @@ def _backward_impl(
 def _backward_fake(
     grad_y, grad_h_n, grad_c_n, grad_cells,
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    y, gates, cells, cell, needs, states, recompute, backend, h_factor=None,
+    y, gates, cells, cell, needs, states, recompute, backend, *noise,
 ):  # fmt: skip
     inputs = [x, h0, c0, reset_h, reset_c, *weights]
     return [
@@ -391,20 +414,20 @@ class _LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, options, batch_sizes, lengths, resets, h_factor,
+        ctx, options, noise, batch_sizes, lengths, resets,
         x, h0, c0, reset_h, reset_c, *weights,
     ):  # fmt: skip
         cell, states, _, _ = options
         with torch._C._AutoDispatchBelowAutograd():
             y, h_n, c_n, gates, cells = torch.ops.fused_rnn.layer_forward(
                 x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-                cell, True, *options[1:], h_factor,
+                cell, True, *options[1:], *noise,
             )  # fmt: skip
         ctx.save_for_backward(
-            y, gates, cells, batch_sizes, lengths, resets, h_factor,
+            y, gates, cells, batch_sizes, lengths, resets, *noise[:3],
             x, h0, c0, reset_h, reset_c, *weights,
         )  # fmt: skip
-        ctx.options = options
+        ctx.options, ctx.parts = options, noise[3:]
         fixed = [(gates, True), (c_n, not CELLS[cell].has_c), (cells, not states)]
         ctx.mark_non_differentiable(*(tensor for tensor, is_fixed in fixed if is_fixed))
         ctx.set_materialize_grads(False)
@@ -413,6 +436,7 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_h_n, grad_c_n, _gates, grad_cells):
         kept = ctx.saved_tensors  # once: checkpointing computes them anew at every look
+        layout = *kept[3:6], Noise(*kept[6:9], *ctx.parts)
         cell, states, _, _ = ctx.options
         needs = ctx.needs_input_grad[5:]
         grads = (
@@ -421,7 +445,7 @@ class _LayerFunction(torch.autograd.Function):
         )  # fmt: skip
         if all(grad is None for grad in grads):
             return (None,) * (5 + len(needs))
-        results = layer_gradients(ctx.options, grads, kept[:3], kept[3:7], kept[7:], needs)
+        results = layer_gradients(ctx.options, grads, kept[:3], layout, kept[9:], needs)
         return (None, None, None, None, None, *results)
 
 
@@ -429,7 +453,7 @@ def layer_gradients(
     options: tuple[str, bool, bool, str],  # cell, states, recompute and backend of the operators
     grads: tuple[Tensor | None, ...],  # of y, h_n, c_n, cells
     saved: tuple[Tensor, ...],  # y, gates, cells
-    layout: tuple[Tensor | None, ...],  # batch_sizes, lengths, resets, h_factor
+    layout: tuple[Any, ...],  # batch_sizes, lengths, resets, noise
     inputs: tuple[Tensor | None, ...],  # x, h0, c0, reset_h, reset_c, *weights
     needs: tuple[bool, ...],  # of these
 ) -> list[Tensor | None]:
@@ -437,11 +461,11 @@ def layer_gradients(
     if torch.is_grad_enabled() or are_batched(grads):  # create_graph, or by vmap
         return _differentiable_backward(options[0], grads, inputs, layout, needs)
     x, h0, c0, reset_h, reset_c, *weights = inputs
-    batch_sizes, lengths, resets, h_factor = layout
+    batch_sizes, lengths, resets, noise = layout
     cell, *others = options
     results = torch.ops.fused_rnn.layer_backward(
         *grads, x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-        *saved, cell, needs, *others, h_factor,
+        *saved, cell, needs, *others, *noise,
     )  # fmt: skip
     return [g if need else None for g, need in zip(results, needs, strict=True)]
 
@@ -462,12 +486,12 @@ def _differentiable_backward(cell, grads, inputs, layout, needs):
 
 
 def _gradients_of_oracle(cell, grads, inputs, layout, needs, create_graph):
-    batch_sizes, lengths, resets, h_factor = layout
+    batch_sizes, lengths, resets, noise = layout
     # A view of each input, so that differentiation stops there: an input may depend on another.
     views = [None if i is None else i.view_as(i) for i in inputs]
     x, h0, c0, reset_h, reset_c, *weights = views
     masks = Masks(lengths, resets, reset_h, reset_c)
-    recurrence = recurrence_of(h_factor)
+    recurrence = recurrence_of(noise, batch_sizes)
     *outputs, cells = oracle(
         cell, x, h0, c0, weights, batch_sizes, masks, states=True, recurrence=recurrence
     )
@@ -489,19 +513,19 @@ def _gradients_of_oracle(cell, grads, inputs, layout, needs, create_graph):
 
 def _layer_autograd(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    cell, save, states, recompute, backend, h_factor=None,
+    cell, save, states, recompute, backend, *noise,
 ):  # fmt: skip
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, h0, c0, reset_h, reset_c, *weights)
     ):
         return _LayerFunction.apply(
-            (cell, states, recompute, backend), batch_sizes, lengths, resets, h_factor,
+            (cell, states, recompute, backend), Noise(*noise), batch_sizes, lengths, resets,
             x, h0, c0, reset_h, reset_c, *weights,
         )  # fmt: skip
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.fused_rnn.layer_forward(
             x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-            cell, save, states, recompute, backend, h_factor,
+            cell, save, states, recompute, backend, *noise,
         )  # fmt: skip
 
 

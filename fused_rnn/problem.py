@@ -33,14 +33,18 @@ class Problem:
     resets: bool = False  # whether rows start afresh at resets
     states: bool = False  # whether c after every step is an output
     extras: tuple[str, ...] = ()  # what its recurrence has beyond the cell's own, by name
+    averaged: bool = False  # whether zoneout takes the expectation
 
     @property
     def cell(self) -> Cell:
         return CELLS[self.cell_name]
 
     def keeps_cells(self, save: bool) -> bool:
-        """Whether forward has to keep c after every step, given whether it saves for backward."""
-        return self.cell.has_c and (save or self.states)
+        """Whether forward has to keep c after every step, given whether it saves for backward.
+        An RNN keeps there its h before zoneout, where that cannot be told from y."""
+        if self.cell.has_c:
+            return save or self.states
+        return save and self.averaged and self.cell.saved_gates == 0
 
     @property
     def output_size(self) -> int:
@@ -100,6 +104,37 @@ class Masks(NamedTuple):
         return steps.unsqueeze(1) < self.lengths
 
 
+class Noise(NamedTuple):
+    """What recurrent dropout and zoneout do in one call of a layer."""
+
+    h_factor: Tensor | None = None  # [D, B, P] what h is multiplied by before W_hh in every step
+    # bool, as y or c lie [D, T, B, P or H] or [D, N, P or H]: where a step leaves h and c as is.
+    kept_h: Tensor | None = None
+    kept_c: Tensor | None = None
+    # Without those, which part of the old state a step leaves in the new one.
+    part_h: float = 0.0
+    part_c: float = 0.0
+
+    @property
+    def averaged(self) -> bool:
+        return bool(self.part_h or self.part_c)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As in Problem.extras."""
+        zoneout = self.kept_h is not None or self.kept_c is not None or self.averaged
+        given = (("recurrent_dropout", self.h_factor is not None), ("zoneout", zoneout))
+        return tuple(name for name, there in given if there)
+
+    def of_rows(self) -> Noise:
+        """With masks [D, N, ...]."""
+        flat = (k.flatten(1, -2) if k is not None else None for k in (self.kept_h, self.kept_c))
+        return Noise(self.h_factor, *flat, self.part_h, self.part_c)
+
+
+NO_NOISE = Noise()
+
+
 class Rows:
     """How a layer's N rows lie in memory: time-major, timestep after timestep.
 
@@ -115,12 +150,12 @@ class Rows:
         count: int,
         masks: Masks | None = None,
         room: int = 0,
-        h_factor: Tensor | None = None,
+        noise: Noise = NO_NOISE,
     ):
         """`batch_sizes`: int64 [T] on the CPU, as in a PackedSequence, or None when padded.
         `count`: the number of packed rows, N; a padded batch has T*B. `masks`: for one, or None.
         `room`: for how many rows what is saved should have memory, if for more than N.
-        `h_factor`: [D, B, P] what h is multiplied by before W_hh in every step, or None.
+        `noise`: its masks of zoneout are [D, N, ...].
 
         Raises:
             RuntimeError: batch_sizes grow, fall below 1, do not start at `batch_size`, or do not
@@ -130,7 +165,7 @@ class Rows:
         self.timesteps = timesteps
         self.batch_size = batch_size
         self.masks = masks
-        self.h_factor = h_factor
+        self.noise = noise
         self.count = count if self.packed else timesteps * batch_size
         self.room = max(room, self.count)
         self._batch_sizes = batch_sizes
@@ -189,6 +224,12 @@ class Rows:
         neighbour = neighbour.clamp(0, max(self.timesteps - 1, 0))
         inside &= row < sizes[neighbour]
         return torch.where(inside, offsets[neighbour] + row, count + row)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[N, K] for each row that of its batch row; `values` [B, K]."""
+        if not self.packed:
+            return values.repeat(self.timesteps, 1)
+        return torch.cat([values[:size] for size in self.batch_sizes])
 
     def shift(
         self, values: Tensor, initial: Tensor, reverse: bool, reset: Tensor | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .cells import CELLS, Cell, DirectionWeights
 from .oracle import Recurrence, States
+from .problem import Noise
 
 # Added to the variance that a normalisation divides by, as in torch.nn.LayerNorm.
 EPS = 1e-5
@@ -35,12 +36,26 @@ class Extras(NamedTuple):
         return Extras(*(None if t is None else t.to(dtype) for t in self))
 
 
-class Noise(NamedTuple):
-    """What was drawn for one direction of one call."""
+class StepNoise(NamedTuple):
+    """`problem.Noise` of one direction."""
 
-    h_factor: Tensor | None  # [B, P] what h is multiplied by before W_hh, at every step
-    # For h and c, of each step: bool [b, P], [b, H].
-    kept: tuple[Sequence[Tensor] | None, ...] = (None, None)
+    h_factor: Tensor | None  # [B, P]
+    kept: tuple[Sequence[Tensor] | None, ...]  # of h and c, of each step: bool [b, P], [b, H]
+    parts: tuple[float, float]  # of h, of c
+
+
+def noise_of_steps(noise: Noise, direction: int, batch_sizes: Tensor | None) -> StepNoise:
+    def by_step(kept: Tensor | None) -> Sequence[Tensor] | None:
+        if kept is None:
+            return None
+        mask = kept[direction]
+        return mask.unbind() if batch_sizes is None else mask.split(batch_sizes.tolist())
+
+    return StepNoise(
+        None if noise.h_factor is None else noise.h_factor[direction],
+        (by_step(noise.kept_h), by_step(noise.kept_c)),
+        (noise.part_h, noise.part_c),
+    )
 
 
 class _Product:
@@ -68,8 +83,7 @@ def general_recurrence(
     cell: Cell,
     w: DirectionWeights,
     extras: Extras,
-    noise: Noise,
-    kept_on_average: tuple[float, float] = (0.0, 0.0),
+    noise: StepNoise,
 ) -> Recurrence:
     hidden = w.w_ih.shape[0] // cell.gates
     groups = (2 * hidden, hidden) if "gru" in cell.name else (cell.gates * hidden,)
@@ -87,10 +101,8 @@ def general_recurrence(
         after = advance(gx, before, of_hidden, w, extras)
         return tuple(
             _zoned_out(old, new, None if kept is None else kept[t], p)
-            for old, new, kept, p in zip(
-                before, after, noise.kept, kept_on_average, strict=False
-            )
-        )  # fmt: skip
+            for old, new, kept, p in zip(before, after, noise.kept, noise.parts, strict=False)
+        )
 
     return Recurrence(of_input.all, step)
 

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from . import direct, ops
 from .cells import Cell
+from .problem import NO_NOISE
 
 # Up to so many floats, 1 MiB, the copy that a batch-first input needs is kept for backward. The
 # general way makes it anew there, which is less memory, and no time beside what more rows take.
@@ -191,7 +192,7 @@ def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
         (ctx.cell.name, False, False, "auto"),
         (*grads, None),
         (y, gates, cells),
-        (None, None, None, None),
+        (None, None, None, NO_NOISE),
         (x, h0, c0, None, None, *weights),
         (*needs[:3], False, False, *needs[3:]),
     )

@@ -376,3 +376,19 @@ def test_ragged_program(tmp_path, part):
     assert row["shape"] == [6, 3, 9] and row["part"] == part
     assert {"full", "lengths", "packed", "resets", "nn packed"} == row["ns"].keys()
     assert all(time > 0 for time in row["ns"].values())
+
+
+@pytest.mark.parametrize("part", ["training", "inference"])
+def test_regularised_program(tmp_path, part):
+    path = tmp_path / "regularised.json"
+    options = ("--cell", "gru", "--cell", "lstm", "--shape", "6,3,9", "--rounds", 2)
+    result = run("regularised.py", *options, "--part", part, "--threads", 1, "--json", path)
+    assert result.returncode == 0, result.stderr
+    gru, lstm = json.loads(path.read_text())
+    drawn = {"recurrent dropout"} if part == "training" else set()
+    assert {one["way"] for one in gru["ms"]} == {"plain", "zoneout", "all of these"} | drawn
+    assert {one["way"] for one in lstm["ms"]} == (
+        {"plain", "zoneout", "peepholes", "all of these"} | drawn
+    )
+    assert {one["backend"] for one in lstm["ms"]} == {"cpu", "reference"}
+    assert all(one["ms"] > 0 for one in (*gru["ms"], *lstm["ms"]))

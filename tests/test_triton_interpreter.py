@@ -1,5 +1,6 @@
 """The Triton kernels in Triton's interpreter: whole layers against the float64 oracle."""
 
+import copy
 import functools
 import os
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pack_padded_sequence
 from triton_interpreter import interpreter_or_skip
 
 import fused_rnn
@@ -103,6 +105,75 @@ def _slow_cases(cell):
     ]
     cases += [(regime, packed([3, 1, 1], 11, 1, directions=2)) for regime in ("a", "c")]
     return cases + _masked_cases(cell)[3:]
+
+
+NOISE = {
+    "recurrent dropout": ({"recurrent_dropout": 0.4}, True),
+    "zoneout": ({"zoneout": 0.3}, True),
+    "zoneout, expected": ({"zoneout": 0.3}, False),
+    "both": ({"recurrent_dropout": 0.4, "zoneout": 0.3}, True),
+}
+NOISE_OF_LSTM = {"zoneout of c": ({"zoneout": (0.0, 0.4)}, True)}
+
+
+def _noise_params():
+    return [
+        pytest.param(cell, *options, id=f"{cell}-{name}")
+        for cell in KERNELS
+        for name, options in (NOISE | (NOISE_OF_LSTM if cell == "lstm" else {})).items()
+    ]
+
+
+@pytest.mark.parametrize(("cell", "options", "training"), _noise_params())
+@pytest.mark.parametrize(
+    ("regime", "hidden", "form"),
+    [
+        ("a", 7, "padded"),
+        ("b", 20, "packed"),
+        ("c", 18, "masked"),
+        ("b", 20, "bfloat16"),
+    ],
+)
+def test_dropout_and_zoneout(cell, options, training, regime, hidden, form, monkeypatch):
+    """By the kernels and, in float64 and with the same masks, by the scan in torch operations."""
+    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", regime)
+    layer = testing.make_module(cell, 3, hidden, bidirectional=True, **options).train(training)
+    exact = copy.deepcopy(layer).double()
+    if form == "bfloat16":
+        layer = layer.bfloat16()
+        exact = copy.deepcopy(layer).double()
+    dtype = next(layer.parameters()).dtype
+    x, lengths = torch.randn(4, 3, 3).to(dtype), torch.tensor([4, 2, 1])
+    masks = {}
+    if form == "masked":
+        masks = {"lengths": torch.tensor([2, 0, 4]), "resets": torch.rand(4, 3) < 0.4}
+    no_backward = not training and cell.startswith("rnn_")
+    results = []
+    for module, backend in ((layer, "triton"), (exact, "reference")):
+        rows = x.to(next(module.parameters())).requires_grad_(not no_backward)
+        input = pack_padded_sequence(rows, lengths) if form == "packed" else rows
+        torch.manual_seed(3)
+        with fused_rnn.backend(backend), torch.set_grad_enabled(not no_backward):
+            y, final = module(input, **masks)
+        finals = final if isinstance(final, tuple) else (final,)
+        outputs = (y.data if form == "packed" else y, *finals)
+        grads = ()
+        if not no_backward:
+            loss = sum(
+                (o * torch.linspace(1, 2, o.numel()).view_as(o).to(o)).sum() for o in outputs
+            )
+            grads = torch.autograd.grad(loss, [rows, *module.parameters()])
+        results.append((*outputs, *grads))
+    tolerance = 0.05 if form == "bfloat16" else 1e-4
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - theirs).norm() <= tolerance * theirs.norm() + 1e-6
+
+
+def test_zoneouts_expectation_of_an_rnn_has_no_backward():
+    layer = fused_rnn.RNN(3, 4, zoneout=0.1).eval()
+    with pytest.raises(fused_rnn.UnsupportedProblemError, match="no backward of zoneout's"):
+        layer(torch.randn(2, 3, 3))
 
 
 def _params(cases, dtypes, losses=("all",), marks=()):

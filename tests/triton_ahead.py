@@ -6,6 +6,7 @@ may take the process with it:
 
     python tests/triton_ahead.py cuda:90 0 5     # the rows 0 and 5 of the table, a report per line
     python tests/triton_ahead.py cuda:90         # every row that sm_90 uses
+    python tests/triton_ahead.py --noise cuda:90 0 5    # with recurrent dropout and zoneout
     python tests/triton_ahead.py --write         # every row and target: tests/triton_bounds.json
     python tests/triton_ahead.py --write cuda:80 # of one target
 """
@@ -30,7 +31,7 @@ from fused_rnn.backends.bundles import LayerOutput, OutputGrads
 from fused_rnn.backends.triton import launch
 from fused_rnn.backends.triton.plan import PassPlan, Plan, Row, _shipped_rows
 from fused_rnn.cells import DirectionWeights
-from fused_rnn.problem import Problem, Rows
+from fused_rnn.problem import NO_NOISE, Noise, Problem, Rows
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -108,7 +109,14 @@ def recording(target):
         driver._active = None
 
 
-def run(problem, plan, precision, which):
+def noise_of(problem):
+    """Recurrent dropout and zoneout, by tensors of the right shapes and any content."""
+    d, b, h = problem.directions, problem.batch_size, problem.hidden_size
+    kept = torch.empty(d, problem.timesteps * b, h, dtype=torch.bool)
+    return Noise(torch.empty(d, b, h), kept, kept if problem.cell.has_c else None)
+
+
+def run(problem, plan, precision, which, noise=NO_NOISE):
     """The launches of one pass, with tensors of the right shapes and any content."""
     d, n = problem.directions, problem.timesteps * problem.batch_size
     b, h, cell = problem.batch_size, problem.hidden_size, problem.cell
@@ -121,7 +129,7 @@ def run(problem, plan, precision, which):
         for _ in range(d)
     ]
     h0, c0 = tensor(d, b, h), tensor(d, b, h)
-    rows = Rows(problem.timesteps, b, None, n)
+    rows = Rows(problem.timesteps, b, None, n, noise=noise)
     if which == "forward":
         gx = tensor(d, n, cell.gates * h)
         launch.forward(problem, plan, precision, gx, weights, h0, c0, rows, True)
@@ -141,11 +149,13 @@ def problem_of(row: Row) -> Problem:
     return Problem(cell, 2, batch, 1, row.hidden, 0, 1, True, False, True, dtype, "cuda")
 
 
-def compilation_of(row: Row, target: str) -> Compilation:
+def compilation_of(row: Row, target: str, noisy: bool = False) -> Compilation:
     tiles = -(-row.hidden // row.config.block_h)
     one = PassPlan(row.config, tiles, 1, 1, 0.0, ())
+    problem, precision = problem_of(row), "tf32" if row.kind == "tf32" else "ieee"
+    noise = noise_of(problem) if noisy else NO_NOISE
     with recording(target) as compilations:
-        run(problem_of(row), Plan(one, one), "tf32" if row.kind == "tf32" else "ieee", row.which)
+        run(problem, Plan(one, one), precision, row.which, noise)
     return compilations[-1]
 
 
@@ -213,10 +223,11 @@ def main(arguments):
         write_bounds(arguments[1:] or TARGETS)
         return
     print(json.dumps(triton.__version__), flush=True)
-    target, *numbers = arguments
+    noisy = arguments[0] == "--noise"
+    target, *numbers = arguments[noisy:]
     rows = _shipped_rows()
     for number in map(int, numbers) if numbers else (n for n, _ in rows_for(target)):
-        kernel = compilation_of(rows[number], target).compile()
+        kernel = compilation_of(rows[number], target, noisy).compile()
         facts = {"number": number, "row": name_of(rows[number]), **report(kernel)}
         # They would add in any order.
         facts["floating_point_atomics"] = kernel.asm["ttir"].count("atomic_rmw fadd")

@@ -7,13 +7,16 @@ struct BackwardRows {
   RowsOf<const Element> gates;      // [S*H]
   RowsOf<const Element> y;          // [P]
   RowsOf<const Element> h_prev;     // [P]
-  RowsOf<const float> cells;        // [H]
+  RowsOf<const float> cells;        // [H], of an RNN its h before zoneout, or null
   RowsOf<const float> c_prev;       // [H]
   RowsOf<const float> grad_cells;   // [H] or null
   RowsOf<Element> grad_gates;       // [Q*H]
-  RowsOf<float> grad_h;             // [P] in: grad_h_n, or what carry left (GRU); out: carry (GRU)
+  RowsOf<float> grad_h;             // [P] in: grad_h_n, or what went past the next step; out: past
+                                    // this one, the carry (GRU) and what zoneout keeps
   RowsOf<float> grad_c;             // [H] in and out: the gradient of c
   RowsOf<const float> factor;       // [P] or null
+  ZoneoutRows zoneout_h, zoneout_c;
+  const float* peephole;  // [3*H] of all rows, or null
 };
 
 // Of h, from that of what the product took, which may be h times a factor.
@@ -22,9 +25,24 @@ FUSED_RNN_INLINE Vector through_factor(RowsOf<const float> factor, int64_t row, 
   return factor.base ? grad * load(factor[row] + column, valid) : grad;
 }
 
+template <class Cell, bool MORE>
+FUSED_RNN_INLINE void backward_cell(const BackwardRows& r, int64_t unit, int64_t hidden, int valid,
+                                    const Vector* factors, Vector d_h, Vector& carry,
+                                    Vector* grads) {
+  if constexpr (MORE && Cell::kHasC) {
+    if (r.peephole) {
+      Vector peephole[3];
+      load_peephole(r.peephole, unit, hidden, valid, peephole);
+      return Cell::backward_peeping(peephole, factors, d_h, carry, grads);
+    }
+  }
+  Cell::backward(factors, d_h, carry, grads);
+}
+
 // `weights` [depth, H] makes the gradient of the cell's output from grad_next: W_hh, or where h is
-// projected W_hr, grad_next being the gradient of h then and the other sources null.
-template <class Cell>
+// projected W_hr, grad_next being the gradient of h then and the other sources null. MORE: see
+// forward_units.
+template <class Cell, bool MORE>
 static void backward_tile(const BackwardRows& r, const Operand& grad_next, int64_t first, int rows,
                           const Panel& panel, const PackedMatrix& weights) {
   const int64_t hidden = weights.columns;
@@ -39,8 +57,9 @@ static void backward_tile(const BackwardRows& r, const Operand& grad_next, int64
     if (!Cell::kHasC) ask(Cell::kUsesPreviousH ? r.h_prev : r.y, panel.column);
     multiply(panel.vectors, rows, grad_next, first, panel, tile);
   }
-  // A row's own grad_h_n, once; and for GRU whatever went round W_hh.
-  const bool add_grad_h = Cell::kUsesPreviousH || !r.grad_next.base;
+  // A row's own grad_h_n, once; and whatever went round W_hh.
+  const bool zoned = MORE && r.zoneout_h.any();
+  const bool add_grad_h = Cell::kUsesPreviousH || zoned || !r.grad_next.base;
   for (int m = 0; m < rows; m++) {
     const int64_t row = first + m;
     for (int v = 0; v < panel.vectors; v++) {
@@ -52,14 +71,19 @@ static void backward_tile(const BackwardRows& r, const Operand& grad_next, int64
       }
       if (add_grad_h) d_h += load(r.grad_h[row] + unit, valid);
       if (r.grad_y.base) d_h += load(r.grad_y[row] + unit, valid);
-      Vector saved[4], grads[4], h{}, h_prev{}, c{}, c_prev{}, carry{};
+      Vector saved[4], grads[4], h{}, h_prev{}, c{}, c_prev{}, carry{}, past_h{}, past_c{};
+      if (zoned) {
+        past_h = past_the_step(r.zoneout_h, row, unit, valid, d_h);
+        d_h -= past_h;
+      }
       if constexpr (Cell::kSavedGates > 0) {
         FUSED_RNN_UNROLL
         for (int i = 0; i < Cell::kSavedGates; i++) {
           saved[i] = load(r.gates[row] + i * hidden + unit, valid);
         }
       } else {
-        h = load(r.y[row] + unit, valid);
+        const bool apart = MORE && r.cells.base;
+        h = apart ? load(r.cells[row] + unit, valid) : load(r.y[row] + unit, valid);
       }
       if constexpr (Cell::kUsesPreviousH) h_prev = load(r.h_prev[row] + unit, valid);
       if constexpr (Cell::kHasC) {
@@ -67,16 +91,22 @@ static void backward_tile(const BackwardRows& r, const Operand& grad_next, int64
         c_prev = load(r.c_prev[row] + unit, valid);
         carry = load(r.grad_c[row] + unit, valid);
         if (r.grad_cells.base) carry += load(r.grad_cells[row] + unit, valid);
+        if (MORE && r.zoneout_c.any()) {
+          c = LstmCell<Math>::new_c(saved, c_prev);
+          past_c = past_the_step(r.zoneout_c, row, unit, valid, carry);
+          carry -= past_c;
+        }
       }
       Vector factors[Cell::kFactors];
       Cell::factors(saved, h, h_prev, c, c_prev, factors);
-      Cell::backward(factors, d_h, carry, grads);
+      backward_cell<Cell, MORE>(r, unit, hidden, valid, factors, d_h, carry, grads);
       FUSED_RNN_UNROLL
       for (int i = kResetBefore<Cell> ? 1 : 0; i < Cell::kGradGates; i++) {
         store(r.grad_gates[row] + i * hidden + unit, grads[i], valid);
       }
-      if constexpr (Cell::kUsesPreviousH) store(r.grad_h[row] + unit, carry, valid);
-      if constexpr (Cell::kHasC) store(r.grad_c[row] + unit, carry, valid);
+      if constexpr (Cell::kUsesPreviousH) past_h = zoned ? past_h + carry : carry;
+      if (Cell::kUsesPreviousH || zoned) store(r.grad_h[row] + unit, past_h, valid);
+      if constexpr (Cell::kHasC) store(r.grad_c[row] + unit, MORE ? carry + past_c : carry, valid);
     }
   }
 }
@@ -104,7 +134,8 @@ static void reset_grad_tile(const BackwardRows& from, const Operand& grad_n, int
   }
 }
 
-// Gradient of h where it is projected, for the rows of one step.
+// Gradient of h where it is projected, for the rows of one step; where there is zoneout, of what
+// the step gave.
 static void output_grad_tile(const BackwardRows& r, const Operand& grad_next, RowsOf<Element> to,
                              int64_t first, int rows, const Panel& panel,
                              const PackedMatrix& w_hh) {
@@ -115,25 +146,32 @@ static void output_grad_tile(const BackwardRows& r, const Operand& grad_next, Ro
     }
     multiply(panel.vectors, rows, grad_next, first, panel, tile);
   }
+  const bool zoned = r.zoneout_h.any();
   for (int m = 0; m < rows; m++) {
     const int64_t row = first + m;
     for (int v = 0; v < panel.vectors; v++) {
       const int64_t column = panel.column + v * kWidth;
       const int valid = valid_lanes(column, w_hh.columns);
-      Vector sum = r.grad_next.base
-                       ? through_factor(r.factor, row, column, valid, tile[m * panel.vectors + v])
-                       : load(r.grad_h[row] + column, valid);
+      Vector sum{};
+      if (r.grad_next.base) {
+        sum = through_factor(r.factor, row, column, valid, tile[m * panel.vectors + v]);
+      }
+      if (zoned || !r.grad_next.base) sum += load(r.grad_h[row] + column, valid);
       if (r.grad_y.base) sum += load(r.grad_y[row] + column, valid);
+      if (zoned) {
+        const Vector past = past_the_step(r.zoneout_h, row, column, valid, sum);
+        store(r.grad_h[row] + column, past, valid);
+        sum -= past;
+      }
       store(to[row] + column, sum, valid);
     }
   }
 }
 
-// Gradient of the state that rows [begin, end) started from.
-template <class Cell>
+// Gradient of the state that rows [begin, end) started from. `add`: to what went round W_hh.
 static void initial_state_grad(Rows grad_gates, RowsOf<float> grad_h, RowsOf<const float> factor,
                                int64_t begin, int64_t end, const Share& share,
-                               const PackedMatrix& w_hh, float* memory) {
+                               const PackedMatrix& w_hh, bool add, float* memory) {
   const Operand grads = operand_of(w_hh, grad_gates, begin, end, memory);
   for (int64_t j = share.panel_begin; begin < end && j < share.panel_end; j++) {
     const Panel panel(w_hh, j, 1);
@@ -146,7 +184,7 @@ static void initial_state_grad(Rows grad_gates, RowsOf<float> grad_h, RowsOf<con
           const int valid = valid_lanes(unit, w_hh.columns);
           float* to = grad_h[first + m] + unit;
           Vector sum = through_factor(factor, first + m, unit, valid, tile[m * panel.vectors + v]);
-          if constexpr (Cell::kUsesPreviousH) sum += load(to, valid);
+          if (add) sum += load(to, valid);
           store(to, sum, valid);
         }
       }
@@ -169,7 +207,7 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
   const Share outputs = PROJECTED ? share_of(w_hh, share, to_units) : share;
   const Units output_units(outputs, w_hh);
   const Element* gates = S > 0 ? p.gates + d * shape.count * S * hidden : nullptr;
-  const float* cells = Cell::kHasC ? p.cells + d * shape.count * hidden : nullptr;
+  const float* cells = p.cells ? p.cells + d * shape.count * hidden : nullptr;
   const float* grad_cells = p.grad_cells ? p.grad_cells + d * shape.count * hidden : nullptr;
   const Element* y = p.y + d * output;
   const Element* grad_y = p.grad_y ? p.grad_y + d * output : nullptr;
@@ -183,6 +221,8 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
   const auto grad_c = rows_of_or_null(p.grad_c0, state, hidden, share);
   const auto carried = rows_of(p.carried[d], 0, Q * hidden, share);
   const auto factor = rows_of_or_null(p.h_factor, state, output, share);
+
+  const bool more = has_more(p, d);
 
   // The order of the forward scan, which this one follows from its end.
   const int64_t index_begin = d == 1 ? last + 1 - chunk.end : chunk.begin;
@@ -209,7 +249,10 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
                    grads,
                    grad_h,
                    grad_c,
-                   factor};
+                   factor,
+                   zoneout_rows(p.zoneout_h, d * shape.count + row, output, share),
+                   zoneout_rows(p.zoneout_c, d * shape.count + row, hidden, share),
+                   p.weights[d].peephole};
     // Rows without a previous or a next step come last; at most three kinds of rows.
     const int64_t low = smaller(step.from_previous, step.into_next);
     const int64_t high = step.from_previous + step.into_next - low;
@@ -262,13 +305,15 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
         kind.grad_next = {grad_output.base, grad_output.stride};
         kind.grad_y = {nullptr, 0};
         kind.factor = {nullptr, 0};  // the gradient of h itself goes into W_hr's product
+        kind.zoneout_h = {};
       }
       if (meeting) meeting->wait();
     }
     for_each(share, to_units, next_step,
              [&](const BackwardRows& from, const Operand& grad_next, int64_t first, int rows,
                  const Panel& panel) {
-               backward_tile<Cell>(from, grad_next, first, rows, panel, to_units);
+               const auto tile = more ? backward_tile<Cell, true> : backward_tile<Cell, false>;
+               tile(from, grad_next, first, rows, panel, to_units);
              });
     if constexpr (kResetBefore<Cell>) {
       if (meeting) meeting->wait();
@@ -282,8 +327,8 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
                });
     }
     if (meeting) meeting->wait();
-    initial_state_grad<Cell>({grads.base, grads.stride}, grad_h, factor, step.from_previous,
-                             step.rows, outputs, w_hh, memory);
+    initial_state_grad({grads.base, grads.stride}, grad_h, factor, step.from_previous, step.rows,
+                       outputs, w_hh, Cell::kUsesPreviousH || p.zoneout_h.any(), memory);
     // The next chunk goes on from here, after grad_gates has been given to other steps.
     for (int64_t i = 0; index == index_begin && i < step.rows; i++) {
       for (int gate = 0; gate < Q; gate++) {
@@ -293,8 +338,7 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
   }
 }
 
-static void backward(const BackwardParams& p, const Share& share, Meeting* meeting,
-                     float* memory) {
+static void backward(const BackwardParams& p, const Share& share, Meeting* meeting, float* memory) {
   const TileSession session;
   switch (p.shape.cell) {
     case CellKind::rnn_tanh:
@@ -304,7 +348,8 @@ static void backward(const BackwardParams& p, const Share& share, Meeting* meeti
     case CellKind::gru:
       return backward_share<GruCell<Math>>(p, share, meeting, memory);
     case CellKind::lstm:
-      if (projected(p.shape)) return backward_share<LstmCell<Math>, true>(p, share, meeting, memory);
+      if (projected(p.shape))
+        return backward_share<LstmCell<Math>, true>(p, share, meeting, memory);
       return backward_share<LstmCell<Math>>(p, share, meeting, memory);
     case CellKind::gru_reset_before:
       return backward_share<GruResetBeforeCell<Math>>(p, share, meeting, memory);

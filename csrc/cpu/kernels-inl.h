@@ -27,12 +27,14 @@ using BackwardParams = BackwardParamsOf<Element>;
 using InputGradParams = InputGradParamsOf<Element>;
 using TransposeParams = TransposeParamsOf<Element>;
 using WeightGradParams = WeightGradParamsOf<Element>;
+using PeepholeGradParams = PeepholeGradParamsOf<Element>;
 
 // clang-format off: in the order of use
 #include "vec.h"
 #include "element.h"
 #include "tile-inl.h"
 #include "rows-inl.h"
+#include "zoneout-inl.h"
 #include "amx-inl.h"
 #include "operand-inl.h"
 #include "pack-inl.h"
@@ -40,6 +42,7 @@ using WeightGradParams = WeightGradParamsOf<Element>;
 #include "forward-inl.h"
 #include "backward-inl.h"
 #include "products-inl.h"
+#include "peephole-inl.h"
 #include "step-inl.h"
 #include "stepper-inl.h"
 // clang-format on
@@ -65,6 +68,7 @@ constexpr KernelsOf<Element> table(const char* name) {
   kernels.input_grad = input_grad;
   kernels.transpose = transpose_grads;
   kernels.weight_grad = weight_grad;
+  kernels.peephole_grad = peephole_grad;
   return kernels;
 }
 

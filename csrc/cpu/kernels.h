@@ -16,14 +16,24 @@ struct BFloat16 {
 // Elements, of type E, are what matrix products take, and what is saved of them: float or BFloat16.
 // All sums, the states' gradients and c are float.
 
+// What a step leaves of a state as it was: all of it where it is `kept`, or without that a `part`
+// of every element.
+struct Zoneout {
+  const uint8_t* kept;  // [D, N, P] of h, [D, N, H] of c, 0 or 1, or null
+  float part;
+
+  bool any() const { return kept != nullptr || part != 0; }
+};
+
 // One direction's parameters as torch lays them out.
 template <class E>
 struct WeightsOf {
-  const E* w_ih;      // [G*H, I]
-  const E* w_hh;      // [G*H, P]
-  const float* b_ih;  // [G*H], or null
-  const float* b_hh;  // [G*H], or null
-  const E* w_hr;      // [P, H] where projected, else null
+  const E* w_ih;          // [G*H, I]
+  const E* w_hh;          // [G*H, P]
+  const float* b_ih;      // [G*H], or null
+  const float* b_hh;      // [G*H], or null
+  const E* w_hr;          // [P, H] where projected, else null
+  const float* peephole;  // [3*H] from c to i, f and o, or null
 };
 
 // A forward call as it comes from outside.
@@ -38,8 +48,9 @@ struct ForwardCallOf {
   float* h_n;               // [D, B, P]
   float* c_n;               // [D, B, H], LSTM only
   E* gates;                 // [D, N, S*H] or null: not saved
-  float* cells;             // [D, N, H] or null: not saved
+  float* cells;             // [D, N, H] or null: not saved; of an RNN, its h before zoneout
   const float* h_factor;    // [D, B, P] what W_hh's product takes h times, or null
+  Zoneout zoneout_h, zoneout_c;
 };
 
 // One timestep. Where GRU resets before the product, its two halves are steps of their own.
@@ -57,8 +68,9 @@ struct WeightGrads {
   float* b_ih;
   float* b_hh;
   float* w_hr;
+  float* peephole;
 
-  bool any() const { return w_ih || w_hh || b_ih || b_hh || w_hr; }
+  bool any() const { return w_ih || w_hh || b_ih || b_hh || w_hr || peephole; }
 };
 
 // A backward call as it comes from outside.
@@ -75,12 +87,13 @@ struct BackwardCallOf {
   const float* c0;          // [D, B, H], LSTM only
   const E* y;               // [N, D*P]
   const E* gates;           // [D, N, S*H]
-  const float* cells;       // [D, N, H], LSTM only
+  const float* cells;       // [D, N, H], LSTM; of an RNN its h before zoneout, or null: y is that
   E* grad_x;                // [N, I], or null: not wanted
   float* grad_h0;           // [D, B, P]
   float* grad_c0;           // [D, B, H], LSTM only
   WeightGrads grads[2];     // per direction
   const float* h_factor;    // [D, B, P] what W_hh's product took h times, or null
+  Zoneout zoneout_h, zoneout_c;
 };
 
 // A matrix in the kernels' own layout: panels of up to `vectors` vectors of columns (units), each
@@ -184,8 +197,8 @@ struct InputGradParamsOf {
   bool accumulate;
 };
 
-// transposed [width][stride] from grads [rows, width], in parts or not; sums [width] = or += its row
-// sums.
+// transposed [width][stride] from grads [rows, width], in parts or not; sums [width] = or += its
+// row sums.
 template <class E>
 struct TransposeParamsOf {
   const E* grads;
@@ -224,6 +237,17 @@ struct WeightGradParamsOf {
   PackedMatrix packed;
   float* grad;
   int64_t rotate;
+  bool accumulate;
+};
+
+// grad [3*H] = or += the gradients of peepholes, of a chunk whose grad_gates are [rows, 4*H].
+template <class E>
+struct PeepholeGradParamsOf {
+  const BackwardCallOf<E>* call;
+  Chunk chunk;
+  int64_t direction;
+  const E* grad_gates;
+  float* grad;
   bool accumulate;
 };
 
@@ -277,6 +301,8 @@ struct KernelsOf {
   void (*transpose)(const TransposeParamsOf<E>&, int64_t begin, int64_t end);
   // Blocks [begin, end) of grad_rows rows.
   void (*weight_grad)(const WeightGradParamsOf<E>&, int64_t begin, int64_t end);
+  // Vectors [begin, end) of units.
+  void (*peephole_grad)(const PeepholeGradParamsOf<E>&, int64_t begin, int64_t end);
 };
 
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -265,8 +265,10 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
   const CellSizes sizes = cell_sizes(s.cell);
   const int gates = static_cast<int>(sizes.gates);
   Call<E> work(isa, s, threads);
-  if (s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows && !projected(s) &&
-      !call.h_factor) {
+  const bool plain =
+      !call.h_factor && !call.zoneout_h.any() && !call.zoneout_c.any() && !call.weights[0].peephole;
+  if (plain && s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows &&
+      !projected(s)) {
     StepParamsOf<E> p{call, nullptr, nullptr, false};
     const auto step = [&] {
       work.run(s.directions * ceil_div(s.hidden, isa.width),
@@ -299,9 +301,9 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
       p.w_second[d] = work.pack_gates(second, s.hidden, s.output, 1, batch);
       p.between[d] = work.take_elements(batch * s.hidden);
     }
-    words = std::max({work.operand_words(p.w_ih[d], p.scratch_rows),
-                      work.operand_words(p.w_hh[d], batch),
-                      work.operand_words(p.w_second[d], batch)});
+    words =
+        std::max({work.operand_words(p.w_ih[d], p.scratch_rows),
+                  work.operand_words(p.w_hh[d], batch), work.operand_words(p.w_second[d], batch)});
     p.bias[d] = input_bias(s, w, work);
     if (s.cell == CellKind::gru && w.b_hh) p.hidden_bias[d] = w.b_hh + 2 * s.hidden;
     if (call.h_factor) p.operands[d] = work.take_elements(3 * batch * s.output);
@@ -397,6 +399,11 @@ class Products {
                  accumulate});
       }
     }
+    if (g.peephole) {
+      const PeepholeGradParamsOf<E> p{&call_, chunk, d, grad_gates, g.peephole, accumulate};
+      work_.run(ceil_div(hidden, isa_.width),
+                [&](int64_t begin, int64_t end) { isa_.peephole_grad(p, begin, end); });
+    }
     if (g.w_hr) {
       transpose({grad_h, chunk.rows, output, transposed_, stride_, parts_, unwanted_sums_, false});
       product({&call_, RowSource::between, chunk, d, packed(hidden)},
@@ -479,8 +486,8 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
     }
     p.grad_gates[d] = work.take_elements(most_rows * width);
     p.carried[d] = work.take_elements(batch * width);
-    words = std::max(work.operand_words(p.w_hh[d], batch),
-                     work.operand_words(p.w_second[d], batch));
+    words =
+        std::max(work.operand_words(p.w_hh[d], batch), work.operand_words(p.w_second[d], batch));
   }
   const auto rounds = static_cast<int64_t>(chunks.size());
   for (int64_t round = 0; round < rounds; round++) {

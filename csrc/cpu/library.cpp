@@ -163,17 +163,42 @@ void read_grads(const LayerShape& s, const std::vector<Tensor>& tensors, WeightG
   for_each_weight(s, tensors.size(), "grad_weights",
                   [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
                     WeightGrads& g = grads[d];
-                    float** fields[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr};
+                    float** fields[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr, &g.peephole};
                     const bool wanted = tensors[i].dim() == static_cast<int64_t>(shape.size());
                     *fields[which] = wanted ? output(tensors[i], "grad_weights", shape) : nullptr;
                   });
 }
 
+// What is random in the recurrence: the last arguments of the operators.
+struct Noise {
+  const std::optional<Tensor>& h_factor;
+  const std::optional<Tensor>& kept_h;
+  const std::optional<Tensor>& kept_c;
+  double part_h, part_c;
+
+  // Fills what forward and backward calls have of it.
+  template <class Call>
+  void read(Call& call) const {
+    const LayerShape& s = call.shape;
+    call.h_factor = input(h_factor, "h_factor", {s.directions, s.rows.batch, s.output});
+    call.zoneout_h = zoneout(kept_h, "kept_h", part_h, {s.directions, s.count, s.output});
+    call.zoneout_c = zoneout(kept_c, "kept_c", part_c, {s.directions, s.count, s.hidden});
+  }
+
+ private:
+  static Zoneout zoneout(const std::optional<Tensor>& kept, const char* name, double part,
+                         std::initializer_list<int64_t> shape) {
+    if (kept) check(*kept, name, ScalarType::Bool, shape);
+    return {kept ? static_cast<const uint8_t*>(kept->const_data_ptr()) : nullptr,
+            static_cast<float>(part)};
+  }
+};
+
 template <class E>
 void forward_of(int64_t cell, const Tensor& x, const std::vector<Tensor>& weights, const Tensor& h0,
                 const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
                 const Tensor& y, const Tensor& h_n, const Tensor& c_n, const Tensor& gates,
-                const Tensor& cells, const std::optional<Tensor>& h_factor) {
+                const Tensor& cells, const Noise& noise) {
   std::vector<int64_t> offsets;
   ForwardCallOf<E> call{};
   LayerShape& s = call.shape;
@@ -193,19 +218,22 @@ void forward_of(int64_t cell, const Tensor& x, const std::vector<Tensor>& weight
     call.gates = output<E>(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
     advise_huge_pages_if_fresh(call.gates, static_cast<size_t>(gates.numel()) * sizeof(E));
   }
-  if (sizes.has_c && cells.dim() == 3 && cells.size(2) > 0) {
+  if (cells.dim() == 3 && cells.size(2) > 0) {
     call.cells = output(cells, "cells", {s.directions, s.count, s.hidden});
   }
-  call.h_factor = input(h_factor, "h_factor", {s.directions, s.rows.batch, s.output});
+  noise.read(call);
   layer_forward(kernels_of<E>(), call, torch_threads());
 }
 
 void forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights, const Tensor& h0,
                 std::optional<Tensor> c0, std::optional<Tensor> batch_sizes, Tensor y, Tensor h_n,
-                Tensor c_n, Tensor gates, Tensor cells, std::optional<Tensor> h_factor) {
+                Tensor c_n, Tensor gates, Tensor cells, std::optional<Tensor> h_factor,
+                std::optional<Tensor> kept_h, std::optional<Tensor> kept_c, double part_h,
+                double part_c) {
   const bool half = x.scalar_type() == ScalarType::BFloat16;
   (half ? forward_of<BFloat16> : forward_of<float>)(cell, x, weights, h0, c0, batch_sizes, y, h_n,
-                                                    c_n, gates, cells, h_factor);
+                                                    c_n, gates, cells,
+                                                    {h_factor, kept_h, kept_c, part_h, part_c});
 }
 
 template <class E>
@@ -216,7 +244,7 @@ void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
                  const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
                  const Tensor& y, const Tensor& gates, const Tensor& cells, const Tensor& grad_x,
                  const Tensor& grad_h0, const Tensor& grad_c0,
-                 const std::vector<Tensor>& grad_weights, const std::optional<Tensor>& h_factor) {
+                 const std::vector<Tensor>& grad_weights, const Noise& noise) {
   std::vector<int64_t> offsets;
   BackwardCallOf<E> call{};
   LayerShape& s = call.shape;
@@ -237,12 +265,14 @@ void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
     call.grad_c_n = input(grad_c_n, "grad_c_n", {s.directions, s.rows.batch, s.hidden});
     call.grad_cells = input(grad_cells, "grad_cells", {s.directions, s.count, s.hidden});
     call.c0 = input(c0, "c0", {s.directions, s.rows.batch, s.hidden});
-    call.cells = input(cells, "cells", {s.directions, s.count, s.hidden});
     call.grad_c0 = output(grad_c0, "grad_c0", {s.directions, s.rows.batch, s.hidden});
+  }
+  if (sizes.has_c || (cells.dim() == 3 && cells.size(2) > 0)) {
+    call.cells = input(cells, "cells", {s.directions, s.count, s.hidden});
   }
   if (grad_x.dim() == 2) call.grad_x = output<E>(grad_x, "grad_x", {s.count, s.input});
   read_grads(s, grad_weights, call.grads);
-  call.h_factor = input(h_factor, "h_factor", {s.directions, s.rows.batch, s.output});
+  noise.read(call);
   layer_backward(kernels_of<E>(), call, torch_threads());
 }
 
@@ -251,12 +281,14 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
                  std::vector<Tensor> weights, const Tensor& h0, std::optional<Tensor> c0,
                  std::optional<Tensor> batch_sizes, const Tensor& y, const Tensor& gates,
                  const Tensor& cells, Tensor grad_x, Tensor grad_h0, Tensor grad_c0,
-                 std::vector<Tensor> grad_weights, std::optional<Tensor> h_factor) {
+                 std::vector<Tensor> grad_weights, std::optional<Tensor> h_factor,
+                 std::optional<Tensor> kept_h, std::optional<Tensor> kept_c, double part_h,
+                 double part_c) {
   const bool half = x.scalar_type() == ScalarType::BFloat16;
   (half ? backward_of<BFloat16> : backward_of<float>)(cell, grad_y, grad_h_n, grad_c_n, grad_cells,
                                                       x, weights, h0, c0, batch_sizes, y, gates,
                                                       cells, grad_x, grad_h0, grad_c0, grad_weights,
-                                                      h_factor);
+                                                      {h_factor, kept_h, kept_c, part_h, part_c});
 }
 
 // Inference on the CPU in one call, for what needs neither a choice nor an error message: every
@@ -300,7 +332,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_op(int64_t cell, const Tensor& x,
   Tensor c_n = empty({s.directions, s.rows.batch, c_width});
   const Tensor nothing = empty({s.directions, s.count, 0});
   forward_op(cell, x, std::move(weights), h0, c0, std::nullopt, y, h_n, c_n, nothing, nothing,
-             std::nullopt);
+             std::nullopt, std::nullopt, std::nullopt, 0, 0);
   return {y, h_n, c_n};
 }
 
@@ -308,24 +340,26 @@ std::tuple<Tensor, Tensor, Tensor> layer_op(int64_t cell, const Tensor& x,
 }  // namespace fused_rnn
 
 // The shapes of all arguments are in kernels.h, ForwardCallOf and BackwardCallOf; `weights` is the
-// flat list w_ih, w_hh[, b_ih, b_hh][, w_hr] of each direction. Outputs are written in place. Zero
-// columns in `gates` or `cells` mean that they are not saved; a gradient that is not wanted comes
-// as an empty 0-d or 3-d tensor. Elements have the dtype of x, Float or BFloat16, all others are
-// Float. `layer` is the forward operator of padded rows in Float with outputs of its own, for
-// programs that run without the package. The operators of inference take x and states as
+// flat list w_ih, w_hh[, b_ih, b_hh][, w_hr][, peephole] of each direction. Outputs are written in
+// place. Zero columns in `gates` or `cells` mean that they are not saved; a gradient that is not
+// wanted comes as an empty 0-d or 3-d tensor. Elements have the dtype of x, Float or BFloat16, all
+// others are Float. `layer` is the forward operator of padded rows in Float with outputs of its
+// own, for programs that run without the package. The operators of inference take x and states as
 // torch.nn's modules do, in Float, and return y, h_n and c_n, those that the module has; or
 // nothing, when the call is not for them.
 STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
   m.def(
       "layer_forward(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0, "
       "Tensor? batch_sizes, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) gates, "
-      "Tensor(e!) cells, Tensor? h_factor=None) -> ()");
+      "Tensor(e!) cells, Tensor? h_factor=None, Tensor? kept_h=None, Tensor? kept_c=None, "
+      "float part_h=0, float part_c=0) -> ()");
   m.def(
       "layer_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, "
       "Tensor? grad_cells, Tensor x, "
       "Tensor[] weights, Tensor h0, Tensor? c0, Tensor? batch_sizes, Tensor y, Tensor gates, "
       "Tensor cells, Tensor(a!) grad_x, Tensor(b!) grad_h0, Tensor(c!) grad_c0, "
-      "Tensor(d!)[] grad_weights, Tensor? h_factor=None) -> ()");
+      "Tensor(d!)[] grad_weights, Tensor? h_factor=None, Tensor? kept_h=None, Tensor? kept_c=None, "
+      "float part_h=0, float part_c=0) -> ()");
   m.def(
       "layer(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0) -> "
       "(Tensor y, Tensor h_n, Tensor c_n)");

@@ -182,22 +182,34 @@ static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
   const int64_t row_end = p.chunk.first_row + p.chunk.rows;
   const Share all{d, 0, 1, shape.rows.batch, 0, 0};
   const int64_t hidden = shape.hidden;
-  // Calls body(row, h that it started from, batch row).
+  // Calls body(row, h that it started from, batch row, row before it or -1).
   const auto for_each_state = [&](auto body) {
     for (int64_t t = p.chunk.begin; t < p.chunk.end; t++) {
       const Step step(shape.rows, all, d == 1 ? shape.rows.timesteps - 1 - t : t);
       const int64_t first = offset(shape.rows, t);
       for (int64_t i = 0; i < step.from_previous; i++) {
-        body(first + i, y + (offset(shape.rows, step.previous) + i) * width, i);
+        const int64_t before = offset(shape.rows, step.previous) + i;
+        body(first + i, y + before * width, i, before);
       }
-      for (int64_t i = step.from_previous; i < step.rows; i++) body(first + i, h0 + i * output, i);
+      for (int64_t i = step.from_previous; i < step.rows; i++) {
+        body(first + i, h0 + i * output, i, -1);
+      }
     }
   };
   // What a second product took is computed anew from what is saved: a projected LSTM's o * tanh(c),
-  const auto unprojected = [&](int64_t row, int64_t unit, int valid) {
-    const Element* o = call.gates + (row * LstmCell<Math>::kSavedGates + 3) * hidden;
-    return narrow(load(o + unit, valid) *
-                  Math::tanh(load(call.cells + row * hidden + unit, valid)));
+  // c being what the step gave, so that zoneout asks for the c before it,
+  struct Unprojected {
+    const Element* gates;
+    const float *c, *c_prev;
+  };
+  const auto unprojected = [&](const Unprojected& row, int64_t unit, int valid) {
+    Vector c = load(row.c + unit, valid);
+    if (call.zoneout_c.any()) {
+      Vector saved[3];
+      for (int i = 0; i < 3; i++) saved[i] = load(row.gates + i * hidden + unit, valid);
+      c = LstmCell<Math>::new_c(saved, load(row.c_prev + unit, valid));
+    }
+    return narrow(load(row.gates + 3 * hidden + unit, valid) * Math::tanh(c));
   };
   // or r * h_prev; and what the first one took, where h had a factor.
   const float* factors = call.h_factor ? call.h_factor + d * shape.rows.batch * output : nullptr;
@@ -217,7 +229,7 @@ static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
     if (p.source == RowSource::between && reset_before(shape)) {
       constexpr int S = GruResetBeforeCell<Math>::kSavedGates;
       RowPacker<Product> packer(panel, hidden);
-      for_each_state([&](int64_t row, const Element* h_prev, int64_t i) {
+      for_each_state([&](int64_t row, const Element* h_prev, int64_t i, int64_t) {
         const Element* r = call.gates + (d * shape.count + row) * S * hidden;
         packer.add({h_prev, r, factor_of(i)}, product);
       });
@@ -225,16 +237,22 @@ static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
       continue;
     }
     if (p.source == RowSource::between) {
-      RowPacker<int64_t> packer(panel, hidden);
-      for (int64_t row = p.chunk.first_row; row < row_end; row++) {
-        packer.add(d * shape.count + row, unprojected);
-      }
+      constexpr int S = LstmCell<Math>::kSavedGates;
+      RowPacker<Unprojected> packer(panel, hidden);
+      const int64_t first = d * shape.count;
+      for_each_state([&](int64_t row, const Element*, int64_t i, int64_t before) {
+        const float* c_prev = before < 0 ? call.c0 + (d * shape.rows.batch + i) * hidden
+                                         : call.cells + (first + before) * hidden;
+        packer.add(
+            {call.gates + (first + row) * S * hidden, call.cells + (first + row) * hidden, c_prev},
+            unprojected);
+      });
       packer.finish(unprojected);
       continue;
     }
     if (p.source == RowSource::states && factors) {
       RowPacker<Product> packer(panel, output);
-      for_each_state([&](int64_t, const Element* h_prev, int64_t i) {
+      for_each_state([&](int64_t, const Element* h_prev, int64_t i, int64_t) {
         packer.add({h_prev, nullptr, factor_of(i)}, product);
       });
       packer.finish(product);
@@ -246,7 +264,8 @@ static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
         packer.add(call.x + row * shape.input, elements_of);
       }
     } else {
-      for_each_state([&](int64_t, const Element* h, int64_t) { packer.add(h, elements_of); });
+      for_each_state(
+          [&](int64_t, const Element* h, int64_t, int64_t) { packer.add(h, elements_of); });
     }
     packer.finish(elements_of);
   }

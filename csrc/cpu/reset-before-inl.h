@@ -3,17 +3,20 @@
 
 // Rows of one step that all start from the same kind of state.
 struct ForwardRows {
-  RowsOf<float> gx;               // [G*H]
-  RowsOf<const Element> h_prev;   // [P]
-  RowsOf<float> h;                // [H] the running h, where kRunningH, or null in a single step
-  RowsOf<const float> c_prev;     // [H]
-  RowsOf<Element> between;        // [H] where kResetBefore, r * h_prev
-  RowsOf<Element> y;              // [H] what the cell gives: h, if not yet projected
-  RowsOf<float> c;                // [H] the running c
-  RowsOf<Element> gates;          // [S*H] or null
-  RowsOf<float> cells;            // [H] or null
-  RowsOf<const Element> taken;    // [P] what the product takes: h_prev, or that times factor
-  RowsOf<const float> factor;     // [P] or null
+  RowsOf<float> gx;              // [G*H]
+  RowsOf<const Element> h_prev;  // [P]
+  RowsOf<float> h;               // [H] the running h, where kRunningH, or null in a single step
+  RowsOf<const float> c_prev;    // [H]
+  RowsOf<Element> between;       // [H] where kResetBefore, r * h_prev
+  RowsOf<Element> y;             // [H] what the cell gives: h, if not yet projected
+  RowsOf<float> c;               // [H] the running c
+  RowsOf<Element> gates;         // [S*H] or null
+  RowsOf<float> cells;           // [H] or null; of an RNN, what the cell gives before zoneout
+  RowsOf<const Element> taken;   // [P] what the product takes: h_prev, or that times factor
+  RowsOf<const float> factor;    // [P] or null
+  ZoneoutRows zoneout_h;         // of y
+  ZoneoutRows zoneout_c;
+  const float* peephole;  // [3*H] of all rows, or null
 };
 
 // GRU's h is a running sum: where elements are not floats, it is kept beside y.
@@ -58,7 +61,8 @@ FUSED_RNN_INLINE void candidate_units(const ForwardRows& from, int64_t row, int6
                                       int64_t hidden, int valid, Vector gx, Vector gh, Vector z) {
   Vector n;
   const Vector h_prev = previous_h<Cell>(from, row, unit, valid);
-  const Vector h = Cell::forward_candidate(gx, gh, h_prev, z, n);
+  Vector h = Cell::forward_candidate(gx, gh, h_prev, z, n);
+  if (from.zoneout_h.any()) h = zoned_out(from.zoneout_h, row, unit, valid, h_prev, h);
   store(from.y[row] + unit, h, valid);
   if constexpr (kRunningH<Cell>) {
     if (from.h.base) store(from.h[row] + unit, h, valid);

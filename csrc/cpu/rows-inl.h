@@ -83,6 +83,12 @@ FUSED_RNN_INLINE void multiply_row(const Element* h, const float* factor, Elemen
   }
 }
 
+// Of i, f and o, from [3*H].
+FUSED_RNN_INLINE void load_peephole(const float* from, int64_t unit, int64_t hidden, int valid,
+                                    Vector* peephole) {
+  for (int i = 0; i < 3; i++) peephole[i] = load(from + i * hidden + unit, valid);
+}
+
 // The share's part of a matrix other than the one with panels of hidden units: of as many of its
 // panels, in proportion. Together the shares have all of them, but one may have none.
 FUSED_RNN_INLINE Share share_of(const PackedMatrix& m, const Share& share,

@@ -1,4 +1,4 @@
-// A layer's flat list of weights: w_ih, w_hh[, b_ih, b_hh][, w_hr] of each direction.
+// A layer's flat list of weights: w_ih, w_hh[, b_ih, b_hh][, w_hr][, peephole] of each direction.
 #pragma once
 
 #include <cstdint>
@@ -14,22 +14,27 @@ inline CellKind cell_kind(int64_t index) {
   return static_cast<CellKind>(index);
 }
 
-// The place of w_hr among the fields of Weights.
-constexpr size_t kProjection = 4;
+// The places of w_hr and of peephole among the fields of Weights.
+constexpr size_t kProjection = 4, kPeephole = 5;
 
 // Calls function(number in the list, direction, field of Weights, shape it must have) for each.
 template <class F>
 void for_each_weight(const LayerShape& s, size_t given, const char* name, const F& function) {
   const auto directions = static_cast<size_t>(s.directions);
-  const size_t least = projected(s) ? 3 : 2;
-  STD_TORCH_CHECK(given == least * directions || given == (least + 2) * directions, name,
-                  ": expected ", least, " tensors, or ", least + 2, " with biases, for each of ",
+  const size_t least = projected(s) ? 3 : 2, per_direction = given / directions;
+  // Biases come in pairs.
+  const size_t peephole = cell_sizes(s.cell).has_c ? (per_direction - least) % 2 : 0;
+  const size_t others = per_direction - peephole;
+  STD_TORCH_CHECK(given % directions == 0 && (others == least || others == least + 2), name,
+                  ": expected ", least, " tensors, or ", least + 2,
+                  " with biases, and for an LSTM with peepholes one more, for each of ",
                   s.directions, " directions, got ", given);
   const int64_t rows = cell_sizes(s.cell).gates * s.hidden;
-  const size_t per_direction = given / directions;
   for (size_t i = 0; i < given; i++) {
     const size_t d = i / per_direction, which = i % per_direction;
-    if (projected(s) && which == per_direction - 1) {
+    if (which == others) {
+      function(i, d, kPeephole, {3 * s.hidden});
+    } else if (projected(s) && which == others - 1) {
       function(i, d, kProjection, {s.output, s.hidden});
     } else if (which < 2) {
       function(i, d, which, {rows, which == 0 ? s.input : s.output});
@@ -54,8 +59,11 @@ void set_weight(WeightsOf<E>& w, size_t which, const void* data) {
     case 3:
       w.b_hh = static_cast<const float*>(data);
       break;
-    default:
+    case kProjection:
       w.w_hr = static_cast<const E*>(data);
+      break;
+    default:
+      w.peephole = static_cast<const float*>(data);
   }
 }
 

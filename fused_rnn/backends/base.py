@@ -313,12 +313,15 @@ def recurrent_weight_grad(
 ) -> Tensor:
     """[G*H, P] the gradient of W_hh: grad_gates [N, G*H], transposed, times the state each row
     started from. `gates` [N, S*H] are the saved ones, h0 is [D, B, P]."""
-    side = hidden_side(cell, grad_gates)
+    side, factor = hidden_side(cell, grad_gates), rows.noise.h_factor
     count, batch, reverse = side.shape[0], rows.batch_size, direction == 1
-    if rows.packed or rows.masks is not None or cell.name == "gru_reset_before":
+    plain = rows.masks is None and factor is None
+    if rows.packed or cell.name == "gru_reset_before" or not plain:
         reset = None if rows.masks is None else rows.masks.reset_h
         reset = None if reset is None else reset[direction]
         before = rows.shift(y, h0[direction], reverse, reset)
+        if factor is not None:
+            before = (before * rows.spread(factor[direction])).to(y.dtype)
         if cell.name == "gru_reset_before":
             hidden = before.shape[1]
             rz, n = side.split((2 * hidden, hidden), 1)

@@ -19,7 +19,7 @@ from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, allocate_saved
 class CpuBackend(Backend):
     name = "cpu"
     device_type = "cpu"
-    extras = frozenset({"recurrent_dropout"})
+    extras = frozenset({"recurrent_dropout", "zoneout", "peepholes"})
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":
@@ -38,7 +38,9 @@ class CpuBackend(Backend):
         return f"cpu/{bfloat16_capability()} layer"
 
     def in_float32(self, problem: Problem) -> bool:
-        native = problem.dtype == torch.bfloat16 and not is_relu_of_half(problem)
+        # Zoneout's expectation adds to h what the type may be too coarse for.
+        coarse = is_relu_of_half(problem) or problem.averaged
+        native = problem.dtype == torch.bfloat16 and not coarse
         return is_half(problem.dtype) and not (native and bfloat16_capability())
 
     def layer_forward(
@@ -69,7 +71,7 @@ class CpuBackend(Backend):
             c0.to(wide).contiguous() if cell.has_c else None,
             rows.batch_sizes_tensor if rows.packed else None,
             *out,
-            rows.h_factor,
+            *rows.noise,
         )
         if wide == problem.dtype:
             return out
@@ -116,7 +118,7 @@ class CpuBackend(Backend):
             grad_h0,
             grad_c0,
             grad_weights,
-            rows.h_factor,
+            *rows.noise,
         )
         return InputGrads(
             grad_x if needs.x else None,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cells import DirectionWeights, state_dtype
 from ..native import cpu_library_error
-from ..problem import Masks, Problem, Rows
+from ..problem import Masks, Noise, Problem, Rows
 from .bundles import InputGrads, LayerOutput, Needs, OutputGrads
 
 
@@ -143,7 +143,7 @@ def forward_in_pieces(
         weights,
         pieces.initial(h0, masks.reset_h),
         None if c0 is None else pieces.initial(c0, masks.reset_c),
-        _packed_rows(pieces, count, rows.h_factor),
+        _packed_rows(pieces, count, rows.noise),
         save,
     )
     return LayerOutput(
@@ -193,7 +193,7 @@ def backward_in_pieces(
         weights,
         pieces.initial(h0, masks.reset_h),
         None if c0 is None else pieces.initial(c0, masks.reset_c),
-        _packed_rows(pieces, count, rows.h_factor),
+        _packed_rows(pieces, count, rows.noise),
         LayerOutput(
             saved.y.index_select(0, index),
             None,
@@ -230,9 +230,14 @@ def _packed_problem(problem: Problem, pieces: Pieces) -> Problem:
     )
 
 
-def _packed_rows(pieces: Pieces, room: int, h_factor: Tensor | None) -> Rows:
-    sizes, factor = pieces.batch_sizes, pieces.of_rows(h_factor)
-    return Rows(len(sizes), pieces.count, sizes, len(pieces.index), room=room, h_factor=factor)
+def _packed_rows(pieces: Pieces, room: int, noise: Noise) -> Rows:
+    kept_h, kept_c = (
+        None if kept is None else kept.index_select(1, pieces.index.to(kept.device))
+        for kept in (noise.kept_h, noise.kept_c)
+    )
+    noise = noise._replace(h_factor=pieces.of_rows(noise.h_factor), kept_h=kept_h, kept_c=kept_c)
+    sizes = pieces.batch_sizes
+    return Rows(len(sizes), pieces.count, sizes, len(pieces.index), room=room, noise=noise)
 
 
 def _spread(packed: Tensor, index: Tensor, count: int) -> Tensor:

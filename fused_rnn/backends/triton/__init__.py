@@ -33,6 +33,7 @@ _INTERPRETER = Device("interpreter", 1 << 20, 1 << 40, True)
 class TritonBackend(Backend):
     name = "triton"
     takes_masks = True
+    extras = frozenset({"recurrent_dropout", "zoneout"})
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type == "cpu":
@@ -58,6 +59,11 @@ class TritonBackend(Backend):
             return (
                 f"has no projected LSTM, got proj_size={problem.proj_size}: a step would need a "
                 "second exchange between programs"
+            )
+        if problem.averaged and problem.training and not problem.cell.saved_gates:
+            return (
+                "has no backward of zoneout's expectation for an RNN, whose y does not tell what a "
+                "step by itself gave"
             )
         if problem.device_type == "cuda" and (reason := _device_refusal()):
             return reason

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ...cells import DirectionWeights
-from ...problem import Masks, Problem, Rows
+from ...problem import Masks, Noise, Problem, Rows
 from ..base import allocate_output
 from ..bundles import LayerOutput, OutputGrads, ScanGrads
 from . import scan
@@ -238,6 +238,22 @@ def _row_arguments(problem: Problem, rows: Rows, device: torch.device) -> dict[s
         "resets": None if masks.resets is None else masks.resets.contiguous().view(torch.uint8),
         "reset_h": _contiguous(masks.reset_h, problem.dtype),
         "reset_c": _contiguous(masks.reset_c, torch.float32),
+        **_noise_arguments(rows.noise, problem.cell.has_c),
+    }
+
+
+def _noise_arguments(noise: Noise, has_c: bool) -> dict[str, Tensor | float | None]:
+    """What recurrent dropout and zoneout do."""
+
+    def bytes_of(kept: Tensor | None) -> Tensor | None:
+        return None if kept is None else kept.contiguous().view(torch.uint8)
+
+    return {
+        "h_factor": _contiguous(noise.h_factor, torch.float32),
+        "kept_h": bytes_of(noise.kept_h),
+        "kept_c": bytes_of(noise.kept_c),
+        "part_h": noise.part_h if noise.averaged else None,
+        "part_c": noise.part_c if noise.averaged and has_c else None,
     }
 
 

@@ -125,6 +125,22 @@ def load_before(before, initial, fresh, inside, taken_before, restart, present):
 
 
 @triton.jit
+def scaled(value, factor, inside, SOFT: tl.constexpr):
+    """`value` times what lies at `factor`, rounded to its own type."""
+    return narrow(widen(value, SOFT) * tl.load(factor, inside, 0.0), value.dtype, SOFT)
+
+
+@triton.jit
+def zoned_out(before, after, kept, part, inside):
+    """The state after a step that by itself gives `after`: `before` where there is a 1 at `kept`;
+    without that it has a `part` of it."""
+    if kept is not None:
+        return tl.where(tl.load(kept, inside, 0) != 0, before, after)
+    else:
+        return part * before + (1.0 - part) * after
+
+
+@triton.jit
 def wait_for(counter, target):
     """Until `target` programs of this batch tile have arrived. One thread asks, so that all leave
     the loop together."""
@@ -159,6 +175,11 @@ def scan_forward(
     resets,  # uint8 [T, B] or None
     reset_h,  # [D, B, H] or None
     reset_c,  # float32 [D, B, H] or None
+    h_factor,  # float32 [D, B, H] what h is multiplied by before W_hh, or None
+    kept_h,  # uint8 [D, N, H] where a step leaves h as it was, or None
+    kept_c,  # uint8 [D, N, H] the same of LSTM's c, or None
+    part_h,  # without kept_h: which part of h a step leaves, or None
+    part_c,
     y,  # [N, D*H] out
     h,  # float32 [D, B, H] the state, in and out
     c,  # float32 [D, B, H] the same of LSTM's c, or None
@@ -233,6 +254,8 @@ def scan_forward(
     c_own = h_own
     if c is not None:
         c_own = tl.load(c + state + own, present & unit, 0.0)
+    if h_factor is not None:
+        h_factor += state + inner * H
 
     t = direction * (T - 1) + sign * s0
     row_before, taken_before = place(t - sign, b, length, offsets, T, B)
@@ -263,6 +286,8 @@ def scan_forward(
         total = tl.zeros((BLOCK_B, BLOCK_H * COLUMNS), tl.float32)
         if EXCHANGE == "registers":
             h_in = narrow(h_own, dtype, SOFT)
+            if h_factor is not None:
+                h_in = scaled(h_in, h_factor + u, present & unit, SOFT)
             total = product(h_in, slices[0], total, PRECISION, SOFT)
         else:
             p_y = y + row_before * (D * H) + inner * (D * H)
@@ -282,6 +307,8 @@ def scan_forward(
                     part = load_before(
                         p_y + k_h, p_h0 + k_h, p_part, k_h < H, taken_before, restart, present
                     )
+                    if h_factor is not None:
+                        part = scaled(part, h_factor + k_h, present & (k_h < H), SOFT)
                     h_in = h_in + (part,)
                 for i in tl.static_range(CHUNKS):
                     total = product(h_in[i], slices[i], total, PRECISION, SOFT)
@@ -295,6 +322,8 @@ def scan_forward(
                     h_part = load_before(
                         p_y + k_h, p_h0 + k_h, p_part, k_h < H, taken_before, restart, present
                     )
+                    if h_factor is not None:
+                        h_part = scaled(h_part, h_factor + k_h, present & (k_h < H), SOFT)
                     w_part = tl.load(p_w + k_w, from_w & (k_w < H), 0.0)
                     total = product(h_part, w_part, total, PRECISION, SOFT)
         # Added afterwards: as the start of the sum it would cost exactness.
@@ -304,6 +333,15 @@ def scan_forward(
 
         h_new, c_new, saved = CELL(apart(pre, BLOCK_B, BLOCK_H, COLUMNS), h_own, c_own)
         on = taken & unit
+        p_kept = (side * N + b0 + row) * H + own
+        if kept_h is not None:
+            h_new = zoned_out(h_own, h_new, kept_h + p_kept, part_h, on)
+        if part_h is not None:
+            h_new = zoned_out(h_own, h_new, None, part_h, on)
+        if kept_c is not None:
+            c_new = zoned_out(c_own, c_new, kept_c + p_kept, part_c, on)
+        if part_c is not None:
+            c_new = zoned_out(c_own, c_new, None, part_c, on)
         written = on
         h_out = h_new
         if lengths is not None:  # rows past their length are zero
@@ -347,11 +385,16 @@ def scan_backward(
     c0,  # float32 [D, B, H], LSTM only, or None
     grad_y,  # [N, D*H] or None
     grad_cells,  # [D, N, H] gradient of each step's c, or None
-    offsets,  # as forward, and so are the next four
+    offsets,  # as forward, and so are the next nine
     lengths,
     resets,
     reset_h,
     reset_c,
+    h_factor,
+    kept_h,
+    kept_c,
+    part_h,
+    part_c,
     grad_gates,  # [D, N, Q*H] out
     grad_h,  # float32 [D, B, H] in: of the last state; out: of the state before step s0+1
     grad_c,  # float32 [D, B, H] the same of LSTM's c, or None
@@ -424,6 +467,8 @@ def scan_backward(
         dc_own = tl.load(grad_c + state + own, present & unit, 0.0)
     reset_dh = zero
     reset_dc = zero
+    if h_factor is not None:
+        factor_own = tl.load(h_factor + state + own, present & unit, 0.0)
 
     t = direction * (T - 1) + sign * (s1 - 1)
     row_after, taken_after = place(t + sign, b, length, offsets, T, B)
@@ -507,6 +552,8 @@ def scan_backward(
                         w_rows = tl.cast((g + ROTATE) % G * H, tl.int64) + k_w
                         w_part = tl.load(w + w_rows * H + u, unit & (k_w < H), 0.0)
                         through = product(part, w_part, through, PRECISION, SOFT)
+        if h_factor is not None:
+            through *= factor_own
         # Added afterwards: as the start of the sum it would cost exactness.
         dh_own = through + dh_own
         if resets is not None:
@@ -521,9 +568,32 @@ def scan_backward(
         kept = (zero,)
         if gates is not None:
             kept = apart(widen(saved, SOFT), BLOCK_B, BLOCK_H, COLUMNS)
-        d_new, dh_before, dc_before = CELL(
-            kept, h_before, h_after, c_before, c_after, dh_own + dy, dc
-        )
+        dh = dh_own + dy
+        # What zoneout leads past the step, "past_", does not go through it.
+        p_kept = (side * N + b0 + row) * H + own
+        if kept_h is not None:
+            past_h = zoned_out(dh, zero, kept_h + p_kept, part_h, on)
+            dh -= past_h
+        if part_h is not None:
+            past_h = part_h * dh
+            dh -= past_h
+        if kept_c is not None:
+            past_c = zoned_out(dc, zero, kept_c + p_kept, part_c, on)
+            dc -= past_c
+            c_after = kept[1] * c_before + kept[0] * kept[2]  # what the step itself gave
+        if part_c is not None:
+            past_c = part_c * dc
+            dc -= past_c
+            c_after = kept[1] * c_before + kept[0] * kept[2]
+        d_new, dh_before, dc_before = CELL(kept, h_before, h_after, c_before, c_after, dh, dc)
+        if kept_h is not None:
+            dh_before += past_h
+        if part_h is not None:
+            dh_before += past_h
+        if kept_c is not None:
+            dc_before += past_c
+        if part_c is not None:
+            dc_before += past_c
         d_out = together(d_new, BLOCK_B, BLOCK_H, COLUMNS)
         written = taken & (unit_j < H)
         if lengths is not None:  # rows past their length have no gradient
