@@ -158,9 +158,8 @@ struct TileProduct {
 
 template <int PARTS, int COLUMNS, int HALVES>
 static void multiply_columns(const TileProduct& p, int column, int columns, Vector* tile) {
-  for_each_number<COLUMNS * HALVES>([](auto sum) __attribute__((always_inline)) {
-    tile_zero<decltype(sum)::value>();
-  });
+  for_each_number<COLUMNS * HALVES>(
+      [](auto sum) __attribute__((always_inline)) { tile_zero<decltype(sum)::value>(); });
   constexpr int64_t kTileBytes = 4 * kTileWords;
   TileBlock block = p.block;
   block.b += column * block.next_column;

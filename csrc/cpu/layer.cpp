@@ -33,8 +33,8 @@ constexpr int64_t kInputSideRows = 256;
 // Elements are taken in parts where a product has so many rows: with fewer, reading the weights
 // takes as long as multiplying, and parts are half as many bytes again.
 constexpr int64_t kRowsInParts = 24;
-// And where a call has so many: cutting the weights costs more than packing them does. With 128 rows
-// of a batch of 1, GRU's inference at H=128 took 1.25 times as long in parts.
+// And where a call has so many: cutting the weights costs more than packing them does. With 128
+// rows of a batch of 1, GRU's inference at H=128 took 1.25 times as long in parts.
 constexpr int64_t kCallRowsInParts = 512;
 
 int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
@@ -465,7 +465,8 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
   const CellSizes sizes = cell_sizes(s.cell);
   const int64_t width = sizes.grad_gates * s.hidden;
   Call<E> work(isa, s, threads);
-  const std::vector<Chunk> chunks = make_chunks(s.rows, rows_for(isa.chunk_bytes, width, isa.chunk_rows));
+  const std::vector<Chunk> chunks =
+      make_chunks(s.rows, rows_for(isa.chunk_bytes, width, isa.chunk_rows));
   int64_t most_rows = 0;
   for (const Chunk& chunk : chunks) most_rows = std::max(most_rows, chunk.rows);
   Products<E> products(work, isa, call, most_rows);

@@ -198,8 +198,8 @@ __attribute__((noinline)) static void multiply_sums(int columns, int rows, const
           unsigned bits;
           __builtin_memcpy(&bits, words_at(from, depth, part, first) + word, sizeof(bits));
           value += half_of((Vector)(bits - VectorBits{}));
-          weight += half_of(load(panel.data + tile_words_before(depth, column, k, part, kParts) +
-                                 word * kWidth));
+          weight += half_of(
+              load(panel.data + tile_words_before(depth, column, k, part, kParts) + word * kWidth));
         }
         sum += value * weight;
       }

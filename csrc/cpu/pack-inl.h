@@ -19,8 +19,7 @@ FUSED_RNN_INLINE void store_in_parts(const Panel& panel, int column, int64_t k, 
 FUSED_RNN_INLINE float* words_of_panel(const Panel& panel, int columns, int column, int64_t k) {
   float* data = const_cast<float*>(panel.data);
 #if defined(FUSED_RNN_AMX) && defined(FUSED_RNN_BFLOAT16)
-  return data + tile_words_before(panel.depth, column, k, 0, 1) +
-         k % kTileDepth / kPairs * kWidth;
+  return data + tile_words_before(panel.depth, column, k, 0, 1) + k % kTileDepth / kPairs * kWidth;
 #else
   return data + (k / kPairs * columns + column) * kWidth;
 #endif
@@ -103,7 +102,7 @@ struct RowPacker {
   const int64_t columns;
   const int group;  // so many rows are written at a time
   int64_t k = 0;    // depth that is written
-  Row rows[32];     // that wait for what they are paired with
+  Row rows[32]{};   // that wait for what they are paired with
   int waiting = 0;
 
   RowPacker(const Panel& panel, int64_t columns)

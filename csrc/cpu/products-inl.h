@@ -1,8 +1,8 @@
 // What the gradients of a chunk's gates become: gradients of x, of the weights and of the biases.
 
 // AMX waits for memory sooner than for products, so a chunk should stay in L2: backward of LSTM at
-// (T, B, H) = (256, 64, 128) and (128, 32, 256) took 68 and 39 ms with 8 MiB, 44 and 32 with 2. With
-// fewer rows the gradients of large weights are added to too often.
+// (T, B, H) = (256, 64, 128) and (128, 32, 256) took 68 and 39 ms with 8 MiB, 44 and 32 with 2.
+// With fewer rows the gradients of large weights are added to too often.
 #if defined(FUSED_RNN_AMX)
 constexpr int64_t kChunkBytes = 2 << 20, kChunkRows = 512;
 #else

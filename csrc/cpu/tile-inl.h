@@ -107,8 +107,8 @@ void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, 
 }
 
 template <class Word>
-static void multiply_words(int columns, int rows, int64_t depth, const Element* a,
-                           int64_t a_stride, const Word* panel, Vector* tile) {
+static void multiply_words(int columns, int rows, int64_t depth, const Element* a, int64_t a_stride,
+                           const Word* panel, Vector* tile) {
   switch (columns) {
     case 1:
       return multiply_rows<1>(rows, depth, a, a_stride, panel, tile);
