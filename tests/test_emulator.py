@@ -376,7 +376,7 @@ def objects(tmp_path_factory):
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("objects")
     commands = {}
-    sources = ("library.cpp", "emulator.cpp", "weak_memory.cpp")
+    sources = ("library.cpp", "stack_scan.cpp", "emulator.cpp", "weak_memory.cpp")
     for source in (*(f"cuda/{name}" for name in sources), "plan.cpp", *WHOLE.values()):
         commands[Path(source).stem] = compile_command(ROOT, source)
     for cell in ("lstm", "gru", "rnn"):

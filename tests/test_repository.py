@@ -28,7 +28,7 @@ LAYERS = [
     {"backends"},
     {"dispatch"},
     {"ops", "direct"},
-    {"general_scan"},
+    {"general_scan", "stack"},
     {"functional", "regularised"},
     {"compiled"},
     {"modules"},
