@@ -90,8 +90,8 @@ py::dict plan(int cell, int element_bytes, int64_t hidden_size, int64_t batch_si
   const fused_rnn::Device device{capability, processors, shared_bytes, max_cluster, is_shared};
   py::dict facts;
   const fused_rnn::ForcedRegime forced = fused_rnn::regime_called(regime);
-  facts["forward"] = plan_facts(plan_forward(problem, device, forced));
-  facts["backward"] = plan_facts(plan_backward(problem, device, forced));
+  facts["forward"] = plan_facts(plan_forward(problem, device, forced, layers));
+  facts["backward"] = plan_facts(plan_backward(problem, device, forced, layers));
   facts["refusal"] = plan_refusal(problem, device, true, forced);
   facts["kernels"] = describe_plan(problem, device, true, forced);
   const fused_rnn::StackProblem stack{problem, layers, timesteps, true};
@@ -111,8 +111,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan", &plan,
       "The CUDA kernels for a layer on a device: of each pass its regime and tile, or None; why a "
-      "layer in training is refused, or ''; and the kernels in words. Of a stack of such layers in "
-      "training: the timesteps of a chunk in each pass, 0 for layer after layer, and why not.",
+      "layer in training is refused, or ''; and the kernels in words. Of `layers` of them side by "
+      "side, in training: the timesteps of a chunk in each pass, 0 where they had better follow one "
+      "another, and why they cannot be.",
       py::arg("cell"), py::arg("element_bytes"), py::arg("hidden_size"), py::arg("batch_size"),
       py::arg("directions"), py::arg("capability"), py::arg("processors"), py::arg("shared_bytes"),
       py::arg("max_cluster"), py::arg("regime") = "", py::arg("is_shared") = false,
