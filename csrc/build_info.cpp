@@ -112,7 +112,8 @@ PYBIND11_MODULE(_C, m) {
       "plan", &plan,
       "The CUDA kernels for a layer on a device: of each pass its regime and tile, or None; why a "
       "layer in training is refused, or ''; and the kernels in words. Of `layers` of them side by "
-      "side, in training: the timesteps of a chunk in each pass, 0 where they had better follow one "
+      "side, in training: the timesteps of a chunk in each pass, 0 where they had better follow "
+      "one "
       "another, and why they cannot be.",
       py::arg("cell"), py::arg("element_bytes"), py::arg("hidden_size"), py::arg("batch_size"),
       py::arg("directions"), py::arg("capability"), py::arg("processors"), py::arg("shared_bytes"),

@@ -20,9 +20,9 @@ constexpr int64_t kMaxLaunches = 6;
 
 // The model of time of docs/cuda-kernels.md. No GPU has confirmed any of it.
 constexpr double kClocksPerUs = 1755;
-constexpr double kProductClocks = 6.6;     // an mma, of one of an SM's quadrants
-constexpr double kChainClocks = 24;        // from one k step's products to the next
-constexpr double kFmasPerClock = 128;      // of an SM
+constexpr double kProductClocks = 6.6;  // an mma, of one of an SM's quadrants
+constexpr double kChainClocks = 24;     // from one k step's products to the next
+constexpr double kFmasPerClock = 128;   // of an SM
 constexpr double kSharedBytesPerClock = 128;
 constexpr double kPointwiseClocks = 180;
 constexpr double kMessageClocks = 180 + 30;  // latency and waking up
@@ -231,8 +231,8 @@ double step_us(const Plan<ForwardTile>& plan, const ScanProblem& problem) {
   const double weights = static_cast<double>(cell_sizes(problem.cell).gates) * tile.hidden *
                          tile.hidden / tile.cluster;
   const double per_mma = 16.0 * step_depth(bytes) * kGroup;
-  const double products = bytes == 2 ? weights * rows / per_mma / 4 * kProductClocks
-                                     : weights * rows / kFmasPerClock;
+  const double products =
+      bytes == 2 ? weights * rows / per_mma / 4 * kProductClocks : weights * rows / kFmasPerClock;
   const int warps = l.threads / kWarp;
   const double shared = (l.weights_bytes + static_cast<double>(l.h_bytes) * warps / tile.split_k) /
                         kSharedBytesPerClock;
@@ -337,9 +337,9 @@ std::string stack_refusal(const StackProblem& stack, const Device& device, Force
     return "needs a hidden_size that is a multiple of " + std::to_string(kGroup) + ", got " +
            std::to_string(layer.hidden);
   }
-  const bool fits = plan_forward(layer, device, forced).regime == Regime::cluster &&
-                    (!stack.training ||
-                     plan_backward(layer, device, forced).regime == Regime::cluster);
+  const bool fits =
+      plan_forward(layer, device, forced).regime == Regime::cluster &&
+      (!stack.training || plan_backward(layer, device, forced).regime == Regime::cluster);
   if (!fits) return "needs layers that run on clusters";
   return "";
 }

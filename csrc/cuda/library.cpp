@@ -7,14 +7,13 @@
 
 #include <array>
 #include <cstdint>
-#include <initializer_list>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../plan.h"
-#include "../tensor_checks.h"
+#include "border.h"
 #include "grid_launch.h"
 #include "instances.h"
 #include "kernels.h"
@@ -31,14 +30,7 @@
 namespace fused_rnn {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shape = std::initializer_list<int64_t>;
-
 #if defined(FUSED_RNN_EMULATED)
-
-constexpr const char* kDeviceName = "CPU";
-bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
 
 // As an H100, but with so few SMs that a handful of rows fills them.
 Device emulated_device{90, 6, 227 << 10, 16};
@@ -49,9 +41,6 @@ struct CurrentDevice {
 };
 
 #else
-
-constexpr const char* kDeviceName = "CUDA";
-bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
 
 using CurrentDevice = torch::stable::accelerator::DeviceGuard;
 
@@ -114,25 +103,6 @@ Device device_facts(int64_t device) {
 
 #endif
 
-CellKind cell_kind(int64_t index) {
-  STD_TORCH_CHECK(index >= 0 && index < 5, "cell: expected 0 to 4, got ", index);
-  return static_cast<CellKind>(index);
-}
-
-ElementKind element_kind(ScalarType type, bool tf32) {
-  switch (type) {
-    case ScalarType::BFloat16:
-      return ElementKind::bfloat16;
-    case ScalarType::Half:
-      return ElementKind::float16;
-    case ScalarType::Float:
-      return tf32 ? ElementKind::tf32 : ElementKind::float32;
-    default:
-      STD_TORCH_CHECK(false, "gx: expected dtype Float, BFloat16 or Half, got ",
-                      torch::headeronly::toString(type));
-  }
-}
-
 template <class Params, CellKind kind>
 const Kernel<Params>* kernels_of_cell(ElementKind element) {
   switch (element) {
@@ -161,142 +131,12 @@ const Kernel<Params>* find_kernels(CellKind cell, ElementKind element) {
   }
 }
 
-void check(const Tensor& tensor, const char* name, ScalarType type, Shape shape) {
-  STD_TORCH_CHECK(on_device(tensor), name, ": expected a ", kDeviceName, " tensor");
-  check_dense(tensor, name, type, shape);
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, name,
-                  ": expected memory aligned to 16 bytes");
-}
-
-const void* input(const Tensor& tensor, const char* name, ScalarType type, Shape shape) {
-  check(tensor, name, type, shape);
-  return tensor.const_data_ptr();
-}
-
-const void* input(const std::optional<Tensor>& tensor, const char* name, ScalarType type,
-                  Shape shape) {
-  return tensor ? input(*tensor, name, type, shape) : nullptr;
-}
-
-template <class Optional>
-const float* float_input(const Optional& tensor, const char* name, Shape shape) {
-  return static_cast<const float*>(input(tensor, name, ScalarType::Float, shape));
-}
-
-void* output(const Tensor& tensor, const char* name, ScalarType type, Shape shape) {
-  check(tensor, name, type, shape);
-  return tensor.mutable_data_ptr();
-}
-
-float* float_output(const Tensor& tensor, const char* name, Shape shape) {
-  return static_cast<float*>(output(tensor, name, ScalarType::Float, shape));
-}
-
-// What both scans have in common.
-struct Border {
-  CellKind cell;
-  CellSizes sizes;
-  ScalarType type;
-  ElementKind element;
-  int64_t directions, batch, count, hidden, pitch;
-
-  ScanProblem problem() const {
-    return {cell, type == ScalarType::Float ? 4 : 2, hidden, batch, directions};
-  }
-};
-
-struct RowArguments {
-  const std::optional<Tensor>&lengths, &offsets, &resets;
-};
-
-Border border(int64_t cell, const Tensor& rows, const char* name, int64_t columns, const Tensor& h0,
-              int64_t hidden, bool tf32) {
-  Border b{};
-  b.cell = cell_kind(cell);
-  b.sizes = cell_sizes(b.cell);
-  b.type = rows.scalar_type();
-  b.element = element_kind(b.type, tf32);
-  STD_TORCH_CHECK(h0.dim() == 3, "h0: expected [D, B, pitch], got shape ", shape_text(h0.sizes()));
-  b.directions = h0.size(0);
-  b.batch = h0.size(1);
-  b.pitch = h0.size(2);
-  b.hidden = hidden;
-  STD_TORCH_CHECK(b.directions == 1 || b.directions == 2, "h0: expected 1 or 2 directions, got ",
-                  b.directions);
-  STD_TORCH_CHECK(b.batch > 0, "h0: expected at least one batch row, got none");
-  STD_TORCH_CHECK(hidden > 0 && b.pitch >= hidden && b.pitch % kGroup == 0 && b.pitch < 1 << 20,
-                  "h0: expected rows of a multiple of 8 columns from hidden_size = ", hidden,
-                  " on, got ", b.pitch);
-  STD_TORCH_CHECK(rows.dim() == 3, name, ": expected [D, N, ", columns, " * pitch], got shape ",
-                  shape_text(rows.sizes()));
-  b.count = rows.size(1);
-  return b;
-}
-
-ScanRows scan_rows(const Border& b, const RowArguments& given) {
-  ScanRows rows{};
-  rows.batch = b.batch;
-  rows.count = b.count;
-  if (given.offsets) {
-    rows.timesteps = given.offsets->numel();
-    STD_TORCH_CHECK(given.lengths.has_value() && !given.resets.has_value(),
-                    "offsets: packed rows need lengths, and cannot be reset");
-    rows.offsets = static_cast<const int64_t*>(
-        input(given.offsets, "offsets", ScalarType::Long, {rows.timesteps}));
-  } else {
-    STD_TORCH_CHECK(b.count % b.batch == 0, "gx: expected a multiple of the batch size ", b.batch,
-                    " as its rows, got ", b.count);
-    rows.timesteps = b.count / b.batch;
-  }
-  STD_TORCH_CHECK(rows.timesteps < int64_t{1} << 31, "gx: expected fewer than 2^31 timesteps, got ",
-                  rows.timesteps);
-  rows.lengths =
-      static_cast<const int64_t*>(input(given.lengths, "lengths", ScalarType::Long, {b.batch}));
-  rows.resets = static_cast<const uint8_t*>(
-      input(given.resets, "resets", ScalarType::Bool, {rows.timesteps, b.batch}));
-  return rows;
-}
-
-// The fields that both kinds of parameters have.
-template <class Params>
-void fill(Params& p, const Border& b, const RowArguments& rows, const std::vector<Tensor>& w_hh,
-          const Tensor& h0, const std::optional<Tensor>& c0, const std::optional<Tensor>& reset_h,
-          const std::optional<Tensor>& reset_c) {
-  p.rows = scan_rows(b, rows);
-  p.hidden = static_cast<int>(b.hidden);
-  p.pitch = static_cast<int>(b.pitch);
-  p.directions = static_cast<int>(b.directions);
-  STD_TORCH_CHECK(static_cast<int64_t>(w_hh.size()) == b.directions, "w_hh: expected ",
-                  b.directions, " matrices, got ", w_hh.size());
-  for (size_t d = 0; d < w_hh.size(); d++) {
-    p.w_hh[d] = input(w_hh[d], "w_hh", b.type, {b.sizes.gates * b.pitch, b.pitch});
-  }
-  const Shape states = {b.directions, b.batch, b.pitch};
-  p.h0 = input(h0, "h0", b.type, states);
-  STD_TORCH_CHECK(c0.has_value() == b.sizes.has_c, "c0: expected ",
-                  c0 ? "None for this cell" : "a tensor for lstm");
-  p.c0 = float_input(c0, "c0", states);
-  p.reset_h = input(reset_h, "reset_h", b.type, states);
-  p.reset_c = float_input(reset_c, "reset_c", states);
-}
-
 ForcedRegime forced_regime(const std::string& name) {
   try {
     return regime_called(name);
   } catch (const std::invalid_argument& error) {
     STD_TORCH_CHECK(false, error.what());
   }
-}
-
-constexpr const char* kCellNames[] = {"rnn_tanh", "rnn_relu", "gru", "lstm", "gru_reset_before"};
-
-// What is launched, in words: for errors and the log.
-std::string launch_text(const Border& b, const char* pass, const std::string& kernels,
-                        int64_t timesteps) {
-  const char* type = b.element == ElementKind::tf32 ? "TF32" : torch::headeronly::toString(b.type);
-  return std::string(pass) + " of " + kCellNames[static_cast<int>(b.cell)] + " " + type +
-         " T=" + std::to_string(timesteps) + " B=" + std::to_string(b.batch) +
-         " H=" + std::to_string(b.hidden) + " D=" + std::to_string(b.directions) + ": " + kernels;
 }
 
 template <class Params>
@@ -334,73 +174,6 @@ void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const
   });
 }
 
-bool wanted(const Tensor& tensor) { return tensor.dim() != 3 || tensor.size(2) > 0; }
-
-// What a layer's forward scan is given, and where it writes.
-struct ForwardTensors {
-  const Tensor& gx;
-  const std::vector<Tensor>& w_hh;
-  const std::optional<Tensor>& b_hn;
-  const Tensor& h0;
-  const std::optional<Tensor>&c0, &reset_h, &reset_c;
-  const Tensor &y, &h_n, &c_n, &gates, &cells;
-};
-
-ForwardParams forward_params(const Border& b, const RowArguments& rows, const ForwardTensors& t) {
-  ForwardParams p{};
-  fill(p, b, rows, t.w_hh, t.h0, t.c0, t.reset_h, t.reset_c);
-  p.gx = input(t.gx, "gx", b.type, {b.directions, b.count, b.sizes.gates * b.pitch});
-  p.b_hn = float_input(t.b_hn, "b_hn", {b.directions, b.pitch});
-  p.y = output(t.y, "y", b.type, {b.count, b.directions * b.pitch});
-  const Shape states = {b.directions, b.batch, b.pitch};
-  p.h_n = output(t.h_n, "h_n", b.type, states);
-  if (b.sizes.has_c) p.c_n = float_output(t.c_n, "c_n", states);
-  if (wanted(t.gates)) {
-    p.gates =
-        output(t.gates, "gates", b.type, {b.directions, b.count, b.sizes.saved_gates * b.pitch});
-  }
-  if (b.sizes.has_c && wanted(t.cells)) {
-    p.cells = float_output(t.cells, "cells", {b.directions, b.count, b.pitch});
-  }
-  return p;
-}
-
-struct BackwardTensors {
-  const std::optional<Tensor>&grad_y, &grad_h_n, &grad_c_n, &grad_cells;
-  const std::vector<Tensor>& w_hh;
-  const Tensor& h0;
-  const std::optional<Tensor>&c0, &reset_h, &reset_c;
-  const Tensor &y, &gates, &cells, &grad_gates, &grad_h0, &grad_c0;
-  const std::optional<Tensor>&grad_reset_h, &grad_reset_c;
-};
-
-BackwardParams backward_params(const Border& b, const RowArguments& rows,
-                               const BackwardTensors& t) {
-  BackwardParams p{};
-  fill(p, b, rows, t.w_hh, t.h0, t.c0, t.reset_h, t.reset_c);
-  const Shape sequence = {b.count, b.directions * b.pitch};
-  const Shape states = {b.directions, b.batch, b.pitch};
-  p.y = input(t.y, "y", b.type, sequence);
-  p.grad_y = input(t.grad_y, "grad_y", b.type, sequence);
-  p.grad_h_n = float_input(t.grad_h_n, "grad_h_n", states);
-  p.grad_c_n = float_input(t.grad_c_n, "grad_c_n", states);
-  if (b.sizes.saved_gates > 0) {
-    p.gates =
-        input(t.gates, "gates", b.type, {b.directions, b.count, b.sizes.saved_gates * b.pitch});
-  }
-  p.grad_gates = output(t.grad_gates, "grad_gates", b.type,
-                        {b.directions, b.count, b.sizes.grad_gates * b.pitch});
-  p.grad_h0 = float_output(t.grad_h0, "grad_h0", states);
-  if (b.sizes.has_c) {
-    p.grad_cells = float_input(t.grad_cells, "grad_cells", {b.directions, b.count, b.pitch});
-    p.cells = float_input(t.cells, "cells", {b.directions, b.count, b.pitch});
-    p.grad_c0 = float_output(t.grad_c0, "grad_c0", states);
-  }
-  if (t.grad_reset_h) p.grad_reset_h = float_output(*t.grad_reset_h, "grad_reset_h", states);
-  if (t.grad_reset_c) p.grad_reset_c = float_output(*t.grad_reset_c, "grad_reset_c", states);
-  return p;
-}
-
 void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
                 std::optional<Tensor> b_hn, const Tensor& h0, std::optional<Tensor> c0,
                 int64_t hidden, std::optional<Tensor> lengths, std::optional<Tensor> offsets,
@@ -430,10 +203,10 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
                  std::string regime, bool tf32, int64_t stream) {
   const Border b = border(cell, grad_gates, "grad_gates", cell_sizes(cell_kind(cell)).grad_gates,
                           h0, hidden, tf32);
-  const BackwardParams p = backward_params(
-      b, {lengths, offsets, resets},
-      {grad_y, grad_h_n, grad_c_n, grad_cells, w_hh, h0, c0, reset_h, reset_c, y, gates, cells,
-       grad_gates, grad_h0, grad_c0, grad_reset_h, grad_reset_c});
+  const BackwardParams p =
+      backward_params(b, {lengths, offsets, resets},
+                      {grad_y, grad_h_n, grad_c_n, grad_cells, w_hh, h0, c0, reset_h, reset_c, y,
+                       gates, cells, grad_gates, grad_h0, grad_c0, grad_reset_h, grad_reset_c});
   const int64_t index = grad_gates.get_device_index();
   const CurrentDevice guard(static_cast<int32_t>(index));
   const Device device = device_facts(index);
@@ -487,8 +260,8 @@ StackScan stack_scan(const Border& first, size_t layers, const std::vector<Tenso
 
 // Of a stack whose chunk is the whole sequence, no two layers run side by side.
 template <class Params, class Tile, class Run>
-void launch_stack(const Border& b, const StackScan& scan, const Device& device,
-                  ForcedRegime forced, const Plan<Tile>& plan, int64_t timesteps, const Run& run) {
+void launch_stack(const Border& b, const StackScan& scan, const Device& device, ForcedRegime forced,
+                  const Plan<Tile>& plan, int64_t timesteps, const Run& run) {
   const auto layers = static_cast<int64_t>(scan.layer_streams.size());
   constexpr bool kTraining = !std::is_same_v<Params, ForwardParams>;
   const std::string reason =
@@ -510,10 +283,10 @@ int64_t layers_at_once(const StackScan& scan, int64_t timesteps) {
 void stack_forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> w_ih,
                       std::vector<Tensor> biases, std::vector<Tensor> w_hh,
                       std::optional<Tensor> b_hn, const Tensor& h0, std::optional<Tensor> c0,
-                      std::vector<Tensor> kept, double scale, int64_t chunk,
-                      std::vector<Tensor> gx, std::vector<Tensor> ys, Tensor h_n, Tensor c_n,
-                      std::vector<Tensor> gates, std::vector<Tensor> cells, std::string regime,
-                      bool tf32, int64_t stream, std::vector<int64_t> layer_streams) {
+                      std::vector<Tensor> kept, double scale, int64_t chunk, std::vector<Tensor> gx,
+                      std::vector<Tensor> ys, Tensor h_n, Tensor c_n, std::vector<Tensor> gates,
+                      std::vector<Tensor> cells, std::string regime, bool tf32, int64_t stream,
+                      std::vector<int64_t> layer_streams) {
   const size_t layers = w_hh.size();
   STD_TORCH_CHECK(layers > 0, "w_hh: expected a matrix for each layer, got none");
   check_count(gx, "gx", layers);
@@ -521,8 +294,8 @@ void stack_forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> w_ih,
   check_count(gates, "gates", layers);
   check_count(cells, "cells", layers);
   const int64_t hidden = w_hh[0].size(w_hh[0].dim() - 1);
-  const Border b = border(cell, gx[0], "gx", cell_sizes(cell_kind(cell)).gates, of_layer(h0, 0),
-                          hidden, tf32);
+  const Border b =
+      border(cell, gx[0], "gx", cell_sizes(cell_kind(cell)).gates, of_layer(h0, 0), hidden, tf32);
   const StackScan scan =
       stack_scan(b, layers, w_ih, std::move(kept), scale, chunk, stream, std::move(layer_streams));
   if (!biases.empty()) check_count(biases, "biases", layers);
@@ -532,10 +305,19 @@ void stack_forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> w_ih,
   check_dense(x, "x", b.type, {b.count, w_ih[0].size(1)});
   ForwardStack stack{{}, {x}, w_ih, biases, {}};
   for (size_t l = 0; l < layers; l++) {
-    stack.layers.push_back(forward_params(
-        b, {{}, {}, {}},
-        {gx[l], {w_hh[l]}, of_layer(b_hn, l), of_layer(h0, l), of_layer(c0, l), {}, {}, ys[l],
-         of_layer(h_n, l), b.sizes.has_c ? of_layer(c_n, l) : c_n, gates[l], cells[l]}));
+    stack.layers.push_back(forward_params(b, {{}, {}, {}},
+                                          {gx[l],
+                                           {w_hh[l]},
+                                           of_layer(b_hn, l),
+                                           of_layer(h0, l),
+                                           of_layer(c0, l),
+                                           {},
+                                           {},
+                                           ys[l],
+                                           of_layer(h_n, l),
+                                           b.sizes.has_c ? of_layer(c_n, l) : c_n,
+                                           gates[l],
+                                           cells[l]}));
     stack.gx.push_back(as_matrix(gx[l]));
     if (l + 1 < layers) stack.inputs.push_back(ys[l]);
   }
@@ -554,10 +336,9 @@ void stack_backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional
                        std::optional<Tensor> grad_c_n, std::vector<Tensor> w_ih,
                        std::vector<Tensor> w_hh, const Tensor& h0, std::optional<Tensor> c0,
                        std::vector<Tensor> kept, double scale, int64_t chunk,
-                       std::vector<Tensor> ys, std::vector<Tensor> gates,
-                       std::vector<Tensor> cells, std::vector<Tensor> grad_ys,
-                       std::vector<Tensor> grad_gates, Tensor grad_h0, Tensor grad_c0,
-                       std::string regime, bool tf32, int64_t stream,
+                       std::vector<Tensor> ys, std::vector<Tensor> gates, std::vector<Tensor> cells,
+                       std::vector<Tensor> grad_ys, std::vector<Tensor> grad_gates, Tensor grad_h0,
+                       Tensor grad_c0, std::string regime, bool tf32, int64_t stream,
                        std::vector<int64_t> layer_streams) {
   const size_t layers = w_hh.size();
   STD_TORCH_CHECK(layers > 0, "w_hh: expected a matrix for each layer, got none");
@@ -567,18 +348,31 @@ void stack_backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional
   check_count(grad_ys, "grad_ys", layers - 1);
   check_count(grad_gates, "grad_gates", layers);
   const int64_t hidden = w_hh[0].size(w_hh[0].dim() - 1);
-  const Border b = border(cell, grad_gates[0], "grad_gates",
-                          cell_sizes(cell_kind(cell)).grad_gates, of_layer(h0, 0), hidden, tf32);
+  const Border b = border(cell, grad_gates[0], "grad_gates", cell_sizes(cell_kind(cell)).grad_gates,
+                          of_layer(h0, 0), hidden, tf32);
   const StackScan scan =
       stack_scan(b, layers, w_ih, std::move(kept), scale, chunk, stream, std::move(layer_streams));
   BackwardStack stack{{}, w_ih, {}, grad_ys};
   for (size_t l = 0; l < layers; l++) {
     const std::optional<Tensor> from_above = l + 1 < layers ? grad_ys[l] : grad_y;
-    stack.layers.push_back(backward_params(
-        b, {{}, {}, {}},
-        {from_above, of_layer(grad_h_n, l), of_layer(grad_c_n, l), {}, {w_hh[l]}, of_layer(h0, l),
-         of_layer(c0, l), {}, {}, ys[l], gates[l], cells[l], grad_gates[l], of_layer(grad_h0, l),
-         b.sizes.has_c ? of_layer(grad_c0, l) : grad_c0, {}, {}}));
+    stack.layers.push_back(backward_params(b, {{}, {}, {}},
+                                           {from_above,
+                                            of_layer(grad_h_n, l),
+                                            of_layer(grad_c_n, l),
+                                            {},
+                                            {w_hh[l]},
+                                            of_layer(h0, l),
+                                            of_layer(c0, l),
+                                            {},
+                                            {},
+                                            ys[l],
+                                            gates[l],
+                                            cells[l],
+                                            grad_gates[l],
+                                            of_layer(grad_h0, l),
+                                            b.sizes.has_c ? of_layer(grad_c0, l) : grad_c0,
+                                            {},
+                                            {}}));
     stack.grad_gates.push_back(as_matrix(grad_gates[l]));
   }
   const int64_t timesteps = stack.layers[0].rows.timesteps;
@@ -622,8 +416,8 @@ StackProblem stack_problem(int64_t cell, int64_t element_bytes, int64_t hidden, 
 std::string stack_refusal_op(int64_t cell, int64_t element_bytes, int64_t hidden, int64_t batch,
                              int64_t directions, bool training, std::string regime, int64_t device,
                              int64_t layers, int64_t timesteps) {
-  const auto stack = stack_problem(cell, element_bytes, hidden, batch, directions, training,
-                                   layers, timesteps);
+  const auto stack =
+      stack_problem(cell, element_bytes, hidden, batch, directions, training, layers, timesteps);
   return stack_refusal(stack, device_facts(device), forced_regime(regime));
 }
 
@@ -631,8 +425,8 @@ std::vector<int64_t> stack_chunks_op(int64_t cell, int64_t element_bytes, int64_
                                      int64_t batch, int64_t directions, bool training,
                                      std::string regime, int64_t device, int64_t layers,
                                      int64_t timesteps) {
-  const auto stack = stack_problem(cell, element_bytes, hidden, batch, directions, training,
-                                   layers, timesteps);
+  const auto stack =
+      stack_problem(cell, element_bytes, hidden, batch, directions, training, layers, timesteps);
   const StackPlan plan = plan_stack(stack, device_facts(device), forced_regime(regime));
   return {plan.forward, plan.backward};
 }

@@ -174,8 +174,7 @@ void run_backward(const StackScan& scan, const BackwardStack& stack,
         const int64_t facing = sizes.gates * stack.layers[layer].pitch;
         gates = torch::stable::narrow(gates, 1, gates.size(1) - facing, facing);
         const Tensor grad = chunk.of(stack.grad_ys[layer]);
-        call("aten::mm", "out",
-             std::array{from(gates), from(stack.w_ih[layer + 1]), from(grad)});
+        call("aten::mm", "out", std::array{from(gates), from(stack.w_ih[layer + 1]), from(grad)});
         if (!scan.kept.empty()) drop(grad, chunk.of(scan.kept[layer]), scan.scale, grad);
       },
       [&](size_t number, const Chunk& chunk, void* stream) {

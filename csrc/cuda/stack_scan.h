@@ -31,11 +31,11 @@ struct StackScan {
 };
 
 struct ForwardStack {
-  std::vector<ForwardParams> layers;                   // each of the whole sequence
-  std::vector<torch::stable::Tensor> inputs;           // E [N, I], of the first layer; [N, H]
-  std::vector<torch::stable::Tensor> w_ih;             // E [G*H, I or H]
-  std::vector<torch::stable::Tensor> biases;           // E [G*H] of gx, or none
-  std::vector<torch::stable::Tensor> gx;               // E [N, G*H]
+  std::vector<ForwardParams> layers;          // each of the whole sequence
+  std::vector<torch::stable::Tensor> inputs;  // E [N, I], of the first layer; [N, H]
+  std::vector<torch::stable::Tensor> w_ih;    // E [G*H, I or H]
+  std::vector<torch::stable::Tensor> biases;  // E [G*H] of gx, or none
+  std::vector<torch::stable::Tensor> gx;      // E [N, G*H]
 };
 
 struct BackwardStack {

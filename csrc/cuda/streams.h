@@ -60,8 +60,8 @@ class Streams {
       }
       if (is_done) return;
       if (ready.empty()) throw std::runtime_error("streams wait for each other");
-      auto& lane = lanes_[static_cast<size_t>(ready[static_cast<size_t>(
-          emulator::random_below(static_cast<int>(ready.size())))])];
+      auto& lane = lanes_[static_cast<size_t>(
+          ready[static_cast<size_t>(emulator::random_below(static_cast<int>(ready.size())))])];
       const Task task = std::move(lane.front());
       lane.pop();
       task.work();
@@ -111,8 +111,8 @@ class Streams {
     work(static_cast<void*>(streams_[static_cast<size_t>(lane)]));
   }
   void record(int lane, int event) {
-    check_cuda(cudaEventRecord(events_[static_cast<size_t>(event)],
-                               streams_[static_cast<size_t>(lane)]));
+    check_cuda(
+        cudaEventRecord(events_[static_cast<size_t>(event)], streams_[static_cast<size_t>(lane)]));
   }
   void wait(int lane, int event) {
     check_cuda(cudaStreamWaitEvent(streams_[static_cast<size_t>(lane)],

@@ -234,9 +234,7 @@ def input_grads(
         grad_weights.append(grad_in.t() @ x if next(need) else None)
         y = saved.y[:, direction * out : (direction + 1) * out]
         grad_weights.append(
-            recurrent_weight_grad(
-                cell, grad_gates, y, saved.gates[direction], h0, rows, direction
-            )
+            recurrent_weight_grad(cell, grad_gates, y, saved.gates[direction], h0, rows, direction)
             if next(need)
             else None
         )
