@@ -278,7 +278,9 @@ def test_a_gpu_that_is_shared_gets_no_scan_across_the_grid(library, monkeypatch)
         monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "grid")
         with (
             fused_rnn.backend(BACKEND),
-            pytest.raises(fused_rnn.UnsupportedProblemError, match=r"other processes share \(MPS\)"),
+            pytest.raises(
+                fused_rnn.UnsupportedProblemError, match=r"other processes share \(MPS\)"
+            ),
         ):
             testing.run_layer(inputs)
     finally:

@@ -345,8 +345,14 @@ MUTATIONS += [
             [("streams.wait(0, scanned(layer - 1, number));", "{}")],
         ),
         (
-            "a product waits for the other one of two events",
-            [("wait(0, scanned(layer - 1, number))", "wait(0, scanned(layer - 1, number + 1))")],
+            "a product waits for the chunk before",
+            [
+                ("scanned(layer - 1, number));", "scanned(layer - 1, number - 1));"),
+                (
+                    "for (int layer = 0; layer < layers; layer++) {\n      const",
+                    "for (int layer = layers - 1; layer >= 0; layer--) {\n      const",
+                ),
+            ],
         ),
         (
             "a scan does not wait for its product",

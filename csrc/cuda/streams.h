@@ -46,25 +46,18 @@ class Streams {
 
   // The caller's lane goes on when all the others are done.
   void finish() {
-    std::vector<int> ready;
+    size_t favourite = 0;
     while (true) {
-      ready.clear();
-      bool is_done = true;
-      for (size_t i = 0; i < lanes_.size(); i++) {
-        if (lanes_[i].empty()) continue;
-        is_done = false;
-        const Task& next = lanes_[i].front();
-        if (next.event < 0 || reached_[static_cast<size_t>(next.event)] >= next.number) {
-          ready.push_back(static_cast<int>(i));
-        }
-      }
-      if (is_done) return;
-      if (ready.empty()) throw std::runtime_error("streams wait for each other");
-      auto& lane = lanes_[static_cast<size_t>(
-          ready[static_cast<size_t>(emulator::random_below(static_cast<int>(ready.size())))])];
-      const Task task = std::move(lane.front());
-      lane.pop();
+      // One lane runs as long as it can, and longer than is fair: the others seem slow to it.
+      if (emulator::random_below(8) == 0) favourite = random_lane();
+      const size_t lane = is_ready(favourite) ? favourite : next_ready(random_lane());
+      if (lane == lanes_.size()) break;
+      const Task task = std::move(lanes_[lane].front());
+      lanes_[lane].pop();
       task.work();
+    }
+    for (const auto& lane : lanes_) {
+      if (!lane.empty()) throw std::runtime_error("streams wait for each other");
     }
   }
 
@@ -74,6 +67,25 @@ class Streams {
     int event = -1;  // to wait for before, until it has that number
     int64_t number = 0;
   };
+
+  size_t random_lane() const {
+    return static_cast<size_t>(emulator::random_below(static_cast<int>(lanes_.size())));
+  }
+
+  bool is_ready(size_t lane) const {
+    if (lanes_[lane].empty()) return false;
+    const Task& next = lanes_[lane].front();
+    return next.event < 0 || reached_[static_cast<size_t>(next.event)] >= next.number;
+  }
+
+  // The first lane from this one on that can go on, or the number of lanes.
+  size_t next_ready(size_t first) const {
+    for (size_t i = 0; i < lanes_.size(); i++) {
+      const size_t lane = (first + i) % lanes_.size();
+      if (is_ready(lane)) return lane;
+    }
+    return lanes_.size();
+  }
 
   void push(int lane, Task task) { lanes_[static_cast<size_t>(lane)].push(std::move(task)); }
 
