@@ -124,8 +124,8 @@ def test_accuracy(case):
     ("cell", "dtype", "dropout"),
     [
         *itertools.product(CELLS, [torch.float32], [0.0, 0.4, 1.0]),
-        # Not GRU, whose h is rounded between chunks; and torch's dropout on the CPU rounds 1/(1-p).
-        *itertools.product(["rnn_tanh", "lstm"], [torch.bfloat16], [0.0, 0.5, 1.0]),
+        # Of the other probabilities, torch's dropout on the CPU rounds 1 / (1 - p).
+        *itertools.product(["rnn_tanh", "gru", "lstm"], [torch.bfloat16], [0.0, 0.5, 1.0]),
     ],
     ids=str,
 )
@@ -146,14 +146,6 @@ def test_the_same_bits_as_layer_after_layer(cell, dtype, dropout):
             results.append(run_stack(module, case))
     for other, name in itertools.product(results[1:], results[0]):
         assert torch.equal(other[name], results[0][name]), name
-
-
-def test_h_of_a_gru_in_16_bits_is_rounded_between_chunks():
-    """As it is between calls; else the same numbers."""
-    case = StackCase("gru", 9, 4, 16, 2, 3, dtype=torch.bfloat16)
-    apart, together = ours(case, chunk=0), ours(case)
-    for name, tensor in together.items():
-        assert testing.relative_error(tensor, apart[name]) < 0.02, name
 
 
 def test_inference_gives_the_same_numbers_as_training():

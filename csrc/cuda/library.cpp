@@ -318,6 +318,9 @@ void stack_forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> w_ih,
                                            b.sizes.has_c ? of_layer(c_n, l) : c_n,
                                            gates[l],
                                            cells[l]}));
+    if (b.cell == CellKind::gru) {
+      stack.layers[l].c_n = float_output(of_layer(c_n, l), "c_n", {1, b.batch, b.pitch});
+    }
     stack.gx.push_back(as_matrix(gx[l]));
     if (l + 1 < layers) stack.inputs.push_back(ys[l]);
   }
@@ -479,7 +482,8 @@ STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
       "describe(int cell, int element_bytes, int hidden_size, int batch_size, int directions, "
       "bool training, str regime, int device, int forward_layers=1, int backward_layers=1) -> str");
   // A stack of layers whose chunks of time run side by side; see stack_scan.h. b_hn, states and
-  // their gradients are of all layers. `layer_streams` are cudaStream_t's, one for each layer.
+  // their gradients are of all layers; c_n is also for GRU, h before it is rounded. `layer_streams`
+  // are cudaStream_t's, one for each layer.
   m.def(
       "stack_forward(int cell, Tensor x, Tensor[] w_ih, Tensor[] biases, Tensor[] w_hh, "
       "Tensor? b_hn, Tensor h0, Tensor? c0, Tensor[] kept, float scale, int chunk, "

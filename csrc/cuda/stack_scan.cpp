@@ -54,7 +54,8 @@ const void* ahead(const void* memory, int64_t bytes) {
   return memory == nullptr ? nullptr : static_cast<const char*>(memory) + bytes;
 }
 
-// The state a chunk starts from is that of the row before it; c is float32, and handed on in c_n.
+// The state a chunk starts from is that of the row before it; what of it is float32, c or GRU's h,
+// is handed on in c_n.
 ForwardParams part(const ForwardParams& whole, const Chunk& chunk, const CellSizes& sizes,
                    int element_bytes) {
   ForwardParams p = whole;

@@ -46,7 +46,8 @@ def forward(
     gx = [x.new_empty((1, x.shape[0], w.w_ih.shape[0])) for w in weights]
     out = [allocate_output(problem, one, save) for one in gx]
     h_n = h0.new_empty(h0.shape)
-    c_n = h0.new_empty((*h0.shape[:2], h0.shape[2] * cell.has_c), dtype=wide)
+    # A chunk goes on from c, or from GRU's h, as it was before it is rounded.
+    c_n = h0.new_empty(h0.shape if cell.has_c or cell.name == "gru" else (0,), dtype=wide)
     ys, gates, cells = ([getattr(o, name) for o in out] for name in ("y", "gates", "cells"))
     ops.stack_forward(
         cell.index,
@@ -67,7 +68,8 @@ def forward(
         cells,
         *_how(x, layers),
     )
-    return StackOutput(ys, h_n, c_n.to(problem.dtype), gates, cells)
+    c_n = c_n.to(problem.dtype) if cell.has_c else h0.new_empty((*h0.shape[:2], 0))
+    return StackOutput(ys, h_n, c_n, gates, cells)
 
 
 def backward(
