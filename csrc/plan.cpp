@@ -241,10 +241,11 @@ double step_us(const Plan<ForwardTile>& plan, const ScanProblem& problem) {
   return clocks / kClocksPerUs;
 }
 
-// The chunk with which layers side by side take the least time, 0 where none is worth it.
-int64_t best_chunk(const StackProblem& stack, double step) {
+// The chunk with which layers side by side take the least time, 0 where none is worth it. A step
+// may take longer there than that of a layer alone, whose rows more clusters share.
+int64_t best_chunk(const StackProblem& stack, double step, double step_alone) {
   const auto layers = static_cast<double>(stack.layers);
-  const double apart = layers * static_cast<double>(stack.timesteps) * step;
+  const double apart = layers * static_cast<double>(stack.timesteps) * step_alone;
   double least = kWorthwhile * apart;
   int64_t best = 0;
   for (int64_t chunk = kChunkUnit; 2 * chunk <= stack.timesteps; chunk += kChunkUnit) {
@@ -320,12 +321,13 @@ StackPlan plan_stack(const StackProblem& stack, const Device& device, ForcedRegi
   if (!stack_refusal(stack, device, forced).empty()) return {};
   const auto forward = plan_forward(stack.layer, device, forced, stack.layers);
   const double step = step_us(forward, stack.layer);
+  const double alone = step_us(plan_forward(stack.layer, device, forced), stack.layer);
   StackPlan found;
-  if (all_run_at_once(forward, stack, device)) found.forward = best_chunk(stack, step);
+  if (all_run_at_once(forward, stack, device)) found.forward = best_chunk(stack, step, alone);
   if (!stack.training) return found;
   const auto backward = plan_backward(stack.layer, device, forced, stack.layers);
   if (all_run_at_once(backward, stack, device)) {
-    found.backward = best_chunk(stack, kBackwardRatio * step);
+    found.backward = best_chunk(stack, kBackwardRatio * step, kBackwardRatio * alone);
   }
   return found;
 }
