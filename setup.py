@@ -138,7 +138,8 @@ def extensions() -> list[Extension]:
         say(f"NO C++ COMPILER ({wanted}): installing pure Python, WITHOUT the fast CPU kernels")
         return []
     found = [Extension(CPU_LIBRARY, library_sources())]
-    host = [f"csrc/{name}.cpp" for name in ("cuda/library", "cuda/step_scan", "plan")]
+    names = ("cuda/library", "cuda/stack_scan", "cuda/step_scan", "plan")
+    host = [f"csrc/{name}.cpp" for name in names]
     scans = [*host, *SCAN_SOURCES, STEP_SOURCE]
     if is_set("FUSED_RNN_EMULATE"):
         found.append(Extension(EMULATED_LIBRARY, [*scans, *EMULATOR_SOURCES]))

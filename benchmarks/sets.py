@@ -292,6 +292,22 @@ ALL_SETS = (
         "gpu-models", "How fast are the layers of known models?", alone(models("cuda")), "cuda"
     ),
     CaseSet(
+        "gpu-deep",
+        "What do stacks of layers cost, side by side and one after another?",
+        alone(
+            case
+            for layers, hidden in ((4, 256), (4, 512), (2, 512), (2, 128))
+            for case in cases_of(
+                [(1024, 16, hidden)],
+                INFERENCE_AND_TRAINING,
+                ["gru", "lstm"],
+                dtype="bfloat16",
+                layers=layers,
+            )
+        ),
+        "cuda",
+    ),
+    CaseSet(
         "gpu-torchrl",
         "Layers of reinforcement learning, without and with resets",
         alone(

@@ -80,20 +80,24 @@ py::object plan_facts(const fused_rnn::Plan<Tile>& plan) {
 
 py::dict plan(int cell, int element_bytes, int64_t hidden_size, int64_t batch_size,
               int64_t directions, int capability, int processors, int shared_bytes, int max_cluster,
-              const std::string& regime) {
+              const std::string& regime, bool is_shared, int64_t layers, int64_t timesteps) {
   if (cell < 0 || cell > 4) throw py::value_error("cell: expected 0 to 4");
   if (element_bytes != 2 && element_bytes != 4) {
     throw py::value_error("element_bytes: expected 2 or 4");
   }
   const fused_rnn::ScanProblem problem{static_cast<fused_rnn::CellKind>(cell), element_bytes,
                                        hidden_size, batch_size, directions};
-  const fused_rnn::Device device{capability, processors, shared_bytes, max_cluster};
+  const fused_rnn::Device device{capability, processors, shared_bytes, max_cluster, is_shared};
   py::dict facts;
   const fused_rnn::ForcedRegime forced = fused_rnn::regime_called(regime);
-  facts["forward"] = plan_facts(plan_forward(problem, device, forced));
-  facts["backward"] = plan_facts(plan_backward(problem, device, forced));
+  facts["forward"] = plan_facts(plan_forward(problem, device, forced, layers));
+  facts["backward"] = plan_facts(plan_backward(problem, device, forced, layers));
   facts["refusal"] = plan_refusal(problem, device, true, forced);
   facts["kernels"] = describe_plan(problem, device, true, forced);
+  const fused_rnn::StackProblem stack{problem, layers, timesteps, true};
+  facts["stack_refusal"] = stack_refusal(stack, device, forced);
+  const fused_rnn::StackPlan chunks = plan_stack(stack, device, forced);
+  facts["chunks"] = py::make_tuple(chunks.forward, chunks.backward);
   return facts;
 }
 
@@ -107,8 +111,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan", &plan,
       "The CUDA kernels for a layer on a device: of each pass its regime and tile, or None; why a "
-      "layer in training is refused, or ''; and the kernels in words.",
+      "layer in training is refused, or ''; and the kernels in words. Of `layers` of them side by "
+      "side, in training: the timesteps of a chunk in each pass, 0 where they had better follow "
+      "one "
+      "another, and why they cannot be.",
       py::arg("cell"), py::arg("element_bytes"), py::arg("hidden_size"), py::arg("batch_size"),
       py::arg("directions"), py::arg("capability"), py::arg("processors"), py::arg("shared_bytes"),
-      py::arg("max_cluster"), py::arg("regime") = "");
+      py::arg("max_cluster"), py::arg("regime") = "", py::arg("is_shared") = false,
+      py::arg("layers") = 1, py::arg("timesteps") = 1);
 }

@@ -18,6 +18,22 @@ constexpr int64_t kMaxPitch = int64_t{1} << 20;
 // step with all that is around it 8 or so.
 constexpr int64_t kMaxLaunches = 6;
 
+// The model of time of docs/cuda-kernels.md. No GPU has confirmed any of it.
+constexpr double kClocksPerUs = 1755;
+constexpr double kProductClocks = 6.6;  // an mma, of one of an SM's quadrants
+constexpr double kChainClocks = 24;     // from one k step's products to the next
+constexpr double kFmasPerClock = 128;   // of an SM
+constexpr double kSharedBytesPerClock = 128;
+constexpr double kPointwiseClocks = 180;
+constexpr double kMessageClocks = 180 + 30;  // latency and waking up
+constexpr double kMessageBytesPerClock = 11.4;
+constexpr double kBackwardRatio = 1.2;  // to a forward step
+// A chunk waits for a launch, an event and a product, and reads W_hh again; the host has to say so.
+constexpr double kChunkUs = 10, kHostChunkUs = 15;
+constexpr int64_t kChunkUnit = 8;
+// Of the time of layer after layer, so that what is not known does not turn a gain into a loss.
+constexpr double kWorthwhile = 0.9;
+
 template <class Tiles>
 auto list(const Tiles& tiles) {
   return std::vector(tiles.begin(), tiles.end());
@@ -86,7 +102,8 @@ int64_t concurrent_clusters(const Tile& tile, const Device& device) {
 }
 
 template <class Tile>
-Plan<Tile> plan_on_chip(const ScanProblem& problem, const Device& device, bool grid) {
+Plan<Tile> plan_on_chip(const ScanProblem& problem, const Device& device, bool grid,
+                        int64_t layers) {
   const std::vector<Tile> tiles = tiles_of<Tile>(problem);
   const Tile* preferred = nullptr;
   for (const Tile& tile : tiles) {
@@ -96,7 +113,7 @@ Plan<Tile> plan_on_chip(const ScanProblem& problem, const Device& device, bool g
   if (preferred == nullptr) return {};
 
   // The fewest rows to a cluster with which all clusters run at once, else the most.
-  const int64_t at_once = concurrent_clusters(*preferred, device);
+  const int64_t at_once = concurrent_clusters(*preferred, device) / layers;
   const auto clusters = [&](const Tile& tile) {
     const int64_t rows = tile.row_blocks * kGroup;
     return (problem.batch + rows - 1) / rows;
@@ -156,12 +173,13 @@ int64_t launches(const Plan<Tile>& plan, const ScanProblem& problem) {
 // What needs no more than a cluster is not spread over the grid, where every step takes longer; nor
 // is a batch that the grid can only take piece by piece.
 template <class Tile>
-Plan<Tile> plan(const ScanProblem& problem, const Device& device, ForcedRegime forced) {
+Plan<Tile> plan(const ScanProblem& problem, const Device& device, ForcedRegime forced,
+                int64_t layers) {
   const auto may_be = [&](Regime regime) { return forced.value_or(regime) == regime; };
   Plan<Tile> found;
-  if (may_be(Regime::cluster)) found = plan_on_chip<Tile>(problem, device, false);
-  if (found.regime == Regime::none && may_be(Regime::grid)) {
-    found = plan_on_chip<Tile>(problem, device, true);
+  if (may_be(Regime::cluster)) found = plan_on_chip<Tile>(problem, device, false, layers);
+  if (found.regime == Regime::none && may_be(Regime::grid) && !device.is_shared) {
+    found = plan_on_chip<Tile>(problem, device, true, 1);
     const bool is_there = found.regime != Regime::none;
     if (!forced && is_there && launches(found, problem) > kMaxLaunches) found = {};
   }
@@ -186,6 +204,10 @@ std::string on_chip_refusal(const ScanProblem& problem, const Device& device, bo
            " have no GRU with the reset gate before the product: a step would need a second "
            "exchange";
   }
+  if (grid && device.is_shared) {
+    return "scans across the grid need all of their CTAs to run at once, which nobody promises on "
+           "a GPU that other processes share (MPS)";
+  }
   const auto limit = [&](const auto& tiles) {
     int largest = 0;
     for (const auto& tile : tiles) {
@@ -201,6 +223,50 @@ std::string on_chip_refusal(const ScanProblem& problem, const Device& device, bo
          " for this cell, dtype and device, got " + std::to_string(problem.hidden);
 }
 
+// Microseconds of a forward step on clusters, of one tile of rows.
+double step_us(const Plan<ForwardTile>& plan, const ScanProblem& problem) {
+  const ForwardTile& tile = plan.tile;
+  const int bytes = problem.element_bytes, rows = tile.row_blocks * kGroup;
+  const ForwardLayout l = layout(tile, problem);
+  const double weights = static_cast<double>(cell_sizes(problem.cell).gates) * tile.hidden *
+                         tile.hidden / tile.cluster;
+  const double per_mma = 16.0 * step_depth(bytes) * kGroup;
+  const double products =
+      bytes == 2 ? weights * rows / per_mma / 4 * kProductClocks : weights * rows / kFmasPerClock;
+  const int warps = l.threads / kWarp;
+  const double shared = (l.weights_bytes + static_cast<double>(l.h_bytes) * warps / tile.split_k) /
+                        kSharedBytesPerClock;
+  double clocks = std::max({products, kChainClocks * l.k_steps, shared}) + kPointwiseClocks;
+  if (tile.cluster > 1) clocks += kMessageClocks + l.h_bytes / kMessageBytesPerClock;
+  return clocks / kClocksPerUs;
+}
+
+// The chunk with which layers side by side take the least time, 0 where none is worth it. A step
+// may take longer there than that of a layer alone, whose rows more clusters share.
+int64_t best_chunk(const StackProblem& stack, double step, double step_alone) {
+  const auto layers = static_cast<double>(stack.layers);
+  const double apart = layers * static_cast<double>(stack.timesteps) * step_alone;
+  double least = kWorthwhile * apart;
+  int64_t best = 0;
+  for (int64_t chunk = kChunkUnit; 2 * chunk <= stack.timesteps; chunk += kChunkUnit) {
+    const auto chunks = static_cast<double>((stack.timesteps + chunk - 1) / chunk);
+    const double device = (chunks + layers - 1) * (static_cast<double>(chunk) * step + kChunkUs);
+    const double time = std::max(device, layers * chunks * kHostChunkUs);
+    if (time < least) {
+      least = time;
+      best = chunk;
+    }
+  }
+  return best;
+}
+
+// Whether every layer's clusters run at once with those of the others.
+template <class Tile>
+bool all_run_at_once(const Plan<Tile>& plan, const StackProblem& stack, const Device& device) {
+  return plan.regime == Regime::cluster &&
+         stack.layers * plan.batch_tiles <= concurrent_clusters(plan.tile, device);
+}
+
 }  // namespace
 
 ForcedRegime regime_called(const std::string& name) {
@@ -212,13 +278,13 @@ ForcedRegime regime_called(const std::string& name) {
 }
 
 Plan<ForwardTile> plan_forward(const ScanProblem& problem, const Device& device,
-                               ForcedRegime forced) {
-  return plan<ForwardTile>(problem, device, forced);
+                               ForcedRegime forced, int64_t layers) {
+  return plan<ForwardTile>(problem, device, forced, layers);
 }
 
 Plan<BackwardTile> plan_backward(const ScanProblem& problem, const Device& device,
-                                 ForcedRegime forced) {
-  return plan<BackwardTile>(problem, device, forced);
+                                 ForcedRegime forced, int64_t layers) {
+  return plan<BackwardTile>(problem, device, forced, layers);
 }
 
 std::string plan_refusal(const ScanProblem& problem, const Device& device, bool training,
@@ -243,10 +309,41 @@ std::string plan_refusal(const ScanProblem& problem, const Device& device, bool 
 }
 
 std::string describe_plan(const ScanProblem& problem, const Device& device, bool training,
-                          ForcedRegime forced) {
-  std::string result = text("scan", plan_forward(problem, device, forced));
-  if (training) result += "; " + text("back", plan_backward(problem, device, forced));
+                          ForcedRegime forced, LayersAtOnce layers) {
+  std::string result = text("scan", plan_forward(problem, device, forced, layers.forward));
+  if (training) {
+    result += "; " + text("back", plan_backward(problem, device, forced, layers.backward));
+  }
   return result;
+}
+
+StackPlan plan_stack(const StackProblem& stack, const Device& device, ForcedRegime forced) {
+  if (!stack_refusal(stack, device, forced).empty()) return {};
+  const auto forward = plan_forward(stack.layer, device, forced, stack.layers);
+  const double step = step_us(forward, stack.layer);
+  const double alone = step_us(plan_forward(stack.layer, device, forced), stack.layer);
+  StackPlan found;
+  if (all_run_at_once(forward, stack, device)) found.forward = best_chunk(stack, step, alone);
+  if (!stack.training) return found;
+  const auto backward = plan_backward(stack.layer, device, forced, stack.layers);
+  if (all_run_at_once(backward, stack, device)) {
+    found.backward = best_chunk(stack, kBackwardRatio * step, kBackwardRatio * alone);
+  }
+  return found;
+}
+
+std::string stack_refusal(const StackProblem& stack, const Device& device, ForcedRegime forced) {
+  const ScanProblem& layer = stack.layer;
+  if (layer.directions != 1) return "the next layer needs the end of the reverse direction first";
+  if (layer.hidden % kGroup != 0) {
+    return "needs a hidden_size that is a multiple of " + std::to_string(kGroup) + ", got " +
+           std::to_string(layer.hidden);
+  }
+  const bool fits =
+      plan_forward(layer, device, forced).regime == Regime::cluster &&
+      (!stack.training || plan_backward(layer, device, forced).regime == Regime::cluster);
+  if (!fits) return "needs layers that run on clusters";
+  return "";
 }
 
 }  // namespace fused_rnn

@@ -15,6 +15,8 @@ struct Device {
   int processors;    // SMs
   int shared_bytes;  // that one CTA may have
   int max_cluster;   // CTAs; 1 where there are no clusters
+  // Whether other processes' kernels run beside ours (MPS), on SMs that would be ours.
+  bool is_shared = false;
 };
 
 struct ScanProblem {
@@ -45,17 +47,42 @@ struct Plan {
   int64_t exchange_words = 0;  // of a scan over the whole grid: memory for each of its batch tiles
 };
 
+// `layers`: how many such layers run side by side.
 Plan<ForwardTile> plan_forward(const ScanProblem& problem, const Device& device,
-                               ForcedRegime forced = {});
+                               ForcedRegime forced = {}, int64_t layers = 1);
 Plan<BackwardTile> plan_backward(const ScanProblem& problem, const Device& device,
-                                 ForcedRegime forced = {});
+                                 ForcedRegime forced = {}, int64_t layers = 1);
 
 // Why there is no plan, or nothing when there is one.
 std::string plan_refusal(const ScanProblem& problem, const Device& device, bool training,
                          ForcedRegime forced = {});
 
+// How many layers of a stack run side by side in each pass.
+struct LayersAtOnce {
+  int64_t forward = 1, backward = 1;
+};
+
 // The kernels in a few words.
 std::string describe_plan(const ScanProblem& problem, const Device& device, bool training,
+                          ForcedRegime forced = {}, LayersAtOnce layers = {});
+
+// A stack of layers of one shape, whose chunks of time run side by side, each as soon as what it
+// starts from is there.
+struct StackProblem {
+  ScanProblem layer;
+  int64_t layers, timesteps;
+  bool training;
+};
+
+// Timesteps of a chunk in each pass; 0 where it is faster to run layer after layer.
+struct StackPlan {
+  int64_t forward = 0, backward = 0;
+};
+
+StackPlan plan_stack(const StackProblem& stack, const Device& device, ForcedRegime forced = {});
+
+// Why its layers cannot run side by side, or nothing when they can.
+std::string stack_refusal(const StackProblem& stack, const Device& device,
                           ForcedRegime forced = {});
 
 }  // namespace fused_rnn

@@ -105,6 +105,12 @@ def find(name: str) -> Backend:
     return BACKENDS[name] if name in BACKENDS else ON_REQUEST[name]
 
 
+def has_stacks(device_type: str) -> bool:
+    """Whether some backend that may be used there can run layers of a stack side by side."""
+    candidates = [*BACKENDS.values(), *(b for b in ON_REQUEST.values() if b.name == requested())]
+    return any(b.has_stacks and b.device_type == device_type for b in candidates)
+
+
 def _refusal(candidate: Backend, problem: Problem) -> str | None:
     missing = [name for name in problem.extras if name not in candidate.extras]
     if missing and candidate.name != "reference":  # which general_scan computes in its place

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import checks, ops
+from . import checks, ops, stack
 from .cells import CELLS
 from .general_scan import GeneralScan
 from .problem import Masks
@@ -156,6 +156,14 @@ def recurrent(
     per_layer = len(weights) // num_layers
     if states is None:
         states = _zero_states(cell, input, weights, num_layers * directions, batch_size, per_layer)
+    plain = masks is None and general is None and not (return_states or recompute or packed)
+    together = stack.layers(
+        cell_name, input, states, weights, num_layers,
+        dropout=dropout if training else 0.0, is_plain=plain and directions == 1,
+    )  # fmt: skip
+    if together is not None:
+        x, final = together
+        return x.transpose(0, 1) if swapped else x, final
     x = input
     finals, histories = [], []
     for layer in range(num_layers):

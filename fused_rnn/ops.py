@@ -276,7 +276,7 @@ def _rows_of(sequence: Tensor | None, packed: bool) -> Tensor | None:
     return sequence if sequence is None or packed else sequence.flatten(0, 1)
 
 
-def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
+def unflatten(rows: Tensor, like: Tensor) -> Tensor:
     """[T, B, K] from rows [N, K], for `like` [T, B, ...]. Not a view to autograd, which would
     forbid changing an operator's output in place."""
     return torch.ops.aten._unsafe_view(rows, (*like.shape[:-1], rows.shape[-1]))
@@ -333,7 +333,7 @@ def _forward_impl(
     out = chosen.forward(
         problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save and not recompute
     )
-    y = out.y if problem.packed else _unflatten(out.y, x)
+    y = out.y if problem.packed else unflatten(out.y, x)
     return y, out.h_n, out.c_n, out.gates, out.cells
 
 
@@ -392,7 +392,7 @@ def _backward_impl(
         saved,
         Needs(*needs[:5], needs[5:]),
     )
-    grad_x = result.x if result.x is None or problem.packed else _unflatten(result.x, x)
+    grad_x = result.x if result.x is None or problem.packed else unflatten(result.x, x)
     grads = [grad_x, result.h0, result.c0, result.reset_h, result.reset_c, *result.weights]
     return [x.new_empty(0) if g is None else g for g in grads]
 
@@ -497,7 +497,12 @@ def _gradients_of_oracle(cell, grads, inputs, layout, needs, create_graph):
     )
     if grads[3] is not None and batch_sizes is None:
         cells = cells.flatten(1, 2)
-    used = [(o, g) for o, g in zip((*outputs, cells), grads, strict=True) if g is not None]
+    return differentiable_grads((*outputs, cells), grads, views, needs)
+
+
+def differentiable_grads(outputs, grads, views, needs):
+    """Of `views`, where there is a need, the gradients of the outputs that have one in `grads`."""
+    used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [v for v, need in zip(views, needs, strict=True) if need]
     found = iter(
         torch.autograd.grad(

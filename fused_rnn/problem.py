@@ -13,6 +13,14 @@ from torch import Tensor
 from .cells import CELLS, Cell
 
 
+class Stack(NamedTuple):
+    """Layers that run side by side, each a chunk of time behind the one it reads from."""
+
+    layers: int
+    forward: int  # timesteps of a chunk in each pass; 0: layer after layer
+    backward: int
+
+
 @dataclass(frozen=True)
 class Problem:
     """One layer call, as far as the choice of a backend may depend on it."""
@@ -34,6 +42,7 @@ class Problem:
     states: bool = False  # whether c after every step is an output
     extras: tuple[str, ...] = ()  # what its recurrence has beyond the cell's own, by name
     averaged: bool = False  # whether zoneout takes the expectation
+    stack: Stack | None = None  # what it is a layer of, where layers run side by side
 
     @property
     def cell(self) -> Cell:

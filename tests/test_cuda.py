@@ -1,11 +1,16 @@
 """The CUDA kernels on a GPU. Their sources run in CI without one: tests/test_cuda_emulated.py."""
 
 import functools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from test_cuda_emulated import assert_tf32_accurate, tf32
+from test_cuda_stack import CHUNK, StackCase, make_stack, run_stack
+from test_cuda_stack import assert_accurate as assert_stack_accurate
 
 import fused_rnn
 from fused_rnn import native, testing
@@ -253,3 +258,127 @@ def test_clusters_are_as_large_as_the_chip_has_them():
         pytest.skip(f"what {name} answers is not known")
     x = torch.randn(5, 3, 64, device="cuda").bfloat16()
     assert "on clusters of 16" in str(fused_rnn.explain(_layer("lstm", 512), x))
+
+
+# ---- Layers of a stack side by side.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", KERNELS)
+@pytest.mark.parametrize(
+    ("layers", "hidden", "batch", "timesteps", "chunk"),
+    [(2, 64, 3, 9, 2), (4, 128, 17, 30, 7), (3, 256, 8, 20, 1), (2, 512, 16, 40, 16)],
+)
+def test_layers_side_by_side(cell, layers, hidden, batch, timesteps, chunk, dtype, monkeypatch):
+    if cell == "rnn_relu" and dtype != torch.float32:
+        pytest.skip("runs through float32")
+    monkeypatch.setenv(CHUNK, str(chunk))
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "cluster")
+    case = StackCase(cell, timesteps, batch, hidden, layers, chunk, dtype=dtype, device="cuda")
+    with fused_rnn.backend("cuda"):
+        actual = run_stack(make_stack(case), case)
+    assert_stack_accurate({name: tensor.cpu() for name, tensor in actual.items()}, case)
+
+
+def _deep(**options):
+    case = StackCase("lstm", 200, 16, 256, 4, 24, dtype=torch.bfloat16, device="cuda", **options)
+    return make_stack(case), torch.randn(200, 16, 5, device="cuda", dtype=torch.bfloat16)
+
+
+def test_layers_side_by_side_have_the_same_bits_every_time_beside_other_work(monkeypatch):
+    """And give memory back while they run: what else wants it must not get it too early."""
+    layer, x = _deep()
+    other, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    monkeypatch.setenv(CHUNK, "24")
+    with fused_rnn.backend("cuda"):
+        expected = _results(layer, x)
+        for repetition in range(200):
+            with torch.cuda.stream(other):
+                noise = (noise @ noise).tanh_()
+            found = _results(layer, x)
+            torch.full((1 << 26,), float("nan"), device="cuda")  # in whatever is free
+            for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+                assert torch.equal(a, b), f"repetition {repetition}, result {i}"
+
+
+def test_dropout_between_layers_side_by_side_is_torchs(monkeypatch):
+    layer, x = _deep(dropout=0.5)
+    results = []
+    for chunk in ("0", "24"):
+        monkeypatch.setenv(CHUNK, chunk)
+        torch.manual_seed(5)
+        with fused_rnn.backend("cuda"):
+            results.append(_results(layer, x))
+    for apart, together in zip(*results, strict=True):
+        assert testing.relative_error(together, apart) < 0.02
+
+
+def test_a_cuda_graph_replays_layers_side_by_side(monkeypatch):
+    layer, x = _deep()
+    monkeypatch.setenv(CHUNK, "24")
+    with fused_rnn.backend("cuda"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                _results(layer, x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = _results(layer, x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        for a, b in zip(captured, _results(layer, x), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_host_does_not_wait_for_layers_side_by_side(monkeypatch):
+    layer, x = _deep()
+    monkeypatch.setenv(CHUNK, "24")
+    with fused_rnn.backend("cuda"):
+        _results(layer, x)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            _results(layer, x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_planner_runs_deep_small_batches_side_by_side():
+    name = torch.cuda.get_device_name()
+    if not ("H100" in name or "H200" in name) or "MIG" in name:
+        pytest.skip(f"what is planned for {name} is not known")
+    layer, _ = _deep()
+    x = torch.randn(1024, 16, 5, device="cuda", dtype=torch.bfloat16)
+    assert "4 layers side by side" in str(fused_rnn.explain(layer, x))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_the_log_names_kernels_and_problems(regime, monkeypatch, capfd):
+    monkeypatch.setenv("FUSED_RNN_LOG", "1")
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", regime)
+    with fused_rnn.backend("cuda"):
+        _results(_layer("gru", 64), torch.randn(3, 2, 64, device="cuda").bfloat16())
+    lines = capfd.readouterr().err
+    assert "fused_rnn: forward of gru BFloat16 T=3 B=2 H=64 D=1: scan " in lines
+    assert "fused_rnn: backward of gru BFloat16 T=3 B=2 H=64 D=1: scan " in lines
+
+
+FAULT = """
+import torch, fused_rnn
+layer = fused_rnn.GRU(8, 64, device="cuda")
+x = torch.randn(3, 2, 8, device="cuda")
+with fused_rnn.backend("cuda"):
+    layer(x, lengths=torch.tensor([2, 9], device="cuda"))
+"""
+
+
+def test_a_fault_on_the_device_is_not_taken_for_ours():
+    """Lengths beyond the sequence are an assertion of torch's on the device, found by whoever waits
+    next: with the log, before our kernel is launched, and it says so."""
+    env = {**os.environ, "FUSED_RNN_LOG": "1"}
+    command = [sys.executable, "-c", FAULT]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "in work that was launched before forward of gru Float T=3 B=2 H=64" in done.stderr

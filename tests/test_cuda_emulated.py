@@ -242,6 +242,51 @@ def test_explain_says_which_products():
             assert "8 rows each with TF32 products" in str(fused_rnn.explain(layer, x))
 
 
+# ---- FUSED_RNN_LOG=1 and a GPU that is shared.
+
+
+def test_the_log_names_kernels_and_problems(monkeypatch, capfd):
+    monkeypatch.setenv("FUSED_RNN_LOG", "1")
+    inputs = testing.make_inputs(LayerCase("gru", 3, 2, 5, 12, dtype=torch.bfloat16)).leaves()
+    with fused_rnn.backend(BACKEND):
+        testing.run_layer(inputs)[0].sum().backward()
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        "fused_rnn: forward of gru BFloat16 T=3 B=2 H=12 D=1: "
+        "scan H<=16 on clusters of 1, 8 rows each",
+        "fused_rnn: backward of gru BFloat16 T=3 B=2 H=12 D=1: "
+        "scan H<=16 on clusters of 1, 8 rows each; back H<=16 on clusters of 1, 8 rows each",
+    ]
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_there_is_no_log_unless_it_is_wanted(value, monkeypatch, capfd):
+    monkeypatch.setenv("FUSED_RNN_LOG", value)
+    with fused_rnn.backend(BACKEND):
+        testing.run_layer(testing.make_inputs(LayerCase("gru", 3, 2, 5, 12)))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_gpu_that_is_shared_gets_no_scan_across_the_grid(library, monkeypatch):
+    """But the next regime, and a reason where the grid is forced."""
+    inputs = testing.make_inputs(LayerCase("lstm", 3, 2, 4, 90))
+    library.device(90, 6, 16, True)  # capability, SMs, CTAs of a cluster, whether it is shared
+    try:
+        monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "")
+        problem = ops.make_problem(*inputs.args, True)
+        assert "scan a product per step" in dispatch.find(BACKEND).describe(problem)
+        monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "grid")
+        with (
+            fused_rnn.backend(BACKEND),
+            pytest.raises(
+                fused_rnn.UnsupportedProblemError, match=r"other processes share \(MPS\)"
+            ),
+        ):
+            testing.run_layer(inputs)
+    finally:
+        library.device(90, 6, 16)
+
+
 # ---- Bad input, at the operators' border.
 
 

@@ -19,8 +19,13 @@ from fused_rnn import native
 ROOT = Path(__file__).parents[1]
 FORWARD, BACKWARD, EXCHANGE = "scan_forward.cuh", "scan_backward.cuh", "exchange.h"
 GATHER, STEPS, STEP_SCAN = "gather.h", "steps.cuh", "step_scan.cpp"
+STACK = "stack_scan.cpp"
 # The sources of one object each: of every kernel, or of none.
-WHOLE = {STEPS: "cuda/steps.cu", STEP_SCAN: "cuda/step_scan.cpp"}
+WHOLE = {
+    STEPS: "cuda/steps.cu",
+    STEP_SCAN: "cuda/step_scan.cpp",
+    STACK: "cuda/stack_scan.cpp",
+}
 SEEDS = 40
 
 pytestmark = pytest.mark.slow
@@ -330,6 +335,48 @@ MUTATIONS += [
     ]
 ]
 
+# Of layers side by side: what waits for what, and what a chunk starts from.
+MUTATIONS += [
+    Mutation(name, STACK, changes)
+    for name, changes in [
+        ("none", []),
+        (
+            "a product does not wait for the scan that it reads",
+            [("streams.wait(0, scanned(layer - 1, number));", "{}")],
+        ),
+        (
+            "a product waits for the chunk before",
+            [
+                ("scanned(layer - 1, number));", "scanned(layer - 1, number - 1));"),
+                (
+                    "for (int layer = 0; layer < layers; layer++) {\n      const",
+                    "for (int layer = layers - 1; layer >= 0; layer--) {\n      const",
+                ),
+            ],
+        ),
+        (
+            "a scan does not wait for its product",
+            [("streams.wait(1 + layer, projected(layer));", "")],
+        ),
+        ("a chunk starts from the first c", [("p.c0 = whole.c_n;", "")]),
+        (
+            "a chunk starts from the first h",
+            [("if (chunk.first > 0) {\n    p.h0", "if (false) {\n    p.h0")],
+        ),
+        ("gradients of h are not handed on", [("p.grad_h_n = whole.grad_h0;", "")]),
+        ("gradients of c are not handed on", [("p.grad_c_n = whole.grad_c0;", "")]),
+        (
+            "backward takes the first c for the one before its chunk",
+            [("if (sizes.has_c) p.c0 = p.cells - chunk.batch * p.pitch;", "")],
+        ),
+        ("all layers have one mask of dropout", [("scan.kept[layer - 1]", "scan.kept[0]")]),
+        (
+            "gradients do not go through dropout",
+            [("if (!scan.kept.empty()) drop(grad", "if (false) drop(grad")],
+        ),
+    ]
+]
+
 # Runs small layers with one seed after the other; prints what caught the mutant, or nothing.
 RUN = """
 import sys
@@ -363,6 +410,31 @@ with testing.poisoned_memory():
         for case, expected in zip(cases, references):
             try:
                 testing.assert_accurate(emulated.run(case, seed), *expected, case)
+            except (AssertionError, RuntimeError) as error:
+                print(f"caught by seed {seed}: {str(error).splitlines()[0]}")
+                sys.exit()
+"""
+
+# The same of stacks, which must have the numbers of layer after layer.
+RUN_STACK = """
+import sys
+import torch
+from fused_rnn import native
+native._CUDA_EMULATED_LIBRARY = type(native._CUDA_EMULATED_LIBRARY)(sys.argv[1])
+sys.path.insert(0, sys.argv[2])
+from test_cuda_stack import StackCase, ours
+from fused_rnn import testing
+
+torch.set_num_threads(1)
+assert native.cuda_emulated_library_error() is None
+cases = [StackCase(cell, 5, 3, 16, 3, 2, dropout=0.5) for cell in sys.argv[4:]]
+references = [ours(case, chunk=0) for case in cases]
+with testing.poisoned_memory():
+    for seed in range(int(sys.argv[3])):
+        for case, expected in zip(cases, references):
+            try:
+                for name, tensor in ours(case, seed).items():
+                    testing.assert_near(name, tensor, expected[name], 1e-5, 1e-5)
             except (AssertionError, RuntimeError) as error:
                 print(f"caught by seed {seed}: {str(error).splitlines()[0]}")
                 sys.exit()
@@ -427,6 +499,8 @@ def test_mutants_are_caught(mutation, objects, tmp_path):
     path.write_text(text)
     if mutation.file in WHOLE:
         cells, regime = ("lstm", "gru", "gru_reset_before"), "steps"
+        if mutation.file == STACK:
+            cells, regime = ("lstm", "gru"), "cluster"
         source = WHOLE[mutation.file]
         commands = {Path(source).stem: compile_command(tmp_path, source)}
     else:
@@ -450,5 +524,6 @@ def test_mutants_are_caught(mutation, objects, tmp_path):
     seeds = SEEDS if mutation.changes else 4
     arguments = [str(library), str(Path(__file__).parent), str(seeds), *cells]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "FUSED_RNN_CUDA_REGIME": regime}
-    found = run([sys.executable, "-c", RUN, *arguments], env=env, timeout=900)
+    script = RUN_STACK if mutation.file == STACK else RUN
+    found = run([sys.executable, "-c", script, *arguments], env=env, timeout=900)
     assert bool(found) == bool(mutation.changes), found or "not caught"

@@ -18,9 +18,9 @@ DEVICES = {"H200": H200, "A100": A100, "RTX 4090": RTX_4090, "B200": B200}
 KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
 
-def plan(cell, element_bytes, hidden, batch=8, directions=1, device=H200, regime=""):
+def plan(cell, element_bytes, hidden, batch=8, directions=1, device=H200, **options):
     sizes = (CELLS[cell].index, element_bytes, hidden, batch, directions)
-    return _C.plan(*sizes, **device, regime=regime)
+    return _C.plan(*sizes, **device, **options)
 
 
 def tile(part):
@@ -190,3 +190,87 @@ def test_bad_arguments(changes):
     }  # fmt: skip
     with pytest.raises(ValueError, match=next(iter(changes))):
         _C.plan(**arguments | changes)
+
+
+def test_a_gpu_that_others_share_is_not_spread_over():
+    """Whose CTAs run at once nobody promises then."""
+    alone, shared = (plan("lstm", 2, 1024, is_shared=is_shared) for is_shared in (False, True))
+    assert alone["forward"]["regime"] == "grid"
+    assert shared["forward"]["regime"] == shared["backward"]["regime"] == "steps"
+    assert shared["refusal"] == ""
+    assert plan("lstm", 2, 512, is_shared=True)["forward"]["regime"] == "cluster"
+    forced = plan("lstm", 2, 1024, regime="grid", is_shared=True)
+    assert forced["forward"] is None
+    assert "other processes share (MPS)" in forced["refusal"]
+
+
+# ---- Stacks of layers side by side.
+
+
+@pytest.mark.parametrize(
+    ("cell", "element_bytes", "hidden", "batch", "device", "layers", "timesteps", "together"),
+    [
+        # Those of docs/cuda-kernels.md.
+        ("lstm", 2, 256, 16, "H200", 4, 1024, True),
+        ("lstm", 2, 512, 16, "H200", 4, 1024, True),
+        ("lstm", 2, 512, 64, "H200", 4, 1024, False),
+        ("lstm", 2, 512, 16, "H200", 2, 1024, True),
+        # In time too short to be cut, or so many rows that one layer fills the device.
+        ("lstm", 2, 256, 16, "H200", 4, 32, False),
+        ("lstm", 2, 256, 16, "H200", 2, 64, False),
+        ("lstm", 2, 256, 1000, "H200", 2, 1024, False),
+        ("gru", 2, 256, 8, "H200", 2, 1024, True),
+        ("gru", 4, 512, 8, "H200", 8, 1024, False),
+        ("gru", 4, 512, 8, "B200", 8, 1024, True),
+        ("lstm", 2, 128, 256, "A100", 3, 1024, True),
+        ("lstm", 2, 128, 800, "A100", 3, 1024, False),
+        # Across the grid or step by step one layer has all SMs.
+        ("lstm", 2, 1024, 8, "H200", 2, 1024, False),
+        ("lstm", 2, 4096, 8, "H200", 2, 1024, False),
+        ("lstm", 2, 256, 8, "A100", 2, 1024, False),
+    ],
+)
+def test_which_stacks_run_side_by_side(
+    cell, element_bytes, hidden, batch, device, layers, timesteps, together
+):
+    chosen = plan(
+        cell, element_bytes, hidden, batch,
+        device=DEVICES[device], layers=layers, timesteps=timesteps,
+    )  # fmt: skip
+    forward, backward = chosen["chunks"]
+    assert [forward > 0, backward > 0] == [together, together]
+    assert forward % 8 == backward % 8 == 0
+    assert 2 * max(forward, backward) <= timesteps
+
+
+def test_a_chunk_is_as_long_as_the_model_has_it():
+    """sqrt(10 us * T / ((L - 1) t)), with what the host needs."""
+    forward, backward = plan("lstm", 2, 256, 16, layers=4, timesteps=1024)["chunks"]
+    assert 56 <= forward <= 104
+    assert backward <= forward
+    longer, _ = plan("lstm", 2, 256, 16, layers=4, timesteps=8 * 1024)["chunks"]
+    assert 2 * forward < longer < 4 * forward
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"directions": 2}, "the end of the reverse direction first"),
+        ({"hidden": 100}, "a multiple of 8, got 100"),
+        ({"hidden": 1024}, "layers that run on clusters"),
+        ({"hidden": 256, "regime": "steps"}, "layers that run on clusters"),
+    ],
+)
+def test_stacks_that_cannot(options, words):
+    options = {"hidden": 256, "layers": 2, "timesteps": 1024} | options
+    chosen = plan("lstm", 2, **options)
+    assert chosen["chunks"] == (0, 0)
+    assert words in chosen["stack_refusal"]
+
+
+def test_layers_side_by_side_add_up_as_each_does_alone():
+    """A tile may have more rows; the order of its sums stays."""
+    for batch in (1, 8, 16, 40):
+        alone, four = (plan("lstm", 2, 512, batch, layers=n, timesteps=1024) for n in (1, 4))
+        assert tile(alone["forward"])[:2] == tile(four["forward"])[:2]
+        assert tile(alone["backward"])[:2] == tile(four["backward"])[:2]

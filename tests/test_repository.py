@@ -29,7 +29,7 @@ LAYERS = [
     {"dispatch"},
     {"direct"},
     {"ops"},
-    {"general_scan"},
+    {"general_scan", "stack"},
     {"functional", "regularised"},
     {"compiled", "training"},
     {"modules"},

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,6 +35,26 @@ def _fused_rnn(
         raise CannotDoError(str(error)) from error
     kernel = "+".join(dict.fromkeys(choice.kernel for choice in choices))
     return Session(call, results, lambda: torch_settings(case, setting, backend, tf32), kernel)
+
+
+def _layer_after_layer(case: Case, data: Data, setting: Setting) -> Session:
+    """Where ours would run the layers of a stack side by side."""
+
+    @contextmanager
+    def active() -> Iterator[None]:
+        before = os.environ.get("FUSED_RNN_CUDA_CHUNK")
+        os.environ["FUSED_RNN_CUDA_CHUNK"] = "0"
+        try:
+            with torch_settings(case, setting, "auto"):
+                yield
+        finally:
+            del os.environ["FUSED_RNN_CUDA_CHUNK"]
+            if before is not None:
+                os.environ["FUSED_RNN_CUDA_CHUNK"] = before
+
+    with active():
+        session = _fused_rnn(case, data, setting, "auto")
+    return replace(session, active=active)
 
 
 def _compiled(case: Case, data: Data, setting: Setting) -> Session:
@@ -79,6 +103,12 @@ TORCH_LAYERS = (
             default_on=("cuda",) if name in ("triton", "cuda") else (),
         )
         for name in BACKENDS
+    ),
+    Provider(
+        "fused_rnn layer after layer",
+        _layer_after_layer,
+        devices=("cuda",),
+        wants=lambda case: case.layers > 1 and not case.bidirectional,
     ),
     Provider("fused_rnn compiled", _compiled, default_on=()),
     Provider("torch.nn", _torch_nn),

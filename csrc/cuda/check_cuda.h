@@ -1,13 +1,18 @@
 #pragma once
 
-#if !defined(FUSED_RNN_EMULATED)
-
-#include <cuda_runtime.h>
-
+// What CUDA answers, and with FUSED_RNN_LOG=1 which launch it was about.
+#include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
+#if !defined(FUSED_RNN_EMULATED)
+#include <cuda_runtime.h>
+#endif
+
 namespace fused_rnn {
+
+#if !defined(FUSED_RNN_EMULATED)
 
 inline void check_cuda(cudaError_t status) {
   if (status == cudaSuccess) return;
@@ -15,6 +20,41 @@ inline void check_cuda(cudaError_t status) {
   throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
-}  // namespace fused_rnn
-
 #endif
+
+// A fault on the device comes to light at some later call, of whoever. With FUSED_RNN_LOG=1 every
+// launch says on stderr what it is, and the host waits for what came before it and for itself.
+inline bool is_logging() {
+  const char* value = std::getenv("FUSED_RNN_LOG");
+  return value != nullptr && *value != '\0' && std::string(value) != "0";
+}
+
+// Throws what the work on the stream ended with. In a graph's capture there is nothing to wait for.
+inline void check_stream([[maybe_unused]] void* stream) {
+#if !defined(FUSED_RNN_EMULATED)
+  const auto on = static_cast<cudaStream_t>(stream);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(on, &capture));
+  if (capture == cudaStreamCaptureStatusNone) check_cuda(cudaStreamSynchronize(on));
+#endif
+}
+
+// Runs what launches, on the stream; errors, and lines of the log, have `what` it is in them.
+template <class Launch>
+void run_logged(const std::string& what, void* stream, const Launch& launch) {
+  const bool logs = is_logging();
+  const char* where = ", in work that was launched before ";
+  try {
+    if (logs) {
+      std::fprintf(stderr, "fused_rnn: %s\n", what.c_str());
+      check_stream(stream);
+    }
+    where = ", in ";
+    launch();
+    if (logs) check_stream(stream);
+  } catch (const std::exception& error) {
+    throw std::runtime_error(error.what() + (where + what));
+  }
+}
+
+}  // namespace fused_rnn

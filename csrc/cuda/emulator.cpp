@@ -397,6 +397,8 @@ void set_seed(uint64_t seed) {
   random_bits.seed(seed);
 }
 
+int random_below(int bound) { return draw(bound); }
+
 }  // namespace fused_rnn::emulator
 
 namespace fused_rnn {

@@ -32,6 +32,9 @@ void run(const Grid& grid, const std::function<void()>& kernel);
 // Of the random choices in all that is run from now on.
 void set_seed(uint64_t seed);
 
+// One of the numbers below, by the same random choices.
+int random_below(int bound);
+
 // The last CTA of the next cooperative launch never gets to run.
 void lose_a_cta();
 

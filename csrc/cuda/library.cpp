@@ -7,17 +7,17 @@
 
 #include <array>
 #include <cstdint>
-#include <initializer_list>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../plan.h"
-#include "../tensor_checks.h"
+#include "border.h"
 #include "grid_launch.h"
 #include "instances.h"
 #include "kernels.h"
+#include "stack_scan.h"
 #include "step_scan.h"
 
 #if defined(FUSED_RNN_EMULATED)
@@ -30,14 +30,7 @@
 namespace fused_rnn {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shape = std::initializer_list<int64_t>;
-
 #if defined(FUSED_RNN_EMULATED)
-
-constexpr const char* kDeviceName = "CPU";
-bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
 
 // As an H100, but with so few SMs that a handful of rows fills them.
 Device emulated_device{90, 6, 227 << 10, 16};
@@ -48,9 +41,6 @@ struct CurrentDevice {
 };
 
 #else
-
-constexpr const char* kDeviceName = "CUDA";
-bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
 
 using CurrentDevice = torch::stable::accelerator::DeviceGuard;
 
@@ -75,6 +65,11 @@ Device read_device_facts(int device) {
   facts.processors = attribute(cudaDevAttrMultiProcessorCount);
   facts.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   facts.max_cluster = 1;
+  int is_shared = 0;  // older drivers do not know the question
+  if (cudaDeviceGetAttribute(&is_shared, cudaDevAttrMpsEnabled, device) != cudaSuccess) {
+    cudaGetLastError();
+  }
+  facts.is_shared = is_shared != 0;
   if (facts.capability < 80) return facts;  // the planner refuses it
   const CurrentDevice guard(device);
   // Not what its generation allows: chips come with SMs switched off, and in slices.
@@ -108,25 +103,6 @@ Device device_facts(int64_t device) {
 
 #endif
 
-CellKind cell_kind(int64_t index) {
-  STD_TORCH_CHECK(index >= 0 && index < 5, "cell: expected 0 to 4, got ", index);
-  return static_cast<CellKind>(index);
-}
-
-ElementKind element_kind(ScalarType type, bool tf32) {
-  switch (type) {
-    case ScalarType::BFloat16:
-      return ElementKind::bfloat16;
-    case ScalarType::Half:
-      return ElementKind::float16;
-    case ScalarType::Float:
-      return tf32 ? ElementKind::tf32 : ElementKind::float32;
-    default:
-      STD_TORCH_CHECK(false, "gx: expected dtype Float, BFloat16 or Half, got ",
-                      torch::headeronly::toString(type));
-  }
-}
-
 template <class Params, CellKind kind>
 const Kernel<Params>* kernels_of_cell(ElementKind element) {
   switch (element) {
@@ -155,131 +131,22 @@ const Kernel<Params>* find_kernels(CellKind cell, ElementKind element) {
   }
 }
 
-void check(const Tensor& tensor, const char* name, ScalarType type, Shape shape) {
-  STD_TORCH_CHECK(on_device(tensor), name, ": expected a ", kDeviceName, " tensor");
-  check_dense(tensor, name, type, shape);
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, name,
-                  ": expected memory aligned to 16 bytes");
-}
-
-const void* input(const Tensor& tensor, const char* name, ScalarType type, Shape shape) {
-  check(tensor, name, type, shape);
-  return tensor.const_data_ptr();
-}
-
-const void* input(const std::optional<Tensor>& tensor, const char* name, ScalarType type,
-                  Shape shape) {
-  return tensor ? input(*tensor, name, type, shape) : nullptr;
-}
-
-template <class Optional>
-const float* float_input(const Optional& tensor, const char* name, Shape shape) {
-  return static_cast<const float*>(input(tensor, name, ScalarType::Float, shape));
-}
-
-void* output(const Tensor& tensor, const char* name, ScalarType type, Shape shape) {
-  check(tensor, name, type, shape);
-  return tensor.mutable_data_ptr();
-}
-
-float* float_output(const Tensor& tensor, const char* name, Shape shape) {
-  return static_cast<float*>(output(tensor, name, ScalarType::Float, shape));
-}
-
-// What both scans have in common.
-struct Border {
-  CellKind cell;
-  CellSizes sizes;
-  ScalarType type;
-  ElementKind element;
-  int64_t directions, batch, count, hidden, pitch;
-
-  ScanProblem problem() const {
-    return {cell, type == ScalarType::Float ? 4 : 2, hidden, batch, directions};
-  }
-};
-
-struct RowArguments {
-  const std::optional<Tensor>&lengths, &offsets, &resets;
-};
-
-Border border(int64_t cell, const Tensor& rows, const char* name, int64_t columns, const Tensor& h0,
-              int64_t hidden, bool tf32) {
-  Border b{};
-  b.cell = cell_kind(cell);
-  b.sizes = cell_sizes(b.cell);
-  b.type = rows.scalar_type();
-  b.element = element_kind(b.type, tf32);
-  STD_TORCH_CHECK(h0.dim() == 3, "h0: expected [D, B, pitch], got shape ", shape_text(h0.sizes()));
-  b.directions = h0.size(0);
-  b.batch = h0.size(1);
-  b.pitch = h0.size(2);
-  b.hidden = hidden;
-  STD_TORCH_CHECK(b.directions == 1 || b.directions == 2, "h0: expected 1 or 2 directions, got ",
-                  b.directions);
-  STD_TORCH_CHECK(b.batch > 0, "h0: expected at least one batch row, got none");
-  STD_TORCH_CHECK(hidden > 0 && b.pitch >= hidden && b.pitch % kGroup == 0 && b.pitch < 1 << 20,
-                  "h0: expected rows of a multiple of 8 columns from hidden_size = ", hidden,
-                  " on, got ", b.pitch);
-  STD_TORCH_CHECK(rows.dim() == 3, name, ": expected [D, N, ", columns, " * pitch], got shape ",
-                  shape_text(rows.sizes()));
-  b.count = rows.size(1);
-  return b;
-}
-
-ScanRows scan_rows(const Border& b, const RowArguments& given) {
-  ScanRows rows{};
-  rows.batch = b.batch;
-  rows.count = b.count;
-  if (given.offsets) {
-    rows.timesteps = given.offsets->numel();
-    STD_TORCH_CHECK(given.lengths.has_value() && !given.resets.has_value(),
-                    "offsets: packed rows need lengths, and cannot be reset");
-    rows.offsets = static_cast<const int64_t*>(
-        input(given.offsets, "offsets", ScalarType::Long, {rows.timesteps}));
-  } else {
-    STD_TORCH_CHECK(b.count % b.batch == 0, "gx: expected a multiple of the batch size ", b.batch,
-                    " as its rows, got ", b.count);
-    rows.timesteps = b.count / b.batch;
-  }
-  STD_TORCH_CHECK(rows.timesteps < int64_t{1} << 31, "gx: expected fewer than 2^31 timesteps, got ",
-                  rows.timesteps);
-  rows.lengths =
-      static_cast<const int64_t*>(input(given.lengths, "lengths", ScalarType::Long, {b.batch}));
-  rows.resets = static_cast<const uint8_t*>(
-      input(given.resets, "resets", ScalarType::Bool, {rows.timesteps, b.batch}));
-  return rows;
-}
-
-// The fields that both kinds of parameters have.
-template <class Params>
-void fill(Params& p, const Border& b, const RowArguments& rows, const std::vector<Tensor>& w_hh,
-          const Tensor& h0, const std::optional<Tensor>& c0, const std::optional<Tensor>& reset_h,
-          const std::optional<Tensor>& reset_c) {
-  p.rows = scan_rows(b, rows);
-  p.hidden = static_cast<int>(b.hidden);
-  p.pitch = static_cast<int>(b.pitch);
-  p.directions = static_cast<int>(b.directions);
-  STD_TORCH_CHECK(static_cast<int64_t>(w_hh.size()) == b.directions, "w_hh: expected ",
-                  b.directions, " matrices, got ", w_hh.size());
-  for (size_t d = 0; d < w_hh.size(); d++) {
-    p.w_hh[d] = input(w_hh[d], "w_hh", b.type, {b.sizes.gates * b.pitch, b.pitch});
-  }
-  const Shape states = {b.directions, b.batch, b.pitch};
-  p.h0 = input(h0, "h0", b.type, states);
-  STD_TORCH_CHECK(c0.has_value() == b.sizes.has_c, "c0: expected ",
-                  c0 ? "None for this cell" : "a tensor for lstm");
-  p.c0 = float_input(c0, "c0", states);
-  p.reset_h = input(reset_h, "reset_h", b.type, states);
-  p.reset_c = float_input(reset_c, "reset_c", states);
-}
-
 ForcedRegime forced_regime(const std::string& name) {
   try {
     return regime_called(name);
   } catch (const std::invalid_argument& error) {
     STD_TORCH_CHECK(false, error.what());
   }
+}
+
+template <class Params>
+constexpr const char* kPass = std::is_same_v<Params, ForwardParams> ? "forward" : "backward";
+
+template <class Params>
+const Kernel<Params>& kernel_at(const Border& b, int index) {
+  const Kernel<Params>* kernels = find_kernels<Params>(b.cell, b.element);
+  STD_TORCH_CHECK(kernels != nullptr, "cell: rnn_relu runs in float32 only");
+  return kernels[index];
 }
 
 // `by_steps` is called where the plan is to run step by step; `like` is a tensor on the device.
@@ -290,26 +157,22 @@ void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const
   STD_TORCH_CHECK(plan.regime != Regime::none,
                   "hidden_size: ", plan_refusal(b.problem(), device, kTraining, forced));
   void* on = reinterpret_cast<void*>(stream);
-  try {
+  const std::string what =
+      launch_text(b, kPass<Params>, describe_plan(b.problem(), device, kTraining, forced),
+                  params.rows.timesteps);
+  run_logged(what, on, [&] {
     if (plan.regime == Regime::steps) {
       by_steps(StepScan{b.cell, b.element, plan.shape, on});
       return;
     }
-    const Kernel<Params>* kernels = find_kernels<Params>(b.cell, b.element);
-    STD_TORCH_CHECK(kernels != nullptr, "cell: rnn_relu runs in float32 only");
-    const Kernel<Params>& kernel = kernels[plan.index];
+    const auto& kernel = kernel_at<Params>(b, plan.index);
     if (plan.regime == Regime::grid) {
       launch_over_grid(kernel, plan, params, like, like.get_device_index(), on);
     } else {
       kernel.launch(params, plan.shape, on);
     }
-  } catch (const std::exception& error) {
-    STD_TORCH_CHECK(false, error.what(), ", in ", describe_plan(b.problem(), device, true, forced),
-                    " of T=", params.rows.timesteps, " B=", b.batch, " H=", b.hidden);
-  }
+  });
 }
-
-bool wanted(const Tensor& tensor) { return tensor.dim() != 3 || tensor.size(2) > 0; }
 
 void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
                 std::optional<Tensor> b_hn, const Tensor& h0, std::optional<Tensor> c0,
@@ -318,21 +181,9 @@ void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
                 std::optional<Tensor> reset_c, Tensor y, Tensor h_n, Tensor c_n, Tensor gates,
                 Tensor cells, std::string regime, bool tf32, int64_t stream) {
   const Border b = border(cell, gx, "gx", cell_sizes(cell_kind(cell)).gates, h0, hidden, tf32);
-  ForwardParams p{};
-  fill(p, b, {lengths, offsets, resets}, w_hh, h0, c0, reset_h, reset_c);
-  p.gx = input(gx, "gx", b.type, {b.directions, b.count, b.sizes.gates * b.pitch});
-  p.b_hn = float_input(b_hn, "b_hn", {b.directions, b.pitch});
-  p.y = output(y, "y", b.type, {b.count, b.directions * b.pitch});
-  const Shape states = {b.directions, b.batch, b.pitch};
-  p.h_n = output(h_n, "h_n", b.type, states);
-  if (b.sizes.has_c) p.c_n = float_output(c_n, "c_n", states);
-  if (wanted(gates)) {
-    p.gates =
-        output(gates, "gates", b.type, {b.directions, b.count, b.sizes.saved_gates * b.pitch});
-  }
-  if (b.sizes.has_c && wanted(cells)) {
-    p.cells = float_output(cells, "cells", {b.directions, b.count, b.pitch});
-  }
+  const ForwardParams p =
+      forward_params(b, {lengths, offsets, resets},
+                     {gx, w_hh, b_hn, h0, c0, reset_h, reset_c, y, h_n, c_n, gates, cells});
   const int64_t index = gx.get_device_index();
   const CurrentDevice guard(static_cast<int32_t>(index));
   const Device device = device_facts(index);
@@ -352,33 +203,190 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
                  std::string regime, bool tf32, int64_t stream) {
   const Border b = border(cell, grad_gates, "grad_gates", cell_sizes(cell_kind(cell)).grad_gates,
                           h0, hidden, tf32);
-  BackwardParams p{};
-  fill(p, b, {lengths, offsets, resets}, w_hh, h0, c0, reset_h, reset_c);
-  const Shape sequence = {b.count, b.directions * b.pitch};
-  const Shape states = {b.directions, b.batch, b.pitch};
-  p.y = input(y, "y", b.type, sequence);
-  p.grad_y = input(grad_y, "grad_y", b.type, sequence);
-  p.grad_h_n = float_input(grad_h_n, "grad_h_n", states);
-  p.grad_c_n = float_input(grad_c_n, "grad_c_n", states);
-  if (b.sizes.saved_gates > 0) {
-    p.gates = input(gates, "gates", b.type, {b.directions, b.count, b.sizes.saved_gates * b.pitch});
-  }
-  p.grad_gates = output(grad_gates, "grad_gates", b.type,
-                        {b.directions, b.count, b.sizes.grad_gates * b.pitch});
-  p.grad_h0 = float_output(grad_h0, "grad_h0", states);
-  if (b.sizes.has_c) {
-    p.grad_cells = float_input(grad_cells, "grad_cells", {b.directions, b.count, b.pitch});
-    p.cells = float_input(cells, "cells", {b.directions, b.count, b.pitch});
-    p.grad_c0 = float_output(grad_c0, "grad_c0", states);
-  }
-  if (grad_reset_h) p.grad_reset_h = float_output(*grad_reset_h, "grad_reset_h", states);
-  if (grad_reset_c) p.grad_reset_c = float_output(*grad_reset_c, "grad_reset_c", states);
+  const BackwardParams p =
+      backward_params(b, {lengths, offsets, resets},
+                      {grad_y, grad_h_n, grad_c_n, grad_cells, w_hh, h0, c0, reset_h, reset_c, y,
+                       gates, cells, grad_gates, grad_h0, grad_c0, grad_reset_h, grad_reset_c});
   const int64_t index = grad_gates.get_device_index();
   const CurrentDevice guard(static_cast<int32_t>(index));
   const Device device = device_facts(index);
   const ForcedRegime forced = forced_regime(regime);
   launch(b, plan_backward(b.problem(), device, forced), p, grad_gates, device, forced, stream,
          [&](const StepScan& scan) { backward_by_steps(scan, p, w_hh); });
+}
+
+// One layer's part of a tensor of all layers; [1, ...].
+Tensor of_layer(const Tensor& all, size_t layer) {
+  Tensor tensor = all;
+  return torch::stable::narrow(tensor, 0, static_cast<int64_t>(layer), 1);
+}
+
+std::optional<Tensor> of_layer(const std::optional<Tensor>& all, size_t layer) {
+  if (!all) return {};
+  return of_layer(*all, layer);
+}
+
+Tensor as_matrix(const Tensor& one) { return torch::stable::select(one, 0, 0); }
+
+void check_count(const std::vector<Tensor>& tensors, const char* name, size_t count) {
+  STD_TORCH_CHECK(tensors.size() == count, name, ": expected ", count, " tensors, got ",
+                  tensors.size());
+}
+
+// What both passes of a stack have in common. `first` is its first layer.
+StackScan stack_scan(const Border& first, size_t layers, const std::vector<Tensor>& w_ih,
+                     std::vector<Tensor> kept, double scale, int64_t chunk, int64_t stream,
+                     std::vector<int64_t> layer_streams) {
+  STD_TORCH_CHECK(chunk > 0, "chunk: expected at least one timestep, got ", chunk);
+  STD_TORCH_CHECK(layer_streams.size() == layers, "layer_streams: expected ", layers, ", got ",
+                  layer_streams.size());
+  check_count(w_ih, "w_ih", layers);
+  for (size_t l = 0; l < layers; l++) {
+    const int64_t columns = l > 0 || w_ih[0].dim() != 2 ? first.pitch : w_ih[0].size(1);
+    check_dense(w_ih[l], "w_ih", first.type, {first.sizes.gates * first.pitch, columns});
+  }
+  if (!kept.empty()) check_count(kept, "kept", layers - 1);
+  for (const Tensor& mask : kept) {
+    check_dense(mask, "kept", ScalarType::Bool, {first.count, first.pitch});
+  }
+  return {first.cell,
+          first.type == ScalarType::Float ? 4 : 2,
+          chunk,
+          stream,
+          std::move(layer_streams),
+          std::move(kept),
+          scale};
+}
+
+// Of a stack whose chunk is the whole sequence, no two layers run side by side.
+template <class Params, class Tile, class Run>
+void launch_stack(const Border& b, const StackScan& scan, const Device& device, ForcedRegime forced,
+                  const Plan<Tile>& plan, int64_t timesteps, const Run& run) {
+  const auto layers = static_cast<int64_t>(scan.layer_streams.size());
+  constexpr bool kTraining = !std::is_same_v<Params, ForwardParams>;
+  const std::string reason =
+      stack_refusal({b.problem(), layers, timesteps, kTraining}, device, forced);
+  STD_TORCH_CHECK(reason.empty(), "stack of layers: ", reason);
+  const std::string what =
+      launch_text(b, kPass<Params>,
+                  describe_plan(b.problem(), device, kTraining, forced, {layers, layers}),
+                  timesteps) +
+      "; " + std::to_string(layers) + " layers in chunks of " + std::to_string(scan.chunk);
+  run_logged(what, reinterpret_cast<void*>(scan.stream),
+             [&] { run(kernel_at<Params>(b, plan.index), plan.shape); });
+}
+
+int64_t layers_at_once(const StackScan& scan, int64_t timesteps) {
+  return scan.chunk < timesteps ? static_cast<int64_t>(scan.layer_streams.size()) : 1;
+}
+
+void stack_forward_op(int64_t cell, const Tensor& x, std::vector<Tensor> w_ih,
+                      std::vector<Tensor> biases, std::vector<Tensor> w_hh,
+                      std::optional<Tensor> b_hn, const Tensor& h0, std::optional<Tensor> c0,
+                      std::vector<Tensor> kept, double scale, int64_t chunk, std::vector<Tensor> gx,
+                      std::vector<Tensor> ys, Tensor h_n, Tensor c_n, std::vector<Tensor> gates,
+                      std::vector<Tensor> cells, std::string regime, bool tf32, int64_t stream,
+                      std::vector<int64_t> layer_streams) {
+  const size_t layers = w_hh.size();
+  STD_TORCH_CHECK(layers > 0, "w_hh: expected a matrix for each layer, got none");
+  check_count(gx, "gx", layers);
+  check_count(ys, "ys", layers);
+  check_count(gates, "gates", layers);
+  check_count(cells, "cells", layers);
+  const int64_t hidden = w_hh[0].size(w_hh[0].dim() - 1);
+  const Border b =
+      border(cell, gx[0], "gx", cell_sizes(cell_kind(cell)).gates, of_layer(h0, 0), hidden, tf32);
+  const StackScan scan =
+      stack_scan(b, layers, w_ih, std::move(kept), scale, chunk, stream, std::move(layer_streams));
+  if (!biases.empty()) check_count(biases, "biases", layers);
+  for (const Tensor& bias : biases) {
+    check_dense(bias, "biases", b.type, {b.sizes.gates * b.pitch});
+  }
+  check_dense(x, "x", b.type, {b.count, w_ih[0].size(1)});
+  ForwardStack stack{{}, {x}, w_ih, biases, {}};
+  for (size_t l = 0; l < layers; l++) {
+    stack.layers.push_back(forward_params(b, {{}, {}, {}},
+                                          {gx[l],
+                                           {w_hh[l]},
+                                           of_layer(b_hn, l),
+                                           of_layer(h0, l),
+                                           of_layer(c0, l),
+                                           {},
+                                           {},
+                                           ys[l],
+                                           of_layer(h_n, l),
+                                           b.sizes.has_c ? of_layer(c_n, l) : c_n,
+                                           gates[l],
+                                           cells[l]}));
+    if (b.cell == CellKind::gru) {
+      stack.layers[l].c_n = float_output(of_layer(c_n, l), "c_n", {1, b.batch, b.pitch});
+    }
+    stack.gx.push_back(as_matrix(gx[l]));
+    if (l + 1 < layers) stack.inputs.push_back(ys[l]);
+  }
+  const int64_t timesteps = stack.layers[0].rows.timesteps;
+  const int64_t index = x.get_device_index();
+  const CurrentDevice guard(static_cast<int32_t>(index));
+  const Device device = device_facts(index);
+  const ForcedRegime forced = forced_regime(regime);
+  const auto plan = plan_forward(b.problem(), device, forced, layers_at_once(scan, timesteps));
+  launch_stack<ForwardParams>(
+      b, scan, device, forced, plan, timesteps,
+      [&](const auto& kernel, const auto& shape) { run_forward(scan, stack, kernel, shape); });
+}
+
+void stack_backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
+                       std::optional<Tensor> grad_c_n, std::vector<Tensor> w_ih,
+                       std::vector<Tensor> w_hh, const Tensor& h0, std::optional<Tensor> c0,
+                       std::vector<Tensor> kept, double scale, int64_t chunk,
+                       std::vector<Tensor> ys, std::vector<Tensor> gates, std::vector<Tensor> cells,
+                       std::vector<Tensor> grad_ys, std::vector<Tensor> grad_gates, Tensor grad_h0,
+                       Tensor grad_c0, std::string regime, bool tf32, int64_t stream,
+                       std::vector<int64_t> layer_streams) {
+  const size_t layers = w_hh.size();
+  STD_TORCH_CHECK(layers > 0, "w_hh: expected a matrix for each layer, got none");
+  check_count(ys, "ys", layers);
+  check_count(gates, "gates", layers);
+  check_count(cells, "cells", layers);
+  check_count(grad_ys, "grad_ys", layers - 1);
+  check_count(grad_gates, "grad_gates", layers);
+  const int64_t hidden = w_hh[0].size(w_hh[0].dim() - 1);
+  const Border b = border(cell, grad_gates[0], "grad_gates", cell_sizes(cell_kind(cell)).grad_gates,
+                          of_layer(h0, 0), hidden, tf32);
+  const StackScan scan =
+      stack_scan(b, layers, w_ih, std::move(kept), scale, chunk, stream, std::move(layer_streams));
+  BackwardStack stack{{}, w_ih, {}, grad_ys};
+  for (size_t l = 0; l < layers; l++) {
+    const std::optional<Tensor> from_above = l + 1 < layers ? grad_ys[l] : grad_y;
+    stack.layers.push_back(backward_params(b, {{}, {}, {}},
+                                           {from_above,
+                                            of_layer(grad_h_n, l),
+                                            of_layer(grad_c_n, l),
+                                            {},
+                                            {w_hh[l]},
+                                            of_layer(h0, l),
+                                            of_layer(c0, l),
+                                            {},
+                                            {},
+                                            ys[l],
+                                            gates[l],
+                                            cells[l],
+                                            grad_gates[l],
+                                            of_layer(grad_h0, l),
+                                            b.sizes.has_c ? of_layer(grad_c0, l) : grad_c0,
+                                            {},
+                                            {}}));
+    stack.grad_gates.push_back(as_matrix(grad_gates[l]));
+  }
+  const int64_t timesteps = stack.layers[0].rows.timesteps;
+  const int64_t index = h0.get_device_index();
+  const CurrentDevice guard(static_cast<int32_t>(index));
+  const Device device = device_facts(index);
+  const ForcedRegime forced = forced_regime(regime);
+  const auto plan = plan_backward(b.problem(), device, forced, layers_at_once(scan, timesteps));
+  launch_stack<BackwardParams>(
+      b, scan, device, forced, plan, timesteps,
+      [&](const auto& kernel, const auto& shape) { run_backward(scan, stack, kernel, shape); });
 }
 
 ScanProblem scan_problem(int64_t cell, int64_t element_bytes, int64_t hidden, int64_t batch,
@@ -395,15 +403,42 @@ std::string refusal_op(int64_t cell, int64_t element_bytes, int64_t hidden, int6
 }
 
 std::string describe_op(int64_t cell, int64_t element_bytes, int64_t hidden, int64_t batch,
-                        int64_t directions, bool training, std::string regime, int64_t device) {
+                        int64_t directions, bool training, std::string regime, int64_t device,
+                        int64_t forward_layers, int64_t backward_layers) {
   return describe_plan(scan_problem(cell, element_bytes, hidden, batch, directions),
-                       device_facts(device), training, forced_regime(regime));
+                       device_facts(device), training, forced_regime(regime),
+                       {forward_layers, backward_layers});
+}
+
+StackProblem stack_problem(int64_t cell, int64_t element_bytes, int64_t hidden, int64_t batch,
+                           int64_t directions, bool training, int64_t layers, int64_t timesteps) {
+  return {scan_problem(cell, element_bytes, hidden, batch, directions), layers, timesteps,
+          training};
+}
+
+std::string stack_refusal_op(int64_t cell, int64_t element_bytes, int64_t hidden, int64_t batch,
+                             int64_t directions, bool training, std::string regime, int64_t device,
+                             int64_t layers, int64_t timesteps) {
+  const auto stack =
+      stack_problem(cell, element_bytes, hidden, batch, directions, training, layers, timesteps);
+  return stack_refusal(stack, device_facts(device), forced_regime(regime));
+}
+
+std::vector<int64_t> stack_chunks_op(int64_t cell, int64_t element_bytes, int64_t hidden,
+                                     int64_t batch, int64_t directions, bool training,
+                                     std::string regime, int64_t device, int64_t layers,
+                                     int64_t timesteps) {
+  const auto stack =
+      stack_problem(cell, element_bytes, hidden, batch, directions, training, layers, timesteps);
+  const StackPlan plan = plan_stack(stack, device_facts(device), forced_regime(regime));
+  return {plan.forward, plan.backward};
 }
 
 #if defined(FUSED_RNN_EMULATED)
 void seed_op(int64_t seed) { emulator::set_seed(static_cast<uint64_t>(seed)); }
 
-void device_op(int64_t capability, int64_t processors, int64_t max_cluster) {
+void device_op(int64_t capability, int64_t processors, int64_t max_cluster, bool is_shared) {
+  emulated_device.is_shared = is_shared;
   emulated_device.capability = static_cast<int>(capability);
   emulated_device.processors = static_cast<int>(processors);
   emulated_device.max_cluster = static_cast<int>(max_cluster);
@@ -445,10 +480,30 @@ STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
       "bool training, str regime, int device) -> str");
   m.def(
       "describe(int cell, int element_bytes, int hidden_size, int batch_size, int directions, "
-      "bool training, str regime, int device) -> str");
+      "bool training, str regime, int device, int forward_layers=1, int backward_layers=1) -> str");
+  // A stack of layers whose chunks of time run side by side; see stack_scan.h. b_hn, states and
+  // their gradients are of all layers; c_n is also for GRU, h before it is rounded. `layer_streams`
+  // are cudaStream_t's, one for each layer.
+  m.def(
+      "stack_forward(int cell, Tensor x, Tensor[] w_ih, Tensor[] biases, Tensor[] w_hh, "
+      "Tensor? b_hn, Tensor h0, Tensor? c0, Tensor[] kept, float scale, int chunk, "
+      "Tensor(a!)[] gx, Tensor(b!)[] ys, Tensor(c!) h_n, Tensor(d!) c_n, Tensor(e!)[] gates, "
+      "Tensor(f!)[] cells, str regime, bool tf32, int stream, int[] layer_streams) -> ()");
+  m.def(
+      "stack_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor[] w_ih, "
+      "Tensor[] w_hh, Tensor h0, Tensor? c0, Tensor[] kept, float scale, int chunk, Tensor[] ys, "
+      "Tensor[] gates, Tensor[] cells, Tensor(a!)[] grad_ys, Tensor(b!)[] grad_gates, "
+      "Tensor(c!) grad_h0, Tensor(d!) grad_c0, str regime, bool tf32, int stream, "
+      "int[] layer_streams) -> ()");
+  m.def(
+      "stack_refusal(int cell, int element_bytes, int hidden_size, int batch_size, "
+      "int directions, bool training, str regime, int device, int layers, int timesteps) -> str");
+  m.def(
+      "stack_chunks(int cell, int element_bytes, int hidden_size, int batch_size, "
+      "int directions, bool training, str regime, int device, int layers, int timesteps) -> int[]");
 #if defined(FUSED_RNN_EMULATED)
   m.def("seed(int seed) -> ()");
-  m.def("device(int capability, int processors, int max_cluster) -> ()");
+  m.def("device(int capability, int processors, int max_cluster, bool is_shared=False) -> ()");
   m.def("lose_a_cta() -> ()");
 #endif
 }
@@ -456,11 +511,15 @@ STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, FUSED_RNN_DISPATCH_KEY, m) {
   m.impl("scan_forward", TORCH_BOX(&fused_rnn::forward_op));
   m.impl("scan_backward", TORCH_BOX(&fused_rnn::backward_op));
+  m.impl("stack_forward", TORCH_BOX(&fused_rnn::stack_forward_op));
+  m.impl("stack_backward", TORCH_BOX(&fused_rnn::stack_backward_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("refusal", TORCH_BOX(&fused_rnn::refusal_op));
   m.impl("describe", TORCH_BOX(&fused_rnn::describe_op));
+  m.impl("stack_refusal", TORCH_BOX(&fused_rnn::stack_refusal_op));
+  m.impl("stack_chunks", TORCH_BOX(&fused_rnn::stack_chunks_op));
 #if defined(FUSED_RNN_EMULATED)
   m.impl("seed", TORCH_BOX(&fused_rnn::seed_op));
   m.impl("device", TORCH_BOX(&fused_rnn::device_op));

@@ -37,12 +37,12 @@ struct ForwardParams {
   const void* w_hh[2];   // E [G*pitch, pitch] of each direction
   const float* b_hn;     // [D, pitch], GRU's b_hn, or null
   const void* h0;        // E [D, B, pitch]
-  const float* c0;       // [D, B, pitch], LSTM
+  const float* c0;       // [D, B, pitch], LSTM; GRU in 16 bits: h0 before it was rounded, or null
   const void* reset_h;   // E [D, B, pitch], the state after a reset; null: zeros
   const float* reset_c;  // [D, B, pitch]
   void* y;               // E [N, D*pitch]
   void* h_n;             // E [D, B, pitch]
-  float* c_n;            // [D, B, pitch], LSTM
+  float* c_n;            // [D, B, pitch], LSTM; GRU in 16 bits: h_n before it is rounded, or null
   void* gates;           // E [D, N, S*pitch], or null where nothing is saved
   float* cells;          // [D, N, pitch] c after each step, LSTM, or null
 };

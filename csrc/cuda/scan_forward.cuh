@@ -20,6 +20,8 @@ scan_forward(const ForwardParams p) {
   constexpr int kDepth = step_depth(Element::kBytes);
   constexpr int kBlockWords = kWarp * kWords;
   constexpr bool kGrid = Tile::grid, kAlone = Tile::cluster == 1;
+  // Of a cell that goes on from h itself, which h0 and h_n have rounded.
+  constexpr bool kHandsOnH = Cell::kUsesPreviousH && Element::kBytes == 2 && !kGrid;
   constexpr bool kCluster = !kGrid && !kAlone;
   using Stored = typename Element::Stored;
 
@@ -114,7 +116,8 @@ scan_forward(const ForwardParams p) {
         const bool there = real && row < p.rows.batch;
         const int64_t at = there ? state_index(j, row) : 0;
         h[j][n][e] = there ? Element::to_float(static_cast<const Stored*>(p.h0) + at) : 0.0f;
-        state[j][n][e] = !there ? 0.0f : Cell::kHasC ? p.c0[at] : h[j][n][e];
+        const bool is_wide = Cell::kHasC || (kHandsOnH && p.c0 != nullptr);
+        state[j][n][e] = !there ? 0.0f : is_wide ? p.c0[at] : h[j][n][e];
         if (there && rows.begins(alive.length[n][e], alive.row(n, e), 0)) begin_anew(j, n, e);
       }
     }
@@ -446,7 +449,8 @@ scan_forward(const ForwardParams p) {
         FUSED_RNN_UNROLL
         for (int e = 0; e < 2; e++) {
           const int row = rows.first + alive.row(n, e);
-          if (Cell::kHasC && row < p.rows.batch) p.c_n[state_index(j, row)] = state[j][n][e];
+          const bool is_wide = Cell::kHasC || (kHandsOnH && p.c_n != nullptr);
+          if (is_wide && row < p.rows.batch) p.c_n[state_index(j, row)] = state[j][n][e];
         }
       }
     }

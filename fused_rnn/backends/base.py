@@ -18,9 +18,17 @@ import torch
 from torch import Tensor
 
 from ..cells import Cell, DirectionWeights, is_half, state_dtype
-from ..problem import Problem, Rows
+from ..problem import Problem, Rows, Stack
 from . import pieces
-from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
+from .bundles import (
+    Dropout,
+    InputGrads,
+    LayerOutput,
+    Needs,
+    OutputGrads,
+    ScanGrads,
+    StackOutput,
+)
 
 
 def allocate_output(problem: Problem, gx: Tensor, save: bool) -> LayerOutput:
@@ -53,6 +61,7 @@ class Backend:
     device_type: str | None = None  # where its tensors have to be; None: anywhere
     takes_masks = False  # whether its layers look at rows.masks; else they get packed pieces
     extras: frozenset[str] = frozenset()  # those of Problem.extras that its layers have
+    has_stacks = False  # whether it can run the layers of a stack side by side
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this backend cannot take the problem, or None if it can."""
@@ -154,51 +163,100 @@ class Backend:
         saved: LayerOutput,
         needs: Needs,
     ) -> InputGrads:
-        cell, out = problem.cell, problem.output_size
         scan = self.scan_backward(problem, grads, weights, h0, c0, rows, saved)
-        if rows.masks is not None and rows.masks.lengths is not None:
-            # Padding may hold NaN, which not even a gradient of zero would keep out of a product.
-            taken = rows.masks.taken(rows.timesteps).flatten().unsqueeze(1)
-            x = torch.where(taken, x, 0)
-        grad_x = None
-        grad_weights: list[Tensor | None] = []
-        per_direction = len(needs.weights) // len(weights)
-        for direction, w in enumerate(weights):
-            need = iter(needs.weights[direction * per_direction : (direction + 1) * per_direction])
-            grad_gates = scan.gates[direction]
-            grad_in = input_side(cell, grad_gates)  # [N, G*H]
-            if needs.x:
-                # Not addmm: starting from the other sum costs exactness.
-                part = grad_in @ w.w_ih
-                grad_x = part if grad_x is None else grad_x.add_(part)
-            grad_weights.append(grad_in.t() @ x if next(need) else None)
-            y = saved.y[:, direction * out : (direction + 1) * out]
-            grad_weights.append(
-                recurrent_weight_grad(
-                    cell, grad_gates, y, saved.gates[direction], h0, rows, direction
-                )
-                if next(need)
-                else None
-            )
-            if w.b_ih is not None:
-                need_ih, need_hh = next(need), next(need)
-                sums = grad_gates.sum(0) if need_ih or need_hh else None
-                grad_weights.append(input_side(cell, sums).clone() if need_ih else None)
-                grad_weights.append(hidden_order(cell, sums) if need_hh else None)
-            if w.w_hr is not None:
-                if next(need):
-                    hidden = saved.gates[direction].chunk(4, -1)[3] * saved.cells[direction].tanh()
-                    grad_weights.append(scan.h[direction].t() @ hidden)
-                else:
-                    grad_weights.append(None)
-        return InputGrads(
-            grad_x,
-            scan.h0 if needs.h0 else None,
-            scan.c0 if needs.c0 else None,
-            grad_weights,
-            scan.reset_h if needs.reset_h else None,
-            scan.reset_c if needs.reset_c else None,
+        return input_grads(problem, scan, x, weights, h0, rows, saved, needs)
+
+    def stack(self, problem: Problem, layers: int, is_plain: bool) -> Stack | None:
+        """How a stack of such layers runs side by side, None where they follow one another.
+
+        `is_plain`: whether it is of one direction, padded, and asks for nothing but y, h_n and c_n.
+
+        Raises:
+            ValueError: the user forces it, and it cannot be.
+        """
+        return None
+
+    def stack_forward(
+        self,
+        problem: Problem,  # of its first layer, with `stack`
+        x: Tensor,  # [N, I]
+        weights: list[DirectionWeights],  # of each layer
+        h0: Tensor,  # [L, B, H]
+        c0: Tensor | None,  # [L, B, H]
+        dropout: Dropout,
+        save: bool,
+    ) -> StackOutput:
+        """For a backend whose `stack` gives something."""
+        raise NotImplementedError
+
+    def stack_backward(
+        self,
+        problem: Problem,
+        grads: OutputGrads,  # y of the last layer [N, H], h_n and c_n of all [L, B, H]
+        x: Tensor,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        dropout: Dropout,
+        saved: StackOutput,
+        needs: Needs,
+    ) -> InputGrads:
+        raise NotImplementedError
+
+
+def input_grads(
+    problem: Problem,
+    scan: ScanGrads,
+    x: Tensor,
+    weights: list[DirectionWeights],
+    h0: Tensor,
+    rows: Rows,
+    saved: LayerOutput,
+    needs: Needs,
+) -> InputGrads:
+    """Those of a layer, from what its backward scan gave."""
+    cell, out = problem.cell, problem.output_size
+    if rows.masks is not None and rows.masks.lengths is not None:
+        # Padding may hold NaN, which not even a gradient of zero would keep out of a product.
+        taken = rows.masks.taken(rows.timesteps).flatten().unsqueeze(1)
+        x = torch.where(taken, x, 0)
+    grad_x = None
+    grad_weights: list[Tensor | None] = []
+    per_direction = len(needs.weights) // len(weights)
+    for direction, w in enumerate(weights):
+        need = iter(needs.weights[direction * per_direction : (direction + 1) * per_direction])
+        grad_gates = scan.gates[direction]
+        grad_in = input_side(cell, grad_gates)  # [N, G*H]
+        if needs.x:
+            # Not addmm: starting from the other sum costs exactness.
+            part = grad_in @ w.w_ih
+            grad_x = part if grad_x is None else grad_x.add_(part)
+        grad_weights.append(grad_in.t() @ x if next(need) else None)
+        y = saved.y[:, direction * out : (direction + 1) * out]
+        grad_weights.append(
+            recurrent_weight_grad(cell, grad_gates, y, saved.gates[direction], h0, rows, direction)
+            if next(need)
+            else None
         )
+        if w.b_ih is not None:
+            need_ih, need_hh = next(need), next(need)
+            sums = grad_gates.sum(0) if need_ih or need_hh else None
+            grad_weights.append(input_side(cell, sums).clone() if need_ih else None)
+            grad_weights.append(hidden_order(cell, sums) if need_hh else None)
+        if w.w_hr is not None:
+            if next(need):
+                hidden = saved.gates[direction].chunk(4, -1)[3] * saved.cells[direction].tanh()
+                grad_weights.append(scan.h[direction].t() @ hidden)
+            else:
+                grad_weights.append(None)
+    return InputGrads(
+        grad_x,
+        scan.h0 if needs.h0 else None,
+        scan.c0 if needs.c0 else None,
+        grad_weights,
+        scan.reset_h if needs.reset_h else None,
+        scan.reset_c if needs.reset_c else None,
+    )
 
 
 def float32_precision() -> str:

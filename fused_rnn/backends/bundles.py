@@ -24,6 +24,30 @@ class LayerOutput(NamedTuple):
     cells: Tensor  # [D, N, H] c after each step in state_dtype, when saved or asked for
 
 
+class StackOutput(NamedTuple):
+    """What the forward pass of a stack of L layers of one direction gives."""
+
+    ys: list[Tensor]  # of each layer [N, H]
+    h_n: Tensor  # [L, B, H]
+    c_n: Tensor  # [L, B, H] for LSTM, else [L, B, 0]
+    gates: list[Tensor]  # of each layer, as in LayerOutput
+    cells: list[Tensor]
+
+
+class Dropout(NamedTuple):
+    """What dropout leaves of the output of each layer of a stack but the last."""
+
+    kept: list[Tensor]  # bool [N, H]; none where there is no dropout
+    scale: float  # of what is kept
+
+    def of(self, layer: int, y: Tensor) -> Tensor:
+        """`y` of that layer, as the next one reads it; or of its gradient, the reverse."""
+        if not self.kept:
+            return y
+        kept = self.kept[layer].view(y.shape)
+        return torch.ops.aten.native_dropout_backward(y, kept, self.scale)
+
+
 def allocate_saved(
     like: Tensor, rows: Rows, directions: int, width: int, dtype: torch.dtype | None = None
 ) -> Tensor:

@@ -7,7 +7,6 @@ is slow, and is used only where it is asked for by name.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import torch
@@ -16,32 +15,35 @@ from torch import Tensor
 
 from .. import native
 from ..cells import Cell, DirectionWeights, is_half
-from ..problem import Problem, Rows
+from ..problem import Problem, Rows, Stack
+from . import cuda_stack
 from .base import Backend, allocate_output, float32_precision, is_relu_of_half
-from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
+from .bundles import (
+    Dropout,
+    InputGrads,
+    LayerOutput,
+    Needs,
+    OutputGrads,
+    ScanGrads,
+    StackOutput,
+)
+from .cuda_arguments import (
+    aligned,
+    current_stream,
+    hidden_bias,
+    requested_chunk,
+    requested_regime,
+    row_tensors,
+)
 
 _GROUP = 8  # rows of matrices are a multiple of so many columns
-REGIMES = ("cluster", "grid", "steps")
-
-
-def requested_regime() -> str:
-    """What FUSED_RNN_CUDA_REGIME forces, "" for nothing.
-
-    Raises:
-        ValueError: it is set to something else than a regime.
-    """
-    regime = os.environ.get("FUSED_RNN_CUDA_REGIME", "")
-    if regime not in ("", *REGIMES):
-        raise ValueError(
-            f"FUSED_RNN_CUDA_REGIME: expected one of {', '.join(REGIMES)}; got {regime!r}"
-        )
-    return regime
 
 
 class CudaBackend(Backend):
     name = "cuda"
     device_type = "cuda"
     takes_masks = True
+    has_stacks = True
 
     def library_error(self) -> str | None:
         return native.cuda_library_error()
@@ -72,11 +74,14 @@ class CudaBackend(Backend):
             return f"the device cannot be used: {str(error).splitlines()[0]}"
 
     def describe(self, problem: Problem) -> str:
-        kernels = self.ops.describe(*self._plan_arguments(problem))
+        stack = problem.stack
+        at_once = [stack.layers if chunk else 1 for chunk in stack[1:]] if stack else []
+        kernels = self.ops.describe(*self._plan_arguments(problem), *at_once)
         through = " in float32" if self.in_float32(problem) else ""
         if (through or problem.dtype == torch.float32) and float32_precision() == "tf32":
             through += " with TF32 products"
-        return f"{self.name}/{kernels}{through}"
+        together = cuda_stack.describe(stack, problem.training) if stack else ""
+        return f"{self.name}/{kernels}{through}{together}"
 
     def _plan_arguments(self, problem: Problem) -> tuple:
         device = torch.cuda.current_device() if self.device_type == "cuda" else 0
@@ -93,6 +98,33 @@ class CudaBackend(Backend):
 
     def in_float32(self, problem: Problem) -> bool:
         return is_relu_of_half(problem)
+
+    def stack(self, problem: Problem, layers: int, is_plain: bool) -> Stack | None:
+        chunk = requested_chunk()
+        if chunk == 0:
+            return None
+        if refusal := self._stack_refusal(problem, layers, is_plain):
+            if chunk is None:
+                return None
+            raise ValueError(f"FUSED_RNN_CUDA_CHUNK: layers cannot run side by side: {refusal}")
+        if chunk is not None:
+            return Stack(layers, chunk, chunk)
+        arguments = self._plan_arguments(problem), layers, problem.timesteps
+        chunks = self.ops.stack_chunks(*arguments[0], *arguments[1:])
+        return Stack(layers, *chunks) if any(chunks) else None
+
+    def _stack_refusal(self, problem: Problem, layers: int, is_plain: bool) -> str:
+        if not is_plain:
+            return (
+                "needs padded input and one direction, without lengths, resets, return_states, "
+                "recompute or changes to the recurrence"
+            )
+        if self.in_float32(problem):
+            return f"{problem.cell_name} in {problem.dtype} runs through float32"
+        if problem.timesteps == 0:
+            return "needs at least one timestep"
+        arguments = self._plan_arguments(problem)
+        return self.ops.stack_refusal(*arguments, layers, problem.timesteps)
 
     def layer_forward(
         self,
@@ -165,6 +197,34 @@ class CudaBackend(Backend):
             reset_h=pad.cut(result.reset_h),
             reset_c=pad.cut(result.reset_c),
             weights=pad.cut_weights(result.weights, len(weights)),
+        )
+
+    def stack_forward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        dropout: Dropout,
+        save: bool,
+    ) -> StackOutput:
+        return cuda_stack.forward(self.ops, problem, x, weights, h0, c0, dropout, save)
+
+    def stack_backward(
+        self,
+        problem: Problem,
+        grads: OutputGrads,
+        x: Tensor,
+        weights: list[DirectionWeights],
+        h0: Tensor,
+        c0: Tensor | None,
+        dropout: Dropout,
+        saved: StackOutput,
+        needs: Needs,
+    ) -> InputGrads:
+        return cuda_stack.backward(
+            self.ops, problem, grads, x, weights, h0, c0, dropout, saved, needs
         )
 
 
@@ -261,16 +321,16 @@ class _Scans(Backend):
         self.ops.scan_forward(
             cell.index,
             gx,
-            [_aligned(w.w_hh) for w in weights],
-            _hidden_bias(cell, weights),
-            _aligned(h0),
-            _aligned(c0, wide),
+            [aligned(w.w_hh) for w in weights],
+            hidden_bias(cell, weights),
+            aligned(h0),
+            aligned(c0, wide),
             self.hidden,
-            *_row_tensors(rows, gx, wide),
+            *row_tensors(rows, gx, wide),
             *out,
             requested_regime(),
             float32_precision() == "tf32",
-            _stream(gx),
+            current_stream(gx),
         )
         return out._replace(c_n=out.c_n.to(problem.dtype))
 
@@ -285,7 +345,7 @@ class _Scans(Backend):
         saved: LayerOutput,
     ) -> ScanGrads:
         cell, pitch, wide = problem.cell, problem.hidden_size, torch.float32
-        y = _aligned(saved.y)
+        y = aligned(saved.y)
         grad_gates = y.new_empty((problem.directions, y.shape[0], cell.grad_gates * pitch))
         grad_h0 = y.new_empty(h0.shape, dtype=wide)
         grad_c0 = y.new_empty((*h0.shape[:2], pitch * cell.has_c), dtype=wide)
@@ -295,18 +355,18 @@ class _Scans(Backend):
         )
         self.ops.scan_backward(
             cell.index,
-            _aligned(grads.y),
-            _aligned(grads.h_n, wide),
-            _aligned(grads.c_n, wide),
-            _aligned(grads.cells, wide),
-            [_aligned(w.w_hh) for w in weights],
-            _aligned(h0),
-            _aligned(c0, wide),
+            aligned(grads.y),
+            aligned(grads.h_n, wide),
+            aligned(grads.c_n, wide),
+            aligned(grads.cells, wide),
+            [aligned(w.w_hh) for w in weights],
+            aligned(h0),
+            aligned(c0, wide),
             self.hidden,
-            *_row_tensors(rows, y, wide),
+            *row_tensors(rows, y, wide),
             y,
-            _aligned(saved.gates),
-            _aligned(saved.cells),
+            aligned(saved.gates),
+            aligned(saved.cells),
             grad_gates,
             grad_h0,
             grad_c0,
@@ -314,47 +374,8 @@ class _Scans(Backend):
             grad_reset_c,
             requested_regime(),
             float32_precision() == "tf32",
-            _stream(y),
+            current_stream(y),
         )
         states = (grad_h0, grad_c0 if cell.has_c else None, grad_reset_h, grad_reset_c)
         h0, c0, reset_h, reset_c = (None if s is None else s.to(problem.dtype) for s in states)
         return ScanGrads(grad_gates, h0, c0, reset_h=reset_h, reset_c=reset_c)
-
-
-def _aligned(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Dense, and where 16 bytes may be copied at a time; as `dtype` if it is given."""
-    if tensor is None:
-        return None
-    dense = tensor.to(dtype or tensor.dtype).contiguous()
-    return dense.clone() if dense.data_ptr() % 16 else dense
-
-
-def _hidden_bias(cell: Cell, weights: list[DirectionWeights]) -> Tensor | None:
-    """float32 [D, H], GRU's b_hn, which r multiplies; None for other cells and without biases."""
-    if cell.name != "gru" or weights[0].b_hh is None:
-        return None
-    return torch.stack([w.b_hh.chunk(3)[2] for w in weights]).to(torch.float32)
-
-
-def _row_tensors(rows: Rows, like: Tensor, wide: torch.dtype) -> tuple[Tensor | None, ...]:
-    """lengths [B], offsets [T] of packed rows, resets [T, B], reset_h and reset_c."""
-    if not rows.packed:
-        lengths, resets, reset_h, reset_c = rows.masks or (None, None, None, None)
-        return (
-            _aligned(lengths), None, _aligned(resets), _aligned(reset_h, like.dtype),
-            _aligned(reset_c, wide),
-        )  # fmt: skip
-    sizes = rows.batch_sizes_tensor
-    lengths = rows.timesteps - torch.searchsorted(
-        sizes.flip(0), torch.arange(rows.batch_size), right=True
-    )
-    offsets = sizes.cumsum(0) - sizes
-    # One copy, which does not wait for the device.
-    both = torch.cat((lengths, offsets)).to(like.device, non_blocking=True)
-    return both[: rows.batch_size], both[rows.batch_size :].clone(), None, None, None
-
-
-def _stream(tensor: Tensor) -> int:
-    if tensor.device.type != "cuda":
-        return 0
-    return torch.cuda.current_stream(tensor.device).cuda_stream

@@ -1,0 +1,80 @@
+"""What the CUDA operators are given, and what the user forces."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..cells import Cell, DirectionWeights
+from ..problem import Rows
+
+REGIMES = ("cluster", "grid", "steps")
+
+
+def requested_regime() -> str:
+    """What FUSED_RNN_CUDA_REGIME forces, "" for nothing.
+
+    Raises:
+        ValueError: it is set to something else than a regime.
+    """
+    regime = os.environ.get("FUSED_RNN_CUDA_REGIME", "")
+    if regime not in ("", *REGIMES):
+        raise ValueError(
+            f"FUSED_RNN_CUDA_REGIME: expected one of {', '.join(REGIMES)}; got {regime!r}"
+        )
+    return regime
+
+
+def requested_chunk() -> int | None:
+    """The timesteps that FUSED_RNN_CUDA_CHUNK forces, None where it leaves them to the planner.
+
+    Raises:
+        ValueError: it is set to something else than a number of timesteps.
+    """
+    text = os.environ.get("FUSED_RNN_CUDA_CHUNK", "")
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"FUSED_RNN_CUDA_CHUNK: expected timesteps, or 0; got {text!r}")
+    return int(text)
+
+
+def aligned(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Dense, and where 16 bytes may be copied at a time; as `dtype` if it is given."""
+    if tensor is None:
+        return None
+    dense = tensor.to(dtype or tensor.dtype).contiguous()
+    return dense.clone() if dense.data_ptr() % 16 else dense
+
+
+def hidden_bias(cell: Cell, weights: list[DirectionWeights]) -> Tensor | None:
+    """float32 [D, H], GRU's b_hn, which r multiplies; None for other cells and without biases."""
+    if cell.name != "gru" or weights[0].b_hh is None:
+        return None
+    return torch.stack([w.b_hh.chunk(3)[2] for w in weights]).to(torch.float32)
+
+
+def row_tensors(rows: Rows, like: Tensor, wide: torch.dtype) -> tuple[Tensor | None, ...]:
+    """lengths [B], offsets [T] of packed rows, resets [T, B], reset_h and reset_c."""
+    if not rows.packed:
+        lengths, resets, reset_h, reset_c = rows.masks or (None, None, None, None)
+        return (
+            aligned(lengths), None, aligned(resets), aligned(reset_h, like.dtype),
+            aligned(reset_c, wide),
+        )  # fmt: skip
+    sizes = rows.batch_sizes_tensor
+    lengths = rows.timesteps - torch.searchsorted(
+        sizes.flip(0), torch.arange(rows.batch_size), right=True
+    )
+    offsets = sizes.cumsum(0) - sizes
+    # One copy, which does not wait for the device.
+    both = torch.cat((lengths, offsets)).to(like.device, non_blocking=True)
+    return both[: rows.batch_size], both[rows.batch_size :].clone(), None, None, None
+
+
+def current_stream(tensor: Tensor) -> int:
+    if tensor.device.type != "cuda":
+        return 0
+    return torch.cuda.currentcurrent_stream(tensor.device).cuda_stream
