@@ -497,10 +497,10 @@ def _gradients_of_oracle(cell, grads, inputs, layout, needs, create_graph):
     )
     if grads[3] is not None and batch_sizes is None:
         cells = cells.flatten(1, 2)
-    return differentiable_grads((*outputs, cells), grads, views, needs)
+    return differentiable_grads((*outputs, cells), grads, views, needs, create_graph)
 
 
-def differentiable_grads(outputs, grads, views, needs):
+def differentiable_grads(outputs, grads, views, needs, create_graph):
     """Of `views`, where there is a need, the gradients of the outputs that have one in `grads`."""
     used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [v for v, need in zip(views, needs, strict=True) if need]

@@ -148,8 +148,12 @@ class _StackFunction(torch.autograd.Function):
         grads = grad_y, grad_h_n, None if c0 is None else grad_c_n
         if all(grad is None for grad in grads):
             return (None,) * (1 + len(needs))
-        if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable
-            results = _differentiable_backward(problem, dropout, grads, kept, needs)
+        create_graph = torch.is_grad_enabled()
+        if create_graph or ops.are_batched(grads):
+            with torch.enable_grad():
+                results = _differentiable_backward(
+                    problem, dropout, grads, kept, needs, create_graph
+                )
             return (None, *results)
         ys[-1] = ys[-1].flatten(0, 1)
         result = dispatch.find(name).stack_backward(
@@ -167,7 +171,7 @@ class _StackFunction(torch.autograd.Function):
         return (None, grad_x, result.h0, result.c0, *result.weights)
 
 
-def _differentiable_backward(problem, dropout, grads, inputs, needs):
+def _differentiable_backward(problem, dropout, grads, inputs, needs, create_graph):
     """As that of a single layer in `ops`, through every layer."""
     views = [None if i is None else i.view_as(i) for i in inputs]
     x, h0, c0, *weights = views
@@ -185,7 +189,7 @@ def _differentiable_backward(problem, dropout, grads, inputs, needs):
         finals.append(final)
     states = [torch.cat(parts) for parts in zip(*finals, strict=True) if parts[0] is not None]
     outputs = (x, *states, *[None] * (2 - len(states)))
-    return ops.differentiable_grads(outputs, grads, views, needs)
+    return ops.differentiable_grads(outputs, grads, views, needs, create_graph)
 
 
 def _dropped(y: Tensor, layer: int, dropout: Dropout) -> Tensor:

@@ -1,7 +1,9 @@
 // The register tile that matrix products are made of where there is no AMX.
 //
 // Every sum is one chain of multiply-adds in the order of k, so an element does not depend on the
-// tile, batch, thread count or vector width it was computed with.
+// tile, batch, thread count or vector width it was computed with. Over a long depth there is a chain
+// for every kChain of it, which are added up: at H=1024, where backward's depth is 4096, one chain
+// left gradients 2.6 times as far from the exact ones as torch.nn's are.
 
 constexpr int kMaxColumns = 4;
 
@@ -32,9 +34,11 @@ constexpr bool kOfHalves<HalfPair> = true;
 
 // tile [ROWS, COLUMNS] = a [ROWS, depth] times panel [words, COLUMNS]. Panels are words, floats as
 // such or, of a stepper, pairs of halves.
+constexpr int64_t kChain = 256;
+
 template <int COLUMNS, int ROWS, class Word>
-__attribute__((noinline)) void multiply_tile(int64_t depth, const Element* a, int64_t a_stride,
-                                             const Word* panel, Vector* tile) {
+__attribute__((noinline)) void multiply_chain(int64_t depth, const Element* a, int64_t a_stride,
+                                              const Word* panel, bool add, Vector* tile) {
   Vector sum[ROWS][COLUMNS];
   FUSED_RNN_UNROLL
   for (int row = 0; row < ROWS; row++) {
@@ -89,8 +93,19 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const Element* a, in
   FUSED_RNN_UNROLL
   for (int row = 0; row < ROWS; row++) {
     FUSED_RNN_UNROLL
-    for (int column = 0; column < COLUMNS; column++)
-      tile[row * COLUMNS + column] = sum[row][column];
+    for (int column = 0; column < COLUMNS; column++) {
+      Vector* to = tile + row * COLUMNS + column;
+      *to = add ? *to + sum[row][column] : sum[row][column];
+    }
+  }
+}
+
+template <int COLUMNS, int ROWS, class Word>
+void multiply_tile(int64_t depth, const Element* a, int64_t a_stride, const Word* panel,
+                   Vector* tile) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kChain) {
+    multiply_chain<COLUMNS, ROWS>(smaller(kChain, depth - k), a + k, a_stride, panel, k > 0, tile);
+    panel += kChain / (kOfHalves<Word> ? 2 : kPairs) * COLUMNS * kWidth;
   }
 }
 
