@@ -32,6 +32,11 @@ def load(device: str) -> Run | None:
     return Run.load(path) if path.exists() else None
 
 
+def other_cpus() -> list[Run]:
+    """Earlier runs on machines of another kind than cpu.json's, kept under names of their own."""
+    return [Run.load(path) for path in sorted(RESULTS.glob("cpu-*.json"))]
+
+
 def table(headers: list[str], lines: list[list[str]], words: int = 1) -> str:
     """Markdown; the first `words` columns are text, the others numbers."""
     rules = ["---" if i < words else "---:" for i in range(len(headers))]
@@ -92,7 +97,9 @@ def readme_cpu() -> str:
     run = load("cpu")
     if run is None:
         return "Not yet measured."
-    return f"{summary(run)}\n\nRatios of medians, geometric means over six shapes. {setting(run)}"
+    shown = [f"{summary(run)}\n\nRatios of medians, geometric means over six shapes. {setting(run)}"]
+    shown += [f"On another CPU:\n\n{summary(run)}\n\n{setting(run)}" for run in other_cpus()]
+    return "\n\n".join(shown)
 
 
 def readme_gpu() -> str:
@@ -138,6 +145,9 @@ def document() -> str:
             parts += [f"### {name}", SETS[name].question if name in SETS else "", _set(run, name)]
         if device == "cpu":
             parts += ["### Targets", _targets(run)]
+            for other in other_cpus():
+                parts += ["### On another CPU", setting(other), _ceilings(other), summary(other)]
+                parts += [_targets(other)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

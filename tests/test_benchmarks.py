@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fused_rnn import native
+
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -74,6 +76,13 @@ def test_streaming_program(tmp_path):
     (row,) = json.loads(path.read_text())
     assert all(0 < row["least_us"][way] <= row["median_us"][way] for way in row["least_us"])
     assert {"stepper", "bf16 stepper", "layer", "nn layer", "nn cell"} == row["least_us"].keys()
+
+
+def test_accuracy_program():
+    result = run("accuracy.py", "--cell", "gru", "--shape", "5,3,17")
+    assert result.returncode == 0, result.stderr
+    expected = {"torch.nn", *([native.cpu_capability()] if not native.cpu_library_error() else [])}
+    assert all(name in result.stdout for name in expected)
 
 
 @pytest.mark.slow

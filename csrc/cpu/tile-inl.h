@@ -3,7 +3,8 @@
 // Every sum is one chain of multiply-adds in the order of k, so an element does not depend on the
 // tile, batch, thread count or vector width it was computed with. Over a long depth there is a chain
 // for every kChain of it, which are added up: at H=1024, where backward's depth is 4096, one chain
-// left gradients 2.6 times as far from the exact ones as torch.nn's are.
+// left the gradient of x 2.6 times as far from the exact one as torch.nn's is, chains of 512 1.2
+// times, of 256 0.9 times, none of them measurably slower than another.
 
 constexpr int kMaxColumns = 4;
 
