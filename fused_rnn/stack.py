@@ -51,9 +51,9 @@ def layers(
     if any(type(t) not in _PLAIN_TYPES for t in (x, *states, *weights)):
         return None
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights))
-    per_layer = len(weights) // num_layers
     h0, c0 = states if CELLS[cell].has_c else (states[0], None)
-    first = h0[:1], None if c0 is None else c0[:1], list(weights[:per_layer])
+    of_one = len(weights) // h0.shape[0]  # layer and direction
+    first = h0[:1], None if c0 is None else c0[:1], list(weights[:of_one])
     problem = ops.make_problem(cell, x, *first, None, None, training)
     if h0.shape[0] != num_layers:  # two directions
         problem = replace(problem, directions=2)
