@@ -97,7 +97,9 @@ def readme_cpu() -> str:
     run = load("cpu")
     if run is None:
         return "Not yet measured."
-    shown = [f"{summary(run)}\n\nRatios of medians, geometric means over six shapes. {setting(run)}"]
+    shown = [
+        f"{summary(run)}\n\nRatios of medians, geometric means over six shapes. {setting(run)}"
+    ]
     shown += [f"On another CPU:\n\n{summary(run)}\n\n{setting(run)}" for run in other_cpus()]
     return "\n\n".join(shown)
 

@@ -3,8 +3,8 @@
 // AMX multiplies BFloat16 only, but fourteen times as many a second as AVX-512 multiplies floats. A
 // float is the sum of three of them, each the rest rounded to nearest, and of the nine products of
 // parts the six largest are taken (Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial
-// Intelligence Datatype For Higher-Precision Computations", 2019). What is left out is at most 2^-23
-// of a product, and about 2^-26 on average, of either sign.
+// Intelligence Datatype For Higher-Precision Computations", 2019). What is left out is at most
+// 2^-23 of a product, and about 2^-26 on average, of either sign.
 //
 // Infinities are exceptional: the products of their parts would not be numbers. A row or a panel
 // that has one, or a float that rounds to one, says so, and what it meets is computed from the sums
