@@ -5,7 +5,8 @@
 FUSED_RNN_INLINE void store_in_parts(const Panel& panel, int column, int64_t k, Vector first,
                                      Vector second) {
   Parts of_first, of_second;
-  *panel.exceptional |= cut(first, of_first) | cut(second, of_second);
+  if (cut(first, of_first)) *panel.exceptional = true;
+  if (cut(second, of_second)) *panel.exceptional = true;
   FUSED_RNN_UNROLL
   for (int part = 0; part < kParts; part++) {
     float* to = const_cast<float*>(panel.data) +
