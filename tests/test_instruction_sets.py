@@ -88,19 +88,24 @@ def _small_batches(cell: str) -> list[LayerCase]:
     ]
 
 
+def _least_units_in_parts(cell: str) -> int:
+    return 128 if CELLS[cell].gates > 1 else 256
+
+
 def _tiles(cell: str) -> list[LayerCase]:
     """Large enough for AMX to take float32 in parts, and just around its tiles."""
     case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    least = _least_units_in_parts(cell)
     cases = [
-        case(20, 33, 45, 50, directions=2),
-        case(22, 24, 33, 31, bias=False),
-        case(9, 64, 64, 64),
-        case(5, 129, 7, 100),
-        case(19, 28, 16, 150, directions=2),
-        packed([25] * 20 + [3] * 17 + [1], 17, 33, directions=2),
+        case(20, 33, 45, least + 2, directions=2),
+        case(22, 24, 33, least + 31, bias=False),
+        case(9, 64, 64, least),
+        case(5, 129, 7, least + 17),
+        case(19, 28, 16, least + 22, directions=2),
+        packed([25] * 20 + [3] * 17 + [1], 17, least + 1, directions=2),
     ]
     if CELLS[cell].has_c:
-        cases.append(case(20, 33, 16, 50, proj_size=17, directions=2))
+        cases.append(case(20, 33, 16, least + 50, proj_size=17, directions=2))
     return [*cases, *_in_bfloat16(cases)]
 
 
@@ -165,8 +170,9 @@ WITHOUT_PARTS = [
 def test_what_has_no_parts_goes_through_tiles(cell, where, value, amx, monkeypatch):
     """Infinities and NaN come out where AVX-512 has them, and its numbers elsewhere; likewise of
     floats that bfloat16 would round to infinity."""
-    inputs = testing.make_inputs(LayerCase(cell, 16, 33, 40, 50))
-    grad = torch.ones(16, 33, 50)
+    hidden = _least_units_in_parts(cell) + 5
+    inputs = testing.make_inputs(LayerCase(cell, 16, 33, 40, hidden))
+    grad = torch.ones(16, 33, hidden)
     tensor = {**inputs.tensors, "grad": grad}[where].view(-1)
     tensor[tensor.numel() // 2 + 1] = value
 
@@ -192,7 +198,7 @@ def test_what_has_no_parts_goes_through_tiles(cell, where, value, amx, monkeypat
 
 def test_small_numbers_keep_their_precision_in_tiles(amx):
     """Down to where the last of a number's parts would be a denormal."""
-    case = LayerCase("rnn_relu", 16, 33, 40, 50, bias=False)
+    case = LayerCase("rnn_relu", 16, 33, 40, 260, bias=False)
     inputs = testing.make_inputs(case).map(lambda t: t if t.shape[-1] == 40 else t * 0)
     small = replace(inputs, x=inputs.x * 2.0**-90)
     large, result = (ops.layer(*i.args).y for i in (inputs, small))
