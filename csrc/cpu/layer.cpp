@@ -36,9 +36,9 @@ constexpr int64_t kRowsInParts = 24;
 // And where a call has so many: cutting the weights costs more than packing them does. With 128
 // rows of a batch of 1, GRU's inference at H=128 took 1.25 times as long in parts.
 constexpr int64_t kCallRowsInParts = 512;
-// And where a layer is wide, for cutting a row to be little beside its products and a tile's depth to
-// be full. In training, AVX-512's time over that of parts: GRU and LSTM 0.9 at H=72 and 100, 1.0 at
-// 112, 1.1 to 1.2 at 128; RNN 0.9 at H=128, 1.1 at 256.
+// And where a layer is wide, for cutting a row to be little beside its products and a tile's depth
+// to be full. In training, AVX-512's time over that of parts: GRU and LSTM 0.9 at H=72 and 100, 1.0
+// at 112, 1.1 to 1.2 at 128; RNN 0.9 at H=128, 1.1 at 256.
 constexpr int64_t kUnitsInParts = 128;
 constexpr int64_t kGateUnitsInParts = 256;
 
