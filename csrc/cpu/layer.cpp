@@ -21,6 +21,12 @@ constexpr double kFlopsPerMeeting = 2e4;
 // Threads share out batch rows where each gets so many, else hidden units. Fewer rows do not fill
 // the register tile, and every thread would stream all weights for them.
 constexpr int64_t kRowsPerThread = 8;
+// Or up to so many, where W_hh is of so many bytes that it comes from L3 in every step: split, each
+// thread reads a part of it. With AMX and two threads, time of rows over that of units at B = 20 to
+// 48 and H = 400 to 1150: LSTM 1.1 to 1.4 in inference and 1.0 to 1.15 in training, GRU 1.1 to 1.25
+// and 1.0 to 1.1; below these bytes 0.85 to 1.05, and at B=64 0.95 to 1.05.
+constexpr int64_t kRowsPerThreadOfL3 = 32;
+constexpr int64_t kBytesOfL3 = 7 << 18;
 // One timestep of up to so many rows is computed from unpacked weights. GRU, H=128, 1, 4 and 8
 // rows: 4, 17 and 33 us, packing included 14, 18 and 25.
 constexpr int64_t kStepRows = 4;
@@ -68,11 +74,13 @@ struct Plan {
   bool units;       // over hidden units, else over batch rows
   int64_t members;  // threads per direction
 
-  Plan(const LayerShape& s, const Threads& threads) {
+  Plan(const LayerShape& s, int64_t element_bytes, const Threads& threads) {
     const int64_t count = recurrent_flops(s) > kSerialFlops ? threads.count : 1;
     parallel = count > 1;
     members = std::max<int64_t>(1, count / s.directions);
-    units = members > 1 && s.rows.batch < kRowsPerThread * members;
+    const int64_t bytes = cell_sizes(s.cell).gates * s.hidden * s.output * element_bytes;
+    const int64_t rows = bytes < kBytesOfL3 ? kRowsPerThread : kRowsPerThreadOfL3;
+    units = members > 1 && s.rows.batch < rows * members;
     if (!units) return;
     const double step = static_cast<double>(s.rows.batch) * recurrent_flops_per_row(s);
     const double meetings = has_second_product(s) ? 2.0 : 1.0;
@@ -91,7 +99,7 @@ template <class E>
 class Call {
  public:
   Call(const KernelsOf<E>& isa, const LayerShape& shape, const Threads& threads)
-      : isa_(isa), shape_(shape), threads_(threads), plan_(shape, threads) {}
+      : isa_(isa), shape_(shape), threads_(threads), plan_(shape, sizeof(E), threads) {}
 
   const Plan& plan() const { return plan_; }
   float* take(int64_t count) { return workspace_.take(count); }
