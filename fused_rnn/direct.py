@@ -120,10 +120,11 @@ def given_states(cell: Cell, hx: Any) -> tuple[Tensor | None, Tensor | None] | N
 
 def train_layer(
     cell: Cell,
-    x: Tensor,  # [T, B, I], or of a cell's timestep [B, I]
+    x: Tensor,  # [T, B, I], [N, I] with `batch_sizes`, or of a cell's timestep [B, I]
     h0: Tensor | None,  # [D, B, P] or [B, H], None for zeros
     c0: Tensor | None,  # [D, B, H] or [B, H], beside h0 of an LSTM
     weights: list[Tensor],  # as in `ops.layer`
+    batch_sizes: Tensor | None,
     directions: int,
 ) -> list[Tensor]:
     """y, h_n (not of a timestep), c_n, gates and cells, those that the cell has; nothing where the
@@ -132,7 +133,7 @@ def train_layer(
         return []
     try:
         return torch.ops.fused_rnn_cpu.train_layer.default(
-            cell.index, x, weights, h0, c0, directions
+            cell.index, x, weights, h0, c0, batch_sizes, directions
         )
     except NotImplementedError:  # the dispatcher's, for the rarest kinds of tensors
         return []
@@ -145,6 +146,7 @@ def train_layer_backward(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: list[Tensor],
+    batch_sizes: Tensor | None,
     saved: tuple[Tensor | None, ...],  # y, gates, cells; None where the cell has none
     directions: int,
     needs: Sequence[bool],  # of x, h0, c0 and the weights
@@ -156,7 +158,7 @@ def train_layer_backward(
     grads = [grad if grad is None else grad.contiguous() for grad in grads]
     wanted = sum(1 << i for i, need in enumerate(needs) if need)
     return torch.ops.fused_rnn_cpu.train_layer_backward.default(
-        cell.index, *grads, x, weights, h0, c0, *saved, directions, wanted
+        cell.index, *grads, x, weights, h0, c0, batch_sizes, *saved, directions, wanted
     )
 
 

@@ -56,6 +56,11 @@ int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
 // projected, W_hn's in a GRU that resets before it.
 bool has_second_product(const LayerShape& s) { return projected(s) || reset_before(s); }
 
+// As many as a step has on average: packed ones have fewer and fewer.
+int64_t rows_of_step(const LayerShape& s) {
+  return s.rows.timesteps > 0 ? s.count / s.rows.timesteps : 0;
+}
+
 // Of one step: W_hh's and W_hr's.
 double recurrent_flops_per_row(const LayerShape& s) {
   const int64_t gates = cell_sizes(s.cell).gates + (projected(s) ? 1 : 0);
@@ -80,7 +85,7 @@ struct Plan {
     members = std::max<int64_t>(1, count / s.directions);
     const int64_t bytes = cell_sizes(s.cell).gates * s.hidden * s.output * element_bytes;
     const int64_t rows = bytes < kBytesOfL3 ? kRowsPerThread : kRowsPerThreadOfL3;
-    units = members > 1 && s.rows.batch < rows * members;
+    units = members > 1 && rows_of_step(s) < rows * members;
     if (!units) return;
     const double step = static_cast<double>(s.rows.batch) * recurrent_flops_per_row(s);
     const double meetings = has_second_product(s) ? 2.0 : 1.0;
@@ -310,10 +315,10 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
     const WeightsOf<E>& w = call.weights[d];
     p.w_ih[d] = work.pack_gates(w.w_ih, s.input, s.hidden, gates, s.count);
     const int first_gates = reset_before(s) ? 2 : gates;
-    p.w_hh[d] = work.pack_gates(w.w_hh, s.output, s.hidden, first_gates, batch);
+    p.w_hh[d] = work.pack_gates(w.w_hh, s.output, s.hidden, first_gates, rows_of_step(s));
     if (has_second_product(s)) {
       const E* second = projected(s) ? w.w_hr : w.w_hh + first_gates * s.hidden * s.output;
-      p.w_second[d] = work.pack_gates(second, s.hidden, s.output, 1, batch);
+      p.w_second[d] = work.pack_gates(second, s.hidden, s.output, 1, rows_of_step(s));
       p.between[d] = work.take_elements(batch * s.hidden);
     }
     words =
@@ -491,13 +496,14 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
   for (int64_t d = 0; d < s.directions; d++) {
     const WeightsOf<E>& w = call.weights[d];
     const int64_t first_rows = (reset_before(s) ? 2 : sizes.gates) * s.hidden;
-    p.w_hh[d] = work.pack_columns(w.w_hh, first_rows, s.output, products.rotate(), batch, true);
+    p.w_hh[d] =
+        work.pack_columns(w.w_hh, first_rows, s.output, products.rotate(), rows_of_step(s), true);
     if (reset_before(s)) {
-      p.w_second[d] =
-          work.pack_columns(w.w_hh + first_rows * s.output, s.hidden, s.hidden, 0, batch, true);
+      p.w_second[d] = work.pack_columns(w.w_hh + first_rows * s.output, s.hidden, s.hidden, 0,
+                                        rows_of_step(s), true);
     }
     if (projected(s)) {
-      p.w_second[d] = work.pack_columns(w.w_hr, s.output, s.hidden, 0, batch, true);
+      p.w_second[d] = work.pack_columns(w.w_hr, s.output, s.hidden, 0, rows_of_step(s), true);
       p.grad_h[d] = work.take_elements(most_rows * s.output);
     }
     p.grad_gates[d] = work.take_elements(most_rows * width);
