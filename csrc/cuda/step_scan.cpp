@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -121,11 +122,13 @@ const float* floats(const Tensor& tensor) {
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
-// How many steps a graph has, an even number; 0: no graph. Recording a step costs the host about as
-// much as doing it, launching a graph a third of that: the least of both.
+// How many steps a graph has, an even number; 0: no graph. The host's least: recording a step costs
+// what doing it costs and 5 us of instantiation, launching a graph of up to 16 steps 2.5 to 5 us
+// (an H100, with products of torch and copies that Python recorded). The device does not mind: 5.7
+// us a step in graphs of 8, 6.0 in graphs of 2.
 int64_t steps_of_graph(int64_t count) {
-  const auto half = std::lround(std::sqrt(0.3 * static_cast<double>(count)) / 2);
-  return count < 4 ? 0 : 2 * std::max(1L, half);
+  const auto half = std::lround(std::sqrt(0.2 * static_cast<double>(count)) / 2);
+  return count < 4 ? 0 : 2 * std::clamp(half, 1L, 8L);
 }
 
 // The steps of a pass: `count` of them from `first` on, each `by` further.
