@@ -77,4 +77,4 @@ def row_tensors(rows: Rows, like: Tensor, wide: torch.dtype) -> tuple[Tensor | N
 def current_stream(tensor: Tensor) -> int:
     if tensor.device.type != "cuda":
         return 0
-    return torch.cuda.currentcurrent_stream(tensor.device).cuda_stream
+    return torch.cuda.current_stream(tensor.device).cuda_stream
