@@ -58,7 +58,8 @@ def _interpreted(selection, marks, file):
 
 # Each part imports torch and triton anew: so few that two workers are busy.
 PARTS = [
-    ("gru", "test_triton_interpreter.py"),
+    ("gru and not reset_before", "test_triton_interpreter.py"),
+    ("reset_before", "test_triton_interpreter.py"),
     ("lstm", "test_triton_interpreter.py"),
     ("not (gru or lstm)", "test_triton_interpreter.py"),
     ("test", "test_triton_exchange.py"),

@@ -28,6 +28,9 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 CASES = {
     "lstm": LayerCase("lstm", 3, 17, 2, 20),
     "gru": LayerCase("gru", 4, 2, 2, 33, directions=2, dtype=torch.bfloat16),
+    "gru_reset_before": LayerCase(
+        "gru_reset_before", 3, 17, 2, 33, ends=tuple(i % 4 for i in range(17)), resets=True
+    ),
     "rnn_tanh": LayerCase.packed("rnn_tanh", [4, 3, 1], 2, 40),
 }
 

@@ -28,7 +28,7 @@ from fused_rnn.backends.triton import launch  # noqa: E402
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 HALF = (torch.bfloat16, torch.float16)
-KERNELS = testing.TORCH_CELLS
+KERNELS = tuple(CELLS)
 
 
 @pytest.fixture(autouse=True)
@@ -278,6 +278,7 @@ def test_inference_gives_every_steps_c_alone():
         ("rnn_relu", float("nan")),
         ("rnn_tanh", float("inf")),
         ("gru", float("nan")),
+        ("gru_reset_before", float("nan")),
         ("gru", -1e30),
         ("lstm", float("inf")),
     ],
@@ -400,7 +401,7 @@ OF_TIMESTEPS = ("gx", "y", "gates", "cells", "grad_y", "grad_cells", "grad_gates
 
 
 @pytest.mark.parametrize("regime", ["a", "c"])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "gru_reset_before", "lstm"])
 def test_offsets_have_64_bits(cell, regime, monkeypatch):
     """All timesteps but the first again as the last of many more, in memory that begins so far
     ahead of the tensors that they lie where those timesteps do: T beyond 65,535, and more than

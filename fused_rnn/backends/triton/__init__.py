@@ -50,11 +50,6 @@ class TritonBackend(Backend):
             return f"needs dtype float32, bfloat16 or float16, got {problem.dtype}"
         if problem.hidden_size == 0:
             return "needs at least one hidden unit, got hidden_size=0"
-        if problem.cell_name == "gru_reset_before":
-            return (
-                "has no GRU with the reset gate before the product: a step would need a second "
-                "exchange between programs"
-            )
         if problem.proj_size:
             return (
                 f"has no projected LSTM, got proj_size={problem.proj_size}: a step would need a "

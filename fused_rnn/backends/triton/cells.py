@@ -11,6 +11,9 @@ backward(saved, h_before, h_after, c_before, c_after, dh, dc) -> (d, dh before, 
     gradients of the pre-activations in the order of `cells.Cell.grad_gates`. dh before: what
     reaches the state before the step, but for what comes through W_hh.
 
+A GRU that resets before the product gets r and z themselves, from the first product, and what n is
+the tanh of; backward it gives, in place of d_r, what that is per gradient of r * h.
+
 A cell without c passes it through. The formulas are those of `fused_rnn/cells.py`.
 """
 
@@ -81,6 +84,20 @@ def gru_backward(saved, h_before, h_after, c_before, c_after, dh, dc):
 
 
 @triton.jit
+def gru_reset_before_forward(pre, h, c):
+    r, z, n = pre[0], pre[1], tanh(pre[2])
+    return n + z * (h - n), c, (r, z, n)
+
+
+@triton.jit
+def gru_reset_before_backward(saved, h_before, h_after, c_before, c_after, dh, dc):
+    r, z, n = saved[0], saved[1], saved[2]
+    d_n = dh * (1.0 - z) * (1.0 - n * n)
+    d_z = dh * (h_before - n) * z * (1.0 - z)
+    return (h_before * r * (1.0 - r), d_z, d_n), dh * z, dc
+
+
+@triton.jit
 def lstm_forward(pre, h, c):
     i = sigmoid(pre[0])
     f = sigmoid(pre[1])
@@ -111,5 +128,6 @@ FUNCTIONS = {
     "rnn_tanh": CellFunctions(rnn_tanh_forward, rnn_tanh_backward),
     "rnn_relu": CellFunctions(rnn_relu_forward, rnn_relu_backward),
     "gru": CellFunctions(gru_forward, gru_backward),
+    "gru_reset_before": CellFunctions(gru_reset_before_forward, gru_reset_before_backward),
     "lstm": CellFunctions(lstm_forward, lstm_backward),
 }
