@@ -59,7 +59,6 @@ class Backend:
 
     name: str
     device_type: str | None = None  # where its tensors have to be; None: anywhere
-    takes_masks = False  # whether its layers look at rows.masks; else they get packed pieces
     extras: frozenset[str] = frozenset()  # those of Problem.extras that its layers have
     has_stacks = False  # whether it can run the layers of a stack side by side
 
@@ -80,6 +79,11 @@ class Backend:
         """Whether a layer of a half type is computed in float32, and rounded where it leaves."""
         return False
 
+    def takes_masks(self, problem: Problem) -> bool:
+        """Whether its layers look at rows.masks; else they get packed pieces, for which the host
+        has to know what masks say: on the CPU only."""
+        return problem.device_type != "cpu"
+
     def forward(self, problem: Problem, *args) -> LayerOutput:
         """`layer_forward` on any rows, of any dtype there is.
 
@@ -93,7 +97,7 @@ class Backend:
             return run(problem, *args)
         rows = args[-2]
         rows.masks.check(rows.timesteps)
-        if self.takes_masks:
+        if self.takes_masks(problem):
             return run(problem, *args)
         return pieces.forward_in_pieces(run, problem, *args)
 
@@ -102,7 +106,7 @@ class Backend:
         run = self.layer_backward
         if self.in_float32(problem):
             run = partial(backward_in_float32, run)
-        if (problem.lengths or problem.resets) and not self.takes_masks:
+        if (problem.lengths or problem.resets) and not self.takes_masks(problem):
             return pieces.backward_in_pieces(run, problem, *args)
         return run(problem, *args)
 
