@@ -74,7 +74,7 @@ def test_in_the_interpreter(selection, file):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize(("selection", "file"), PARTS[:3])
+@pytest.mark.parametrize(("selection", "file"), PARTS[:4])
 def test_in_the_interpreter_at_length(selection, file):
     _interpreted(selection, "slow", file)
 

@@ -293,21 +293,22 @@ def scan_forward(
             if c is not None:
                 c_own = tl.where(on, c_new, c_own)
         if gates is not None:
+            p_gates = gates + (side * N + b0 + row) * (S * H)
             from_row = taken
             if lengths is not None:
                 from_row = present
-            p_gates = gates + (side * N + b0 + row) * (S * H) + inner * (S * H)
             if HALF != "second":
                 kept = together(saved, BLOCK_B, BLOCK_H, COLUMNS)
                 if lengths is not None:
                     kept = tl.where(taken, kept, 0.0)
-                p_saved = p_gates + (gate * H + unit_j)
+                p_saved = p_gates + (inner * (S * H) + gate * H + unit_j)
                 tl.store(p_saved, narrow(kept, dtype, SOFT), from_row & known_j)
             if RESET_BEFORE and HALF != "first":
                 n = saved[2]
                 if lengths is not None:
                     n = tl.where(taken, n, 0.0)
-                tl.store(p_gates + (2 * H + u), narrow(n, dtype, SOFT), from_row & unit)
+                p_n = p_gates + (inner * (S * H) + 2 * H + u)
+                tl.store(p_n, narrow(n, dtype, SOFT), from_row & unit)
         if cells is not None:
             c_out = c_new
             if lengths is not None:
