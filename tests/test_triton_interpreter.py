@@ -113,7 +113,12 @@ NOISE = {
     "zoneout, expected": ({"zoneout": 0.3}, False),
     "both": ({"recurrent_dropout": 0.4, "zoneout": 0.3}, True),
 }
-NOISE_OF_LSTM = {"zoneout of c": ({"zoneout": (0.0, 0.4)}, True)}
+NOISE_OF_LSTM = {
+    "zoneout of c": ({"zoneout": (0.0, 0.4)}, True),
+    "peepholes": ({"peepholes": True}, True),
+    "peepholes and zoneout": ({"peepholes": True, "zoneout": (0.2, 0.4)}, True),
+    "all, expected": ({"peepholes": True, "recurrent_dropout": 0.4, "zoneout": 0.3}, False),
+}
 
 
 def _noise_params():
@@ -134,7 +139,7 @@ def _noise_params():
         ("b", 20, "bfloat16"),
     ],
 )
-def test_dropout_and_zoneout(cell, options, training, regime, hidden, form, monkeypatch):
+def test_more_in_the_recurrence(cell, options, training, regime, hidden, form, monkeypatch):
     """By the kernels and, in float64 and with the same masks, by the scan in torch operations."""
     monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", regime)
     layer = testing.make_module(cell, 3, hidden, bidirectional=True, **options).train(training)

@@ -6,7 +6,7 @@ may take the process with it:
 
     python tests/triton_ahead.py cuda:90 0 5     # the rows 0 and 5 of the table, a report per line
     python tests/triton_ahead.py cuda:90         # every row that sm_90 uses
-    python tests/triton_ahead.py --noise cuda:90 0 5    # with recurrent dropout and zoneout
+    python tests/triton_ahead.py --noise cuda:90 0 5    # with recurrent dropout, zoneout, peepholes
     python tests/triton_ahead.py --write         # every row and target: tests/triton_bounds.json
     python tests/triton_ahead.py --write cuda:80 # of one target
 """
@@ -110,7 +110,8 @@ def recording(target):
 
 
 def noise_of(problem):
-    """Recurrent dropout and zoneout, by tensors of the right shapes and any content."""
+    """Recurrent dropout and zoneout, by tensors of the right shapes and any content. Peepholes come
+    with them."""
     d, b, h = problem.directions, problem.batch_size, problem.hidden_size
     kept = torch.empty(d, problem.timesteps * b, h, dtype=torch.bool)
     return Noise(torch.empty(d, b, h), kept, kept if problem.cell.has_c else None)
@@ -124,8 +125,11 @@ def run(problem, plan, precision, which, noise=NO_NOISE):
     def tensor(*shape):
         return torch.empty(shape, dtype=problem.dtype)
 
+    peephole = tensor(3 * h) if noise.names and cell.has_c else None
     weights = [
-        DirectionWeights(None, tensor(cell.gates * h, h), *(tensor(cell.gates * h),) * 2)
+        DirectionWeights(
+            None, tensor(cell.gates * h, h), *(tensor(cell.gates * h),) * 2, None, peephole
+        )
         for _ in range(d)
     ]
     h0, c0 = tensor(d, b, h), tensor(d, b, h)

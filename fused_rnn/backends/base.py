@@ -168,7 +168,7 @@ class Backend:
         needs: Needs,
     ) -> InputGrads:
         scan = self.scan_backward(problem, grads, weights, h0, c0, rows, saved)
-        return input_grads(problem, scan, x, weights, h0, rows, saved, needs)
+        return input_grads(problem, scan, x, weights, h0, c0, rows, saved, needs)
 
     def stack(self, problem: Problem, layers: int, is_plain: bool) -> Stack | None:
         """How a stack of such layers runs side by side, None where they follow one another.
@@ -214,6 +214,7 @@ def input_grads(
     x: Tensor,
     weights: list[DirectionWeights],
     h0: Tensor,
+    c0: Tensor | None,
     rows: Rows,
     saved: LayerOutput,
     needs: Needs,
@@ -253,6 +254,12 @@ def input_grads(
                 grad_weights.append(scan.h[direction].t() @ hidden)
             else:
                 grad_weights.append(None)
+        if w.peephole is not None:
+            grad_weights.append(
+                peephole_grad(scan, saved, c0, rows, direction).to(w.peephole.dtype)
+                if next(need)
+                else None
+            )
     return InputGrads(
         grad_x,
         scan.h0 if needs.h0 else None,
@@ -261,6 +268,21 @@ def input_grads(
         scan.reset_h if needs.reset_h else None,
         scan.reset_c if needs.reset_c else None,
     )
+
+
+def peephole_grad(
+    scan: ScanGrads, saved: LayerOutput, c0: Tensor, rows: Rows, direction: int
+) -> Tensor:
+    """[3*H] of an LSTM's peepholes: those of the gates i, f and o, times the c they saw."""
+    reset = None if rows.masks is None else rows.masks.reset_c
+    reset = None if reset is None else reset[direction]
+    after, noise = saved.cells[direction], rows.noise  # [N, H]
+    before = rows.shift(after, c0[direction], direction == 1, reset)
+    if noise.kept_c is not None or noise.part_c:  # o saw what the step by itself gave
+        i, f, g, _ = saved.gates[direction].chunk(4, -1)
+        after = f * before + i * g
+    d_i, d_f, _, d_o = scan.gates[direction].chunk(4, -1)
+    return torch.cat([(d * c).sum(0) for d, c in ((d_i, before), (d_f, before), (d_o, after))])
 
 
 def float32_precision() -> str:

@@ -32,7 +32,7 @@ _INTERPRETER = Device("interpreter", 1 << 20, 1 << 40, True)
 
 class TritonBackend(Backend):
     name = "triton"
-    extras = frozenset({"recurrent_dropout", "zoneout"})
+    extras = frozenset({"recurrent_dropout", "zoneout", "peepholes"})
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type == "cpu":

@@ -47,6 +47,7 @@ def forward(
         "gx": gx,
         "w": _stacked([w.w_hh for w in weights]),
         "b_hn": _hidden_bias(problem, weights),
+        "peephole": _peepholes(weights),
         "h0": h0.contiguous(),
         **_row_arguments(problem, rows, gx.device),
         "y": out.y,
@@ -94,6 +95,7 @@ def backward(
         "gates": saved.gates if cell.saved_gates else None,
         "cells": saved.cells if cell.has_c else None,
         "w": _stacked([w.w_hh for w in weights]),
+        "peephole": _peepholes(weights),
         "h0": h0.contiguous(),
         "c0": _contiguous(c0, torch.float32) if cell.has_c else None,
         "grad_y": None if grads.y is None else grads.y.contiguous(),
@@ -290,6 +292,13 @@ def _hidden_bias(problem: Problem, weights: list[DirectionWeights]) -> Tensor | 
     if problem.cell_name != "gru" or weights[0].b_hh is None:
         return None
     return _stacked([w.b_hh[2 * problem.hidden_size :] for w in weights])
+
+
+def _peepholes(weights: list[DirectionWeights]) -> Tensor | None:
+    """float32 [D, 3*H]"""
+    if weights[0].peephole is None:
+        return None
+    return _stacked([w.peephole.to(torch.float32) for w in weights])
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

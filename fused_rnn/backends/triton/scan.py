@@ -32,6 +32,7 @@ from .tiles import (
     apart,
     load_before,
     narrow,
+    peepholes_of,
     place,
     product,
     publish,
@@ -53,6 +54,7 @@ def scan_forward(
     gx,  # [D, N, G*H] input side of the gates
     w,  # [D, G*H, H] W_hh
     b_hn,  # [D, H] GRU's bias inside the product with r, or None
+    peephole,  # float32 [D, 3*H] LSTM's, from c to i, f and o, or None
     h0,  # [D, B, H]
     offsets,  # int64 [T+1] where the rows of each timestep begin, when packed, or None
     lengths,  # int64 [B] or None
@@ -149,6 +151,9 @@ def scan_forward(
     if b_hn is not None:
         b_own = tl.load(b_hn + direction * H + unit_j, known_j & (gate == 0), 0.0)
         b_own = widen(b_own, SOFT)
+    peep = None
+    if peephole is not None:
+        peep = peepholes_of(peephole, direction, u, unit, H)
     h_own = tl.load(h + state + own, present & unit, 0.0)
     c_own = h_own
     if c is not None:
@@ -270,7 +275,7 @@ def scan_forward(
         if HALF == "first":
             saved = (r, z)
         else:
-            h_new, c_new, saved = CELL(parts, h_own, c_own)
+            h_new, c_new, saved = CELL(parts, h_own, c_own, peep)
             p_kept = (side * N + b0 + row) * H + own
             if kept_h is not None:
                 h_new = zoned_out(h_own, h_new, kept_h + p_kept, part_h, on)
@@ -330,6 +335,7 @@ def scan_backward(
     gates,  # [D, N, S*H], or None where the cell saves none
     cells,  # float32 [D, N, H], LSTM only, or None
     w,  # [D, G*H, H] W_hh
+    peephole,  # float32 [D, 3*H] or None
     h0,  # [D, B, H]
     c0,  # float32 [D, B, H], LSTM only, or None
     grad_y,  # [N, D*H] or None
@@ -421,6 +427,9 @@ def scan_backward(
                 k_w = (i * BLOCK_K + k)[:, None]
                 slices_n = slices_n + (tl.load(p_wn + k_w * H, unit & (k_w < H), 0.0),)
     zero = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    peep = None
+    if peephole is not None:
+        peep = peepholes_of(peephole, direction, u, unit, H)
     dh_own = tl.load(grad_h + state + own, present & unit, 0.0)
     dc_own = zero
     if grad_c is not None:
@@ -550,7 +559,7 @@ def scan_backward(
             past_c = part_c * dc
             dc -= past_c
             c_after = kept[1] * c_before + kept[0] * kept[2]
-        d_new, dh_before, dc_before = CELL(kept, h_before, h_after, c_before, c_after, dh, dc)
+        d_new, dh_before, dc_before = CELL(kept, h_before, h_after, c_before, c_after, dh, dc, peep)
         if kept_h is not None:
             dh_before += past_h
         if part_h is not None:

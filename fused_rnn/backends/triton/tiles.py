@@ -160,6 +160,13 @@ def zoned_out(before, after, kept, part, inside):
 
 
 @triton.jit
+def peepholes_of(peephole, direction, u, unit, H: tl.constexpr):
+    """[1, BLOCK_H] for each of the gates i, f and o."""
+    p = peephole + direction * (3 * H) + u
+    return tl.load(p, unit, 0.0), tl.load(p + H, unit, 0.0), tl.load(p + 2 * H, unit, 0.0)
+
+
+@triton.jit
 def wait_for(counter, target):
     """Until `target` programs of this batch tile have arrived. One thread asks, so that all leave
     the loop together."""
