@@ -422,7 +422,7 @@ class LSTM(_RecurrentLayers):
             biases) ln_c_bias_l0 [H].
         peepholes: whether gates see c (Gers et al. 2002, Graves 2013): p_i * c_{t-1} is added
             inside i_t, p_f * c_{t-1} inside f_t, p_o * c_t inside o_t. The parameter
-            weight_peephole_l0 [3*H] has p_i, p_f, p_o. Runs on the CPU kernels.
+            weight_peephole_l0 [3*H] has p_i, p_f, p_o. Runs on the CPU and Triton kernels.
         forget_bias: what the bias of f starts at, in b_if, with b_hf zero (Gers et al. 2000;
             1.0 in Jozefowicz et al. 2015).
 

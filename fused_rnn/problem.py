@@ -249,7 +249,8 @@ class Rows:
         `reset` [B, K] those after a reset, None for zeros.
         """
         if self.packed:
-            index = self.previous_rows(reverse).to(values.device)
+            # Asynchronous: the host goes on as soon as the driver has a copy.
+            index = self.previous_rows(reverse).to(values.device, non_blocking=True)
             return torch.cat((values, initial)).index_select(0, index)
         count = values.shape[0] - self.batch_size
         parts = (values[self.batch_size :], initial) if reverse else (initial, values[:count])

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import fused_rnn
 from fused_rnn import dispatch, native, testing
 from fused_rnn.backends import pieces
+from fused_rnn.backends.reference import ReferenceBackend
 from fused_rnn.cells import CELLS
 
 T, B, I, H = 9, 5, 3, 4  # noqa: E741
@@ -25,11 +26,13 @@ T, B, I, H = 9, 5, 3, 4  # noqa: E741
 every_cell = pytest.mark.parametrize("cell", CELLS)
 every_torch_cell = pytest.mark.parametrize("cell", testing.TORCH_CELLS)
 both_ways = pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
-every_backend = pytest.mark.parametrize("backend", ["reference", "cpu"])
+# The reference takes masks as they are where their values are on a device.
+ON_A_DEVICE = "reference, as on a device"
+every_backend = pytest.mark.parametrize("backend", ["reference", ON_A_DEVICE, "cpu"])
 
 
 @pytest.fixture(autouse=True)
-def _backend(request):
+def _backend(request, monkeypatch):
     """The backend a test is parametrized with, for the whole test."""
     name = (
         request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
@@ -37,6 +40,9 @@ def _backend(request):
     if name is None:
         yield
         return
+    if name == ON_A_DEVICE:
+        name = "reference"
+        monkeypatch.setattr(ReferenceBackend, "takes_masks", lambda *_: True)
     layer = testing.make_module(request.node.callspec.params.get("cell", "gru"), I, H)
     with torch.no_grad(), fused_rnn.backend("reference"):
         found = fused_rnn.explain(layer, torch.randn(1, 1, I)).layers[0].problem

@@ -12,6 +12,7 @@ import torch
 
 import fused_rnn
 from fused_rnn import native, testing
+from fused_rnn.backends.reference import ReferenceBackend
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase
 
@@ -185,6 +186,23 @@ def test_accuracy(backend, case, loss):
     with fused_rnn.backend(backend):
         actual = testing.results_of_draws(testing.run_layer, case, loss)
     testing.assert_accurate(actual, *_expectations(case, loss), case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(replace(case, dtype=dtype), id=f"{cell}-{str(dtype)[6:]}-{case}")
+        for cell in CELLS
+        for case in _masked_cases(cell)
+        for dtype in DTYPES
+    ],
+)
+def test_accuracy_of_the_reference_where_the_host_does_not_know_the_masks(case, monkeypatch):
+    """As on a GPU, on the CPU."""
+    monkeypatch.setattr(ReferenceBackend, "takes_masks", lambda *_: True)
+    with fused_rnn.backend("reference"):
+        actual = testing.results_of_draws(testing.run_layer, case)
+    testing.assert_accurate(actual, *_expectations(case, "all"), case)
 
 
 def _one_dtype_params(cases):

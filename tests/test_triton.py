@@ -58,7 +58,8 @@ def _interpreted(selection, marks, file):
 
 # Each part imports torch and triton anew: so few that two workers are busy.
 PARTS = [
-    ("gru", "test_triton_interpreter.py"),
+    ("gru and not reset_before", "test_triton_interpreter.py"),
+    ("reset_before", "test_triton_interpreter.py"),
     ("lstm", "test_triton_interpreter.py"),
     ("not (gru or lstm)", "test_triton_interpreter.py"),
     ("test", "test_triton_exchange.py"),
@@ -73,7 +74,7 @@ def test_in_the_interpreter(selection, file):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize(("selection", "file"), PARTS[:3])
+@pytest.mark.parametrize(("selection", "file"), PARTS[:4])
 def test_in_the_interpreter_at_length(selection, file):
     _interpreted(selection, "slow", file)
 
@@ -87,7 +88,7 @@ def _check_compiled(target, *numbers, noise=False):
     """Compiles rows of the table, without numbers all that the target uses. None adds
     floating-point numbers atomically, each is within the machine and what the planner reckons
     with; with the Triton that made tests/triton_bounds.json, none spills, and each is within its
-    bounds too, which are those without `noise`: recurrent dropout and zoneout."""
+    bounds too, which are those without `noise`: recurrent dropout, zoneout and peepholes."""
     options = ["--noise"] if noise else []
     done = _python(HERE / "triton_ahead.py", *options, target, *numbers, timeout=7200)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -135,7 +136,7 @@ def test_some_rows_of_the_table_compile(target, numbers):
 
 @needs_triton
 @pytest.mark.parametrize(("target", "numbers"), [("cuda:90", (0, 1, 5, 16)), ("hip:gfx942", (-1,))])
-def test_some_rows_of_the_table_compile_with_dropout_and_zoneout(target, numbers):
+def test_some_rows_of_the_table_compile_with_more_in_the_recurrence(target, numbers):
     rows = range(len(planner._shipped_rows()))
     _check_compiled(target, *(rows[n] for n in numbers), noise=True)
 

@@ -28,6 +28,9 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 CASES = {
     "lstm": LayerCase("lstm", 3, 17, 2, 20),
     "gru": LayerCase("gru", 4, 2, 2, 33, directions=2, dtype=torch.bfloat16),
+    "gru_reset_before": LayerCase(
+        "gru_reset_before", 3, 17, 2, 33, ends=tuple(i % 4 for i in range(17)), resets=True
+    ),
     "rnn_tanh": LayerCase.packed("rnn_tanh", [4, 3, 1], 2, 40),
 }
 
@@ -80,13 +83,13 @@ class _OneProcessPerProgram:
         self.kernel[(1, 1, 1)](**arguments)
 
 
-def _delay(seconds_of_arrival):
-    """Makes arrivals late; whoever polls leaves the processor to others."""
+def _delay(seconds_of_arrival, seconds_of_poll=0.0005):
+    """Makes arrivals late; whoever polls leaves the processor to others, and goes on late."""
     original = interpreter_builder.create_atomic_rmw
 
     def atomic(op, pointer, value, *rest):
         arriving = bool((value.data != 0).any())
-        time.sleep(seconds_of_arrival() if arriving else 0.0005)
+        time.sleep(seconds_of_arrival() if arriving else seconds_of_poll)
         return original(op, pointer, value, *rest)
 
     interpreter_builder.create_atomic_rmw = atomic
@@ -98,7 +101,10 @@ def _random_delays(program):
 
 
 def _first_tile_is_late(program):
-    _delay(lambda: 0.1 if program[1] == 0 else 0.0)
+    if program[1] == 0:
+        _delay(lambda: 0.1, 0.1)
+    else:
+        _delay(lambda: 0.0)
 
 
 def _grads(case):
@@ -131,16 +137,29 @@ def test_equal_to_one_step_per_launch_bit_for_bit(case, by_regime_b, monkeypatch
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("pardon", [1, 1000], ids=["of_one", "of_all"])
-def test_a_wait_too_short_is_seen(pardon, by_regime_b, monkeypatch):
-    """The mutation that shows the test above can fail: nobody waits for the slowest, or at all."""
-    case = CASES["rnn_tanh"]
+TILES = 3  # of the hidden units of either case
+
+
+@pytest.mark.parametrize(
+    ("cell", "pardon"),
+    [
+        ("rnn_tanh", lambda target: 1),
+        ("rnn_tanh", lambda target: 1000),
+        ("gru_reset_before", lambda target: 1 - target // TILES % 2),
+        ("gru_reset_before", lambda target: target // TILES % 2),
+    ],
+    ids=["of_one", "of_all", "of_one_with_h", "of_one_with_the_second_operand"],
+)
+def test_a_wait_too_short_is_seen(cell, pardon, by_regime_b, monkeypatch):
+    """The mutations that show the test above can fail: nobody waits for the slowest, or at all, or
+    in one of the two exchanges of a step."""
+    case = CASES[cell]
     expected = _grads(case)
     wait_for = scan.wait_for
 
     def behave(program):
         _first_tile_is_late(program)
-        scan.wait_for = lambda counter, target: wait_for(counter, target - pardon)
+        scan.wait_for = lambda counter, target: wait_for(counter, target - pardon(target))
 
     _wait(monkeypatch, behave)
     actual = _grads(case)

@@ -28,7 +28,7 @@ from fused_rnn.backends.triton import launch  # noqa: E402
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 HALF = (torch.bfloat16, torch.float16)
-KERNELS = testing.TORCH_CELLS
+KERNELS = tuple(CELLS)
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,12 @@ NOISE = {
     "zoneout, expected": ({"zoneout": 0.3}, False),
     "both": ({"recurrent_dropout": 0.4, "zoneout": 0.3}, True),
 }
-NOISE_OF_LSTM = {"zoneout of c": ({"zoneout": (0.0, 0.4)}, True)}
+NOISE_OF_LSTM = {
+    "zoneout of c": ({"zoneout": (0.0, 0.4)}, True),
+    "peepholes": ({"peepholes": True}, True),
+    "peepholes and zoneout": ({"peepholes": True, "zoneout": (0.2, 0.4)}, True),
+    "all, expected": ({"peepholes": True, "recurrent_dropout": 0.4, "zoneout": 0.3}, False),
+}
 
 
 def _noise_params():
@@ -134,7 +139,7 @@ def _noise_params():
         ("b", 20, "bfloat16"),
     ],
 )
-def test_dropout_and_zoneout(cell, options, training, regime, hidden, form, monkeypatch):
+def test_more_in_the_recurrence(cell, options, training, regime, hidden, form, monkeypatch):
     """By the kernels and, in float64 and with the same masks, by the scan in torch operations."""
     monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", regime)
     layer = testing.make_module(cell, 3, hidden, bidirectional=True, **options).train(training)
@@ -278,6 +283,7 @@ def test_inference_gives_every_steps_c_alone():
         ("rnn_relu", float("nan")),
         ("rnn_tanh", float("inf")),
         ("gru", float("nan")),
+        ("gru_reset_before", float("nan")),
         ("gru", -1e30),
         ("lstm", float("inf")),
     ],
@@ -400,7 +406,7 @@ OF_TIMESTEPS = ("gx", "y", "gates", "cells", "grad_y", "grad_cells", "grad_gates
 
 
 @pytest.mark.parametrize("regime", ["a", "c"])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "gru_reset_before", "lstm"])
 def test_offsets_have_64_bits(cell, regime, monkeypatch):
     """All timesteps but the first again as the last of many more, in memory that begins so far
     ahead of the tensors that they lie where those timesteps do: T beyond 65,535, and more than

@@ -59,7 +59,6 @@ class Backend:
 
     name: str
     device_type: str | None = None  # where its tensors have to be; None: anywhere
-    takes_masks = False  # whether its layers look at rows.masks; else they get packed pieces
     extras: frozenset[str] = frozenset()  # those of Problem.extras that its layers have
     has_stacks = False  # whether it can run the layers of a stack side by side
 
@@ -80,6 +79,11 @@ class Backend:
         """Whether a layer of a half type is computed in float32, and rounded where it leaves."""
         return False
 
+    def takes_masks(self, problem: Problem) -> bool:
+        """Whether its layers look at rows.masks; else they get packed pieces, for which the host
+        has to know what masks say: on the CPU only."""
+        return problem.device_type != "cpu"
+
     def forward(self, problem: Problem, *args) -> LayerOutput:
         """`layer_forward` on any rows, of any dtype there is.
 
@@ -93,7 +97,7 @@ class Backend:
             return run(problem, *args)
         rows = args[-2]
         rows.masks.check(rows.timesteps)
-        if self.takes_masks:
+        if self.takes_masks(problem):
             return run(problem, *args)
         return pieces.forward_in_pieces(run, problem, *args)
 
@@ -102,7 +106,7 @@ class Backend:
         run = self.layer_backward
         if self.in_float32(problem):
             run = partial(backward_in_float32, run)
-        if (problem.lengths or problem.resets) and not self.takes_masks:
+        if (problem.lengths or problem.resets) and not self.takes_masks(problem):
             return pieces.backward_in_pieces(run, problem, *args)
         return run(problem, *args)
 
@@ -164,7 +168,7 @@ class Backend:
         needs: Needs,
     ) -> InputGrads:
         scan = self.scan_backward(problem, grads, weights, h0, c0, rows, saved)
-        return input_grads(problem, scan, x, weights, h0, rows, saved, needs)
+        return input_grads(problem, scan, x, weights, h0, c0, rows, saved, needs)
 
     def stack(self, problem: Problem, layers: int, is_plain: bool) -> Stack | None:
         """How a stack of such layers runs side by side, None where they follow one another.
@@ -210,6 +214,7 @@ def input_grads(
     x: Tensor,
     weights: list[DirectionWeights],
     h0: Tensor,
+    c0: Tensor | None,
     rows: Rows,
     saved: LayerOutput,
     needs: Needs,
@@ -249,6 +254,12 @@ def input_grads(
                 grad_weights.append(scan.h[direction].t() @ hidden)
             else:
                 grad_weights.append(None)
+        if w.peephole is not None:
+            grad_weights.append(
+                peephole_grad(scan, saved, c0, rows, direction).to(w.peephole.dtype)
+                if next(need)
+                else None
+            )
     return InputGrads(
         grad_x,
         scan.h0 if needs.h0 else None,
@@ -257,6 +268,21 @@ def input_grads(
         scan.reset_h if needs.reset_h else None,
         scan.reset_c if needs.reset_c else None,
     )
+
+
+def peephole_grad(
+    scan: ScanGrads, saved: LayerOutput, c0: Tensor, rows: Rows, direction: int
+) -> Tensor:
+    """[3*H] of an LSTM's peepholes: those of the gates i, f and o, times the c they saw."""
+    reset = None if rows.masks is None else rows.masks.reset_c
+    reset = None if reset is None else reset[direction]
+    after, noise = saved.cells[direction], rows.noise  # [N, H]
+    before = rows.shift(after, c0[direction], direction == 1, reset)
+    if noise.kept_c is not None or noise.part_c:  # o saw what the step by itself gave
+        i, f, g, _ = saved.gates[direction].chunk(4, -1)
+        after = f * before + i * g
+    d_i, d_f, _, d_o = scan.gates[direction].chunk(4, -1)
+    return torch.cat([(d * c).sum(0) for d, c in ((d_i, before), (d_f, before), (d_o, after))])
 
 
 def float32_precision() -> str:

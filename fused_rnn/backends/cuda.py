@@ -43,8 +43,10 @@ _GROUP = 8  # rows of matrices are a multiple of so many columns
 class CudaBackend(Backend):
     name = "cuda"
     device_type = "cuda"
-    takes_masks = True
     has_stacks = True
+
+    def takes_masks(self, problem: Problem) -> bool:
+        return True
 
     def library_error(self) -> str | None:
         return native.cuda_library_error()

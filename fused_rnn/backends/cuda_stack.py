@@ -122,6 +122,7 @@ def backward(
                 x if layer == 0 else dropout.of(layer - 1, saved.ys[layer - 1]),
                 weights[layer : layer + 1],
                 h0[layer : layer + 1],
+                None,  # which only peepholes would need
                 rows,
                 LayerOutput(
                     saved.ys[layer], None, None, saved.gates[layer], saved.cells[layer]

@@ -3,8 +3,8 @@
 A row of a padded batch that ends early or starts afresh is one piece or several, each a sequence
 of its own. Sorted by length, pieces are the rows of a packed batch, which every backend runs, and
 more of them at a time than the batch had rows. What goes in is gathered, what comes out is put
-back, and nothing is computed for padding. The number of pieces decides sizes, so lengths and
-resets on a device are waited for.
+back, and nothing is computed for padding. The number of pieces decides sizes, so the host has to
+know lengths and resets: all of this is for the CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Pieces:
     """
 
     def __init__(self, masks: Masks, timesteps: int, batch_size: int):
-        lengths, resets = (None if mask is None else mask.cpu().contiguous() for mask in masks[:2])
+        lengths, resets = (None if mask is None else mask.contiguous() for mask in masks[:2])
         native = cpu_library_error() is None
         cut = torch.ops.fused_rnn_cpu.cut.default if native else _cut
         # By direction: where a piece's initial states are, those of row b at b, others at B + b;
@@ -46,16 +46,16 @@ class Pieces:
     def initial(self, states: Tensor, reset: Tensor | None) -> Tensor:
         """[D, K, ...] the states each piece starts from; `states`, `reset` [D, B, ...]."""
         if not self._has_resets:
-            return states.index_select(1, self._sources[0].to(states.device))
+            return states.index_select(1, self._sources[0])
         fresh = torch.zeros_like(states) if reset is None else reset
         both = torch.cat((states, fresh), 1)
-        return torch.stack([s[i.to(s.device)] for s, i in zip(both, self._sources, strict=False)])
+        return torch.stack([s[i] for s, i in zip(both, self._sources, strict=False)])
 
     def of_rows(self, values: Tensor | None) -> Tensor | None:
         """[D, K, ...] of the row that each piece is cut from; `values` [D, B, ...]."""
         if values is None:
             return None
-        return values.index_select(1, (self._sources[0] % self.batch_size).to(values.device))
+        return values.index_select(1, self._sources[0] % self.batch_size)
 
     def initial_grads(self, grads: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
         """Backward of `initial`: gradients of states and reset [D, B, ...].
@@ -66,23 +66,23 @@ class Pieces:
         both = torch.cat((carried, torch.zeros_like(carried)), 1)
         for into, grad, source in zip(both, grads, self._sources, strict=False):
             # In the order of the pieces, whatever the number of threads.
-            into.index_add_(0, source.to(into.device), grad)
+            into.index_add_(0, source, grad)
         states, reset = both.split(self.batch_size, 1)
         return states.clone(memory_format=torch.contiguous_format), reset.contiguous()
 
     def final(self, states: Tensor, initial: Tensor) -> Tensor:
         """[D, B, ...] the states each row ends with, from those of the pieces [D, K, ...]."""
         if self._every_row_has_one:
-            return states.index_select(1, self._finals[0].to(states.device))
+            return states.index_select(1, self._finals[0])
         both = torch.cat((states, initial), 1)
-        return torch.stack([s[i.to(s.device)] for s, i in zip(both, self._finals, strict=False)])
+        return torch.stack([s[i] for s, i in zip(both, self._finals, strict=False)])
 
     def final_grads(self, grads: Tensor) -> tuple[Tensor, Tensor]:
         """Backward of `final`: gradients of the pieces' states and of the initial ones."""
         count = self.count
         both = grads.new_zeros((grads.shape[0], count + self.batch_size, *grads.shape[2:]))
         for out, grad, index in zip(both, grads, self._finals, strict=False):
-            out[index.to(out.device)] = grad
+            out[index] = grad
         return both.split((count, self.batch_size), 1)
 
 
@@ -134,7 +134,7 @@ def forward_in_pieces(
     output, it lies as y does."""
     masks, count = rows.masks, x.shape[0]
     pieces = Pieces(masks, rows.timesteps, rows.batch_size)
-    index = pieces.index.to(x.device)
+    index = pieces.index
     if len(index) == 0:
         return _no_steps(problem, x, h0, c0, save)
     out = forward(
@@ -172,7 +172,7 @@ def backward_in_pieces(
     """The backward of `forward_in_pieces`."""
     masks, count = rows.masks, x.shape[0]
     pieces = Pieces(masks, rows.timesteps, rows.batch_size)
-    index = pieces.index.to(x.device)
+    index = pieces.index
     if len(index) == 0:
         return _no_steps_backward(grads, x, weights, h0, c0, masks, needs)
 
@@ -232,7 +232,7 @@ def _packed_problem(problem: Problem, pieces: Pieces) -> Problem:
 
 def _packed_rows(pieces: Pieces, room: int, noise: Noise) -> Rows:
     kept_h, kept_c = (
-        None if kept is None else kept.index_select(1, pieces.index.to(kept.device))
+        None if kept is None else kept.index_select(1, pieces.index)
         for kept in (noise.kept_h, noise.kept_c)
     )
     noise = noise._replace(h_factor=pieces.of_rows(noise.h_factor), kept_h=kept_h, kept_c=kept_c)

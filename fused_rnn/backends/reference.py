@@ -10,14 +10,14 @@ Half types run through time in float32 and are rounded where they leave the laye
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..cells import DirectionWeights, is_half
-from ..problem import Problem, Rows
+from ..problem import Masks, Problem, Rows
 from .base import Backend, allocate_output
 from .bundles import LayerOutput, OutputGrads, ScanGrads
 
@@ -63,7 +63,11 @@ class ReferenceBackend(Backend):
             )
             initial = (h0[d], c0[d]) if cell.has_c else (h0[d],)
             final = (out.h_n[d], out.c_n[d]) if cell.has_c else (out.h_n[d],)
-            _run(_FORWARD[cell.name](pieces), initial, final, rows, backwards=d == 1)
+            step = _FORWARD[cell.name](pieces)
+            if rows.masks is not None:
+                step = _masked_forward(step, _Course.of(rows, d, initial))
+            _run(step, initial, final, rows, backwards=d == 1)
+        _clear_padding(rows, out.y, out.gates, out.cells)
         return out
 
     def scan_backward(
@@ -82,6 +86,11 @@ class ReferenceBackend(Backend):
         grad_h = saved.y.new_empty((directions, count, width)) if problem.proj_size else None
         grad_h0 = torch.empty_like(h0)
         grad_c0 = torch.empty_like(c0) if cell.has_c else None
+        masks = rows.masks or Masks()
+        grad_resets = [
+            None if reset is None else torch.zeros_like(reset, dtype=h0.dtype)
+            for reset in (masks.reset_h, masks.reset_c)
+        ]
         for d, w in enumerate(weights):
             columns = slice(d * width, (d + 1) * width)
             reverse = d == 1
@@ -91,10 +100,14 @@ class ReferenceBackend(Backend):
                 None if grads.y is None else grads.y[:, columns].split(rows.batch_sizes),
                 None if grad_h is None else grad_h[d].split(rows.batch_sizes),
                 saved.y[:, columns],
-                rows.shift(saved.y[:, columns], h0[d], reverse) if "gru" in cell.name else None,
+                rows.shift(saved.y[:, columns], h0[d], reverse, _of(masks.reset_h, d))
+                if "gru" in cell.name
+                else None,
                 saved.gates[d],
                 saved.cells[d],
-                rows.shift(saved.cells[d], c0[d], reverse) if cell.has_c else None,
+                rows.shift(saved.cells[d], c0[d], reverse, _of(masks.reset_c, d))
+                if cell.has_c
+                else None,
                 None if grads.cells is None else grads.cells[d].split(rows.batch_sizes),
                 rows.batch_sizes,
             )
@@ -104,8 +117,89 @@ class ReferenceBackend(Backend):
                 initial.append(torch.zeros_like(c0[d]) if grads.c_n is None else grads.c_n[d])
                 final.append(grad_c0[d])
             # Gradients run through time against the direction of the states.
-            _run(_BACKWARD[cell.name](pieces), initial, final, rows, backwards=not reverse)
-        return ScanGrads(grad_gates, grad_h0, grad_c0, grad_h)
+            step = _BACKWARD[cell.name](pieces)
+            if rows.masks is not None:
+                step = _masked_backward(
+                    step, _Course.of(rows, d, initial), [_of(grad, d) for grad in grad_resets]
+                )
+            _run(step, initial, final, rows, backwards=not reverse)
+        _clear_padding(rows, grad_gates, grad_h)
+        return ScanGrads(grad_gates, grad_h0, grad_c0, grad_h, *grad_resets)
+
+
+def _of(tensor: Tensor | None, direction: int) -> Tensor | None:
+    return None if tensor is None else tensor[direction]
+
+
+class _Course(NamedTuple):
+    """What masks do to the states of one direction, on a device that the host does not wait for:
+    every step is taken by all rows, and then by some it was not."""
+
+    taken: Tensor | None  # bool [T, B, 1], None: everywhere
+    restarts: Tensor | None  # bool [T, B, 1] before which of the taken steps, None: nowhere
+    fresh: list[Tensor]  # [B, P or H] each: the states after a restart
+
+    @classmethod
+    def of(cls, rows: Rows, direction: int, states: Sequence[Tensor]) -> _Course:
+        masks = rows.masks
+        taken, restarts = masks.taken(rows.timesteps), masks.restarts(direction == 1)
+        if taken is not None:
+            taken = taken.unsqueeze(2)
+        if restarts is not None:
+            restarts = restarts.unsqueeze(2)
+            restarts = restarts if taken is None else restarts & taken
+        fresh = [
+            torch.zeros_like(state) if reset is None else reset[direction].to(state.dtype)
+            for state, reset in zip(states, (masks.reset_h, masks.reset_c), strict=False)
+        ]
+        return cls(taken, restarts, fresh)
+
+    def started(self, t: int, states: States) -> States:
+        """What rows start step t from."""
+        if self.restarts is None:
+            return states
+        pairs = zip(self.fresh, states, strict=True)
+        return tuple(torch.where(self.restarts[t], fresh, state) for fresh, state in pairs)
+
+    def passed(self, t: int, before: States, after: States) -> States:
+        """`after` a step t where it is taken."""
+        if self.taken is None:
+            return after
+        pairs = zip(before, after, strict=True)
+        return tuple(torch.where(self.taken[t], new, old) for old, new in pairs)
+
+
+def _masked_forward(step: Step, course: _Course) -> Step:
+    def masked(t: int, states: States) -> States:
+        return course.passed(t, states, step(t, course.started(t, states)))
+
+    return masked
+
+
+def _masked_backward(step: Step, course: _Course, grad_resets: list[Tensor | None]) -> Step:
+    """`grad_resets` [B, P or H] each: of the states after a restart, added to; None: not wanted."""
+
+    def masked(t: int, grads: States) -> States:
+        grads = course.passed(t, grads, step(t, grads))
+        if course.restarts is None:
+            return grads
+        for total, grad in zip(grad_resets, grads, strict=False):
+            if total is not None:
+                total += torch.where(course.restarts[t], grad, 0)
+        return tuple(torch.where(course.restarts[t], 0, grad) for grad in grads)
+
+    return masked
+
+
+def _clear_padding(rows: Rows, *tensors: Tensor | None) -> None:
+    """Zeros [..., N, K] in the rows of steps that are not taken, whatever was computed there."""
+    taken = None if rows.masks is None else rows.masks.taken(rows.timesteps)
+    if taken is None:
+        return
+    padding = ~taken.flatten().unsqueeze(1)
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.masked_fill_(padding, 0)
 
 
 def _run(step: Step, initial: States, final: States, rows: Rows, backwards: bool) -> None:

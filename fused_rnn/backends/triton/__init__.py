@@ -32,8 +32,7 @@ _INTERPRETER = Device("interpreter", 1 << 20, 1 << 40, True)
 
 class TritonBackend(Backend):
     name = "triton"
-    takes_masks = True
-    extras = frozenset({"recurrent_dropout", "zoneout"})
+    extras = frozenset({"recurrent_dropout", "zoneout", "peepholes"})
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type == "cpu":
@@ -50,15 +49,10 @@ class TritonBackend(Backend):
             return f"needs dtype float32, bfloat16 or float16, got {problem.dtype}"
         if problem.hidden_size == 0:
             return "needs at least one hidden unit, got hidden_size=0"
-        if problem.cell_name == "gru_reset_before":
-            return (
-                "has no GRU with the reset gate before the product: a step would need a second "
-                "exchange between programs"
-            )
         if problem.proj_size:
             return (
-                f"has no projected LSTM, got proj_size={problem.proj_size}: a step would need a "
-                "second exchange between programs"
+                f"has no projected LSTM, got proj_size={problem.proj_size}: its second product "
+                "would need tiles of its own"
             )
         if problem.averaged and problem.training and not problem.cell.saved_gates:
             return (
@@ -72,6 +66,9 @@ class TritonBackend(Backend):
         except UnfitError as error:
             return str(error)
         return None
+
+    def takes_masks(self, problem: Problem) -> bool:
+        return True
 
     def only_by_name(self, problem: Problem) -> str | None:
         if problem.device_type == "cpu":

@@ -2,14 +2,20 @@
 
 Every value is float32, a tile [BLOCK_B, BLOCK_H] of batch rows times hidden units.
 
-forward(pre, h, c) -> (new h, new c, saved)
+forward(pre, h, c, peephole) -> (new h, new c, saved)
     pre: the tuple of pre-activations, both sides added, in the order of `cells.Cell.saved_gates`:
     LSTM's i, f, g, o; GRU's hn, r, z, n, where hn has the hidden side only and n the input side
     only. h, c: the state before the step. saved: what backward wants, in the same order.
-backward(saved, h_before, h_after, c_before, c_after, dh, dc) -> (d, dh before, dc before)
+backward(saved, h_before, h_after, c_before, c_after, dh, dc, peephole)
+        -> (d, dh before, dc before)
     dh: the whole gradient of the new h; dc: of the new c, but for what comes through h. d: the
     gradients of the pre-activations in the order of `cells.Cell.grad_gates`. dh before: what
     reaches the state before the step, but for what comes through W_hh.
+
+peephole: those of an LSTM, [1, BLOCK_H] for the gates i, f and o, or None.
+
+A GRU that resets before the product gets r and z themselves, from the first product, and what n is
+the tanh of; backward it gives, in place of d_r, what that is per gradient of r * h.
 
 A cell without c passes it through. The formulas are those of `fused_rnn/cells.py`.
 """
@@ -42,28 +48,28 @@ def tanh(x):
 
 
 @triton.jit
-def rnn_tanh_forward(pre, h, c):
+def rnn_tanh_forward(pre, h, c, peephole):
     return tanh(pre[0]), c, ()
 
 
 @triton.jit
-def rnn_tanh_backward(saved, h_before, h_after, c_before, c_after, dh, dc):
+def rnn_tanh_backward(saved, h_before, h_after, c_before, c_after, dh, dc, peephole):
     return (dh * (1.0 - h_after * h_after),), tl.zeros_like(dh), dc
 
 
 @triton.jit
-def rnn_relu_forward(pre, h, c):
+def rnn_relu_forward(pre, h, c, peephole):
     # This way round a NaN passes, as in torch.
     return tl.where(pre[0] <= 0.0, 0.0, pre[0]), c, ()
 
 
 @triton.jit
-def rnn_relu_backward(saved, h_before, h_after, c_before, c_after, dh, dc):
+def rnn_relu_backward(saved, h_before, h_after, c_before, c_after, dh, dc, peephole):
     return (tl.where(h_after <= 0.0, 0.0, dh),), tl.zeros_like(dh), dc
 
 
 @triton.jit
-def gru_forward(pre, h, c):
+def gru_forward(pre, h, c, peephole):
     r = sigmoid(pre[1])
     z = sigmoid(pre[2])
     n = tanh(pre[3] + r * pre[0])
@@ -71,7 +77,7 @@ def gru_forward(pre, h, c):
 
 
 @triton.jit
-def gru_backward(saved, h_before, h_after, c_before, c_after, dh, dc):
+def gru_backward(saved, h_before, h_after, c_before, c_after, dh, dc, peephole):
     hn, r, z, n = saved[0], saved[1], saved[2], saved[3]
     d_n = dh * (1.0 - z) * (1.0 - n * n)
     d_hn = d_n * r
@@ -81,25 +87,50 @@ def gru_backward(saved, h_before, h_after, c_before, c_after, dh, dc):
 
 
 @triton.jit
-def lstm_forward(pre, h, c):
-    i = sigmoid(pre[0])
-    f = sigmoid(pre[1])
+def gru_reset_before_forward(pre, h, c, peephole):
+    r, z, n = pre[0], pre[1], tanh(pre[2])
+    return n + z * (h - n), c, (r, z, n)
+
+
+@triton.jit
+def gru_reset_before_backward(saved, h_before, h_after, c_before, c_after, dh, dc, peephole):
+    r, z, n = saved[0], saved[1], saved[2]
+    d_n = dh * (1.0 - z) * (1.0 - n * n)
+    d_z = dh * (h_before - n) * z * (1.0 - z)
+    return (h_before * r * (1.0 - r), d_z, d_n), dh * z, dc
+
+
+@triton.jit
+def lstm_forward(pre, h, c, peephole):
+    pre_i, pre_f, pre_o = pre[0], pre[1], pre[3]
+    if peephole is not None:
+        pre_i += peephole[0] * c
+        pre_f += peephole[1] * c
+    i = sigmoid(pre_i)
+    f = sigmoid(pre_f)
     g = tanh(pre[2])
-    o = sigmoid(pre[3])
     c = f * c + i * g
+    if peephole is not None:
+        pre_o += peephole[2] * c
+    o = sigmoid(pre_o)
     return o * tanh(c), c, (i, f, g, o)
 
 
 @triton.jit
-def lstm_backward(saved, h_before, h_after, c_before, c_after, dh, dc):
+def lstm_backward(saved, h_before, h_after, c_before, c_after, dh, dc, peephole):
     i, f, g, o = saved[0], saved[1], saved[2], saved[3]
     tanh_c = tanh(c_after)
     dc = dc + dh * o * (1.0 - tanh_c * tanh_c)
+    d_o = dh * tanh_c * o * (1.0 - o)
+    if peephole is not None:
+        dc += d_o * peephole[2]
     d_i = dc * g * i * (1.0 - i)
     d_f = dc * c_before * f * (1.0 - f)
     d_g = dc * i * (1.0 - g * g)
-    d_o = dh * tanh_c * o * (1.0 - o)
-    return (d_i, d_f, d_g, d_o), tl.zeros_like(dh), dc * f
+    dc_before = dc * f
+    if peephole is not None:
+        dc_before += d_i * peephole[0] + d_f * peephole[1]
+    return (d_i, d_f, d_g, d_o), tl.zeros_like(dh), dc_before
 
 
 class CellFunctions(NamedTuple):
@@ -111,5 +142,6 @@ FUNCTIONS = {
     "rnn_tanh": CellFunctions(rnn_tanh_forward, rnn_tanh_backward),
     "rnn_relu": CellFunctions(rnn_relu_forward, rnn_relu_backward),
     "gru": CellFunctions(gru_forward, gru_backward),
+    "gru_reset_before": CellFunctions(gru_reset_before_forward, gru_reset_before_backward),
     "lstm": CellFunctions(lstm_forward, lstm_backward),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 
@@ -15,7 +16,7 @@ from ..base import allocate_output
 from ..bundles import LayerOutput, OutputGrads, ScanGrads
 from . import scan
 from .cells import FUNCTIONS
-from .plan import PassPlan, Plan
+from .plan import PassPlan, Plan, products_of_step
 
 
 class RefusedLaunchError(RuntimeError):
@@ -46,6 +47,7 @@ def forward(
         "gx": gx,
         "w": _stacked([w.w_hh for w in weights]),
         "b_hn": _hidden_bias(problem, weights),
+        "peephole": _peepholes(weights),
         "h0": h0.contiguous(),
         **_row_arguments(problem, rows, gx.device),
         "y": out.y,
@@ -53,12 +55,13 @@ def forward(
         "c": c,
         "gates": out.gates if save and cell.saved_gates else None,
         "cells": out.cells if problem.keeps_cells(save) else None,
+        **_between_products(problem, plan.forward, gx),
     }
     constants = {
         "CELL": FUNCTIONS[cell.name].forward,
         "G": cell.gates,
         "S": cell.saved_gates,
-        "COLUMNS": cell.saved_gates or 1,
+        "COLUMNS": 2 if _resets_before(problem) else cell.saved_gates or 1,
     }
     _run(
         scan.scan_forward, problem, plan.forward, precision, arguments, constants,
@@ -92,6 +95,7 @@ def backward(
         "gates": saved.gates if cell.saved_gates else None,
         "cells": saved.cells if cell.has_c else None,
         "w": _stacked([w.w_hh for w in weights]),
+        "peephole": _peepholes(weights),
         "h0": h0.contiguous(),
         "c0": _contiguous(c0, torch.float32) if cell.has_c else None,
         "grad_y": None if grads.y is None else grads.y.contiguous(),
@@ -108,7 +112,7 @@ def backward(
         "G": cell.gates,
         "S": cell.saved_gates,
         "Q": cell.grad_gates,
-        "COLUMNS": cell.grad_gates,
+        "COLUMNS": 2 if _resets_before(problem) else cell.grad_gates,
         # The gradients of GRU's gates face W_hh in the order n, r, z.
         "ROTATE": 2 if cell.name == "gru" else 0,
     }
@@ -147,6 +151,7 @@ def _run(
         "BLOCK_B": config.block_b,
         "BLOCK_H": config.block_h,
         "BLOCK_K": config.block_k,
+        "RESET_BEFORE": _resets_before(problem),
         "CHUNKS": -(-problem.hidden_size // config.block_k),
         "PRECISION": precision if problem.dtype == torch.float32 else "ieee",
         "SOFT": soft_type(problem.dtype),
@@ -159,8 +164,13 @@ def _run(
         counters = torch.zeros((plan.launches, count), dtype=torch.int32, device=device)
     options = {} if INTERPRETED else launch_options(config, exchange)
     with torch.cuda.device_of(arguments["y"]):
-        for s0, s1 in _ranges(steps, exchange, kernel is scan.scan_backward):
-            for launch, first in enumerate(range(0, plan.batch_tiles, plan.tiles_per_launch)):
+        ranges = _ranges(steps, exchange, kernel is scan.scan_backward)
+        firsts = range(0, plan.batch_tiles, plan.tiles_per_launch)
+        halves = ("",)
+        if exchange == "launch" and _resets_before(problem):
+            halves = ("first", "second")
+        for (s0, s1), half in itertools.product(ranges, halves):
+            for launch, first in enumerate(firsts):
                 tiles = min(plan.tiles_per_launch, plan.batch_tiles - first)
                 try:
                     kernel[(tiles, plan.hidden_tiles, problem.directions)](
@@ -173,6 +183,7 @@ def _run(
                         N=arguments["y"].shape[0],
                         tile0=first,
                         H=problem.hidden_size,
+                        HALF=half,
                         **constants,
                         **options,
                     )
@@ -195,6 +206,21 @@ def _exchange(plan: PassPlan) -> str:
         # The interpreter runs one program after the other: nobody there could be waited for.
         return "launch" if INTERPRETED else "grid"
     return "registers" if config.block_k == config.block_h and config.resident else "program"
+
+
+def _resets_before(problem: Problem) -> bool:
+    return products_of_step(problem) == 2
+
+
+def _between_products(problem: Problem, plan: PassPlan, like: Tensor) -> dict[str, Tensor | None]:
+    """What is kept from the first product of a step forward to the second."""
+    shape = problem.directions, problem.batch_size, problem.hidden_size
+    exchange = _exchange(plan) if _resets_before(problem) else "registers"
+    launches = exchange == "launch"
+    return {
+        "gated_h": None if exchange == "registers" else like.new_empty(shape),
+        "z_state": like.new_empty(shape, dtype=torch.float32) if launches else None,
+    }
 
 
 def soft_type(dtype: torch.dtype) -> str:
@@ -266,6 +292,13 @@ def _hidden_bias(problem: Problem, weights: list[DirectionWeights]) -> Tensor | 
     if problem.cell_name != "gru" or weights[0].b_hh is None:
         return None
     return _stacked([w.b_hh[2 * problem.hidden_size :] for w in weights])
+
+
+def _peepholes(weights: list[DirectionWeights]) -> Tensor | None:
+    """float32 [D, 3*H]"""
+    if weights[0].peephole is None:
+        return None
+    return _stacked([w.peephole.to(torch.float32) for w in weights])
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

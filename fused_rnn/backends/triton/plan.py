@@ -100,6 +100,12 @@ def kind_of(problem: Problem, precision: str) -> str:
     return "tf32" if precision == "tf32" else "float32"
 
 
+def products_of_step(problem: Problem) -> int:
+    """How many products with parts of W_hh a step has, one after the other: two where a GRU resets
+    before the product."""
+    return 2 if problem.cell_name == "gru_reset_before" else 1
+
+
 def requested_regime() -> str:
     """What FUSED_RNN_TRITON_REGIME forces, "" for nothing.
 
@@ -227,7 +233,7 @@ def unfit(config: Config, problem: Problem, device: Device, which: str) -> str |
     programs = tiles * problem.directions
     if programs > device.multiprocessors:
         return f"{programs} programs at least, {device.multiprocessors} run at once"
-    if (problem.timesteps + 1) * tiles > _LARGEST_COUNT:
+    if (problem.timesteps + 1) * tiles * products_of_step(problem) > _LARGEST_COUNT:
         return f"{problem.timesteps} steps of {tiles} programs are more than 32 bits count"
     return None
 
@@ -286,7 +292,8 @@ _LAUNCH = 8.0  # microseconds: Triton's launcher; in a CUDA graph 2.5
 def model(config: Config, problem: Problem, device: Device, which: str) -> StepModel:
     """What a timestep should take. Good for comparing regimes, not for promising times."""
     size, gates, hidden = problem.dtype.itemsize, problem.cell.gates, problem.hidden_size
-    depth = gates * hidden if which == "backward" else hidden
+    products = products_of_step(problem)
+    depth = gates * hidden if which == "backward" else products * hidden
     slice_bytes = gates * hidden * config.block_h * size
     state_bytes = config.block_b * depth * size
     tiles = -(-hidden // config.block_h)
@@ -301,14 +308,14 @@ def model(config: Config, problem: Problem, device: Device, which: str) -> StepM
         weights = max(weights, products)
     alone = config.regime == "a"
     clocks = (
-        _EXCHANGE if config.regime == "b" else 0,
+        products * _EXCHANGE if config.regime == "b" else 0,
         weights,
-        0 if alone else _L2_LATENCY + state_bytes / _L2_BYTES,
+        0 if alone else products * _L2_LATENCY + state_bytes / _L2_BYTES,
         _POINTWISE,
     )
     return StepModel(
         *(c / _CLOCKS_PER_MICROSECOND for c in clocks),
-        launch=_LAUNCH if config.regime == "c" else 0.0,
+        launch=products * _LAUNCH if config.regime == "c" else 0.0,
         waves=waves,
     )
 

@@ -6,6 +6,10 @@ h of the step before is all that programs need of each other, and it goes throug
 an output anyway; backward it is the gradients of the gates. Each timestep has rows of its own
 there, so nothing that somebody may still read is ever overwritten.
 
+A GRU that resets before the product has two products in a step, the second of r * h. So programs
+need of each other r * h as well, which goes through `gated_h`, and backward the gradient of n
+before those of r and z: twice as many arrivals, and a launch for each HALF of a step.
+
 EXCHANGE says how a program gets at what the others have written:
 
     "registers"  there are no others (BLOCK_H >= H) and one tile of the product holds all of h
@@ -23,145 +27,26 @@ bits.
 import triton
 import triton.language as tl
 
+from .cells import sigmoid
+from .tiles import (
+    apart,
+    load_before,
+    narrow,
+    peepholes_of,
+    place,
+    product,
+    publish,
+    restarts,
+    scaled,
+    times_rows,
+    together,
+    wait_for,
+    widen,
+    zoned_out,
+)
+
 # Sizes that change from batch to batch: no kernel may be compiled anew for one of them.
 VARYING = ["s0", "s1", "T", "B", "N", "tile0"]
-
-
-@triton.jit
-def narrow(x, dtype: tl.constexpr, SOFT: tl.constexpr):
-    """Rounds float32 to `dtype`, to nearest even."""
-    if SOFT == "bf16":  # the interpreter truncates
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(x == x, rounded, 0x7FC0)
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
-
-
-@triton.jit
-def widen(x, SOFT: tl.constexpr):
-    # The same numbers as by the interpreter's own conversion, in a tenth of its time.
-    if SOFT == "bf16" and x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr, SOFT: tl.constexpr):
-    if SOFT == "bf16":  # the interpreter would multiply the bits as integers
-        a = widen(a, SOFT)
-        b = widen(b, SOFT)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def place(t, b, length, offsets, T, B):
-    """The first row of timestep t, int64, and whether each batch row takes the step."""
-    # A tile of its own: the interpreter cannot combine a scalar condition with one of rows.
-    at = tl.where(b < B, t, -1)
-    taken = (at >= 0) & (at < T)
-    if offsets is not None:
-        known = tl.minimum(tl.maximum(t, 0), T - 1)
-        first = tl.load(offsets + known)
-        taken = taken & (b < tl.load(offsets + known + 1) - first)
-    else:
-        first = tl.cast(t, tl.int64) * B
-    if length is not None:
-        taken = taken & (t < length)
-    return first, taken
-
-
-@triton.jit
-def restarts(t, b, taken_before, direction, resets, T, B):
-    """Whether the state before step t is replaced, [BLOCK_B, 1]. In the second direction a row
-    comes from timestep t+1, and a reset there separates the two."""
-    at = tl.where(b < B, t + direction, -1)
-    flag = tl.load(resets + tl.cast(at, tl.int64) * B + b, (at >= 0) & (at < T), 0)
-    return (flag != 0) & (taken_before | (tl.zeros_like(b) + direction == 0))
-
-
-@triton.jit
-def apart(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, COLUMNS: tl.constexpr):
-    """The tiles [BLOCK_B, BLOCK_H] of each gate from one with a unit's gates side by side."""
-    if COLUMNS == 4:
-        even, odd = tl.split(tl.reshape(tile, (BLOCK_B, BLOCK_H, 2, 2)))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        return first, second, third, fourth
-    else:
-        return (tile,)
-
-
-@triton.jit
-def together(tiles, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, COLUMNS: tl.constexpr):
-    """The inverse of `apart`."""
-    if COLUMNS == 4:
-        even, odd = tl.join(tiles[0], tiles[2]), tl.join(tiles[1], tiles[3])
-        return tl.reshape(tl.join(even, odd), (BLOCK_B, BLOCK_H * 4))
-    else:
-        return tiles[0]
-
-
-@triton.jit
-def load_before(before, initial, fresh, inside, taken_before, restart, present):
-    """What rows start a step from: at `before` the state after their step before, at `initial` the
-    initial one, or after a restart that at `fresh`; the last two may be None.
-
-    Loads of three places, all but one masked: to choose among pointers, AMD's compiler of Triton
-    3.7 has no way.
-    """
-    old = taken_before
-    new = present & (taken_before == 0)
-    if restart is not None:
-        old = old & (restart == 0)
-        new = new & (restart == 0)
-    value = tl.load(before, old & inside, 0.0, cache_modifier=".cg")
-    value = tl.where(new, tl.load(initial, new & inside, 0.0), value)
-    if fresh is not None:
-        value = tl.where(restart, tl.load(fresh, restart & inside, 0.0), value)
-    return value
-
-
-@triton.jit
-def scaled(value, factor, inside, SOFT: tl.constexpr):
-    """`value` times what lies at `factor`, rounded to its own type."""
-    return narrow(widen(value, SOFT) * tl.load(factor, inside, 0.0), value.dtype, SOFT)
-
-
-@triton.jit
-def zoned_out(before, after, kept, part, inside):
-    """The state after a step that by itself gives `after`: `before` where there is a 1 at `kept`;
-    without that it has a `part` of it."""
-    if kept is not None:
-        return tl.where(tl.load(kept, inside, 0) != 0, before, after)
-    else:
-        return part * before + (1.0 - part) * after
-
-
-@triton.jit
-def wait_for(counter, target):
-    """Until `target` programs of this batch tile have arrived. One thread asks, so that all leave
-    the loop together."""
-    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < target:
-        pass
-
-
-@triton.jit
-def arrive(counter):
-    # Triton before 3.9 lets the one thread's release overtake the stores of the others.
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def publish(counter, EXCHANGE: tl.constexpr):
-    """Makes what this program has stored visible to those who read it in the next step."""
-    if EXCHANGE == "grid":
-        arrive(counter)
-    elif EXCHANGE == "program":
-        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -169,6 +54,7 @@ def scan_forward(
     gx,  # [D, N, G*H] input side of the gates
     w,  # [D, G*H, H] W_hh
     b_hn,  # [D, H] GRU's bias inside the product with r, or None
+    peephole,  # float32 [D, 3*H] LSTM's, from c to i, f and o, or None
     h0,  # [D, B, H]
     offsets,  # int64 [T+1] where the rows of each timestep begin, when packed, or None
     lengths,  # int64 [B] or None
@@ -185,6 +71,8 @@ def scan_forward(
     c,  # float32 [D, B, H] the same of LSTM's c, or None
     gates,  # [D, N, S*H] out, or None; may be gx itself where S == G
     cells,  # float32 [D, N, H] out, or None
+    gated_h,  # [D, B, H] scratch: r * h on its way into the second product, or None
+    z_state,  # float32 [D, B, H] scratch: z between the halves of a step, or None
     counters,  # int32 [D * batch tiles] zeros, or None
     s0,
     s1,
@@ -196,7 +84,9 @@ def scan_forward(
     CELL: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
-    COLUMNS: tl.constexpr,  # S, or 1 where nothing is saved: gates side by side in a product
+    COLUMNS: tl.constexpr,  # gates side by side in the first product: S, or 1 where that is 0
+    RESET_BEFORE: tl.constexpr,  # GRU whose n takes a second product, of r * h
+    HALF: tl.constexpr,  # of a step in which there are two products: "first", "second", or ""
     D: tl.constexpr,
     TILES: tl.constexpr,
     EXCHANGE: tl.constexpr,
@@ -209,6 +99,7 @@ def scan_forward(
     SOFT: tl.constexpr,
 ):
     dtype: tl.constexpr = y.dtype.element_ty
+    PRODUCTS: tl.constexpr = 2 if RESET_BEFORE else 1  # in a step, one after the other
     direction = tl.program_id(2)
     sign = 1 - 2 * direction
     side = tl.cast(direction, tl.int64)
@@ -247,9 +138,22 @@ def scan_forward(
         for i in tl.static_range(CHUNKS):
             k_w = (i * BLOCK_K + k)[:, None]
             slices = slices + (tl.load(p_w + k_w, from_w & (k_w < H), 0.0),)
+    if RESET_BEFORE:
+        p_xn = inner * (G * H) + (2 * H + u)
+        p_wn = w + tl.cast(2 * H + u, tl.int64) * H
+        slices_n = ()
+        if RESIDENT:
+            for i in tl.static_range(CHUNKS):
+                k_w = (i * BLOCK_K + k)[:, None]
+                slices_n = slices_n + (tl.load(p_wn + k_w, unit & (k_w < H), 0.0),)
+        if h_factor is not None:
+            factor_own = tl.load(h_factor + state + own, present & unit, 0.0)
     if b_hn is not None:
         b_own = tl.load(b_hn + direction * H + unit_j, known_j & (gate == 0), 0.0)
         b_own = widen(b_own, SOFT)
+    peep = None
+    if peephole is not None:
+        peep = peepholes_of(peephole, direction, u, unit, H)
     h_own = tl.load(h + state + own, present & unit, 0.0)
     c_own = h_own
     if c is not None:
@@ -262,14 +166,20 @@ def scan_forward(
     row, taken = place(t, b, length, offsets, T, B)
     p_x += inner * (G * H)
     x = tl.load(gx + row * (G * H) + p_x, taken & from_x, 0.0)
+    if RESET_BEFORE:
+        x_n = tl.load(gx + row * (G * H) + p_xn, taken & unit, 0.0)
     for s in range(s0, s1):
         t = direction * (T - 1) + sign * s
         if EXCHANGE == "launch":
             row_next, taken_next, x_next = row, taken, x
+            if RESET_BEFORE:
+                x_n_next = x_n
         else:
             # Asked for before the wait, so that memory answers meanwhile.
             row_next, taken_next = place(t + sign, b, length, offsets, T, B)
             x_next = tl.load(gx + row_next * (G * H) + p_x, taken_next & from_x, 0.0)
+            if RESET_BEFORE:
+                x_n_next = tl.load(gx + row_next * (G * H) + p_xn, taken_next & unit, 0.0)
         restart = None
         if resets is not None:
             restart = restarts(t, b, taken_before, direction, resets, T, B) & taken
@@ -283,86 +193,127 @@ def scan_forward(
                     fresh_c += tl.load(reset_c + state + own, restart & unit, 0.0)
                 c_own = tl.where(restart, fresh_c, c_own)
 
-        total = tl.zeros((BLOCK_B, BLOCK_H * COLUMNS), tl.float32)
-        if EXCHANGE == "registers":
-            h_in = narrow(h_own, dtype, SOFT)
-            if h_factor is not None:
-                h_in = scaled(h_in, h_factor + u, present & unit, SOFT)
-            total = product(h_in, slices[0], total, PRECISION, SOFT)
-        else:
-            p_y = y + row_before * (D * H) + inner * (D * H)
-            p_h0 = h0 + state + inner * H
-            p_fresh = None
-            if reset_h is not None:
-                p_fresh = reset_h + state + inner * H
-            if EXCHANGE == "grid":
-                wait_for(counters, (s - s0) * TILES)
-            if RESIDENT:
-                h_in = ()
-                for i in tl.static_range(CHUNKS):
-                    k_h = (i * BLOCK_K + k)[None, :]
-                    p_part = None
-                    if reset_h is not None:
-                        p_part = p_fresh + k_h
-                    part = load_before(
-                        p_y + k_h, p_h0 + k_h, p_part, k_h < H, taken_before, restart, present
-                    )
-                    if h_factor is not None:
-                        part = scaled(part, h_factor + k_h, present & (k_h < H), SOFT)
-                    h_in = h_in + (part,)
-                for i in tl.static_range(CHUNKS):
-                    total = product(h_in[i], slices[i], total, PRECISION, SOFT)
+        if HALF != "second":
+            total = tl.zeros((BLOCK_B, BLOCK_H * COLUMNS), tl.float32)
+            if EXCHANGE == "registers":
+                h_in = narrow(h_own, dtype, SOFT)
+                if h_factor is not None:
+                    h_in = scaled(h_in, h_factor + u, present & unit, SOFT)
+                total = product(h_in, slices[0], total, PRECISION, SOFT)
             else:
-                for k0 in range(0, H, BLOCK_K):
-                    k_h = (k0 + k)[None, :]
-                    k_w = (k0 + k)[:, None]
-                    p_part = None
-                    if reset_h is not None:
-                        p_part = p_fresh + k_h
-                    h_part = load_before(
-                        p_y + k_h, p_h0 + k_h, p_part, k_h < H, taken_before, restart, present
-                    )
-                    if h_factor is not None:
-                        h_part = scaled(h_part, h_factor + k_h, present & (k_h < H), SOFT)
-                    w_part = tl.load(p_w + k_w, from_w & (k_w < H), 0.0)
-                    total = product(h_part, w_part, total, PRECISION, SOFT)
-        # Added afterwards: as the start of the sum it would cost exactness.
-        pre = total + widen(x, SOFT)
-        if b_hn is not None:
-            pre += b_own
-
-        h_new, c_new, saved = CELL(apart(pre, BLOCK_B, BLOCK_H, COLUMNS), h_own, c_own)
+                p_y = y + row_before * (D * H) + inner * (D * H)
+                p_h0 = h0 + state + inner * H
+                p_fresh = None
+                if reset_h is not None:
+                    p_fresh = reset_h + state + inner * H
+                if EXCHANGE == "grid":
+                    wait_for(counters, (s - s0) * (TILES * PRODUCTS))
+                if RESIDENT:
+                    h_in = ()
+                    for i in tl.static_range(CHUNKS):
+                        k_h = (i * BLOCK_K + k)[None, :]
+                        p_part = None
+                        if reset_h is not None:
+                            p_part = p_fresh + k_h
+                        part = load_before(
+                            p_y + k_h, p_h0 + k_h, p_part, k_h < H, taken_before, restart, present
+                        )
+                        if h_factor is not None:
+                            part = scaled(part, h_factor + k_h, present & (k_h < H), SOFT)
+                        h_in = h_in + (part,)
+                    for i in tl.static_range(CHUNKS):
+                        total = product(h_in[i], slices[i], total, PRECISION, SOFT)
+                else:
+                    for k0 in range(0, H, BLOCK_K):
+                        k_h = (k0 + k)[None, :]
+                        k_w = (k0 + k)[:, None]
+                        p_part = None
+                        if reset_h is not None:
+                            p_part = p_fresh + k_h
+                        h_part = load_before(
+                            p_y + k_h, p_h0 + k_h, p_part, k_h < H, taken_before, restart, present
+                        )
+                        if h_factor is not None:
+                            h_part = scaled(h_part, h_factor + k_h, present & (k_h < H), SOFT)
+                        w_part = tl.load(p_w + k_w, from_w & (k_w < H), 0.0)
+                        total = product(h_part, w_part, total, PRECISION, SOFT)
+            # Added afterwards: as the start of the sum it would cost exactness.
+            pre = total + widen(x, SOFT)
+            if b_hn is not None:
+                pre += b_own
+            parts = apart(pre, BLOCK_B, BLOCK_H, COLUMNS)
+        if RESET_BEFORE:
+            if HALF != "second":
+                r, z = sigmoid(parts[0]), sigmoid(parts[1])
+                rh = r * h_own
+                if h_factor is not None:
+                    rh *= factor_own
+                rh = narrow(rh, dtype, SOFT)
+                if EXCHANGE != "registers":
+                    tl.store(gated_h + state + own, rh, present & unit)
+                    publish(counters, EXCHANGE)
+            if HALF == "first":
+                tl.store(z_state + state + own, z, present & unit)
+            elif EXCHANGE == "registers":
+                total_n = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+                total_n = product(rh, slices_n[0], total_n, PRECISION, SOFT)
+            else:
+                if HALF == "second":
+                    z = tl.load(z_state + state + own, present & unit, 0.0)
+                    r = z  # r itself is in gated_h, and saved
+                if EXCHANGE == "grid":
+                    wait_for(counters, ((s - s0) * PRODUCTS + 1) * TILES)
+                # One step's r * h takes the place of another's: whoever writes has seen that all
+                # have arrived with the h that they made of it.
+                total_n = times_rows(
+                    gated_h + state + inner * H, present, p_wn, 1, unit, slices_n, H,
+                    BLOCK_B, BLOCK_H, BLOCK_K, CHUNKS, RESIDENT, PRECISION, SOFT,
+                )  # fmt: skip
+            if HALF != "first":
+                parts = (r, z, total_n + widen(x_n, SOFT))
         on = taken & unit
-        p_kept = (side * N + b0 + row) * H + own
-        if kept_h is not None:
-            h_new = zoned_out(h_own, h_new, kept_h + p_kept, part_h, on)
-        if part_h is not None:
-            h_new = zoned_out(h_own, h_new, None, part_h, on)
-        if kept_c is not None:
-            c_new = zoned_out(c_own, c_new, kept_c + p_kept, part_c, on)
-        if part_c is not None:
-            c_new = zoned_out(c_own, c_new, None, part_c, on)
-        written = on
-        h_out = h_new
-        if lengths is not None:  # rows past their length are zero
-            written = present & unit
-            h_out = tl.where(on, h_new, 0.0)
-        p_out = y + row * (D * H) + (inner * (D * H) + u)
-        tl.store(p_out, narrow(h_out, dtype, SOFT), written)
-        publish(counters, EXCHANGE)
-        # What nobody waits for comes after.
-        h_own = tl.where(on, h_new, h_own)
-        if c is not None:
-            c_own = tl.where(on, c_new, c_own)
+        if HALF == "first":
+            saved = (r, z)
+        else:
+            h_new, c_new, saved = CELL(parts, h_own, c_own, peep)
+            p_kept = (side * N + b0 + row) * H + own
+            if kept_h is not None:
+                h_new = zoned_out(h_own, h_new, kept_h + p_kept, part_h, on)
+            if part_h is not None:
+                h_new = zoned_out(h_own, h_new, None, part_h, on)
+            if kept_c is not None:
+                c_new = zoned_out(c_own, c_new, kept_c + p_kept, part_c, on)
+            if part_c is not None:
+                c_new = zoned_out(c_own, c_new, None, part_c, on)
+            written = on
+            h_out = h_new
+            if lengths is not None:  # rows past their length are zero
+                written = present & unit
+                h_out = tl.where(on, h_new, 0.0)
+            p_out = y + row * (D * H) + (inner * (D * H) + u)
+            tl.store(p_out, narrow(h_out, dtype, SOFT), written)
+            publish(counters, EXCHANGE)
+            # What nobody waits for comes after.
+            h_own = tl.where(on, h_new, h_own)
+            if c is not None:
+                c_own = tl.where(on, c_new, c_own)
         if gates is not None:
-            kept = together(saved, BLOCK_B, BLOCK_H, COLUMNS)
+            p_gates = gates + (side * N + b0 + row) * (S * H)
             from_row = taken
             if lengths is not None:
-                kept = tl.where(taken, kept, 0.0)
                 from_row = present
-            p_gates = gates + (side * N + b0 + row) * (S * H)
-            p_gates += inner * (S * H) + gate * H + unit_j
-            tl.store(p_gates, narrow(kept, dtype, SOFT), from_row & known_j)
+            if HALF != "second":
+                kept = together(saved, BLOCK_B, BLOCK_H, COLUMNS)
+                if lengths is not None:
+                    kept = tl.where(taken, kept, 0.0)
+                p_saved = p_gates + (inner * (S * H) + gate * H + unit_j)
+                tl.store(p_saved, narrow(kept, dtype, SOFT), from_row & known_j)
+            if RESET_BEFORE and HALF != "first":
+                n = saved[2]
+                if lengths is not None:
+                    n = tl.where(taken, n, 0.0)
+                p_n = p_gates + (inner * (S * H) + 2 * H + u)
+                tl.store(p_n, narrow(n, dtype, SOFT), from_row & unit)
         if cells is not None:
             c_out = c_new
             if lengths is not None:
@@ -370,7 +321,10 @@ def scan_forward(
             tl.store(cells + (side * N + b0 + row) * H + own, c_out, written)
         row_before, taken_before = row, taken
         row, taken, x = row_next, taken_next, x_next
-    tl.store(h + state + own, h_own, present & unit)
+        if RESET_BEFORE:
+            x_n = x_n_next
+    if HALF != "first":
+        tl.store(h + state + own, h_own, present & unit)
     if c is not None:
         tl.store(c + state + own, c_own, present & unit)
 
@@ -381,6 +335,7 @@ def scan_backward(
     gates,  # [D, N, S*H], or None where the cell saves none
     cells,  # float32 [D, N, H], LSTM only, or None
     w,  # [D, G*H, H] W_hh
+    peephole,  # float32 [D, 3*H] or None
     h0,  # [D, B, H]
     c0,  # float32 [D, B, H], LSTM only, or None
     grad_y,  # [N, D*H] or None
@@ -412,7 +367,9 @@ def scan_backward(
     G: tl.constexpr,
     S: tl.constexpr,
     Q: tl.constexpr,
-    COLUMNS: tl.constexpr,  # Q, and S where anything is saved
+    COLUMNS: tl.constexpr,  # gates side by side in memory: Q, and S where anything is saved
+    RESET_BEFORE: tl.constexpr,
+    HALF: tl.constexpr,
     D: tl.constexpr,
     TILES: tl.constexpr,
     EXCHANGE: tl.constexpr,
@@ -428,6 +385,8 @@ def scan_backward(
     """Steps s1-1 down to s0. Each turns what reaches the state after step s, through the gates of
     step s+1 and directly, into the gradients of the gates of step s."""
     dtype: tl.constexpr = grad_gates.dtype.element_ty
+    PRODUCTS: tl.constexpr = 2 if RESET_BEFORE else 1  # in a step, one after the other
+    FIRST: tl.constexpr = 2 if RESET_BEFORE else G  # gates of W_hh in the first of them
     direction = tl.program_id(2)
     sign = 1 - 2 * direction
     side = tl.cast(direction, tl.int64)
@@ -455,12 +414,22 @@ def scan_backward(
     p_gate = inner * (Q * H) + (j % COLUMNS * H + unit_j)
     if RESIDENT:
         slices = ()
-        for g in tl.static_range(G):
+        for g in tl.static_range(FIRST):
             for i in tl.static_range(CHUNKS):
                 k_w = (i * BLOCK_K + k)[:, None]
                 w_rows = tl.cast((g + ROTATE) % G * H, tl.int64) + k_w
                 slices = slices + (tl.load(w + w_rows * H + u, unit & (k_w < H), 0.0),)
+    if RESET_BEFORE:
+        p_wn = w + (tl.cast(2 * H, tl.int64) * H + u)
+        slices_n = ()
+        if RESIDENT:
+            for i in tl.static_range(CHUNKS):
+                k_w = (i * BLOCK_K + k)[:, None]
+                slices_n = slices_n + (tl.load(p_wn + k_w * H, unit & (k_w < H), 0.0),)
     zero = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    peep = None
+    if peephole is not None:
+        peep = peepholes_of(peephole, direction, u, unit, H)
     dh_own = tl.load(grad_h + state + own, present & unit, 0.0)
     dc_own = zero
     if grad_c is not None:
@@ -475,7 +444,7 @@ def scan_backward(
     row, taken = place(t, b, length, offsets, T, B)
     if EXCHANGE == "registers":
         d = ()
-        for g in tl.static_range(G):
+        for g in tl.static_range(FIRST):
             p_d = grad_gates + row_after * (Q * H) + (inner * (Q * H) + g * H + u)
             d = d + (tl.load(p_d, taken_after & unit, 0.0),)
     for done in range(0, s1 - s0):
@@ -488,14 +457,16 @@ def scan_backward(
             restart_after = restarts(t + sign, b, taken, direction, resets, T, B) & taken_after
         # What was saved is asked for before the wait.
         if gates is not None:
-            p_gates = gates + (side * N + b0 + row) * (S * H) + p_gate
-            saved = tl.load(p_gates, taken & (unit_j < H), 0.0)
+            p_gates = gates + (side * N + b0 + row) * (S * H)
+            saved = tl.load(p_gates + p_gate, taken & (unit_j < H), 0.0)
+            if RESET_BEFORE:
+                saved_n = tl.load(p_gates + (inner * (S * H) + (2 * H + u)), on, 0.0)
         p_y = y + row * (D * H) + (inner * (D * H) + u)
         h_after = zero
         h_before = zero
         if S == 0:
             h_after = widen(tl.load(p_y, on, 0.0), SOFT)
-        if Q > G:
+        if Q > G or RESET_BEFORE:
             p_before = y + row_before * (D * H) + (inner * (D * H) + u)
             p_fresh_h = None
             if reset_h is not None:
@@ -524,43 +495,44 @@ def scan_backward(
             p_dc = grad_cells + (side * N + b0 + row) * H + own
             dc_here = widen(tl.load(p_dc, on, 0.0), SOFT)
 
-        through = zero
-        if EXCHANGE == "registers":
-            for g in tl.static_range(G):
-                through = product(d[g], slices[g], through, PRECISION, SOFT)
-        else:
-            p_d = grad_gates + row_after * (Q * H) + inner * (Q * H)
-            if EXCHANGE == "grid":
-                wait_for(counters, done * TILES)
-            if RESIDENT:
-                parts = ()
-                for g in tl.static_range(G):
-                    for i in tl.static_range(CHUNKS):
-                        k_d = (i * BLOCK_K + k)[None, :]
-                        known_d = taken_after & (k_d < H)
-                        part = tl.load(p_d + g * H + k_d, known_d, 0.0, cache_modifier=".cg")
-                        parts = parts + (part,)
-                for i in tl.static_range(G * CHUNKS):
-                    through = product(parts[i], slices[i], through, PRECISION, SOFT)
+        if HALF != "second":
+            through = zero
+            if EXCHANGE == "registers":
+                for g in tl.static_range(FIRST):
+                    through = product(d[g], slices[g], through, PRECISION, SOFT)
             else:
-                for g in tl.static_range(G):
-                    for k0 in range(0, H, BLOCK_K):
-                        k_d = (k0 + k)[None, :]
-                        k_w = (k0 + k)[:, None]
-                        known_d = taken_after & (k_d < H)
-                        part = tl.load(p_d + g * H + k_d, known_d, 0.0, cache_modifier=".cg")
-                        w_rows = tl.cast((g + ROTATE) % G * H, tl.int64) + k_w
-                        w_part = tl.load(w + w_rows * H + u, unit & (k_w < H), 0.0)
-                        through = product(part, w_part, through, PRECISION, SOFT)
-        if h_factor is not None:
-            through *= factor_own
-        # Added afterwards: as the start of the sum it would cost exactness.
-        dh_own = through + dh_own
-        if resets is not None:
-            reset_dh += tl.where(restart_after, dh_own, 0.0)
-            dh_own = tl.where(restart_after, 0.0, dh_own)
-            reset_dc += tl.where(restart_after, dc_own, 0.0)
-            dc_own = tl.where(restart_after, 0.0, dc_own)
+                p_d = grad_gates + row_after * (Q * H) + inner * (Q * H)
+                if EXCHANGE == "grid":
+                    wait_for(counters, done * (TILES * PRODUCTS))
+                if RESIDENT:
+                    parts = ()
+                    for g in tl.static_range(FIRST):
+                        for i in tl.static_range(CHUNKS):
+                            k_d = (i * BLOCK_K + k)[None, :]
+                            known_d = taken_after & (k_d < H)
+                            part = tl.load(p_d + g * H + k_d, known_d, 0.0, cache_modifier=".cg")
+                            parts = parts + (part,)
+                    for i in tl.static_range(FIRST * CHUNKS):
+                        through = product(parts[i], slices[i], through, PRECISION, SOFT)
+                else:
+                    for g in tl.static_range(FIRST):
+                        for k0 in range(0, H, BLOCK_K):
+                            k_d = (k0 + k)[None, :]
+                            k_w = (k0 + k)[:, None]
+                            known_d = taken_after & (k_d < H)
+                            part = tl.load(p_d + g * H + k_d, known_d, 0.0, cache_modifier=".cg")
+                            w_rows = tl.cast((g + ROTATE) % G * H, tl.int64) + k_w
+                            w_part = tl.load(w + w_rows * H + u, unit & (k_w < H), 0.0)
+                            through = product(part, w_part, through, PRECISION, SOFT)
+            if h_factor is not None:
+                through *= factor_own
+            # Added afterwards: as the start of the sum it would cost exactness.
+            dh_own = through + dh_own
+            if resets is not None:
+                reset_dh += tl.where(restart_after, dh_own, 0.0)
+                dh_own = tl.where(restart_after, 0.0, dh_own)
+                reset_dc += tl.where(restart_after, dc_own, 0.0)
+                dc_own = tl.where(restart_after, 0.0, dc_own)
 
         dc = dc_own
         if grad_cells is not None:
@@ -568,6 +540,8 @@ def scan_backward(
         kept = (zero,)
         if gates is not None:
             kept = apart(widen(saved, SOFT), BLOCK_B, BLOCK_H, COLUMNS)
+            if RESET_BEFORE:
+                kept = (kept[0], kept[1], widen(saved_n, SOFT))
         dh = dh_own + dy
         # What zoneout leads past the step, "past_", does not go through it.
         p_kept = (side * N + b0 + row) * H + own
@@ -585,7 +559,7 @@ def scan_backward(
             past_c = part_c * dc
             dc -= past_c
             c_after = kept[1] * c_before + kept[0] * kept[2]
-        d_new, dh_before, dc_before = CELL(kept, h_before, h_after, c_before, c_after, dh, dc)
+        d_new, dh_before, dc_before = CELL(kept, h_before, h_after, c_before, c_after, dh, dc, peep)
         if kept_h is not None:
             dh_before += past_h
         if part_h is not None:
@@ -594,28 +568,62 @@ def scan_backward(
             dc_before += past_c
         if part_c is not None:
             dc_before += past_c
-        d_out = together(d_new, BLOCK_B, BLOCK_H, COLUMNS)
-        written = taken & (unit_j < H)
-        if lengths is not None:  # rows past their length have no gradient
-            at = tl.where(present, t, -1)
-            written = (at >= 0) & (at < T) & (unit_j < H)
-            d_out = tl.where(taken, d_out, 0.0)
-        tl.store(grad_gates + row * (Q * H) + p_gate, narrow(d_out, dtype, SOFT), written)
-        publish(counters, EXCHANGE)
-        if EXCHANGE == "registers":
-            d = ()
-            for g in tl.static_range(G):
-                d = d + (narrow(tl.where(on, d_new[g], 0.0), dtype, SOFT),)
-        dh_own = tl.where(on, dh_before, dh_own)
+        p_d_row = grad_gates + row * (Q * H)
+        at = tl.where(present, t, -1)
+        there = (at >= 0) & (at < T)  # rows past their length are, and have no gradient
+        if RESET_BEFORE:
+            written = taken & unit
+            if lengths is not None:
+                written = there & unit
+            p_d_own = p_d_row + (inner * (Q * H) + u)
+            if HALF != "second":
+                d_n = narrow(tl.where(on, d_new[2], 0.0), dtype, SOFT)
+                d_z = narrow(tl.where(on, d_new[1], 0.0), dtype, SOFT)
+                tl.store(p_d_own + 2 * H, d_n, written)
+                publish(counters, EXCHANGE)
+                tl.store(p_d_own + H, d_z, written)
+                dh_own = tl.where(on, dh_before, dh_own)
+            if HALF != "first":
+                # The gradient of r * h.
+                if EXCHANGE == "registers":
+                    d_gated = product(d_n, slices_n[0], zero, PRECISION, SOFT)
+                else:
+                    if EXCHANGE == "grid":
+                        wait_for(counters, (done * PRODUCTS + 1) * TILES)
+                    d_gated = times_rows(
+                        p_d_row + (inner * (Q * H) + 2 * H), taken, p_wn, H, unit, slices_n, H,
+                        BLOCK_B, BLOCK_H, BLOCK_K, CHUNKS, RESIDENT, PRECISION, SOFT,
+                    )  # fmt: skip
+                if h_factor is not None:
+                    d_gated *= factor_own
+                d_r = narrow(tl.where(on, d_new[0] * d_gated, 0.0), dtype, SOFT)
+                tl.store(p_d_own, d_r, written)
+                publish(counters, EXCHANGE)
+                dh_own = tl.where(on, dh_own + d_gated * kept[0], dh_own)
+                if EXCHANGE == "registers":
+                    d = (d_r, d_z)
+        else:
+            d_out = together(d_new, BLOCK_B, BLOCK_H, COLUMNS)
+            written = taken & (unit_j < H)
+            if lengths is not None:
+                written = there & (unit_j < H)
+                d_out = tl.where(taken, d_out, 0.0)
+            tl.store(p_d_row + p_gate, narrow(d_out, dtype, SOFT), written)
+            publish(counters, EXCHANGE)
+            if EXCHANGE == "registers":
+                d = ()
+                for g in tl.static_range(G):
+                    d = d + (narrow(tl.where(on, d_new[g], 0.0), dtype, SOFT),)
+            dh_own = tl.where(on, dh_before, dh_own)
         dc_own = tl.where(on, dc_before, dc_own)
         row_after, taken_after = row, taken
         row, taken = row_before, taken_before
     tl.store(grad_h + state + own, dh_own, present & unit)
     if grad_c is not None:
         tl.store(grad_c + state + own, dc_own, present & unit)
-    if grad_reset_h is not None:
+    if grad_reset_h is not None and HALF != "second":
         p_reset = grad_reset_h + state + own
         tl.store(p_reset, tl.load(p_reset, present & unit, 0.0) + reset_dh, present & unit)
-    if grad_reset_c is not None:
+    if grad_reset_c is not None and HALF != "second":
         p_reset = grad_reset_c + state + own
         tl.store(p_reset, tl.load(p_reset, present & unit, 0.0) + reset_dc, present & unit)

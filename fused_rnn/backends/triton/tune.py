@@ -22,12 +22,11 @@ from . import TritonBackend, device_facts, plan
 from .plan import PASSES, SMALLEST_TILE, Config, Device, Plan, Row
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_CELLS = [name for name in CELLS if name != "gru_reset_before"]
 Timer = Callable[[Callable[[], object]], float]  # a call -> its time, in any unit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cell", nargs="+", choices=list(_CELLS), default=["gru", "lstm"])
+    parser.add_argument("--cell", nargs="+", choices=list(CELLS), default=["gru", "lstm"])
     parser.add_argument("--hidden", nargs="+", type=_positive, default=[64, 128, 256, 512, 1024])
     parser.add_argument("--batch", nargs="+", type=_positive, default=[16, 128])
     parser.add_argument("--dtype", nargs="+", choices=list(_DTYPES), default=["bfloat16"])
