@@ -541,6 +541,10 @@ def is_transformed() -> bool:
     return _functorch.get_dynamic_layer_stack_depth() > 0
 
 
+if torch.__version__ < "2.13":  # whose compiler does not know the function
+    is_transformed = torch.compiler.assume_constant_result(is_transformed)
+
+
 def needs_oracle(x: Tensor) -> bool:
     """Whether only plain torch operations will do: inside a function transform, under
     forward-mode differentiation, or for a dtype no backend has."""

@@ -259,7 +259,8 @@ def run_torch(inputs: LayerInputs) -> Outputs:
     if inputs.cell not in TORCH_CELLS or inputs.states or any(m is not None for m in inputs.masks):
         return run_oracle(inputs)
     per_direction = len(inputs.weights) // inputs.h0.shape[0]
-    options = [per_direction >= 4, 1, 0.0, False, inputs.h0.shape[0] == 2]
+    training = inputs.x.is_cuda  # without it cuDNN has no backward
+    options = [per_direction >= 4, 1, 0.0, training, inputs.h0.shape[0] == 2]
     hx = inputs.h0 if inputs.c0 is None else (inputs.h0, inputs.c0)
     function = getattr(torch._VF, inputs.cell)
     if inputs.batch_sizes is None:

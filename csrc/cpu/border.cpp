@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../torch_compat.h"
 #include "features.h"
 
 namespace fused_rnn {

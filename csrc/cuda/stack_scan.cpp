@@ -6,6 +6,7 @@
 #include <array>
 #include <functional>
 
+#include "../torch_compat.h"
 #include "streams.h"
 
 namespace fused_rnn {

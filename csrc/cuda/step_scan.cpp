@@ -11,6 +11,7 @@
 #include <exception>
 #include <optional>
 
+#include "../torch_compat.h"
 #include "check_cuda.h"
 #include "graph.h"
 

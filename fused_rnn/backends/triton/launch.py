@@ -162,7 +162,7 @@ def _run(
         # Whole 16 bytes for each launch: another alignment would be another kernel.
         count = -(-problem.directions * plan.tiles_per_launch // 4) * 4
         counters = torch.zeros((plan.launches, count), dtype=torch.int32, device=device)
-    options = {} if INTERPRETED else launch_options(config, exchange)
+    options = {} if INTERPRETED else launch_options(config, exchange, problem.hidden_size)
     with torch.cuda.device_of(arguments["y"]):
         ranges = _ranges(steps, exchange, kernel is scan.scan_backward)
         firsts = range(0, plan.batch_tiles, plan.tiles_per_launch)
@@ -228,12 +228,13 @@ def soft_type(dtype: torch.dtype) -> str:
     return "bf16" if INTERPRETED and dtype == torch.bfloat16 else ""
 
 
-def launch_options(config, exchange: str) -> dict:
+def launch_options(config, exchange: str, hidden_size: int) -> dict:
     """Options of Triton's launch and compiler."""
     options = {
         "num_warps": config.warps,
         # Pipelining would load h ahead of the wait; products that stream W_hh have no wait inside.
-        "num_stages": 1 if config.resident else 3,
+        # Triton 3.6 fails to schedule a loop of a single round.
+        "num_stages": 1 if config.resident or hidden_size <= config.block_k else 3,
         # The default has changed between versions of Triton.
         "enable_fp_fusion": True,
     }
