@@ -16,6 +16,7 @@ import fused_rnn
 from fused_rnn import dispatch, testing
 from fused_rnn.backends import triton as backend
 from fused_rnn.backends.triton import plan as planner
+from fused_rnn.cells import CELLS
 from fused_rnn.problem import Problem
 
 HERE = Path(__file__).parent
@@ -281,7 +282,7 @@ _MASKED = {"ends": (9, 0, 4, 7, 1), "resets": True, "reset_states": True}
 GPU_CASES = [
     pytest.param(regime, testing.LayerCase(cell, *sizes, dtype=dtype, device="cuda", **options),
                  id=f"{regime}-{cell}-{str(dtype)[6:]}-{sizes}-{sorted(options)}")
-    for cell in ("rnn_tanh", "rnn_relu", "gru", "lstm")
+    for cell in CELLS
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for regime, sizes, options in (
         ("a", (7, 3, 5, 17), {"directions": 2}),
@@ -318,7 +319,7 @@ def test_accuracy_on_a_gpu(regime, case, on_the_gpu, monkeypatch, poisoned):
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "gru_reset_before", "lstm"])
 def test_two_hundred_runs_are_one(cell, on_the_gpu, monkeypatch):
     """A race in the exchange would show as another bit, now and then."""
     monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "b")
@@ -364,11 +365,14 @@ def test_cuda_graph(regime, on_the_gpu, monkeypatch):
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("options", [{}, _MASKED], ids=["padded", "masked"])
+@pytest.mark.parametrize(
+    "options", [{}, _MASKED, {"lengths": (9, 9, 4, 2, 1)}], ids=["padded", "masked", "packed"]
+)
 @pytest.mark.parametrize("regime", ["a", "b", "c"])
-def test_the_host_never_waits(regime, options, on_the_gpu, monkeypatch):
+@pytest.mark.parametrize("cell", ["gru", "gru_reset_before"])
+def test_the_host_never_waits(cell, regime, options, on_the_gpu, monkeypatch):
     monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", regime)
-    case = testing.LayerCase("gru", 9, 5, 8, 100, dtype=torch.bfloat16, device="cuda", **options)
+    case = testing.LayerCase(cell, 9, 5, 8, 100, dtype=torch.bfloat16, device="cuda", **options)
     inputs, cotangents = testing.make_inputs(case).leaves(), testing.make_cotangents(case)
     testing.results_and_grads(testing.run_layer, inputs, cotangents)
     mode = torch.cuda.get_sync_debug_mode()

@@ -41,6 +41,9 @@ def _problem(cell="lstm", hidden=128, batch=16, dtype=torch.bfloat16, **changes)
         (H200, _problem(hidden=4096), "ieee", "c", "c"),
         (H200, _problem("gru", 200, directions=2), "ieee", "b", "b"),
         (H200, _problem("rnn_tanh", 256), "ieee", "a", "a"),
+        (H200, _problem("gru_reset_before", 128), "ieee", "a", "a"),
+        (H200, _problem("gru_reset_before", 512), "ieee", "b", "b"),
+        (H200, _problem("gru_reset_before", 4096), "ieee", "c", "c"),
         (H200, _problem(hidden=256, dtype=torch.float32), "ieee", "b", "b"),
         (H200, _problem(hidden=256, dtype=torch.float32), "tf32", "b", "b"),
         (A100, _problem(hidden=128), "ieee", "a", "a"),
@@ -103,11 +106,27 @@ def test_a_large_batch_waits_in_waves():
         ("b", _problem(hidden=512), H200._replace(cooperative=False), "all programs run at once"),
         ("b", _problem(hidden=4096), H200, "programs at least, 132 run at once"),
         ("b", _problem(hidden=512, timesteps=2**30), H200, "more than 32 bits count"),
+        (
+            "b",
+            _problem("gru_reset_before", 512, timesteps=2**25),  # two arrivals a step
+            H200,
+            "more than 32 bits count",
+        ),
     ],
 )
 def test_a_forced_regime_that_does_not_fit(regime, problem, device, why):
     with pytest.raises(UnfitError, match=f"regime '{regime}' does not fit: .*{why}"):
         make_plan(problem, device, "ieee", regime)
+
+
+@pytest.mark.parametrize(("regime", "part"), [("b", "exchange"), ("c", "launch")])
+def test_two_products_in_a_step_take_two_exchanges_or_launches(regime, part):
+    times = []
+    for cell in ("gru", "gru_reset_before"):
+        problem = _problem(cell, 512)
+        config = make_plan(problem, H200, "ieee", regime).forward.config
+        times.append(getattr(planner.model(config, problem, H200, "forward"), part))
+    assert times[1] == 2 * times[0] > 0
 
 
 def test_refused_regimes_keep_their_reasons():

@@ -102,17 +102,18 @@ def gru_reset_before_backward(saved, h_before, h_after, c_before, c_after, dh, d
 
 @triton.jit
 def lstm_forward(pre, h, c, peephole):
-    pre_i, pre_f, pre_o = pre[0], pre[1], pre[3]
+    pre_i, pre_f = pre[0], pre[1]
     if peephole is not None:
         pre_i += peephole[0] * c
         pre_f += peephole[1] * c
     i = sigmoid(pre_i)
     f = sigmoid(pre_f)
     g = tanh(pre[2])
+    if peephole is None:
+        o = sigmoid(pre[3])
     c = f * c + i * g
     if peephole is not None:
-        pre_o += peephole[2] * c
-    o = sigmoid(pre_o)
+        o = sigmoid(pre[3] + peephole[2] * c)
     return o * tanh(c), c, (i, f, g, o)
 
 
@@ -121,12 +122,12 @@ def lstm_backward(saved, h_before, h_after, c_before, c_after, dh, dc, peephole)
     i, f, g, o = saved[0], saved[1], saved[2], saved[3]
     tanh_c = tanh(c_after)
     dc = dc + dh * o * (1.0 - tanh_c * tanh_c)
-    d_o = dh * tanh_c * o * (1.0 - o)
     if peephole is not None:
-        dc += d_o * peephole[2]
+        dc += dh * tanh_c * o * (1.0 - o) * peephole[2]
     d_i = dc * g * i * (1.0 - i)
     d_f = dc * c_before * f * (1.0 - f)
     d_g = dc * i * (1.0 - g * g)
+    d_o = dh * tanh_c * o * (1.0 - o)
     dc_before = dc * f
     if peephole is not None:
         dc_before += d_i * peephole[0] + d_f * peephole[1]
