@@ -308,6 +308,19 @@ ALL_SETS = (
         "cuda",
     ),
     CaseSet(
+        "gpu-steps",
+        "What does a layer cost that runs step by step, in a loop and in graphs?",
+        alone(
+            cases_of(
+                [(128, 1, 1024), (128, 32, 1024), (128, 32, 2048), (64, 64, 4096)],
+                INFERENCE_AND_TRAINING,
+                ["gru", "lstm"],
+                dtype="bfloat16",
+            )
+        ),
+        "cuda",
+    ),
+    CaseSet(
         "gpu-torchrl",
         "Layers of reinforcement learning, without and with resets",
         alone(

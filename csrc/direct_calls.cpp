@@ -9,6 +9,7 @@
 #include <ATen/dlpack.h>
 #endif
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -34,7 +35,11 @@ struct {
   const DirectCalls* calls;
   const DLPackExchangeAPI* torch;
   PyObject* tensor_types[2];  // Tensor and Parameter: a subclass may have a meaning of its own
-  PyObject* guards;           // a tuple of functions; if any gives something true, it is no time
+  PyObject* is_neg;           // Tensor's
+  // Functions that give something true where a call is to do more than compute numbers; first those
+  // that matter to a step of packed weights too.
+  PyObject* guards;
+  Py_ssize_t step_guards;
 } connected;
 
 // An output and, behind it, its memory. torch's own way from a shape to a Python object takes twice
@@ -46,11 +51,11 @@ struct Owned {
   static constexpr size_t kLine = 64;
 
   static Owned* make(const int64_t* sizes, int64_t dimensions) {
-    constexpr size_t kHeader = (sizeof(Owned) + kLine - 1) / kLine * kLine;
     int64_t count = 1;
     for (int64_t i = 0; i < dimensions; i++) count *= sizes[i];
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + kLine - 1) / kLine * kLine;
-    void* memory = std::aligned_alloc(kLine, kHeader + bytes);
+    const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+    // Its blocks of the sizes that were just freed cost a tenth of aligned ones.
+    void* memory = std::malloc(sizeof(Owned) + kLine + bytes);
     if (memory == nullptr) throw std::bad_alloc();
     Owned* self = new (memory) Owned{};
     for (int64_t i = dimensions - 1, stride = 1; i >= 0; i--) {
@@ -61,7 +66,8 @@ struct Owned {
     self->tensor.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
     self->tensor.deleter = [](DLManagedTensorVersioned* tensor) { std::free(tensor); };
     DLTensor& t = self->tensor.dl_tensor;
-    t.data = static_cast<char*>(memory) + kHeader;
+    const auto behind = reinterpret_cast<uintptr_t>(self + 1);
+    t.data = reinterpret_cast<void*>((behind + kLine - 1) / kLine * kLine);
     t.device = {kDLCPU, 0};
     t.dtype = {kDLFloat, 32, 1};
     t.ndim = static_cast<int32_t>(dimensions);
@@ -109,8 +115,7 @@ class Outputs {
 
 // Whether the sign of all numbers is a note on the tensor, which DLPack does not tell.
 bool is_negated(PyObject* tensor) {
-  static PyObject* const name = PyUnicode_InternFromString("is_neg");
-  PyObject* found = PyObject_CallMethodNoArgs(tensor, name);
+  PyObject* found = PyObject_CallOneArg(connected.is_neg, tensor);
   if (found == nullptr) PyErr_Clear();
   const bool negated = found != Py_False;
   Py_XDECREF(found);
@@ -179,9 +184,9 @@ bool read_all(PyObject* const* args, Values&... values) {
   return (read(*args++, values) && ...);
 }
 
-// 1, 0, or -1 with an error set.
-int is_time() {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(connected.guards); i++) {
+// Whether none of the first guards has anything against it: 1, 0, or -1 with an error set.
+int is_time(Py_ssize_t guards) {
+  for (Py_ssize_t i = 0; i < guards; i++) {
     PyObject* found = PyObject_CallNoArgs(PyTuple_GET_ITEM(connected.guards, i));
     if (found == nullptr) return -1;
     const int is_true = PyObject_IsTrue(found);
@@ -191,33 +196,68 @@ int is_time() {
   return 1;
 }
 
+// Takes both references; null where one is.
+PyObject* pair(PyObject* first, PyObject* second) {
+  PyObject* both = first == nullptr || second == nullptr ? nullptr : PyTuple_New(2);
+  if (both == nullptr) {
+    Py_XDECREF(first);
+    Py_XDECREF(second);
+    return nullptr;
+  }
+  PyTuple_SET_ITEM(both, 0, first);
+  PyTuple_SET_ITEM(both, 1, second);
+  return both;
+}
+
 // (y, h), (y, (h, c)), h or (h, c): whatever was allocated.
 PyObject* results(Outputs& outputs, bool has_c) {
   const size_t states = has_c ? 2 : 1, count = outputs.count();
   PyObject* y = nullptr;
   if (count > states && (y = outputs.take()) == nullptr) return nullptr;
   PyObject* state = outputs.take();
-  if (state != nullptr && has_c) {
-    PyObject* c = outputs.take();
-    state = c == nullptr ? (Py_DECREF(state), nullptr) : Py_BuildValue("(NN)", state, c);
-  }
-  if (state == nullptr) {
-    Py_XDECREF(y);
-    return nullptr;
-  }
-  return y == nullptr ? state : Py_BuildValue("(NN)", y, state);
+  if (state != nullptr && has_c) state = pair(state, outputs.take());
+  return count > states ? pair(y, state) : state;
 }
 
 constexpr int64_t kLstm = 3;
 
-// Runs `function` without the interpreter's lock. The arguments keep all arrays alive.
+int64_t count_of(const Array& array) {
+  int64_t count = 1;
+  for (int64_t i = 0; i < array.dimensions; i++) count *= array.sizes[i];
+  return count;
+}
+
+// Floating-point operations, about: every weight meets every row.
+double flops_of(const InferCall& call) {
+  int64_t weights = 0;
+  for (int64_t i = 0; i < call.weight_count; i++) weights += count_of(call.weights[i]);
+  const int64_t width = call.x.dimensions > 0 ? call.x.sizes[call.x.dimensions - 1] : 0;
+  const int64_t rows = width > 0 ? count_of(call.x) / width : 1;
+  return 2.0 * static_cast<double>(weights) * static_cast<double>(rows);
+}
+
+double flops_of(const StepCall& call) {
+  const int64_t rows = call.x.dimensions == 2 ? call.x.sizes[0] : 1;
+  return 2.0 * static_cast<double>(count_of(call.packed)) * static_cast<double>(rows);
+}
+
+// Below so many, some 10 us, other threads of Python may wait: giving its lock away and getting it
+// back takes a tenth of a microsecond. No parallel region is opened for so few (layer.cpp), whose
+// threads might want that lock.
+constexpr double kFlopsWithLock = 4e5;
+
+// The arguments keep all arrays alive.
 template <class Call>
 PyObject* run(bool (*function)(const Call&, const Allocator&), const Call& call) {
   Outputs outputs;
   bool done = false;
-  Py_BEGIN_ALLOW_THREADS;
-  done = function(call, outputs.allocator());
-  Py_END_ALLOW_THREADS;
+  if (flops_of(call) < kFlopsWithLock) {
+    done = function(call, outputs.allocator());
+  } else {
+    Py_BEGIN_ALLOW_THREADS;
+    done = function(call, outputs.allocator());
+    Py_END_ALLOW_THREADS;
+  }
   if (!done) Py_RETURN_NONE;
   return results(outputs, call.cell == kLstm);
 }
@@ -242,7 +282,7 @@ PyObject* infer(bool (*function)(const Call&, const Allocator&), Call& call, PyO
       !read_all(args, call.cell) || !read_all(args + kShared, values...)) {
     Py_RETURN_NONE;
   }
-  const int time = is_time();
+  const int time = is_time(PyTuple_GET_SIZE(connected.guards));
   if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
   call.x = array_of(args[1]);
   std::vector<Array> arrays;
@@ -266,18 +306,47 @@ PyObject* infer_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
                call.hidden_size);
 }
 
-PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// A step's weights and sizes; the capsule's context is the packed tensor, which it owns.
+constexpr char kPreparedStep[] = "fused_rnn.prepared_step";
+
+PyObject* prepare_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   StepCall call{};
-  if (connected.calls == nullptr || count != 10 ||
+  if (connected.calls == nullptr || count != 8 ||
       !read_all(args + 1, call.cell, call.layers, call.input, call.hidden, call.output, call.bias,
                 call.half)) {
     Py_RETURN_NONE;
   }
-  const int time = is_time();
-  if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
   call.packed = array_of(args[0]);
-  call.x = array_of(args[8]);
-  const GivenStates states(args[9]);
+  if (!call.packed.is_plain() || call.packed.dimensions != 1) Py_RETURN_NONE;
+  struct Prepared {
+    StepCall call;
+    int64_t size;
+  };
+  auto* prepared = new (std::nothrow) Prepared{call, call.packed.sizes[0]};
+  if (prepared == nullptr) return PyErr_NoMemory();
+  prepared->call.packed.sizes = &prepared->size;
+  static_assert(offsetof(Prepared, call) == 0);
+  PyObject* capsule = PyCapsule_New(prepared, kPreparedStep, [](PyObject* self) {
+    Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(self)));
+    delete static_cast<Prepared*>(PyCapsule_GetPointer(self, kPreparedStep));
+  });
+  if (capsule == nullptr) {
+    delete prepared;
+    return nullptr;
+  }
+  PyCapsule_SetContext(capsule, Py_NewRef(args[0]));
+  return capsule;
+}
+
+PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 3 || args[0] == Py_None) Py_RETURN_NONE;
+  const void* prepared = PyCapsule_GetPointer(args[0], kPreparedStep);
+  if (prepared == nullptr) return nullptr;
+  const int time = is_time(connected.step_guards);
+  if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
+  StepCall call = *static_cast<const StepCall*>(prepared);
+  call.x = array_of(args[1]);
+  const GivenStates states(args[2]);
   if (!states.fits) Py_RETURN_NONE;
   call.states = states.given();
   return run(connected.calls->step, call);
@@ -286,8 +355,9 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* connect(PyObject*, PyObject* args) {
   unsigned long long address = 0;
   PyObject *exchange = nullptr, *tensor = nullptr, *parameter = nullptr, *guards = nullptr;
-  if (!PyArg_ParseTuple(args, "KOOOO!", &address, &exchange, &tensor, &parameter, &PyTuple_Type,
-                        &guards)) {
+  Py_ssize_t step_guards = 0;
+  if (!PyArg_ParseTuple(args, "KOOOO!n", &address, &exchange, &tensor, &parameter, &PyTuple_Type,
+                        &guards, &step_guards)) {
     return nullptr;
   }
   void* found = PyCapsule_GetPointer(exchange, "dlpack_exchange_api");
@@ -297,10 +367,14 @@ PyObject* connect(PyObject*, PyObject* args) {
       torch->dltensor_from_py_object_no_sync == nullptr) {
     Py_RETURN_FALSE;
   }
+  PyObject* is_neg = PyObject_GetAttrString(tensor, "is_neg");
+  if (is_neg == nullptr) return nullptr;
+  connected.is_neg = is_neg;
   connected.torch = torch;
   connected.tensor_types[0] = Py_NewRef(tensor);
   connected.tensor_types[1] = Py_NewRef(parameter);
   connected.guards = Py_NewRef(guards);
+  connected.step_guards = std::min(step_guards, PyTuple_GET_SIZE(guards));
   connected.calls = reinterpret_cast<const DirectCalls*>(static_cast<uintptr_t>(address));
   Py_RETURN_TRUE;
 }
@@ -312,14 +386,15 @@ PyCFunction method(Function* function) {
 
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS,
-     "connect(address of the library's calls, torch's exchange API, Tensor, Parameter, guards): "
-     "whether the three calls work from now on."},
+     "connect(address of the library's calls, torch's exchange API, Tensor, Parameter, guards, how "
+     "many of them matter to a step): whether the calls work from now on."},
     {"infer_layers", method(infer_layers), METH_FASTCALL,
      "infer_layers(cell, input, weights, hx, layers, directions, time_first)"},
     {"infer_cell", method(infer_cell), METH_FASTCALL,
      "infer_cell(cell, input, weights, hx, hidden_size)"},
-    {"step", method(step), METH_FASTCALL,
-     "step(packed, cell, layers, input, hidden, output, bias, half, x, state)"},
+    {"prepare_step", method(prepare_step), METH_FASTCALL,
+     "prepare_step(packed, cell, layers, input, hidden, output, bias, half): for step"},
+    {"step", method(step), METH_FASTCALL, "step(prepared, x, state)"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from . import dispatch
 from .cells import CELLS, Cell
@@ -34,15 +34,15 @@ CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
-# One gives something true where a call is to do more than compute numbers, or elsewhere.
-_GUARDS = (
-    torch._C._is_any_autocast_enabled,
+# One gives something true where a call is to do more than compute numbers,
+_STEP_GUARDS = (
     torch._C._is_torch_function_mode_enabled,
     torch._C._len_torch_dispatch_stack,
     torch._C._get_tracing_state,
     torch._C._functorch.peek_interpreter_stack,
-    *dispatch.redirections(),
 )
+# or elsewhere, or in another dtype, which a stepper's weights do not change to.
+_GUARDS = (*_STEP_GUARDS, torch._C._is_any_autocast_enabled, *dispatch.redirections())
 
 
 def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
@@ -82,7 +82,7 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
 
 def _wants_gradients() -> bool:
     """Whether more than numbers is wanted of a call. A compiler does not look into what follows."""
-    return is_compiling() or is_grad_enabled() or forward_ad._current_level >= 0
+    return is_dynamo_compiling() or is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def is_watched() -> bool:
@@ -120,10 +120,11 @@ def given_states(cell: Cell, hx: Any) -> tuple[Tensor | None, Tensor | None] | N
 
 def train_layer(
     cell: Cell,
-    x: Tensor,  # [T, B, I], or of a cell's timestep [B, I]
+    x: Tensor,  # [T, B, I], [N, I] with `batch_sizes`, or of a cell's timestep [B, I]
     h0: Tensor | None,  # [D, B, P] or [B, H], None for zeros
     c0: Tensor | None,  # [D, B, H] or [B, H], beside h0 of an LSTM
     weights: list[Tensor],  # as in `ops.layer`
+    batch_sizes: Tensor | None,
     directions: int,
 ) -> list[Tensor]:
     """y, h_n (not of a timestep), c_n, gates and cells, those that the cell has; nothing where the
@@ -132,7 +133,7 @@ def train_layer(
         return []
     try:
         return torch.ops.fused_rnn_cpu.train_layer.default(
-            cell.index, x, weights, h0, c0, directions
+            cell.index, x, weights, h0, c0, batch_sizes, directions
         )
     except NotImplementedError:  # the dispatcher's, for the rarest kinds of tensors
         return []
@@ -145,6 +146,7 @@ def train_layer_backward(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: list[Tensor],
+    batch_sizes: Tensor | None,
     saved: tuple[Tensor | None, ...],  # y, gates, cells; None where the cell has none
     directions: int,
     needs: Sequence[bool],  # of x, h0, c0 and the weights
@@ -156,7 +158,7 @@ def train_layer_backward(
     grads = [grad if grad is None else grad.contiguous() for grad in grads]
     wanted = sum(1 << i for i, need in enumerate(needs) if need)
     return torch.ops.fused_rnn_cpu.train_layer_backward.default(
-        cell.index, *grads, x, weights, h0, c0, *saved, directions, wanted
+        cell.index, *grads, x, weights, h0, c0, batch_sizes, *saved, directions, wanted
     )
 
 
@@ -166,7 +168,7 @@ class _NoCalls:
     @staticmethod
     def infer_layers(*args: Any) -> None: ...
 
-    infer_cell = step = infer_layers
+    infer_cell = prepare_step = step = infer_layers
 
 
 @cache
@@ -183,5 +185,6 @@ def calls() -> Any:
         return _NoCalls
     address = ctypes.CDLL(str(library_path())).fused_rnn_direct_calls
     address.restype = ctypes.c_void_p
-    connected = connect(address(), exchange, Tensor, torch.nn.Parameter, _GUARDS)
+    types = Tensor, torch.nn.Parameter
+    connected = connect(address(), exchange, *types, _GUARDS, len(_STEP_GUARDS))
     return _C if connected else _NoCalls

@@ -331,9 +331,9 @@ def _forward_impl(
     cell, save, states, recompute, backend, *noise,
 ):  # fmt: skip
     noise = Noise(*noise)
-    layout = batch_sizes, lengths, resets, noise.names or None
+    layout = lengths, resets, noise.names or None
     if save and _is_ordinary(x, layout, states, recompute, backend):
-        given = direct.train_layer(CELLS[cell], x, h0, c0, weights, h0.shape[0])
+        given = direct.train_layer(CELLS[cell], x, h0, c0, weights, batch_sizes, h0.shape[0])
         if given:
             return _with_empty_outputs(CELLS[cell], *given)
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
@@ -374,13 +374,14 @@ def _backward_impl(
     y, gates, cells, cell, needs, states, recompute, backend, *noise,
 ):  # fmt: skip
     noise = Noise(*noise)
-    layout = batch_sizes, lengths, resets, noise.names or None
+    layout = lengths, resets, noise.names or None
     if _is_ordinary(x, layout, states, recompute, backend):
         spec, grads = CELLS[cell], (grad_y, grad_h_n, grad_c_n)
         saved = y, gates if spec.saved_gates else None, cells if spec.has_c else None
         given = direct.train_layer_backward(
-            spec, grads, x, h0, c0, weights, saved, h0.shape[0], (*needs[:3], *needs[5:])
-        )
+            spec, grads, x, h0, c0, weights, batch_sizes, saved, h0.shape[0],
+            (*needs[:3], *needs[5:]),
+        )  # fmt: skip
         if given:
             wanted = iter(given)
             return [next(wanted) if need else x.new_empty(0) for need in needs]

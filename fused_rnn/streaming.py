@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from . import checks, direct, dispatch, modules
 from .cells import CELLS, Cell
@@ -122,10 +122,11 @@ class _Packed(Stepper):
         options = self._bias, self.weight_dtype is torch.bfloat16
         self._step = partial(operator, self._weights, *sizes, *options)
         sizes = sizes if not cell.has_c else [cell.index, *sizes]
-        self._direct = partial(direct.calls().step, self._weights, *sizes, *options)
+        prepared = direct.calls().prepare_step(self._weights, *sizes, *options)
+        self._direct = partial(direct.calls().step, prepared)
 
     def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        if not is_compiling():
+        if not is_dynamo_compiling():
             result = self._direct(x, state)
             if result is not None:
                 return result

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
 
 from . import direct, ops
 from .cells import Cell
@@ -27,7 +28,7 @@ _KEPT_COPY = 1 << 18
 _States = tuple[Tensor | None, Tensor | None]  # h0 and c0
 
 
-def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
+def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | None:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
     cell, dropout, num_layers = direct.CELL_OF.get(module.mode), module.dropout, module.num_layers
     if cell is None or type(num_layers) is not int or type(dropout) is not float:
@@ -36,22 +37,35 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
         return None
     # What is parametrized or was replaced by a plain attribute is not among the parameters.
     weights = list(map(module._parameters.get, module._flat_weights_names))
-    states = _states_of_ordinary(cell, input, weights, hx)
-    if states is None or input.dim() != 3:
+    x, batch_sizes, order, original_order = input, None, None, None
+    if is_packed := type(input) is PackedSequence:
+        x, batch_sizes, order, original_order = input
+    states = _states_of_ordinary(cell, x, weights, hx)
+    if states is None or x.dim() != (2 if is_packed else 3):
         return None
-    x = _time_first(input) if module.batch_first else input
-    if x is None:
+    batch_first = module.batch_first and not is_packed
+    if batch_first:
+        x = _time_first(x)
+    if order is not None and states[0] is not None:
+        states = _in_order(states, order)
+    if x is None or states is None:
         return None
     directions = 2 if module.bidirectional else 1
     if num_layers == 1:
-        result = _run(cell, x, states, weights, directions)
+        result = _run(cell, x, states, weights, directions, batch_sizes)
     else:
         dropout = dropout if module.training else 0.0
-        result = _run_stack(cell, x, states, weights, directions, num_layers, dropout)
+        result = _run_stack(cell, x, states, weights, directions, batch_sizes, num_layers, dropout)
     if result is None:
         return None
     y, *final = result
-    return y.transpose(0, 1) if module.batch_first else y, tuple(final) if cell.has_c else final[0]
+    if original_order is not None:
+        final = [state.index_select(1, original_order) for state in final]
+    if is_packed:
+        y = PackedSequence(y, *input[1:])
+    elif batch_first:
+        y = y.transpose(0, 1)
+    return y, tuple(final) if cell.has_c else final[0]
 
 
 def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
@@ -60,7 +74,7 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     states = _states_of_ordinary(cell, input, weights, hx)
     if states is None or input.dim() != 2 or weights[1].shape[-1] != module.hidden_size:
         return None
-    result = _run(cell, input, states, weights, 1)
+    result = _run(cell, input, states, weights, 1, None)
     return result if result is None or cell.has_c else result[0]
 
 
@@ -87,12 +101,21 @@ def _time_first(input: Tensor) -> Tensor | None:
     return x if x.is_contiguous() or x.numel() > _KEPT_COPY else x.contiguous()
 
 
+def _in_order(states: _States, order: Tensor) -> _States | None:
+    """Of the rows of a PackedSequence; or None: they are not as many."""
+    if any(s is not None and (s.dim() != 3 or s.shape[1] != order.shape[0]) for s in states):
+        return None
+    h0, c0 = (None if s is None else s.index_select(1, order) for s in states)
+    return h0, c0
+
+
 def _run_stack(
     cell: Cell,
     x: Tensor,
     states: _States,
     weights: list[Tensor],
     directions: int,
+    batch_sizes: Tensor | None,
     num_layers: int,
     dropout: float,
 ) -> list[Tensor] | None:
@@ -105,7 +128,7 @@ def _run_stack(
         span = slice(layer * directions, (layer + 1) * directions)
         h0, c0 = (None if state is None else state[span] for state in states)
         of_layer = weights[layer * per_layer : (layer + 1) * per_layer]
-        result = _run(cell, x, (h0, c0), of_layer, directions)
+        result = _run(cell, x, (h0, c0), of_layer, directions, batch_sizes)
         if result is None:
             return None
         x, *final = result
@@ -117,26 +140,30 @@ def _run_stack(
 
 def _run(
     cell: Cell,
-    x: Tensor,  # [T, B, I], or of a cell's timestep [B, I]
+    x: Tensor,  # [T, B, I], [N, I] with `batch_sizes`, or of a cell's timestep [B, I]
     states: _States,  # [D, B, P] and [D, B, H], or [B, H]; or None for zeros
     weights: list[Tensor],  # as in `ops.layer`
     directions: int,
+    batch_sizes: Tensor | None,
 ) -> tuple[Tensor, ...] | None:
     """y, h_n (not of a timestep) and, where the cell has it, c_n; or None: not for here."""
     with torch._C._AutoDispatchBelowAutograd():
-        outputs = direct.train_layer(cell, x, *states, weights, directions)
-    return _Layer.apply(cell, directions, outputs, x, *states, *weights) if outputs else None
+        outputs = direct.train_layer(cell, x, *states, weights, batch_sizes, directions)
+    if not outputs:
+        return None
+    return _Layer.apply(cell, directions, batch_sizes, outputs, x, *states, *weights)
 
 
 class _Layer(torch.autograd.Function):
     """A layer that the library has run already."""
 
     @staticmethod
-    def forward(ctx, cell, directions, outputs, x, h0, c0, *weights):
-        given = x.dim() - 1 + cell.has_c  # what follows them is saved only
+    def forward(ctx, cell, directions, batch_sizes, outputs, x, h0, c0, *weights):
+        ctx.is_step = x.dim() == 2 and batch_sizes is None
+        given = (1 if ctx.is_step else 2) + cell.has_c  # what follows them is saved only
         gates = outputs[given] if cell.saved_gates else None
         cells = outputs[given + 1] if cell.has_c else None
-        ctx.save_for_backward(outputs[0], gates, cells, x, h0, c0, *weights)
+        ctx.save_for_backward(batch_sizes, outputs[0], gates, cells, x, h0, c0, *weights)
         ctx.cell, ctx.directions = cell, directions
         ctx.set_materialize_grads(False)
         return tuple(outputs[:given])
@@ -144,16 +171,16 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         grads = [*grads, *(() if ctx.cell.has_c else (None,))]
-        if len(grads) == 2:  # of a timestep
+        if ctx.is_step:
             grads.insert(1, None)
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         if all(grad is None for grad in grads):
-            return (None,) * (3 + len(needs))
+            return (None,) * (4 + len(needs))
         saved = ctx.saved_tensors  # once: checkpointing computes them anew at every look
         results = _library_gradients(ctx, grads, saved, needs)
         if results is None:
             results = _general_gradients(ctx, grads, saved, needs)
-        return (None, None, None, *results)
+        return (None, None, None, None, *results)
 
 
 # Both give the gradients of x, h0, c0 and the weights, from those of y, h_n and c_n.
@@ -165,9 +192,9 @@ def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
         return None
     if ops.are_batched(grads):
         return None
-    y, gates, cells, x, h0, c0, *weights = saved
+    batch_sizes, y, gates, cells, x, h0, c0, *weights = saved
     results = direct.train_layer_backward(
-        ctx.cell, grads, x, h0, c0, weights, (y, gates, cells), ctx.directions, needs
+        ctx.cell, grads, x, h0, c0, weights, batch_sizes, (y, gates, cells), ctx.directions, needs
     )
     given = iter(results)
     return [next(given) if need else None for need in needs] if results else None
@@ -175,26 +202,25 @@ def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
 
 def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
     """Differentiable ones where grad mode is on."""
-    y, gates, cells, x, h0, c0, *weights = saved
-    is_step = x.dim() == 2
-    if is_step:
+    batch_sizes, y, gates, cells, x, h0, c0, *weights = saved
+    if ctx.is_step:
         x, h0, c0, y, *grads = (
             None if t is None else t.unsqueeze(0) for t in (x, h0, c0, y, *grads)
         )
-    leading = ctx.directions, x.shape[1]
+    leading = ctx.directions, x.shape[1] if batch_sizes is None else int(batch_sizes[0])
     if h0 is None:
         h0 = x.new_zeros((*leading, weights[1].shape[1]))
         if ctx.cell.has_c:
             c0 = x.new_zeros((*leading, weights[0].shape[0] // ctx.cell.gates))
-    nothing = x.new_empty((ctx.directions, x.shape[0] * x.shape[1], 0))
+    nothing = x.new_empty((ctx.directions, x.shape[:-1].numel(), 0))
     gates, cells = (nothing if t is None else t for t in (gates, cells))
     results = ops.layer_gradients(
         (ctx.cell.name, False, False, "auto"),
         (*grads, None),
         (y, gates, cells),
-        (None, None, None, NO_NOISE),
+        (batch_sizes, None, None, NO_NOISE),
         (x, h0, c0, None, None, *weights),
         (*needs[:3], False, False, *needs[3:]),
     )
-    states = [g.squeeze(0) if is_step and g is not None else g for g in results[:3]]
+    states = [g.squeeze(0) if ctx.is_step and g is not None else g for g in results[:3]]
     return [*states, *results[5:]]

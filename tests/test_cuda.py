@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -206,6 +207,134 @@ def test_the_host_does_not_wait(cell, regime, monkeypatch):
             layer(x, lengths=lengths)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- Graphs of some steps, of a layer that runs step by step.
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Sets whether they are recorded."""
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "steps")
+    return lambda value: monkeypatch.setenv("FUSED_RNN_CUDA_GRAPH", value)
+
+
+def _graph_cases(cell: str) -> list[LayerCase]:
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    masks = {"resets": True, "reset_states": True, "states": CELLS[cell].has_c}
+    return [
+        case(4, 1, 1, 1),
+        case(37, 1, 9, 1024),
+        case(50, 3, 9, 650, directions=2),
+        case(200, 64, 9, 256, bias=False),
+        case(30, 129, 9, 1500, directions=2),
+        packed(list(range(40, 0, -1)), 11, 300, directions=2),
+        case(20, 5, 3, 900, ends=(20, 0, 7, 13, 1), directions=2, **masks),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=f"{cell}-{case}") for cell in CELLS for case in _graph_cases(cell)],
+)
+def test_graphs_of_steps_have_the_bits_of_the_loop(case, dtype, graphs):
+    case = replace(case, dtype=dtype, device="cuda")
+    inputs, cotangents = testing.make_inputs(case), testing.make_cotangents(case, "all", 1)
+    results = {}
+    with fused_rnn.backend("cuda"):
+        for value in ("0", "1"):
+            graphs(value)
+            results[value] = testing.results_and_grads(
+                testing.run_layer, inputs.leaves(), cotangents
+            )
+    for name, theirs in results["0"].items():
+        assert torch.equal(results["1"][name], theirs), f"{name} differs"
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_graphs_of_steps_are_recorded(cell, graphs, monkeypatch, capfd):
+    """Forward and backward, on the default stream and on another."""
+    monkeypatch.setenv("FUSED_RNN_LOG", "1")
+    graphs("1")
+    layer, x = _layer(cell, 256), torch.randn(40, 8, 64, device="cuda").bfloat16()
+    with fused_rnn.backend("cuda"):
+        for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                _results(layer, x)
+            torch.cuda.synchronize()
+            err = capfd.readouterr().err
+            assert err.count("steps is launched") == 2, err
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_graphs_of_steps_on_several_streams_and_threads(cell, graphs):
+    """With memory that is given away while they run."""
+    layers = [_layer(cell, hidden, bidirectional=True) for hidden in (256, 1000, 1024)]
+    x = torch.randn(60, 24, 64, device="cuda").bfloat16()
+
+    def work(index, stream, found):
+        with fused_rnn.backend("cuda"), torch.cuda.stream(stream):
+            for _ in range(10):
+                found.append(_results(layers[index], x))
+                torch.full((1 << 24,), float("nan"), device="cuda")
+
+    with fused_rnn.backend("cuda"):
+        graphs("0")
+        expected = [_results(layer, x) for layer in layers]
+        torch.cuda.synchronize()
+        graphs("1")
+        streams = [torch.cuda.Stream() for _ in layers]
+        found = [[] for _ in layers]
+        for index, stream in enumerate(streams):  # one thread, streams side by side
+            work(index, stream, found[index])
+        threads = [
+            threading.Thread(target=work, args=(index, stream, found[index]))
+            for index, stream in enumerate(streams)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        torch.cuda.synchronize()
+    for theirs, ours in zip(expected, found, strict=True):
+        assert len(ours) == 20
+        for results in ours:
+            for a, b in zip(results, theirs, strict=True):
+                assert torch.equal(a, b)
+
+
+def test_training_in_autocast_with_graphs_of_steps(graphs):
+    """Whose weights are other copies in every call."""
+    losses = {}
+    for value in ("0", "1"):
+        graphs(value)
+        torch.manual_seed(3)
+        layer = _layer("gru", 512, torch.float32)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+        found = losses[value] = []
+        with fused_rnn.backend("cuda"):
+            for timesteps in (30, 30, 17, 64, 30):
+                x = torch.randn(timesteps, 8, 64, device="cuda")
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = layer(x)[0].float().square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                found.append(loss.detach())
+    assert torch.equal(torch.stack(losses["0"]), torch.stack(losses["1"]))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_within_a_capture_no_graph_of_steps_is_recorded(cell, graphs, monkeypatch):
+    graphs("1")
+    test_a_cuda_graph_replays_it(cell, "steps", monkeypatch)
+
+
+def test_the_host_does_not_wait_for_graphs_of_steps(graphs, monkeypatch):
+    graphs("1")
+    test_the_host_does_not_wait("lstm", "steps", monkeypatch)
 
 
 def test_scans_across_the_grid_take_turns(monkeypatch):

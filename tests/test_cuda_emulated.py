@@ -312,6 +312,7 @@ def forward_arguments(**changes):
         "cells": torch.zeros(1, 6, 16),
         "regime": "",
         "tf32": False,
+        "graph": False,
         "stream": 0,
     }
     return arguments | changes

@@ -172,3 +172,107 @@ def test_clusters_that_are_forced_say_why_not(case, reason, monkeypatch):
         pytest.raises(fused_rnn.UnsupportedProblemError, match=reason),
     ):
         testing.run_layer(testing.make_inputs(case))
+
+
+# ---- A graph of some steps, which is launched until all are done.
+
+GRAPH = "FUSED_RNN_CUDA_GRAPH"
+
+
+@pytest.fixture
+def library():
+    return torch.ops.fused_rnn_cuda_emulated
+
+
+def _graph_cases(cell: str) -> list[LayerCase]:
+    case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
+    masks = {"resets": True, "reset_states": True, "states": CELLS[cell].has_c}
+    return [
+        case(4, 1, 1, 1),  # the shortest
+        case(19, 3, 4, 13, directions=2),
+        case(50, 2, 3, 100, bias=False),  # graphs of four steps
+        case(9, 3, 3, 21, ends=(3, 0, 9), directions=2, **masks),
+        packed([8, 4, 4, 1], 3, 33, directions=2),
+    ]
+
+
+def _results(case: LayerCase) -> dict[str, torch.Tensor]:
+    with fused_rnn.backend(BACKEND):
+        return testing.results_of_draws(testing.run_layer, case)
+
+
+def _assert_same(actual, expected) -> None:
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), f"{name} differs"
+
+
+@pytest.mark.parametrize("case", _params(_graph_cases))
+def test_a_graph_has_the_bits_of_the_loop(case, monkeypatch, capfd):
+    """Twice, each draw in other memory."""
+    expected = _results(case)
+    assert "graph" not in capfd.readouterr().err
+    monkeypatch.setenv(GRAPH, "1")
+    monkeypatch.setenv("FUSED_RNN_LOG", "1")
+    for _ in range(2):
+        _assert_same(_results(case), expected)
+    err = capfd.readouterr().err
+    assert err.count(" steps is launched ") == err.count("fused_rnn: forward of ") + err.count(
+        "fused_rnn: backward of "
+    )
+
+
+@pytest.mark.parametrize("reset_after", [True, False])
+def test_graphs_follow_weights_and_inputs_that_change(reset_after, monkeypatch):
+    """Over several steps of training, lengths and states too."""
+    results = {}
+    for graph in ("0", "1"):
+        monkeypatch.setenv(GRAPH, graph)
+        torch.manual_seed(1)
+        module = fused_rnn.GRU(5, 12, num_layers=2, reset_after=reset_after)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        found = results[graph] = []
+        for timesteps, batch in ((12, 4), (12, 4), (5, 2), (30, 3), (12, 4)):
+            x, h0 = torch.randn(timesteps, batch, 5), torch.randn(2, batch, 12)
+            lengths = torch.randint(0, timesteps + 1, (batch,))
+            with fused_rnn.backend(BACKEND):
+                y, h_n = module(x, h0, lengths=lengths)
+                (y.square().sum() + h_n.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found += [y, h_n]
+    for ours, theirs in zip(results["1"], results["0"], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_too_few_steps_need_no_graph(monkeypatch, capfd):
+    monkeypatch.setenv(GRAPH, "1")
+    monkeypatch.setenv("FUSED_RNN_LOG", "1")
+    _check(LayerCase("lstm", 3, 2, 4, 8))
+    assert "graph" not in capfd.readouterr().err
+
+
+def test_what_cannot_be_recorded_runs_in_the_loop(library, monkeypatch, capfd):
+    case = LayerCase("gru_reset_before", 21, 2, 4, 8, directions=2)
+    inputs = testing.make_inputs(case)
+    with fused_rnn.backend(BACKEND):
+        expected = testing.run_layer(inputs)
+        monkeypatch.setenv(GRAPH, "1")
+        monkeypatch.setenv("FUSED_RNN_LOG", "1")
+        library.fail_to_record()
+        actual = testing.run_layer(inputs)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    err = capfd.readouterr().err
+    assert "no graph of 2 steps is recorded: the emulator was told to fail" in err
+    assert "is launched" not in err
+
+
+@pytest.mark.parametrize("value", ["2", "yes"])
+def test_a_choice_of_graphs_that_is_none(value, monkeypatch):
+    monkeypatch.setenv(GRAPH, value)
+    layer = fused_rnn.GRU(3, 4)
+    with (
+        fused_rnn.backend(BACKEND),
+        pytest.raises(ValueError, match=f"FUSED_RNN_CUDA_GRAPH: expected 0 or 1; got '{value}'"),
+    ):
+        layer(torch.randn(2, 1, 3))

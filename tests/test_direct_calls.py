@@ -147,7 +147,16 @@ def test_arguments_that_do_not_fit_get_none_and_no_error():
     assert calls.infer_cell() is None and calls.step() is None
     assert calls.infer_cell(3, x[0], weights, (h[0], h[0]), 7) is None
     step = fused_rnn.stepper(fused_rnn.GRU(4, 6))
-    assert calls.step(step._weights[1:], 2, 1, 4, 6, 6, True, False, x[0], None) is None
+    sizes = 2, 1, 4, 6, 6, True, False
+    assert calls.step(calls.prepare_step(step._weights, *sizes), x[0], None) is not None
+    for odd in (step._weights.double(), step._weights[:0], step._weights.view(1, -1), None):
+        assert calls.prepare_step(odd, *sizes) is None
+    assert calls.prepare_step(step._weights, *sizes[:-1], 2) is None
+    assert calls.prepare_step(step._weights) is None and calls.step(None, x[0], None) is None
+    for short in (step._weights[1:], step._weights[1:].clone()):
+        assert calls.step(calls.prepare_step(short, *sizes), x[0], None) is None
+    with pytest.raises(ValueError):
+        calls.step(calls, x[0], None)
 
 
 def test_modes_and_transforms_are_left_to_the_operators():
@@ -170,13 +179,39 @@ def test_modes_and_transforms_are_left_to_the_operators():
     assert answers.pop() is not None
     with Mode():
         call(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        call(x)
-    with fused_rnn.backend("reference"):
-        call(x)
     torch.jit.trace(call, (x,), check_trace=False)
     torch.func.vmap(lambda row: row * (answers.append(step._direct(x, None)) is None))(x)
-    assert len(answers) >= 5 and all(answer is None for answer in answers)
+    assert len(answers) >= 3 and all(answer is None for answer in answers)
+
+
+def test_what_changes_dtypes_or_backends_does_not_change_a_stepper():
+    step, x = fused_rnn.stepper(fused_rnn.GRU(4, 6)), torch.randn(2, 4)
+    expected, _ = step(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(step._by_operator(x, None)[0], expected)
+        assert torch.equal(step._direct(x, None)[0], expected)
+    with fused_rnn.backend("reference"):
+        assert torch.equal(step._direct(x, None)[0], expected)
+
+
+def test_a_module_heeds_autocast():
+    module, x = fused_rnn.GRU(4, 6), torch.randn(1, 2, 4)
+    weights = list(module.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert direct.calls().infer_layers(2, x, weights, None, 1, 1, True) is None
+        assert module(x)[0].dtype == torch.bfloat16
+
+
+def test_weights_outlive_what_they_were_prepared_from():
+    calls, step = direct.calls(), fused_rnn.stepper(fused_rnn.GRU(40, 60))
+    x = torch.randn(2, 40)
+    expected, _ = step(x)
+    prepared = calls.prepare_step(step._weights, 2, 1, 40, 60, 60, True, False)
+    del step
+    gc.collect()
+    scratch = [torch.full((20000,), torch.nan) for _ in range(20)]
+    assert torch.equal(calls.step(prepared, x, None)[0], expected)
+    del scratch
 
 
 def test_a_graph_has_the_operator_in_it():

@@ -19,11 +19,12 @@ from fused_rnn import native
 ROOT = Path(__file__).parents[1]
 FORWARD, BACKWARD, EXCHANGE = "scan_forward.cuh", "scan_backward.cuh", "exchange.h"
 GATHER, STEPS, STEP_SCAN = "gather.h", "steps.cuh", "step_scan.cpp"
-STACK = "stack_scan.cpp"
+STACK, GRAPH = "stack_scan.cpp", "graph.h"
 # The sources of one object each: of every kernel, or of none.
 WHOLE = {
     STEPS: "cuda/steps.cu",
     STEP_SCAN: "cuda/step_scan.cpp",
+    GRAPH: "cuda/step_scan.cpp",
     STACK: "cuda/stack_scan.cpp",
 }
 SEEDS = 40
@@ -37,6 +38,7 @@ class Mutation(NamedTuple):
     changes: list[tuple[str, str]]
     cell: str = "lstm"  # of the mutant, where it is one cell's
     grid: bool = False  # whether scans run across the grid
+    graph: bool = False  # whether scans step by step record graphs
 
     @property
     def passes(self) -> list[str]:
@@ -208,8 +210,8 @@ MUTATIONS = [
         STEP_SCAN,
         [
             (
-                "      kernels.inner(step, scan.shape, scan.stream);\n      inner();",
-                "      inner();\n      kernels.inner(step, scan.shape, scan.stream);",
+                "kernels.inner(step, scan.shape, stream);\n                inner();",
+                "inner();\n                kernels.inner(step, scan.shape, stream);",
             )
         ],
     ),
@@ -218,11 +220,44 @@ MUTATIONS = [
         STEP_SCAN,
         [
             (
-                "    outer();\n  }\n  kernels.outer",
-                "    if (step.step > 0) outer();\n  }\n  kernels.outer",
+                "outer();\n            });\n  step.number",
+                "if (number.value > 0) outer();\n            });\n  step.number",
             )
         ],
     ),
+]
+
+# Of graphs of two steps.
+MUTATIONS += [
+    Mutation(name, file, changes, graph=True)
+    for name, file, changes in [
+        ("none in graphs", STEP_SCAN, []),
+        (
+            "every launch of a graph is of the same steps",
+            STEP_SCAN,
+            [
+                (
+                    "StepNumber{0, words + i % 2, words + (i + 1) % 2}",
+                    "StepNumber{order.first + order.by * (done + i), nullptr, nullptr}",
+                )
+            ],
+        ),
+        (
+            "a step writes the word that it reads",
+            STEP_SCAN,
+            [("words + (i + 1) % 2}", "words + i % 2}")],
+        ),
+        (
+            "a graph of an odd number of steps",
+            STEP_SCAN,
+            [("2 * std::max(1L, half);", "1 + 2 * std::max(1L, half);")],
+        ),
+        (
+            "torch's products are not recorded",
+            GRAPH,
+            [("TorchsStream guard(&recording_);", "TorchsStream guard(nullptr);")],
+        ),
+    ]
 ]
 
 # Across the grid the forward scan of 32 units stamps its messages, all others here count.
@@ -524,6 +559,7 @@ def test_mutants_are_caught(mutation, objects, tmp_path):
     seeds = SEEDS if mutation.changes else 4
     arguments = [str(library), str(Path(__file__).parent), str(seeds), *cells]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "FUSED_RNN_CUDA_REGIME": regime}
+    env["FUSED_RNN_CUDA_GRAPH"] = "1" if mutation.graph else "0"
     script = RUN_STACK if mutation.file == STACK else RUN
     found = run([sys.executable, "-c", script, *arguments], env=env, timeout=900)
     assert bool(found) == bool(mutation.changes), found or "not caught"

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fused_rnn
 
@@ -97,6 +98,28 @@ def test_import_scan_sees_every_form():
     """The test above is only as good as this: names of known imports, in each written form."""
     found = {part for part, _ in imports(PACKAGE / "ops.py")}
     assert {"dispatch", "backends", "cells", "problem"} <= found
+
+
+def names_of_torch(tree):
+    """Every dotted name that begins at torch, with its line; operators are not looked up."""
+    for node in ast.walk(tree):
+        names, inner = [], node
+        while isinstance(inner, ast.Attribute):
+            names, inner = [inner.attr, *names], inner.value
+        is_torchs = isinstance(inner, ast.Name) and inner.id == "torch"
+        if is_torchs and names and names[0] != "ops":
+            yield names, node.lineno
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_names_of_torch_exist(path):
+    """Also in lines that only a GPU reaches, which no other test here runs."""
+    for names, line in names_of_torch(ast.parse(path.read_text())):
+        value = torch
+        for name in names:
+            dotted = ".".join(("torch", *names))
+            assert hasattr(value, name), f"{path}:{line}: there is no {dotted}"
+            value = getattr(value, name)
 
 
 def test_no_paths_of_one_machine():

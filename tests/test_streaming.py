@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_rnn
 from fused_rnn import direct, native, testing
@@ -39,6 +40,8 @@ def make(cell, suffix, *sizes, **options):
 def flat(result):
     if isinstance(result, torch.Tensor):
         return [result]
+    if isinstance(result, PackedSequence):
+        return [result.data]
     return [tensor for part in result for tensor in flat(part)]
 
 
@@ -339,7 +342,7 @@ def bad_inputs():
     yield "rank", lambda suffix: torch.randn(1, 1, *shapes(suffix))
     yield "none", lambda suffix: None
     yield "list", lambda suffix: [[1.0] * 8]
-    yield "packed", lambda suffix: torch.nn.utils.rnn.pack_sequence([torch.randn(1, 8)])
+    yield "packed", lambda suffix: pack_sequence([torch.randn(1, 8)])
 
 
 @every_module

@@ -44,6 +44,9 @@ def _cases(cell: str) -> list[LayerCase]:
         packed([19, 17, 8, 1], 17, 130, directions=2),
         packed([9] * 9 + [5] * 20 + [1] * 4, 45, 100),
         case(2000, 1, 1, 4),
+        # Of a W_hh beyond L2 threads split the units, though each would have enough rows.
+        case(3, 70, 9, 700),
+        packed([3] * 10 + [2] * 20 + [1] * 10, 9, 700, directions=2),
     ]
     if CELLS[cell].has_c:
         cases += [

@@ -26,6 +26,7 @@ from test_streaming import (
     weight_changes,
 )
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_rnn
 from fused_rnn import direct, training
@@ -42,6 +43,8 @@ def ways(monkeypatch):
 
 def leaves(value):
     """The same nest of tensors, each a leaf that asks for a gradient."""
+    if isinstance(value, PackedSequence):
+        return value._replace(data=leaves(value.data))
     if isinstance(value, tuple):
         return tuple(map(leaves, value))
     return value if value is None else value.detach().clone().requires_grad_()
@@ -93,6 +96,65 @@ def test_layers_have_the_general_ways_bits(cell, options, ways):
         x = torch.randn(*(sizes[::-1] if options["batch_first"] else sizes), 5)
         for hx in (None, states(cell, parts, sizes[1], 18)):
             assert_both_ways(ways, module, x, hx)
+
+
+LENGTHS = {
+    "falling": [7, 7, 4, 1, 1],
+    "any order": [1, 4, 7, 1, 7],
+    "equal": [3, 3, 3],
+    "one": [6],
+    "one step": [1, 1],
+}
+
+
+def packed(lengths, enforce_sorted=False):
+    rows = [torch.randn(length, 5) for length in lengths]
+    return pack_sequence(rows, enforce_sorted=enforce_sorted)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", OPTIONS[::2], ids=lambda o: ".".join(map(str, o.values())))
+def test_packed_layers_have_the_general_ways_bits(cell, options, ways):
+    module = make_module(cell, 5, 18, **options)
+    parts = options["num_layers"] * (1 + options["bidirectional"])
+    for name, lengths in LENGTHS.items():
+        for hx in (None, states(cell, parts, len(lengths), 18)):
+            for enforce_sorted in {False, name != "any order"}:
+                assert_both_ways(ways, module, packed(lengths, enforce_sorted), hx)
+
+
+def test_packed_projection_and_dropout_have_the_general_ways_bits(ways):
+    sizes = {"proj_size": 4, "num_layers": 2, "bidirectional": True, "dropout": 0.3}
+    module = fused_rnn.LSTM(5, 12, **sizes)
+    for hx in (None, (torch.randn(4, 5, 4), torch.randn(4, 5, 12))):
+        assert_both_ways(ways, module, packed(LENGTHS["any order"]), hx)
+
+
+@pytest.mark.parametrize("wrong", ["rows", "rank", "double"])
+def test_states_that_do_not_fit_packed_rows_take_the_general_way(wrong, ways):
+    change = {"rows": lambda h: h[:, 1:], "rank": lambda h: h[0], "double": torch.Tensor.double}
+    for enforce_sorted in (True, False):
+        x = packed(LENGTHS["falling"], enforce_sorted)
+        assert_general(ways, fused_rnn.GRU(5, 6), x, change[wrong](torch.randn(1, 5, 6)))
+
+
+def test_double_backward_of_packed_rows(ways):
+    module = fused_rnn.LSTM(5, 4, num_layers=2, bidirectional=True)
+
+    def penalty():
+        x = packed(LENGTHS["any order"])
+        x = x._replace(data=x.data.clone().requires_grad_())
+        outputs = flat(module(x))
+        (grad,) = torch.autograd.grad(weighted(outputs), x.data, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), list(module.parameters()))
+
+    torch.manual_seed(1)
+    actual = penalty()
+    assert ways.direct > 0
+    torch.manual_seed(1)
+    expected = ways.call_generally(penalty)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -228,6 +290,8 @@ def test_one_bias_alone_takes_the_general_way(cell, suffix, ways):
 @pytest.mark.parametrize("kind", dict(bad_inputs()))
 def test_unusual_inputs_take_the_general_way(cell, suffix, kind, ways, monkeypatch):
     monkeypatch.delenv("FUSED_RNN_BACKEND")
+    if kind == "packed" and not suffix:
+        pytest.skip("layers take it")
     ours, _ = make(cell, suffix, 8, 8)
     assert_general(ways, ours, dict(bad_inputs())[kind](suffix))
     if not suffix and kind != "strided":
@@ -483,13 +547,15 @@ MISFITS = {
     "h0": [torch.randn(1, 2, 5), torch.randn(2, 6), torch.randn(1, 2, 6).half()],
     "c0": [None, torch.randn(1, 1, 6)],
     "directions": [0, 2, 3],
+    "batch_sizes": [torch.tensor([2] * 5)],
 }  # fmt: skip
 
 
 def operator_arguments():
     weights = [torch.randn(24, 4), torch.randn(24, 6), torch.randn(24), torch.randn(24)]
     forward = {"cell": 3, "x": torch.randn(5, 2, 4), "weights": weights}
-    return forward | {"h0": torch.randn(1, 2, 6), "c0": torch.randn(1, 2, 6), "directions": 1}
+    states = {"h0": torch.randn(1, 2, 6), "c0": torch.randn(1, 2, 6)}
+    return forward | states | {"batch_sizes": None, "directions": 1}
 
 
 def call_operator(name, arguments):
@@ -511,6 +577,25 @@ def test_operators_return_nothing_to_what_does_not_fit(name):
     for value in MISFITS[name]:
         assert call_operator("train_layer", arguments | {name: value}) == []
         assert call_operator("train_layer_backward", backward | {name: value}) == []
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[], [3, 2], [2, 3], [1, 1, 1, 1, 1], [2, 2, 2], [2, 2, 1, -1, 1], [[2, 2, 1]], [5], 5,
+     [2.0, 2.0, 1.0]],
+)  # fmt: skip
+def test_operators_return_nothing_to_sizes_of_steps_that_do_not_fit(sizes):
+    arguments = operator_arguments() | {"x": torch.randn(5, 4)}
+    good = arguments | {"batch_sizes": torch.tensor([2, 2, 1])}
+    y, _, _, gates, cells = torch.ops.fused_rnn_cpu.train_layer(**good)
+    assert y.shape == (5, 6)
+    backward = {"y": y, "gates": gates, "cells": cells, "needs": 1}
+    backward |= {"grad_y": y, "grad_h_n": None, "grad_c_n": None}
+    assert len(torch.ops.fused_rnn_cpu.train_layer_backward(**good, **backward)) == 1
+    for odd in (torch.tensor(sizes), torch.tensor([2, 9, 2, 9, 1])[::2].clone().to("meta")):
+        bad = good | {"batch_sizes": odd}
+        assert torch.ops.fused_rnn_cpu.train_layer(**bad) == []
+        assert torch.ops.fused_rnn_cpu.train_layer_backward(**bad, **backward) == []
 
 
 @pytest.mark.parametrize("name", ["grad_y", "grad_h_n", "grad_c_n", "y", "gates", "cells"])

@@ -37,23 +37,26 @@ def _fused_rnn(
     return Session(call, results, lambda: torch_settings(case, setting, backend, tf32), kernel)
 
 
-def _layer_after_layer(case: Case, data: Data, setting: Setting) -> Session:
-    """Where ours would run the layers of a stack side by side."""
+def _with_variables(
+    case: Case, data: Data, setting: Setting, backend: str, variables: dict[str, str]
+) -> Session:
+    """Ours, made and called with these environment variables."""
 
     @contextmanager
     def active() -> Iterator[None]:
-        before = os.environ.get("FUSED_RNN_CUDA_CHUNK")
-        os.environ["FUSED_RNN_CUDA_CHUNK"] = "0"
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
         try:
-            with torch_settings(case, setting, "auto"):
+            with torch_settings(case, setting, backend):
                 yield
         finally:
-            del os.environ["FUSED_RNN_CUDA_CHUNK"]
-            if before is not None:
-                os.environ["FUSED_RNN_CUDA_CHUNK"] = before
+            for name, value in before.items():
+                del os.environ[name]
+                if value is not None:
+                    os.environ[name] = value
 
     with active():
-        session = _fused_rnn(case, data, setting, "auto")
+        session = _fused_rnn(case, data, setting, backend)
     return replace(session, active=active)
 
 
@@ -90,6 +93,12 @@ def _is_float32(case: Case) -> bool:
     return case.dtype == "float32"
 
 
+def _is_large(case: Case) -> bool:
+    """Whether W_hh, of one layer and one head, is near what a GPU's chip has no room for."""
+    return case.H >= 1024 and case.layers == 1 and case.heads == 1
+
+
+_STEPS = {"devices": ("cuda",), "wants": _is_large}
 _TF32 = {"devices": ("cuda",), "wants": _is_float32, "tf32": True}
 
 TORCH_LAYERS = (
@@ -106,9 +115,22 @@ TORCH_LAYERS = (
     ),
     Provider(
         "fused_rnn layer after layer",
-        _layer_after_layer,
+        # Where ours would run the layers of a stack side by side.
+        partial(_with_variables, backend="auto", variables={"FUSED_RNN_CUDA_CHUNK": "0"}),
         devices=("cuda",),
         wants=lambda case: case.layers > 1 and not case.bidirectional,
+    ),
+    *(
+        Provider(
+            name,
+            partial(
+                _with_variables,
+                backend="cuda",
+                variables={"FUSED_RNN_CUDA_REGIME": "steps", "FUSED_RNN_CUDA_GRAPH": graph},
+            ),
+            **_STEPS,
+        )
+        for name, graph in (("fused_rnn/cuda steps", "0"), ("fused_rnn/cuda steps in graphs", "1"))
     ),
     Provider("fused_rnn compiled", _compiled, default_on=()),
     Provider("torch.nn", _torch_nn),

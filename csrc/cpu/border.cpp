@@ -72,4 +72,16 @@ Tensor empty(const int64_t* sizes, int64_t dimensions, int32_t dtype) {
   return Tensor(handle);
 }
 
+int64_t find_offsets(const int64_t* batch_sizes, int64_t timesteps, int64_t batch,
+                     std::vector<int64_t>& offsets, int64_t& total) {
+  offsets.resize(static_cast<size_t>(timesteps));
+  total = 0;
+  for (int64_t t = 0; t < timesteps; t++) {
+    if (batch_sizes[t] < 0 || batch_sizes[t] > batch) return t;
+    offsets[static_cast<size_t>(t)] = total;
+    total += batch = batch_sizes[t];
+  }
+  return -1;
+}
+
 }  // namespace fused_rnn

@@ -38,6 +38,11 @@ inline Tensor empty(std::initializer_list<int64_t> shape,
   return empty(shape.begin(), static_cast<int64_t>(shape.size()), dtype);
 }
 
+// Where the steps of packed rows begin, from how many rows each has: never more than the step
+// before, or than the batch. The first step that has, or -1.
+int64_t find_offsets(const int64_t* batch_sizes, int64_t timesteps, int64_t batch,
+                     std::vector<int64_t>& offsets, int64_t& total);
+
 // Initial states as arrays, which live no longer than the tensors or this.
 class StateArrays {
  public:

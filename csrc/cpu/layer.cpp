@@ -21,6 +21,12 @@ constexpr double kFlopsPerMeeting = 2e4;
 // Threads share out batch rows where each gets so many, else hidden units. Fewer rows do not fill
 // the register tile, and every thread would stream all weights for them.
 constexpr int64_t kRowsPerThread = 8;
+// Or up to so many, where W_hh is of so many bytes that it comes from L3 in every step: split, each
+// thread reads a part of it. With AMX and two threads, time of rows over that of units at B = 20 to
+// 48 and H = 400 to 1150: LSTM 1.1 to 1.4 in inference and 1.0 to 1.15 in training, GRU 1.1 to 1.25
+// and 1.0 to 1.1; below these bytes 0.85 to 1.05, and at B=64 0.95 to 1.05.
+constexpr int64_t kRowsPerThreadOfL3 = 32;
+constexpr int64_t kBytesOfL3 = 7 << 18;
 // One timestep of up to so many rows is computed from unpacked weights. GRU, H=128, 1, 4 and 8
 // rows: 4, 17 and 33 us, packing included 14, 18 and 25.
 constexpr int64_t kStepRows = 4;
@@ -56,6 +62,11 @@ int64_t grad_width(const LayerShape& s) {
   return (s.normed ? 2 * sizes.gates : sizes.grad_gates) * s.hidden;
 }
 
+// As many as a step has on average: packed ones have fewer and fewer.
+int64_t rows_of_step(const LayerShape& s) {
+  return s.rows.timesteps > 0 ? s.count / s.rows.timesteps : 0;
+}
+
 // Of one step: W_hh's and W_hr's.
 double recurrent_flops_per_row(const LayerShape& s) {
   const int64_t gates = cell_sizes(s.cell).gates + (projected(s) ? 1 : 0);
@@ -74,11 +85,13 @@ struct Plan {
   bool units;       // over hidden units, else over batch rows
   int64_t members;  // threads per direction
 
-  Plan(const LayerShape& s, const Threads& threads) {
+  Plan(const LayerShape& s, int64_t element_bytes, const Threads& threads) {
     const int64_t count = recurrent_flops(s) > kSerialFlops ? threads.count : 1;
     parallel = count > 1;
     members = std::max<int64_t>(1, count / s.directions);
-    units = members > 1 && s.rows.batch < kRowsPerThread * members;
+    const int64_t bytes = cell_sizes(s.cell).gates * s.hidden * s.output * element_bytes;
+    const int64_t rows = bytes < kBytesOfL3 ? kRowsPerThread : kRowsPerThreadOfL3;
+    units = members > 1 && rows_of_step(s) < rows * members;
     if (!units) return;
     if (s.normed) {
       // Statistics are of whole rows.
@@ -103,7 +116,7 @@ template <class E>
 class Call {
  public:
   Call(const KernelsOf<E>& isa, const LayerShape& shape, const Threads& threads)
-      : isa_(isa), shape_(shape), threads_(threads), plan_(shape, threads) {}
+      : isa_(isa), shape_(shape), threads_(threads), plan_(shape, sizeof(E), threads) {}
 
   const Plan& plan() const { return plan_; }
   float* take(int64_t count) { return workspace_.take(count); }
@@ -314,10 +327,10 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
     const WeightsOf<E>& w = call.weights[d];
     p.w_ih[d] = work.pack_gates(w.w_ih, s.input, s.hidden, gates, s.count);
     const int first_gates = reset_before(s) ? 2 : gates;
-    p.w_hh[d] = work.pack_gates(w.w_hh, s.output, s.hidden, first_gates, batch);
+    p.w_hh[d] = work.pack_gates(w.w_hh, s.output, s.hidden, first_gates, rows_of_step(s));
     if (has_second_product(s)) {
       const E* second = projected(s) ? w.w_hr : w.w_hh + first_gates * s.hidden * s.output;
-      p.w_second[d] = work.pack_gates(second, s.hidden, s.output, 1, batch);
+      p.w_second[d] = work.pack_gates(second, s.hidden, s.output, 1, rows_of_step(s));
       p.between[d] = work.take_elements(batch * s.hidden);
     }
     words =
@@ -505,13 +518,14 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
   for (int64_t d = 0; d < s.directions; d++) {
     const WeightsOf<E>& w = call.weights[d];
     const int64_t first_rows = (reset_before(s) ? 2 : sizes.gates) * s.hidden;
-    p.w_hh[d] = work.pack_columns(w.w_hh, first_rows, s.output, products.rotate(), batch, true);
+    p.w_hh[d] =
+        work.pack_columns(w.w_hh, first_rows, s.output, products.rotate(), rows_of_step(s), true);
     if (reset_before(s)) {
-      p.w_second[d] =
-          work.pack_columns(w.w_hh + first_rows * s.output, s.hidden, s.hidden, 0, batch, true);
+      p.w_second[d] = work.pack_columns(w.w_hh + first_rows * s.output, s.hidden, s.hidden, 0,
+                                        rows_of_step(s), true);
     }
     if (projected(s)) {
-      p.w_second[d] = work.pack_columns(w.w_hr, s.output, s.hidden, 0, batch, true);
+      p.w_second[d] = work.pack_columns(w.w_hr, s.output, s.hidden, 0, rows_of_step(s), true);
       p.grad_h[d] = work.take_elements(most_rows * s.output);
     }
     p.grad_gates[d] = work.take_elements(most_rows * width);

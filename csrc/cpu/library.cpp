@@ -134,16 +134,11 @@ RowLayout row_layout(const LayerShape& s, const std::optional<Tensor>& batch_siz
                   shape_text(batch_sizes->sizes()), " or another dtype or device");
   const int64_t timesteps = batch_sizes->size(0);
   const int64_t* at = batch_sizes->const_data_ptr<int64_t>();
-  offsets.resize(static_cast<size_t>(timesteps));
-  int64_t total = 0, limit = batch;
-  for (int64_t t = 0; t < timesteps; t++) {
-    STD_TORCH_CHECK(at[t] >= 0 && at[t] <= limit, "batch_sizes: expected 0 to ", limit,
-                    " rows at step ", t, ", never more than the step before or the batch, got ",
-                    at[t]);
-    offsets[static_cast<size_t>(t)] = total;
-    total += at[t];
-    limit = at[t];
-  }
+  int64_t total = 0;
+  const int64_t wrong = find_offsets(at, timesteps, batch, offsets, total);
+  STD_TORCH_CHECK(wrong < 0, "batch_sizes: expected 0 to ", wrong > 0 ? at[wrong - 1] : batch,
+                  " rows at step ", wrong, ", never more than the step before or the batch, got ",
+                  at[wrong]);
   STD_TORCH_CHECK(total == count, "batch_sizes: expected a sum of ", count, " rows, got ", total);
   return {timesteps, batch, at, offsets.data()};
 }

@@ -1,6 +1,6 @@
 // A layer in training: a forward call with memory for what its backward needs, and that backward.
-// For padded float32 that fits, as infer.cpp: every other call gets no outputs, and Python takes
-// the general way (fused_rnn/ops.py).
+// For float32 that fits, padded or packed, as infer.cpp: every other call gets no outputs, and
+// Python takes the general way (fused_rnn/ops.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -32,18 +32,19 @@ struct Arguments {
              states.given()} {}
 };
 
-// [T, B, width] or [D, B, width], and of a cell's one timestep [B, width].
+// [T, B, width] or [D, B, width]; of packed rows and of a cell's one timestep, [N, width] or
+// [B, width], which have no leading dimension.
 struct Shape {
-  bool is_step;
+  bool is_flat;
   int64_t leading, batch, width;
 
   bool is_of(const Array& array) const {
-    return is_step ? array.is_plain({batch, width}) : array.is_plain({leading, batch, width});
+    return is_flat ? array.is_plain({batch, width}) : array.is_plain({leading, batch, width});
   }
   float* allocate(const Allocator& allocate) const {
-    return is_step ? allocate({batch, width}) : allocate({leading, batch, width});
+    return is_flat ? allocate({batch, width}) : allocate({leading, batch, width});
   }
-  int64_t count() const { return leading * batch * width; }
+  int64_t count() const { return (is_flat ? 1 : leading) * batch * width; }
 };
 
 struct Shapes {
@@ -55,27 +56,56 @@ struct Layer {
   ForwardCallOf<float> call;
   CellSizes sizes;
   Shapes shapes;
-  Memory zeros;  // in the place of initial states that are not given
+  bool is_step;
+  Memory zeros;                  // in the place of initial states that are not given
+  std::vector<int64_t> offsets;  // of packed rows
 
   const float* h0(const States& given) const { return zeros ? zeros.get() : given.h->data; }
   const float* c0(const States& given) const { return zeros ? zeros.get() : given.c->data; }
 };
 
+// Or nothing where these are not the layout of so many rows.
+std::optional<RowLayout> read_packed(const Tensor& sizes, int64_t count,
+                                     std::vector<int64_t>& offsets) {
+  if (!sizes.is_cpu() || sizes.dim() != 1 || sizes.size(0) == 0 ||
+      sizes.scalar_type() != torch::headeronly::ScalarType::Long || !sizes.is_contiguous()) {
+    return {};
+  }
+  const RowLayout rows{sizes.size(0), sizes.const_data_ptr<int64_t>()[0],
+                       sizes.const_data_ptr<int64_t>(), nullptr};
+  int64_t total = 0;
+  if (find_offsets(rows.batch_sizes, rows.timesteps, rows.batch, offsets, total) >= 0) return {};
+  if (total != count) return {};
+  return RowLayout{rows.timesteps, rows.batch, rows.batch_sizes, offsets.data()};
+}
+
 // Or nothing where the arguments do not fit each other.
-std::optional<Layer> read_layer(const InferCall& given, int64_t directions) {
+std::optional<Layer> read_layer(const InferCall& given, const std::optional<Tensor>& batch_sizes,
+                                int64_t directions) {
   const Array& x = given.x;
-  const bool is_step = x.dimensions == 2;
-  if (!x.is_plain() || (x.dimensions != 3 && !is_step)) return {};
+  const bool is_flat = x.dimensions == 2, is_step = is_flat && !batch_sizes;
+  if (!x.is_plain() || x.dimensions != (batch_sizes || is_step ? 2 : 3)) return {};
   if (directions < 1 || directions > (is_step ? 1 : 2)) return {};
-  const int64_t timesteps = is_step ? 1 : x.sizes[0], batch = x.sizes[is_step ? 0 : 1];
-  const LayerShape s = stack_shape(given, directions, timesteps, batch);
+  RowLayout rows{is_step ? 1 : x.sizes[0], x.sizes[is_step ? 0 : 1], nullptr, nullptr};
+  int64_t count = rows.timesteps * rows.batch;
+  std::vector<int64_t> offsets;
+  if (batch_sizes) {
+    count = x.sizes[0];
+    const std::optional<RowLayout> packed = read_packed(*batch_sizes, count, offsets);
+    if (!packed) return {};
+    rows = *packed;
+  }
+  LayerShape s = stack_shape(given, directions, rows.timesteps, rows.batch);
+  s.count = count;
+  s.rows = rows;
   const std::vector<ForwardCallOf<float>> calls = stack_calls(s, 1, given);
   if (calls.empty()) return {};
-  Layer layer{calls[0], cell_sizes(s.cell), {}, nullptr};
-  layer.shapes = {{is_step, timesteps, batch, s.input},
-                  {is_step, timesteps, batch, directions * s.output},
-                  {is_step, directions, batch, s.output},
-                  {is_step, directions, batch, s.hidden}};
+  Layer layer{calls[0], cell_sizes(s.cell), {}, is_step, nullptr, std::move(offsets)};
+  const int64_t of_step = batch_sizes ? count : rows.batch;
+  layer.shapes = {{is_flat, rows.timesteps, of_step, s.input},
+                  {is_flat, rows.timesteps, of_step, directions * s.output},
+                  {is_step, directions, rows.batch, s.output},
+                  {is_step, directions, rows.batch, s.hidden}};
   const Array *h = given.states.h, *c = given.states.c;
   if ((h && !layer.shapes.h.is_of(*h)) || (c && !layer.shapes.c.is_of(*c)) ||
       (c != nullptr) != (layer.sizes.has_c && h != nullptr)) {
@@ -90,10 +120,10 @@ std::optional<Layer> read_layer(const InferCall& given, int64_t directions) {
 
 std::vector<Tensor> train_layer_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights,
                                    std::optional<Tensor> h0, std::optional<Tensor> c0,
-                                   int64_t directions) {
+                                   std::optional<Tensor> batch_sizes, int64_t directions) {
   if (!cpu_is_welcome()) return {};
   const Arguments given(cell, x, weights, h0, c0);
-  std::optional<Layer> layer = read_layer(given.call, directions);
+  std::optional<Layer> layer = read_layer(given.call, batch_sizes, directions);
   if (!layer) return {};
   ForwardCallOf<float>& call = layer->call;
   const Shapes& shapes = layer->shapes;
@@ -104,7 +134,7 @@ std::vector<Tensor> train_layer_op(int64_t cell, const Tensor& x, std::vector<Te
   call.x = given.call.x.data;
   call.h0 = layer->h0(given.call.states);
   call.y = shapes.y.allocate(allocate);
-  if (shapes.y.is_step) {
+  if (layer->is_step) {
     h_n = memory(shapes.h.count());  // y once more
     call.h_n = h_n.get();
   } else {
@@ -168,10 +198,11 @@ bool read(const std::optional<Tensor>& tensor, const Shape& shape, const float*&
 std::vector<Tensor> train_layer_backward_op(
     int64_t cell, std::optional<Tensor> grad_y, std::optional<Tensor> grad_h_n,
     std::optional<Tensor> grad_c_n, const Tensor& x, std::vector<Tensor> weights,
-    std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> y,
-    std::optional<Tensor> gates, std::optional<Tensor> cells, int64_t directions, int64_t needs) {
+    std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> batch_sizes,
+    std::optional<Tensor> y, std::optional<Tensor> gates, std::optional<Tensor> cells,
+    int64_t directions, int64_t needs) {
   const Arguments given(cell, x, weights, h0, c0);
-  const std::optional<Layer> layer = read_layer(given.call, directions);
+  const std::optional<Layer> layer = read_layer(given.call, batch_sizes, directions);
   if (!layer) return {};
   const Shapes& shapes = layer->shapes;
   const CellSizes sizes = layer->sizes;
@@ -214,19 +245,19 @@ std::vector<Tensor> train_layer_backward_op(
 }  // namespace
 }  // namespace fused_rnn
 
-// x [T, B, I], states [D, B, P] and [D, B, H] or none for zeros, weights as in ForwardCallOf; or a
-// cell's timestep, x [B, I] and states [B, H]. train_layer gives y, h_n (not of a timestep), c_n,
-// gates and cells, those that the cell has; its backward the gradients of x, h0, c0 and the weights
-// whose bits are set in `needs`, from the lowest on. Both give nothing to a call that is not for
-// them.
+// x [T, B, I], or [N, I] with the sizes of steps, states [D, B, P] and [D, B, H] or none for zeros,
+// weights as in ForwardCallOf; or a cell's timestep, x [B, I] and states [B, H]. train_layer gives
+// y, h_n (not of a timestep), c_n, gates and cells, those that the cell has; its backward the
+// gradients of x, h0, c0 and the weights whose bits are set in `needs`, from the lowest on. Both
+// give nothing to a call that is not for them.
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn_cpu, m) {
   m.def(
-      "train_layer(int cell, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, int directions) "
-      "-> Tensor[]");
+      "train_layer(int cell, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, "
+      "Tensor? batch_sizes, int directions) -> Tensor[]");
   m.def(
       "train_layer_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, "
-      "Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? y, Tensor? gates, "
-      "Tensor? cells, int directions, int needs) -> Tensor[]");
+      "Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, Tensor? y, "
+      "Tensor? gates, Tensor? cells, int directions, int needs) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CompositeExplicitAutograd, m) {

@@ -76,8 +76,8 @@ class Workspace {
   }
 
  private:
-  // More than this goes back to the system after each call.
-  static constexpr size_t kKeep = size_t(32) << 20;
+  // More than this goes back to the system after each call. A layer of H=1024 in parts needs less.
+  static constexpr size_t kKeep = size_t(96) << 20;
 
   struct Block {
     void* data = nullptr;

@@ -20,7 +20,30 @@ inline void check_cuda(cudaError_t status) {
   throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
+// Lets this thread make any call while some other stream is captured, such as of memory, which
+// otherwise ends that capture.
+class AnyCalls {
+ public:
+  AnyCalls() { check_cuda(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  AnyCalls(const AnyCalls&) = delete;
+  ~AnyCalls() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 #endif
+
+// Whether what is given to the stream becomes part of a graph and does not run.
+inline bool is_captured([[maybe_unused]] void* stream) {
+#if defined(FUSED_RNN_EMULATED)
+  return false;
+#else
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture));
+  return capture != cudaStreamCaptureStatusNone;
+#endif
+}
 
 // A fault on the device comes to light at some later call, of whoever. With FUSED_RNN_LOG=1 every
 // launch says on stderr what it is, and the host waits for what came before it and for itself.
@@ -32,10 +55,7 @@ inline bool is_logging() {
 // Throws what the work on the stream ended with. In a graph's capture there is nothing to wait for.
 inline void check_stream([[maybe_unused]] void* stream) {
 #if !defined(FUSED_RNN_EMULATED)
-  const auto on = static_cast<cudaStream_t>(stream);
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  check_cuda(cudaStreamIsCapturing(on, &capture));
-  if (capture == cudaStreamCaptureStatusNone) check_cuda(cudaStreamSynchronize(on));
+  if (!is_captured(stream)) check_cuda(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
 #endif
 }
 

@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <csetjmp>
 #include <cstring>
@@ -25,6 +26,7 @@
 namespace fused_rnn::emulator {
 
 Place current;
+thread_local void* torch_stream = nullptr;
 
 namespace {
 
@@ -106,6 +108,7 @@ Machine machine;
 std::mt19937_64 random_bits;
 std::mutex one_launch_at_a_time;
 bool cta_is_lost = false;
+std::atomic<bool> recording_fails = false;
 // Stacks live on: making one costs more than a small kernel.
 std::vector<std::unique_ptr<char[]>> stacks;
 
@@ -391,6 +394,18 @@ void lose_a_cta() {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   cta_is_lost = true;
 }
+
+void give(void* stream, std::function<void()> work) {
+  if (stream == nullptr) {
+    work();
+  } else {
+    static_cast<Recording*>(stream)->push_back(std::move(work));
+  }
+}
+
+void fail_to_record() { recording_fails = true; }
+
+bool fails_to_record() { return recording_fails.exchange(false); }
 
 void set_seed(uint64_t seed) {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace fused_rnn::emulator {
 
@@ -34,6 +35,19 @@ void set_seed(uint64_t seed);
 
 // One of the numbers below, by the same random choices.
 int random_below(int bound);
+
+// What a stream that records has been given. A stream is one of these, or null: then work runs as
+// it is given.
+using Recording = std::vector<std::function<void()>>;
+void give(void* stream, std::function<void()> work);
+
+// The stream that torch's operators are given to in this thread.
+extern thread_local void* torch_stream;
+
+// The next recording is an error.
+void fail_to_record();
+// To be asked once in each: whether it is that one.
+bool fails_to_record();
 
 // The last CTA of the next cooperative launch never gets to run.
 void lose_a_cta();

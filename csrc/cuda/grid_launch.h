@@ -46,10 +46,8 @@ class GridTurn {
   GridTurn(int64_t device, void* stream)
       : of_device_(of(device)),
         lock_(of_device_.mutex),
-        stream_(static_cast<cudaStream_t>(stream)) {
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    check_cuda(cudaStreamIsCapturing(stream_, &capture));
-    captures_ = capture != cudaStreamCaptureStatusNone;
+        stream_(static_cast<cudaStream_t>(stream)),
+        captures_(is_captured(stream)) {
     if (of_device_.stalled == nullptr) {
       const AnyCalls allowed;
       void* memory = nullptr;
@@ -70,18 +68,6 @@ class GridTurn {
   uint32_t* stalled() const { return of_device_.stalled; }
 
  private:
-  // Lets this thread allocate memory while some stream is captured, which otherwise ends the
-  // capture.
-  class AnyCalls {
-   public:
-    AnyCalls() { check_cuda(cudaThreadExchangeStreamCaptureMode(&mode_)); }
-    AnyCalls(const AnyCalls&) = delete;
-    ~AnyCalls() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-
-   private:
-    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-  };
-
   struct OfDevice {
     std::mutex mutex;
     cudaEvent_t ended = nullptr;
@@ -97,7 +83,7 @@ class GridTurn {
   OfDevice& of_device_;
   const std::lock_guard<std::mutex> lock_;
   cudaStream_t stream_;
-  bool captures_ = false;
+  const bool captures_;
 };
 
 #endif

@@ -19,10 +19,10 @@ namespace fused_rnn {
 #if defined(FUSED_RNN_EMULATED)
 
 template <auto kernel, class Params>
-void launch_kernel(const Params& params, const LaunchShape& shape, void*) {
+void launch_kernel(const Params& params, const LaunchShape& shape, void* stream) {
   const emulator::Grid grid{shape.ctas,    shape.directions,   shape.cluster,
                             shape.threads, shape.shared_bytes, shape.cooperative};
-  emulator::run(grid, [&params] { kernel(params); });
+  emulator::give(stream, [grid, params] { emulator::run(grid, [&params] { kernel(params); }); });
 }
 
 template <auto kernel>

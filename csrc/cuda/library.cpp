@@ -152,7 +152,8 @@ const Kernel<Params>& kernel_at(const Border& b, int index) {
 // `by_steps` is called where the plan is to run step by step; `like` is a tensor on the device.
 template <class Params, class Tile, class BySteps>
 void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const Tensor& like,
-            const Device& device, ForcedRegime forced, int64_t stream, const BySteps& by_steps) {
+            const Device& device, ForcedRegime forced, bool graph, int64_t stream,
+            const BySteps& by_steps) {
   constexpr bool kTraining = !std::is_same_v<Params, ForwardParams>;
   STD_TORCH_CHECK(plan.regime != Regime::none,
                   "hidden_size: ", plan_refusal(b.problem(), device, kTraining, forced));
@@ -162,7 +163,7 @@ void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const
                   params.rows.timesteps);
   run_logged(what, on, [&] {
     if (plan.regime == Regime::steps) {
-      by_steps(StepScan{b.cell, b.element, plan.shape, on});
+      by_steps(StepScan{b.cell, b.element, plan.shape, on, like.get_device_index(), graph});
       return;
     }
     const auto& kernel = kernel_at<Params>(b, plan.index);
@@ -179,7 +180,7 @@ void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
                 int64_t hidden, std::optional<Tensor> lengths, std::optional<Tensor> offsets,
                 std::optional<Tensor> resets, std::optional<Tensor> reset_h,
                 std::optional<Tensor> reset_c, Tensor y, Tensor h_n, Tensor c_n, Tensor gates,
-                Tensor cells, std::string regime, bool tf32, int64_t stream) {
+                Tensor cells, std::string regime, bool tf32, bool graph, int64_t stream) {
   const Border b = border(cell, gx, "gx", cell_sizes(cell_kind(cell)).gates, h0, hidden, tf32);
   const ForwardParams p =
       forward_params(b, {lengths, offsets, resets},
@@ -188,7 +189,7 @@ void forward_op(int64_t cell, const Tensor& gx, std::vector<Tensor> w_hh,
   const CurrentDevice guard(static_cast<int32_t>(index));
   const Device device = device_facts(index);
   const ForcedRegime forced = forced_regime(regime);
-  launch(b, plan_forward(b.problem(), device, forced), p, gx, device, forced, stream,
+  launch(b, plan_forward(b.problem(), device, forced), p, gx, device, forced, graph, stream,
          [&](const StepScan& scan) { forward_by_steps(scan, p, w_hh, h_n); });
 }
 
@@ -200,7 +201,7 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
                  std::optional<Tensor> reset_c, const Tensor& y, const Tensor& gates,
                  const Tensor& cells, Tensor grad_gates, Tensor grad_h0, Tensor grad_c0,
                  std::optional<Tensor> grad_reset_h, std::optional<Tensor> grad_reset_c,
-                 std::string regime, bool tf32, int64_t stream) {
+                 std::string regime, bool tf32, bool graph, int64_t stream) {
   const Border b = border(cell, grad_gates, "grad_gates", cell_sizes(cell_kind(cell)).grad_gates,
                           h0, hidden, tf32);
   const BackwardParams p =
@@ -211,8 +212,8 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
   const CurrentDevice guard(static_cast<int32_t>(index));
   const Device device = device_facts(index);
   const ForcedRegime forced = forced_regime(regime);
-  launch(b, plan_backward(b.problem(), device, forced), p, grad_gates, device, forced, stream,
-         [&](const StepScan& scan) { backward_by_steps(scan, p, w_hh); });
+  launch(b, plan_backward(b.problem(), device, forced), p, grad_gates, device, forced, graph,
+         stream, [&](const StepScan& scan) { backward_by_steps(scan, p, w_hh); });
 }
 
 // One layer's part of a tensor of all layers; [1, ...].
@@ -445,6 +446,7 @@ void device_op(int64_t capability, int64_t processors, int64_t max_cluster, bool
 }
 
 void lose_a_cta_op() { emulator::lose_a_cta(); }
+void fail_to_record_op() { emulator::fail_to_record(); }
 #endif
 
 }  // namespace
@@ -460,21 +462,22 @@ void lose_a_cta_op() { emulator::lose_a_cta(); }
 
 // Shapes and dtypes are in params.h. Outputs are written in place. Zero columns in `gates` and
 // `cells` mean that they are not saved; gx and gates may be one tensor. `stream` is a cudaStream_t.
-// tf32 lets the products of float32 be TF32. `regime` is "" or the name of the one to force.
-// `offsets` make rows packed; lengths, offsets and resets are on the tensors' device.
+// tf32 lets the products of float32 be TF32; `graph` lets a scan step by step record a CUDA graph.
+// `regime` is "" or the name of the one to force. `offsets` make rows packed; lengths, offsets and
+// resets are on the tensors' device.
 STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
   m.def(
       "scan_forward(int cell, Tensor gx, Tensor[] w_hh, Tensor? b_hn, Tensor h0, Tensor? c0, "
       "int hidden_size, Tensor? lengths, Tensor? offsets, Tensor? resets, Tensor? reset_h, "
       "Tensor? reset_c, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) gates, "
-      "Tensor(e!) cells, str regime, bool tf32, int stream) -> ()");
+      "Tensor(e!) cells, str regime, bool tf32, bool graph, int stream) -> ()");
   m.def(
       "scan_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, "
       "Tensor? grad_cells, Tensor[] w_hh, Tensor h0, Tensor? c0, int hidden_size, Tensor? lengths, "
       "Tensor? offsets, Tensor? resets, "
       "Tensor? reset_h, Tensor? reset_c, Tensor y, Tensor gates, Tensor cells, "
       "Tensor(a!) grad_gates, Tensor(b!) grad_h0, Tensor(c!) grad_c0, Tensor(d!)? grad_reset_h, "
-      "Tensor(e!)? grad_reset_c, str regime, bool tf32, int stream) -> ()");
+      "Tensor(e!)? grad_reset_c, str regime, bool tf32, bool graph, int stream) -> ()");
   m.def(
       "refusal(int cell, int element_bytes, int hidden_size, int batch_size, int directions, "
       "bool training, str regime, int device) -> str");
@@ -505,6 +508,7 @@ STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
   m.def("seed(int seed) -> ()");
   m.def("device(int capability, int processors, int max_cluster, bool is_shared=False) -> ()");
   m.def("lose_a_cta() -> ()");
+  m.def("fail_to_record() -> ()");
 #endif
 }
 
@@ -524,5 +528,6 @@ STABLE_TORCH_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("seed", TORCH_BOX(&fused_rnn::seed_op));
   m.impl("device", TORCH_BOX(&fused_rnn::device_op));
   m.impl("lose_a_cta", TORCH_BOX(&fused_rnn::lose_a_cta_op));
+  m.impl("fail_to_record", TORCH_BOX(&fused_rnn::fail_to_record_op));
 #endif
 }

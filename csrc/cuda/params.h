@@ -70,12 +70,22 @@ struct BackwardParams {
   float* grad_reset_c;
 };
 
-// One timestep of a scan whose product is a kernel of its own, `step` in the order of the scan; -1
-// comes before the first of them. h_n is the operand of the product that follows, c_n the state.
-// Of a cell with two products in a step, the second's operand and result are the `inner` ones.
+// Which timestep a launch is of, in the order of the scan: `value`, or, of a launch in a graph that
+// is launched many times, what is at `now` by then. Where `next` is not null the kernel writes the
+// step after it there, which is another word than `now`: some threads of the kernel have yet to
+// read that.
+struct StepNumber {
+  int64_t value;
+  const int64_t* now;
+  int64_t* next;
+};
+
+// One timestep of a scan whose product is a kernel of its own; -1 comes before the first of them.
+// h_n is the operand of the product that follows, c_n the state. Of a cell with two products in a
+// step, the second's operand and result are the `inner` ones.
 struct ForwardStep {
   ForwardParams scan;
-  int64_t step;
+  StepNumber number;
   const float* products;  // [D, B, (G, or what the first product makes)*pitch]
   float* h;               // [D, B, pitch], where the cell uses the h before it: that, not rounded
   void* inner_operand;    // E [D, B, pitch]
@@ -86,7 +96,7 @@ struct ForwardStep {
 // their way.
 struct BackwardStep {
   BackwardParams scan;
-  int64_t step;
+  StepNumber number;
   const float* products;  // [D, B, pitch] of the step before this one, which is the later one
   void* operand;          // E [D, B, (G, or what faces that product)*pitch] in torch's order
   void* inner_operand;    // E [D, B, pitch]

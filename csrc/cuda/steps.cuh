@@ -39,6 +39,15 @@ FUSED_RNN_DEVICE void store_pair(void* array, int64_t at, const float (&v)[2]) {
   Element::store_pair(static_cast<typename Element::Stored*>(array) + at, v);
 }
 
+// Which step this is. The kernel that ends it says which one follows, `by` further.
+template <bool kInner>
+FUSED_RNN_DEVICE int step_of(const StepNumber& number, int by) {
+  const int64_t step = number.now ? *number.now : number.value;
+  const bool tells = !kInner && number.next && block_x() == 0 && block_y() == 0;
+  if (tells && thread_index() == 0) *number.next = step + by;
+  return static_cast<int>(step);
+}
+
 template <class Cell>
 constexpr bool kHasInnerProduct =
     requires(typename Cell::Value v) { Cell::forward_candidate(v, v, v, v, v); };
@@ -52,6 +61,7 @@ step_forward(const ForwardStep step) {
   constexpr int kGates = Cell::kGates, kSaved = Cell::kSavedGates;
   constexpr int kOuter = kOuterGates<Cell>;
   const ForwardParams& p = step.scan;
+  const int s = step_of<kInner>(step.number, 1);
   const StepPlace at(p.rows, p.pitch);
   if (at.unit >= p.pitch) return;
   const int64_t pitch = p.pitch;
@@ -60,7 +70,7 @@ step_forward(const ForwardStep step) {
 
   // The states before the step.
   float h[2], state[2] = {};
-  const bool first = step.step < 0;
+  const bool first = s < 0;
   load_pair<Element>(first ? p.h0 : p.h_n, at.state_at, h);
   if (Cell::kHasC) load_pair<FloatElement>(first ? p.c0 : p.c_n, at.state_at, state);
   if (Cell::kUsesPreviousH) {
@@ -69,7 +79,7 @@ step_forward(const ForwardStep step) {
   }
 
   if (!first) {
-    const int64_t t = rows.time(static_cast<int>(step.step));
+    const int64_t t = rows.time(s);
     const bool taken = t < length;
     float out[2] = {}, c[2] = {}, saved[kSaved > 0 ? kSaved : 1][2] = {}, operand[2] = {};
     if (taken) {
@@ -127,7 +137,7 @@ step_forward(const ForwardStep step) {
   }
   if constexpr (kInner) return;
 
-  if (rows.begins(length, at.row, static_cast<int>(step.step) + 1)) {
+  if (rows.begins(length, at.row, s + 1)) {
     load_pair<Element>(p.reset_h, at.state_at, h);
     if (Cell::kHasC) load_pair<FloatElement>(p.reset_c, at.state_at, state);
     if (Cell::kUsesPreviousH) state[0] = h[0], state[1] = h[1];
@@ -143,11 +153,12 @@ step_backward(const BackwardStep step) {
   constexpr int kSaved = Cell::kSavedGates, kGrads = Cell::kGradGates;
   constexpr int kOuter = kOuterGates<Cell>;
   const BackwardParams& p = step.scan;
+  const int s = step_of<kInner>(step.number, -1);
   const StepPlace at(p.rows, p.pitch);
   if (at.unit >= p.pitch) return;
   const int64_t pitch = p.pitch;
   const RowsView rows{p.rows, 0, at.direction == 1, static_cast<int>(p.rows.timesteps)};
-  const int length = rows.length_of(at.row), s = static_cast<int>(step.step);
+  const int length = rows.length_of(at.row);
   const bool last = s + 1 == rows.steps;  // of the forward scan, hence the first here
 
   // Gradients of the states after the step, but for what comes from y.

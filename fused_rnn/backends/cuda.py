@@ -32,6 +32,7 @@ from .cuda_arguments import (
     current_stream,
     hidden_bias,
     requested_chunk,
+    requested_graph,
     requested_regime,
     row_tensors,
 )
@@ -330,6 +331,7 @@ class _Scans(Backend):
             *out,
             requested_regime(),
             float32_precision() == "tf32",
+            requested_graph(),
             current_stream(gx),
         )
         return out._replace(c_n=out.c_n.to(problem.dtype))
@@ -374,6 +376,7 @@ class _Scans(Backend):
             grad_reset_c,
             requested_regime(),
             float32_precision() == "tf32",
+            requested_graph(),
             current_stream(y),
         )
         states = (grad_h0, grad_c0 if cell.has_c else None, grad_reset_h, grad_reset_c)

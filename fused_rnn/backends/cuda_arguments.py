@@ -41,6 +41,18 @@ def requested_chunk() -> int | None:
     return int(text)
 
 
+def requested_graph() -> bool:
+    """Whether FUSED_RNN_CUDA_GRAPH lets scans step by step record a CUDA graph.
+
+    Raises:
+        ValueError: it is set to something else than 0 or 1.
+    """
+    value = os.environ.get("FUSED_RNN_CUDA_GRAPH", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"FUSED_RNN_CUDA_GRAPH: expected 0 or 1; got {value!r}")
+    return value == "1"
+
+
 def aligned(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """Dense, and where 16 bytes may be copied at a time; as `dtype` if it is given."""
     if tensor is None:
@@ -77,4 +89,4 @@ def row_tensors(rows: Rows, like: Tensor, wide: torch.dtype) -> tuple[Tensor | N
 def current_stream(tensor: Tensor) -> int:
     if tensor.device.type != "cuda":
         return 0
-    return torch.cuda.currentcurrent_stream(tensor.device).cuda_stream
+    return torch.cuda.current_stream(tensor.device).cuda_stream
