@@ -193,11 +193,15 @@ struct LstmCell {
   }
 
   FUSED_RNN_CELL void backward(const Value* k, Value d_h, Value& carry, Value* grads) {
-    const Value d_c = d_h * k[0] + carry;
+    grads[3] = d_h * k[4];
+    backward_c(k, d_h * k[0] + carry, carry, grads);
+  }
+
+  // All but grads[3], from the whole gradient of c.
+  FUSED_RNN_CELL void backward_c(const Value* k, Value d_c, Value& carry, Value* grads) {
     grads[0] = d_c * k[1];
     grads[1] = d_c * k[2];
     grads[2] = d_c * k[3];
-    grads[3] = d_h * k[4];
     carry = d_c * k[5];
   }
 

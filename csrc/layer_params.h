@@ -28,6 +28,7 @@ struct LayerShape {
   int64_t output;      // P
   int64_t count;       // N
   RowLayout rows;
+  bool normed;  // whether what the gates add up is normalised
 };
 
 static constexpr bool projected(const LayerShape& s) { return s.output != s.hidden; }

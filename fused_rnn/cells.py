@@ -27,6 +27,9 @@ class DirectionWeights(NamedTuple):
     b_hh: Tensor | None = None  # [G*H]
     w_hr: Tensor | None = None  # [P, H], projected LSTM only
     peephole: Tensor | None = None  # [3*H] from c to i, f and o, where an LSTM has them
+    # Gains of normalisations, of W_ih x [G*H] and W_hh h [G*H], and of an LSTM's c [H] with, where
+    # there are biases, what is added to it [H], one after the other; longer than any other vector.
+    norm: Tensor | None = None
 
 
 def rnn_tanh_step(gx: Tensor, state: tuple[Tensor, ...], w: DirectionWeights) -> tuple[Tensor, ...]:

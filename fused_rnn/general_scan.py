@@ -69,7 +69,7 @@ class GeneralScan:
             problem = dataclasses.replace(problem, extras=self.traits)
             if not ops.needs_oracle(x) and dispatch.choose(problem).extras.issuperset(self.traits):
                 return ops.layer(
-                    cell, x, h0, c0, self._with_peepholes(weights, extras), batch_sizes, masks,
+                    cell, x, h0, c0, self._with_extras(weights, extras), batch_sizes, masks,
                     states=states, recompute=recompute, noise=noise,
                 )  # fmt: skip
             dispatch.select(problem)
@@ -101,12 +101,11 @@ class GeneralScan:
         return ops.LayerResult(*narrow, cells)
 
     @staticmethod
-    def _with_peepholes(weights: list[Tensor], extras: Sequence[Extras]) -> list[Tensor]:
-        """The flat list with what `ops.layer` takes of a direction's extras behind its weights."""
+    def _with_extras(weights: list[Tensor], extras: Sequence[Extras]) -> list[Tensor]:
+        """The flat list that `ops.layer` takes, with a direction's extras behind its weights."""
         count, together = len(weights) // len(extras), []
         for d, extra in enumerate(extras):
-            together += weights[d * count : (d + 1) * count]
-            together += [] if extra.peephole is None else [extra.peephole]
+            together += weights[d * count : (d + 1) * count] + extra.flat()
         return together
 
     def _draw(

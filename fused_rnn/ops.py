@@ -33,7 +33,8 @@ _INPUTS = (
     "Tensor x, "  # [T, B, I], or [N, I] when packed
     "Tensor h0, "  # [D, B, P]
     "Tensor? c0, "  # [D, B, H], LSTM only
-    "Tensor[] weights, "  # of each direction in turn: w_ih, w_hh[, b_ih, b_hh][, w_hr][, peephole]
+    # of each direction in turn: w_ih, w_hh[, b_ih, b_hh][, w_hr][, peephole][, norm]
+    "Tensor[] weights, "
     "Tensor? batch_sizes, "  # int64 [T] on the CPU: the layout of a PackedSequence
     "Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "  # see problem.Masks
 )
@@ -98,13 +99,14 @@ def layer(
         h0: [D, B, P]. D is 1 or 2.
         c0: [D, B, H] for LSTM, else None.
         weights: for each direction w_ih [G*H, I], w_hh [G*H, P], and where there are biases
-            b_ih, b_hh [G*H], with a projection w_hr [P, H], and with peepholes those [3*H].
+            b_ih, b_hh [G*H], with a projection w_hr [P, H], with peepholes those [3*H], and where
+            it normalises the gains, see `cells.DirectionWeights`.
         batch_sizes: int64 [T] on the CPU, the layout of packed rows.
         masks: where the rows of a padded batch end and start afresh. y is zero past the end.
         states: whether to give LSTM's c after every step.
         recompute: whether backward computes anew what it would otherwise have to keep.
-        noise: what recurrent dropout and zoneout do, h_factor in `cells.state_dtype`. It and
-            peepholes are for backends whose `extras` have them.
+        noise: what recurrent dropout and zoneout do, h_factor in `cells.state_dtype`. It,
+            peepholes and gains are for backends whose `extras` have them.
     """
     states = states and CELLS[cell].has_c
     inputs = (x, h0, c0, weights, batch_sizes, *(masks or _NO_MASKS))
@@ -183,13 +185,13 @@ def oracle(
 
 
 def recurrence_of(noise: Noise, batch_sizes: Tensor | None) -> Callable[..., Recurrence]:
-    """What `oracle` takes for layers with noise or peepholes, or without."""
+    """What `oracle` takes for layers with noise, peepholes or normalisations, or without."""
 
     def recurrence(cell: Cell, d: int, w: DirectionWeights) -> Recurrence:
-        if not noise.names and w.peephole is None:
+        if not noise.names and w.peephole is None and w.norm is None:
             return plain_recurrence(cell, d, w)
         steps = noise_of_steps(noise, d, batch_sizes)
-        return general_recurrence(cell, w, Extras(peephole=w.peephole), steps)
+        return general_recurrence(cell, w, Extras.of_weights(cell, w), steps)
 
     return recurrence
 
@@ -227,7 +229,11 @@ def make_problem(
         lengths=masks.lengths is not None,
         resets=masks.resets is not None,
         states=states,
-        extras=(*noise.names, *(() if first.peephole is None else ("peepholes",))),
+        extras=(
+            *noise.names,
+            *(() if first.norm is None else ("layer_norm",)),
+            *(() if first.peephole is None else ("peepholes",)),
+        ),
         averaged=noise.averaged,
     )
 
@@ -265,9 +271,13 @@ def split_by_direction(
     split = []
     for start in range(0, len(weights), per_direction):
         w_ih, w_hh, *one = weights[start : start + per_direction]
+        norm = None
+        if one and one[-1].dim() == 1 and one[-1].shape[0] > w_ih.shape[0]:
+            norm = one.pop()
         peephole = one.pop() if (len(one) - projected) % 2 else None  # biases come in pairs
         w_hr = one.pop() if projected else None
-        split.append(DirectionWeights(w_ih, w_hh, *(one or (None, None)), w_hr, peephole))
+        biases = one or (None, None)
+        split.append(DirectionWeights(w_ih, w_hh, *biases, w_hr, peephole, norm))
     return split
 
 
@@ -347,12 +357,13 @@ def _forward_fake(
     hidden = weights[1].shape[0] // spec.gates
     count = math.prod(x.shape[:-1])  # Size.numel would make the sizes constants
     save = save and not recompute
-    keep_cells = make_problem(*inputs, save, states, Noise(*noise)).keeps_cells(save)
+    problem = make_problem(*inputs, save, states, Noise(*noise))
+    keep_cells = problem.keeps_cells(save)
     return (
         x.new_empty((*x.shape[:-1], directions * out)),
         x.new_empty((directions, batch, out)),
         x.new_empty((directions, batch, hidden * spec.has_c)),
-        x.new_empty((directions, count, hidden * spec.saved_gates * save)),
+        x.new_empty((directions, count, problem.saved_columns * save), dtype=problem.saved_dtype),
         x.new_empty((directions, count, hidden * keep_cells), dtype=state_dtype(x.dtype)),
     )
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import CELLS, Cell
+from .cells import CELLS, Cell, state_dtype
 
 
 class Stack(NamedTuple):
@@ -54,6 +54,21 @@ class Problem:
         if self.cell.has_c:
             return save or self.states
         return save and self.averaged and self.cell.saved_gates == 0
+
+    @property
+    def saved_columns(self) -> int:
+        """Of `gates`, where forward saves. Who normalises keeps behind the gates of all rows the
+        normalised values of both sides, of an LSTM's c, and five factors of each row."""
+        cell, columns = self.cell, self.cell.saved_gates * self.hidden_size
+        if "layer_norm" not in self.extras:
+            return columns
+        return columns + (2 * cell.gates + cell.has_c) * self.hidden_size + 5
+
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """Of `gates`. Gradients go through deviations at every step: rounded to bfloat16 these
+        made an LSTM's five times as inexact as the reference's."""
+        return state_dtype(self.dtype) if "layer_norm" in self.extras else self.dtype
 
     @property
     def output_size(self) -> int:

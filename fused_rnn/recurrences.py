@@ -32,6 +32,20 @@ class Extras(NamedTuple):
     norm_c: Tensor | None = None  # [H] gain of c on its way into h; LSTM only
     norm_c_bias: Tensor | None = None  # [H]
 
+    @classmethod
+    def of_weights(cls, cell: Cell, w: DirectionWeights) -> Extras:
+        """Those that go with a direction's weights, see `flat`."""
+        if w.norm is None:
+            return cls(w.peephole)
+        rows, hidden = w.w_ih.shape[0], w.w_ih.shape[0] // cell.gates
+        sizes = [rows, rows] + [hidden] * ((w.norm.shape[0] - 2 * rows) // hidden)
+        return cls(w.peephole, *w.norm.split(sizes))
+
+    def flat(self) -> list[Tensor]:
+        """What comes behind a direction's other weights."""
+        norms = [t for t in self[1:] if t is not None]
+        return [t for t in (self.peephole, torch.cat(norms) if norms else None) if t is not None]
+
     def to(self, dtype: torch.dtype) -> Extras:
         return Extras(*(None if t is None else t.to(dtype) for t in self))
 

@@ -1,30 +1,5 @@
 // The backward scan over one chunk of timesteps.
 
-// Rows of one step that have the same neighbours.
-struct BackwardRows {
-  RowsOf<const Element> grad_next;  // [Q*H] grad_gates of the next step, or null: h went no further
-  RowsOf<const Element> grad_y;     // [P] or null
-  RowsOf<const Element> gates;      // [S*H]
-  RowsOf<const Element> y;          // [P]
-  RowsOf<const Element> h_prev;     // [P]
-  RowsOf<const float> cells;        // [H], of an RNN its h before zoneout, or null
-  RowsOf<const float> c_prev;       // [H]
-  RowsOf<const float> grad_cells;   // [H] or null
-  RowsOf<Element> grad_gates;       // [Q*H]
-  RowsOf<float> grad_h;             // [P] in: grad_h_n, or what went past the next step; out: past
-                                    // this one, the carry (GRU) and what zoneout keeps
-  RowsOf<float> grad_c;             // [H] in and out: the gradient of c
-  RowsOf<const float> factor;       // [P] or null
-  ZoneoutRows zoneout_h, zoneout_c;
-  const float* peephole;  // [3*H] of all rows, or null
-};
-
-// Of h, from that of what the product took, which may be h times a factor.
-FUSED_RNN_INLINE Vector through_factor(RowsOf<const float> factor, int64_t row, int64_t column,
-                                       int valid, Vector grad) {
-  return factor.base ? grad * load(factor[row] + column, valid) : grad;
-}
-
 template <class Cell, bool MORE>
 FUSED_RNN_INLINE void backward_cell(const BackwardRows& r, int64_t unit, int64_t hidden, int valid,
                                     const Vector* factors, Vector d_h, Vector& carry,
@@ -134,11 +109,11 @@ static void reset_grad_tile(const BackwardRows& from, const Operand& grad_n, int
   }
 }
 
-// Gradient of h where it is projected, for the rows of one step; where there is zoneout, of what
-// the step gave.
+// Gradient of h where it is projected or a layer normalises, for the rows of one step; where there
+// is zoneout, of what the step gave. `add_grad_h`: what went past the next step.
 static void output_grad_tile(const BackwardRows& r, const Operand& grad_next, RowsOf<Element> to,
-                             int64_t first, int rows, const Panel& panel,
-                             const PackedMatrix& w_hh) {
+                             int64_t first, int rows, const Panel& panel, const PackedMatrix& w_hh,
+                             bool add_grad_h) {
   Vector tile[kMaxRows * kMaxColumns];
   if (r.grad_next.base) {
     if (r.grad_y.base) {
@@ -156,7 +131,7 @@ static void output_grad_tile(const BackwardRows& r, const Operand& grad_next, Ro
       if (r.grad_next.base) {
         sum = through_factor(r.factor, row, column, valid, tile[m * panel.vectors + v]);
       }
-      if (zoned || !r.grad_next.base) sum += load(r.grad_h[row] + column, valid);
+      if (add_grad_h || zoned || !r.grad_next.base) sum += load(r.grad_h[row] + column, valid);
       if (r.grad_y.base) sum += load(r.grad_y[row] + column, valid);
       if (zoned) {
         const Vector past = past_the_step(r.zoneout_h, row, column, valid, sum);
@@ -192,10 +167,12 @@ static void initial_state_grad(Rows grad_gates, RowsOf<float> grad_h, RowsOf<con
   }
 }
 
-template <class Cell, bool PROJECTED = false>
+template <class Cell, bool PROJECTED = false, bool NORMED = false>
 static void backward_share(const BackwardParams& p, const Share& share, Meeting* meeting,
                            float* memory) {
-  constexpr int S = Cell::kSavedGates, Q = Cell::kGradGates;
+  // Of grad_gates, Q are there, and the first M go through W_hh.
+  constexpr int S = Cell::kSavedGates, Q = NORMED ? 2 * Cell::kGates : Cell::kGradGates;
+  constexpr int M = NORMED ? Cell::kGates : Q;
   const LayerShape& shape = p.shape;
   const int64_t hidden = shape.hidden, output = PROJECTED ? shape.output : hidden;
   const int64_t d = share.direction, y_width = shape.directions * output;
@@ -212,6 +189,8 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
   const Element* y = p.y + d * output;
   const Element* grad_y = p.grad_y ? p.grad_y + d * output : nullptr;
   Element* grad_gates = p.grad_gates[d];
+  constexpr int kSums = Cell::kGradGates;
+  Element* grad_sums = p.grad_sums[d];
   const int64_t state = d * shape.rows.batch;
   const auto h0 = rows_of(p.h0, state, output, share);
   const auto c0 = rows_of_or_null(p.c0, state, hidden, share);
@@ -238,21 +217,22 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
     const Step step(shape.rows, share, index);
     const int64_t row = offset(shape.rows, step.t);
     const auto grads = rows_of(grad_gates, row - chunk.first_row, Q * hidden, share);
-    BackwardRows r{{nullptr, 0},
-                   rows_of_or_null(grad_y, row, y_width, share),
-                   rows_of_or_null(gates, row, S * hidden, share),
-                   rows_of(y, row, y_width, share),
-                   h0,
-                   rows_of_or_null(cells, row, hidden, share),
-                   c0,
-                   rows_of_or_null(grad_cells, row, hidden, share),
-                   grads,
-                   grad_h,
-                   grad_c,
-                   factor,
-                   zoneout_rows(p.zoneout_h, d * shape.count + row, output, share),
-                   zoneout_rows(p.zoneout_c, d * shape.count + row, hidden, share),
-                   p.weights[d].peephole};
+    BackwardRows r{
+        {nullptr, 0},
+        rows_of_or_null(grad_y, row, y_width, share),
+        rows_of_or_null(gates, row, S * hidden, share),
+        rows_of(y, row, y_width, share),
+        h0,
+        rows_of_or_null(cells, row, hidden, share),
+        c0,
+        rows_of_or_null(grad_cells, row, hidden, share),
+        NORMED ? rows_of(grad_sums, row - chunk.first_row, kSums * hidden, share) : grads,
+        grad_h,
+        grad_c,
+        factor,
+        zoneout_rows(p.zoneout_h, d * shape.count + row, output, share),
+        zoneout_rows(p.zoneout_c, d * shape.count + row, hidden, share),
+        p.weights[d].peephole};
     // Rows without a previous or a next step come last; at most three kinds of rows.
     const int64_t low = smaller(step.from_previous, step.into_next);
     const int64_t high = step.from_previous + step.into_next - low;
@@ -299,7 +279,7 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
       for_each(outputs, w_hh, next_step,
                [&](const BackwardRows& from, const Operand& grad_next, int64_t first, int rows,
                    const Panel& panel) {
-                 output_grad_tile(from, grad_next, grad_output, first, rows, panel, w_hh);
+                 output_grad_tile(from, grad_next, grad_output, first, rows, panel, w_hh, false);
                });
       for (BackwardRows& kind : kinds) {
         kind.grad_next = {grad_output.base, grad_output.stride};
@@ -309,32 +289,78 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
       }
       if (meeting) meeting->wait();
     }
-    for_each(share, to_units, next_step,
-             [&](const BackwardRows& from, const Operand& grad_next, int64_t first, int rows,
-                 const Panel& panel) {
-               const auto tile = more ? backward_tile<Cell, true> : backward_tile<Cell, false>;
-               tile(from, grad_next, first, rows, panel, to_units);
-             });
+    // Calls body for all rows of the step.
+    const auto for_each_row = [&](auto body) {
+      for (int kind = 0; kind < 3; kind++) {
+        for (int64_t i = bounds[kind]; i < bounds[kind + 1]; i++) body(kinds[kind], i);
+      }
+    };
+    const auto grad_given = rows_of_or_null(p.grad_given[d], 0, hidden, share);
+    const NormedGradStep normed{
+        {grad_given.base, grad_given.stride},
+        grads,
+        rows_of_or_null(p.grad_c_seen[d], row - chunk.first_row, hidden, share),
+        p.weights[d].norm,
+        {p.normed, shape, row, share}};
+    if constexpr (NORMED) {
+      for_each(share, to_units, next_step,
+               [&](const BackwardRows& from, const Operand& grad_next, int64_t first, int rows,
+                   const Panel& panel) {
+                 output_grad_tile(from, grad_next, grad_given, first, rows, panel, to_units,
+                                  Cell::kUsesPreviousH);
+               });
+      for_each_row([&](const BackwardRows& from, int64_t i) {
+        normed_grad_row<Cell>(from, normed, i, hidden);
+      });
+    } else {
+      for_each(share, to_units, next_step,
+               [&](const BackwardRows& from, const Operand& grad_next, int64_t first, int rows,
+                   const Panel& panel) {
+                 const auto tile = more ? backward_tile<Cell, true> : backward_tile<Cell, false>;
+                 tile(from, grad_next, first, rows, panel, to_units);
+               });
+    }
     if constexpr (kResetBefore<Cell>) {
       if (meeting) meeting->wait();
-      const auto of_n = [&](const BackwardRows& rows) {
-        return Rows{rows.grad_gates.base + 2 * hidden, rows.grad_gates.stride};
+      const auto of_n = [&](const BackwardRows&) {
+        return Rows{grads.base + 2 * hidden, grads.stride};
       };
       for_each(share, p.w_second[d], of_n,
                [&](const BackwardRows& from, const Operand& grad_n, int64_t first, int rows,
                    const Panel& panel) {
                  reset_grad_tile<Cell>(from, grad_n, first, rows, panel, p.w_second[d]);
                });
+      if constexpr (NORMED) {
+        for_each_row([&](const BackwardRows& from, int64_t i) {
+          normed_group_grads<Cell>(from, normed, {0, 0, kResetGates}, i, hidden);
+        });
+      }
     }
     if (meeting) meeting->wait();
     initial_state_grad({grads.base, grads.stride}, grad_h, factor, step.from_previous, step.rows,
                        outputs, w_hh, Cell::kUsesPreviousH || p.zoneout_h.any(), memory);
     // The next chunk goes on from here, after grad_gates has been given to other steps.
     for (int64_t i = 0; index == index_begin && i < step.rows; i++) {
-      for (int gate = 0; gate < Q; gate++) {
+      for (int gate = 0; gate < M; gate++) {
         copy_row(grads[i] + gate * hidden, carried[i] + gate * hidden, units);
       }
     }
+  }
+}
+
+template <bool NORMED>
+static void backward_cells(const BackwardParams& p, const Share& share, Meeting* meeting,
+                           float* memory) {
+  switch (p.shape.cell) {
+    case CellKind::gru:
+      return backward_share<GruCell<Math>, false, NORMED>(p, share, meeting, memory);
+    case CellKind::gru_reset_before:
+      return backward_share<GruResetBeforeCell<Math>, false, NORMED>(p, share, meeting, memory);
+    default:
+      if (projected(p.shape)) {
+        return backward_share<LstmCell<Math>, true, NORMED>(p, share, meeting, memory);
+      }
+      return backward_share<LstmCell<Math>, false, NORMED>(p, share, meeting, memory);
   }
 }
 
@@ -345,13 +371,10 @@ static void backward(const BackwardParams& p, const Share& share, Meeting* meeti
       return backward_share<RnnCell<Math, false>>(p, share, meeting, memory);
     case CellKind::rnn_relu:
       return backward_share<RnnCell<Math, true>>(p, share, meeting, memory);
-    case CellKind::gru:
-      return backward_share<GruCell<Math>>(p, share, meeting, memory);
-    case CellKind::lstm:
-      if (projected(p.shape))
-        return backward_share<LstmCell<Math>, true>(p, share, meeting, memory);
-      return backward_share<LstmCell<Math>>(p, share, meeting, memory);
-    case CellKind::gru_reset_before:
-      return backward_share<GruResetBeforeCell<Math>>(p, share, meeting, memory);
+    default:
+#if !defined(FUSED_RNN_BFLOAT16)
+      if (p.shape.normed) return backward_cells<true>(p, share, meeting, memory);
+#endif
+      return backward_cells<false>(p, share, meeting, memory);
   }
 }

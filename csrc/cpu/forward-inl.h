@@ -1,85 +1,40 @@
 // The forward pass: the input side of a few steps at a time, then those steps.
 
 // Rows of the input side, x times W_ih, with every bias that adds to it. Or of h where it is
-// projected, W_hr being a single gate.
+// projected, W_hr being a single gate; or of the hidden side where that is normalised.
 template <class To>
 struct InputRows {
   Operand x;      // [I]
   RowsOf<To> gx;  // [G*H]
 };
 
+template <int GATES, class To>
+FUSED_RNN_INLINE void project_tile(const InputRows<To>& r, int64_t first, int rows,
+                                   const Panel& panel, const PackedMatrix& w, const float* bias) {
+  const int64_t hidden = w.columns;
+  const int columns = GATES * panel.vectors;
+  Vector tile[kMaxRows * kMaxColumns];
+  multiply(columns, rows, r.x, first, panel, tile);
+  for (int gate = 0; gate < GATES; gate++) {
+    for (int v = 0; v < panel.vectors; v++) {
+      const int64_t unit = panel.column + v * kWidth;
+      const int valid = valid_lanes(unit, hidden);
+      const Vector b = bias ? load(bias + gate * hidden + unit, valid) : Vector{};
+      for (int m = 0; m < rows; m++) {
+        const Vector sum = tile[m * columns + gate * panel.vectors + v];
+        store(r.gx[first + m] + gate * hidden + unit, bias ? sum + b : sum, valid);
+      }
+    }
+  }
+}
+
 // Inlined, with `project`, into every scan: 2.5% of an LSTM's inference at (T, B, H) = (32, 8, 64).
 template <int GATES, class To>
 FUSED_RNN_INLINE void project_panel(const InputRows<To>& r, int64_t count, const Panel& panel,
-                                    const PackedMatrix& w_ih, const float* bias) {
-  const int64_t hidden = w_ih.columns;
-  const int columns = GATES * panel.vectors;
-  for_each_tile(0, count, panel, columns, [&](int64_t first, int rows) {
-    Vector tile[kMaxRows * kMaxColumns];
-    multiply(columns, rows, r.x, first, panel, tile);
-    for (int gate = 0; gate < GATES; gate++) {
-      for (int v = 0; v < panel.vectors; v++) {
-        const int64_t unit = panel.column + v * kWidth;
-        const int valid = valid_lanes(unit, hidden);
-        const Vector b = bias ? load(bias + gate * hidden + unit, valid) : Vector{};
-        for (int m = 0; m < rows; m++) {
-          const Vector sum = tile[m * columns + gate * panel.vectors + v];
-          store(r.gx[first + m] + gate * hidden + unit, bias ? sum + b : sum, valid);
-        }
-      }
-    }
+                                    const PackedMatrix& w, const float* bias) {
+  for_each_tile(0, count, panel, GATES * panel.vectors, [&](int64_t first, int rows) {
+    project_tile<GATES>(r, first, rows, panel, w, bias);
   });
-}
-
-template <class Cell, bool MORE>
-FUSED_RNN_INLINE Vector forward_cell(const ForwardRows& r, int64_t unit, int64_t hidden, int valid,
-                                     const Vector* gx, const Vector* gh, Vector h_prev, Vector& c,
-                                     Vector* saved) {
-  if constexpr (MORE && Cell::kHasC) {
-    if (r.peephole) {
-      Vector peephole[3];
-      load_peephole(r.peephole, unit, hidden, valid, peephole);
-      return Cell::forward_peeping(peephole, gx, gh, c, saved);
-    }
-  }
-  return Cell::forward(gx, gh, h_prev, c, saved);
-}
-
-// The pointwise part of `valid` units from `unit` on of one row, gh being the hidden side. MORE:
-// whether there may be zoneout or peepholes, whose code alone, unused, made LSTM take 3% longer in
-// training.
-template <class Cell, bool MORE = false>
-FUSED_RNN_INLINE void forward_units(const ForwardRows& r, int64_t row, int64_t unit, int64_t hidden,
-                                    int valid, const Vector* gx, const Vector* gh) {
-  Vector saved[4], h_prev{}, c{};
-  const bool zoned = MORE && r.zoneout_h.any();
-  if (Cell::kUsesPreviousH || zoned) h_prev = previous_h<Cell>(r, row, unit, valid);
-  if constexpr (Cell::kHasC) c = load(r.c_prev[row] + unit, valid);
-  const Vector c_prev = c;
-  Vector h = forward_cell<Cell, MORE>(r, unit, hidden, valid, gx, gh, h_prev, c, saved);
-  if constexpr (MORE && Cell::kSavedGates == 0) {
-    if (r.cells.base) store(r.cells[row] + unit, h, valid);
-  }
-  if (zoned) h = zoned_out(r.zoneout_h, row, unit, valid, h_prev, h);
-  if constexpr (MORE && Cell::kHasC) {
-    if (r.zoneout_c.any()) c = zoned_out(r.zoneout_c, row, unit, valid, c_prev, c);
-  }
-  store(r.y[row] + unit, h, valid);
-  if constexpr (kRunningH<Cell>) {
-    if (r.h.base) store(r.h[row] + unit, h, valid);
-  }
-  if constexpr (Cell::kHasC) {
-    store(r.c[row] + unit, c, valid);
-    if (r.cells.base) store(r.cells[row] + unit, c, valid);
-  }
-  if constexpr (Cell::kSavedGates > 0) {
-    if (r.gates.base) {
-      FUSED_RNN_UNROLL
-      for (int i = 0; i < Cell::kSavedGates; i++) {
-        store(r.gates[row] + i * hidden + unit, saved[i], valid);
-      }
-    }
-  }
 }
 
 template <class Cell, bool MORE>
@@ -190,7 +145,7 @@ FUSED_RNN_INLINE void project(const ForwardParams& p, const Share& share, const 
   }
 }
 
-template <class Cell, bool PROJECTED = false>
+template <class Cell, bool PROJECTED = false, bool NORMED = false>
 static void forward_share(const ForwardParams& p, const Share& share, Meeting* meeting,
                           float* memory) {
   constexpr int G = Cell::kGates, S = Cell::kSavedGates;
@@ -248,8 +203,9 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
       projected = span_end(shape.rows, d == 1, index, p.chunk_rows);
       const Span span(shape.rows, d == 1, index, projected);
       if (p.scratch[d]) first_row = span.first_row;
-      project<Cell>(p, inputs, span, side.base + (span.first_row - first_row) * side.stride,
-                    side.stride, memory);
+      float* gx = side.base + (span.first_row - first_row) * side.stride;
+      project<Cell>(p, inputs, span, gx, side.stride, memory);
+      if constexpr (NORMED) normalise_input_side<Cell>(p, share, span, gx, side.stride);
     }
     float* gx = side.base + (row - first_row) * side.stride;
     const auto y_here = rows_of(y, row, y_width, share);
@@ -304,19 +260,46 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
       }
     };
     const auto states = [](const ForwardRows& rows) { return rows.taken; };
-    if constexpr (kResetBefore<Cell>) {
+    const auto reset_states = [](const ForwardRows& rows) {
+      return Rows{rows.between.base, rows.between.stride};
+    };
+    if constexpr (NORMED) {
+      constexpr int kFirst = kResetBefore<Cell> ? kResetGates : G;
+      const NormedStep normed{rows_of(p.hidden_side[d], 0, G * hidden, share),
+                              p.weights[d].norm,
+                              p.weights[d].b_hh,
+                              {p.normed, shape, row, share}};
+      const auto for_each_row = [&](auto body) {
+        for (int64_t i = 0; i < step.rows; i++) {
+          body(i < step.from_previous ? carrying_on : joining, normed, i, hidden);
+        }
+      };
+      for_each(
+          same_units(w_hh, share, to_units), w_hh, kFirst, states,
+          [&](const ForwardRows&, const Operand& h, int64_t first, int rows, const Panel& panel) {
+            project_tile<kFirst, float>({h, normed.gh}, first, rows, panel, w_hh, nullptr);
+          });
+      for_each_row(normed_row<Cell>);
+      if constexpr (kResetBefore<Cell>) {
+        const RowsOf<float> gh_n{normed.gh.base + kFirst * hidden, normed.gh.stride};
+        for_each(share, w_second, 1, reset_states,
+                 [&](const ForwardRows&, const Operand& r_h, int64_t first, int rows,
+                     const Panel& panel) {
+                   project_tile<1, float>({r_h, gh_n}, first, rows, panel, w_second, nullptr);
+                 });
+        for_each_row(normed_candidate_row<Cell>);
+      }
+    } else if constexpr (kResetBefore<Cell>) {
       for_each(
           same_units(w_hh, share, to_units), w_hh, kResetGates, states,
           [&](const ForwardRows& from, const Operand& h, int64_t first, int rows,
               const Panel& panel) { reset_gates_tile<Cell>(from, h, first, rows, panel, w_hh); });
       if (meeting) meeting->wait();
-      for_each(
-          share, w_second, 1,
-          [](const ForwardRows& rows) { return Rows{rows.between.base, rows.between.stride}; },
-          [&](const ForwardRows& from, const Operand& r_h, int64_t first, int rows,
-              const Panel& panel) {
-            candidate_tile<Cell>(from, r_h, first, rows, panel, w_second);
-          });
+      for_each(share, w_second, 1, reset_states,
+               [&](const ForwardRows& from, const Operand& r_h, int64_t first, int rows,
+                   const Panel& panel) {
+                 candidate_tile<Cell>(from, r_h, first, rows, panel, w_second);
+               });
     } else {
       for_each(share, w_hh, G, states,
                [&](const ForwardRows& from, const Operand& h, int64_t first, int rows,
@@ -349,6 +332,22 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
   }
 }
 
+template <bool NORMED>
+static void forward_cells(const ForwardParams& p, const Share& share, Meeting* meeting,
+                          float* memory) {
+  switch (p.shape.cell) {
+    case CellKind::gru:
+      return forward_share<GruCell<Math>, false, NORMED>(p, share, meeting, memory);
+    case CellKind::gru_reset_before:
+      return forward_share<GruResetBeforeCell<Math>, false, NORMED>(p, share, meeting, memory);
+    default:
+      if (projected(p.shape)) {
+        return forward_share<LstmCell<Math>, true, NORMED>(p, share, meeting, memory);
+      }
+      return forward_share<LstmCell<Math>, false, NORMED>(p, share, meeting, memory);
+  }
+}
+
 static void forward(const ForwardParams& p, const Share& share, Meeting* meeting, float* memory) {
   const TileSession session;
   switch (p.shape.cell) {
@@ -356,12 +355,10 @@ static void forward(const ForwardParams& p, const Share& share, Meeting* meeting
       return forward_share<RnnCell<Math, false>>(p, share, meeting, memory);
     case CellKind::rnn_relu:
       return forward_share<RnnCell<Math, true>>(p, share, meeting, memory);
-    case CellKind::gru:
-      return forward_share<GruCell<Math>>(p, share, meeting, memory);
-    case CellKind::lstm:
-      if (projected(p.shape)) return forward_share<LstmCell<Math>, true>(p, share, meeting, memory);
-      return forward_share<LstmCell<Math>>(p, share, meeting, memory);
-    case CellKind::gru_reset_before:
-      return forward_share<GruResetBeforeCell<Math>>(p, share, meeting, memory);
+    default:
+#if !defined(FUSED_RNN_BFLOAT16)
+      if (p.shape.normed) return forward_cells<true>(p, share, meeting, memory);
+#endif
+      return forward_cells<false>(p, share, meeting, memory);
   }
 }

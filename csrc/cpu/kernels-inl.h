@@ -28,6 +28,7 @@ using InputGradParams = InputGradParamsOf<Element>;
 using TransposeParams = TransposeParamsOf<Element>;
 using WeightGradParams = WeightGradParamsOf<Element>;
 using PeepholeGradParams = PeepholeGradParamsOf<Element>;
+using NormGradParams = NormGradParamsOf<Element>;
 
 // clang-format off: in the order of use
 #include "vec.h"
@@ -39,10 +40,14 @@ using PeepholeGradParams = PeepholeGradParamsOf<Element>;
 #include "operand-inl.h"
 #include "pack-inl.h"
 #include "reset-before-inl.h"
+#include "units-inl.h"
+#include "normalise-inl.h"
+#include "normed-inl.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
 #include "products-inl.h"
 #include "peephole-inl.h"
+#include "norm-grad-inl.h"
 #include "step-inl.h"
 #include "stepper-inl.h"
 // clang-format on
@@ -69,6 +74,9 @@ constexpr KernelsOf<Element> table(const char* name) {
   kernels.transpose = transpose_grads;
   kernels.weight_grad = weight_grad;
   kernels.peephole_grad = peephole_grad;
+#if !defined(FUSED_RNN_BFLOAT16)
+  kernels.norm_grad = norm_grad;
+#endif
   return kernels;
 }
 

@@ -25,6 +25,29 @@ struct Zoneout {
   bool any() const { return kept != nullptr || part != 0; }
 };
 
+// What normalisations multiply by, and what of an LSTM's c they add; or the gradients of these.
+template <class T>
+struct NormGainsOf {
+  T* ih;      // [G*H] of W_ih x, or null: nothing is normalised
+  T* hh;      // [G*H] of W_hh h
+  T* c;       // [H], LSTM only
+  T* c_bias;  // [H], or null
+};
+
+// Where a row has the reciprocal deviations: of the input side's groups of gates, of the hidden
+// side's, of c.
+constexpr int kInputScale = 0, kHiddenScale = 2, kCellScale = 4, kNormScales = 5;
+
+// What normalisations save: values of mean 0 and variance 1, before any gain. Null where nothing is
+// saved.
+template <class T>
+struct NormValuesOf {
+  T* ih;      // [D, N, G*H]
+  T* hh;      // [D, N, G*H]
+  T* c;       // [D, N, H], LSTM only
+  T* scales;  // [D, N, kNormScales] what they were divided by, its reciprocal
+};
+
 // One direction's parameters as torch lays them out.
 template <class E>
 struct WeightsOf {
@@ -34,6 +57,7 @@ struct WeightsOf {
   const float* b_hh;      // [G*H], or null
   const E* w_hr;          // [P, H] where projected, else null
   const float* peephole;  // [3*H] from c to i, f and o, or null
+  NormGainsOf<const float> norm;
 };
 
 // A forward call as it comes from outside.
@@ -51,6 +75,7 @@ struct ForwardCallOf {
   float* cells;             // [D, N, H] or null: not saved; of an RNN, its h before zoneout
   const float* h_factor;    // [D, B, P] what W_hh's product takes h times, or null
   Zoneout zoneout_h, zoneout_c;
+  NormValuesOf<float> normed;
 };
 
 // One timestep. Where GRU resets before the product, its two halves are steps of their own.
@@ -69,8 +94,9 @@ struct WeightGrads {
   float* b_hh;
   float* w_hr;
   float* peephole;
+  NormGainsOf<float> norm;
 
-  bool any() const { return w_ih || w_hh || b_ih || b_hh || w_hr || peephole; }
+  bool any() const { return w_ih || w_hh || b_ih || b_hh || w_hr || peephole || norm.ih; }
 };
 
 // A backward call as it comes from outside.
@@ -94,6 +120,7 @@ struct BackwardCallOf {
   WeightGrads grads[2];     // per direction
   const float* h_factor;    // [D, B, P] what W_hh's product took h times, or null
   Zoneout zoneout_h, zoneout_c;
+  NormValuesOf<const float> normed;
 };
 
 // A matrix in the kernels' own layout: panels of up to `vectors` vectors of columns (units), each
@@ -130,9 +157,10 @@ struct PackColumnsParamsOf {
 
 template <class E>
 struct ForwardParamsOf : ForwardCallOf<E> {
-  PackedMatrix w_ih[2];         // per direction, packed gates
-  PackedMatrix w_hh[2];         // of r and z only, where GRU resets before the product
-  PackedMatrix w_second[2];     // a step's second product: W_hr or that GRU's W_hn, as one gate
+  PackedMatrix w_ih[2];      // per direction, packed gates
+  PackedMatrix w_hh[2];      // of r and z only, where GRU resets before the product
+  PackedMatrix w_second[2];  // a step's second product: W_hr or that GRU's W_hn, as one gate
+  // Both null where a layer normalises, which adds biases later.
   const float* bias[2];         // [G*H] all that adds to the input side, or null
   const float* hidden_bias[2];  // [H] GRU's b_hn, or null
   E* between[2];                // [B, H] what it takes: o * tanh(c), or r * h_prev
@@ -143,6 +171,7 @@ struct ForwardParamsOf : ForwardCallOf<E> {
   int64_t chunk_rows;  // the input side is computed for so many rows at a time, or one step
   // [3, B, P] where there is an h_factor: h times it, the initial one, and of the steps in turns.
   E* operands[2];
+  float* hidden_side[2];  // [B, G*H] of one step, where it is normalised
 };
 
 // The layout of a stepper's matrices is the same for every instruction set: that of PackedMatrix
@@ -185,6 +214,11 @@ struct BackwardParamsOf : BackwardCallOf<E> {
   E* grad_h[2];              // per direction [rows of the chunk, P] gradient of h, projected only
   E* carried[2];   // per direction [B, Q*H] grad_gates of the step done just before the chunk
   Chunk chunk[2];  // per direction
+  // Where a layer normalises, grad_gates and carried are [.., 2*G*H], the gradients of W_hh h and
+  // then of W_ih x, and those of what the gates add up are here:
+  E* grad_sums[2];        // per direction [rows of the chunk, Q*H]
+  float* grad_c_seen[2];  // per direction [rows of the chunk, H] of the normalised c, LSTM only
+  E* grad_given[2];       // per direction [B, H] of what the cells give in one step
 };
 
 // grad_x [rows, I] = or += the input side of grad_gates [rows, G*H] times W_ih.
@@ -251,6 +285,17 @@ struct PeepholeGradParamsOf {
   bool accumulate;
 };
 
+// Gradients of gains and of all biases where a layer normalises, of a chunk.
+template <class E>
+struct NormGradParamsOf {
+  const BackwardCallOf<E>* call;
+  Chunk chunk;
+  int64_t direction;
+  const E* grad_sums;  // see BackwardParamsOf
+  const float* grad_c_seen;
+  bool accumulate;
+};
+
 // One thread's part of a direction: batch rows first, first + stride, ... below limit, and the
 // panels [panel_begin, panel_end) of hidden units, of which the kernel derives those of h where
 // that is projected.
@@ -303,6 +348,8 @@ struct KernelsOf {
   void (*weight_grad)(const WeightGradParamsOf<E>&, int64_t begin, int64_t end);
   // Vectors [begin, end) of units.
   void (*peephole_grad)(const PeepholeGradParamsOf<E>&, int64_t begin, int64_t end);
+  // Likewise; null where E is not float.
+  void (*norm_grad)(const NormGradParamsOf<E>&, int64_t begin, int64_t end);
 };
 
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

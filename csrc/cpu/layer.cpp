@@ -56,6 +56,12 @@ int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
 // projected, W_hn's in a GRU that resets before it.
 bool has_second_product(const LayerShape& s) { return projected(s) || reset_before(s); }
 
+// Columns of grad_gates: where a layer normalises, of W_hh's product and of W_ih's.
+int64_t grad_width(const LayerShape& s) {
+  const CellSizes sizes = cell_sizes(s.cell);
+  return (s.normed ? 2 * sizes.gates : sizes.grad_gates) * s.hidden;
+}
+
 // As many as a step has on average: packed ones have fewer and fewer.
 int64_t rows_of_step(const LayerShape& s) {
   return s.rows.timesteps > 0 ? s.count / s.rows.timesteps : 0;
@@ -87,6 +93,12 @@ struct Plan {
     const int64_t rows = bytes < kBytesOfL3 ? kRowsPerThread : kRowsPerThreadOfL3;
     units = members > 1 && rows_of_step(s) < rows * members;
     if (!units) return;
+    if (s.normed) {
+      // Statistics are of whole rows.
+      units = false;
+      members = std::min(members, std::max<int64_t>(1, s.rows.batch));
+      return;
+    }
     const double step = static_cast<double>(s.rows.batch) * recurrent_flops_per_row(s);
     const double meetings = has_second_product(s) ? 2.0 : 1.0;
     const auto worth = static_cast<int64_t>(step / (meetings * kFlopsPerMeeting));
@@ -253,7 +265,7 @@ class Call {
 // [G*H] the biases that add directly to the input side: all but GRU's b_hn, which r multiplies.
 template <class E>
 const float* input_bias(const LayerShape& s, const WeightsOf<E>& w, Call<E>& work) {
-  if (w.b_ih == nullptr) return nullptr;
+  if (w.b_ih == nullptr || s.normed) return nullptr;
   const int64_t all = cell_sizes(s.cell).gates * s.hidden;
   const int64_t both = s.cell == CellKind::gru ? 2 * s.hidden : all;
   float* sum = work.take(all);
@@ -285,8 +297,8 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
   const CellSizes sizes = cell_sizes(s.cell);
   const int gates = static_cast<int>(sizes.gates);
   Call<E> work(isa, s, threads);
-  const bool plain =
-      !call.h_factor && !call.zoneout_h.any() && !call.zoneout_c.any() && !call.weights[0].peephole;
+  const bool plain = !s.normed && !call.h_factor && !call.zoneout_h.any() &&
+                     !call.zoneout_c.any() && !call.weights[0].peephole;
   if (plain && s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows &&
       !projected(s)) {
     StepParamsOf<E> p{call, nullptr, nullptr, false};
@@ -306,7 +318,7 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
   }
   const int64_t batch = s.rows.batch;
   int64_t words = 0;  // of a share's own memory
-  ForwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0, {}};
+  ForwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0, {}, {}};
   p.chunk_rows = std::min(s.count, rows_for(kInputSideBytes * (work.plan().parallel ? 2 : 1),
                                             sizes.gates * s.hidden, kInputSideRows));
   p.scratch_rows = std::max(p.chunk_rows, batch);
@@ -325,7 +337,8 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
         std::max({work.operand_words(p.w_ih[d], p.scratch_rows),
                   work.operand_words(p.w_hh[d], batch), work.operand_words(p.w_second[d], batch)});
     p.bias[d] = input_bias(s, w, work);
-    if (s.cell == CellKind::gru && w.b_hh) p.hidden_bias[d] = w.b_hh + 2 * s.hidden;
+    if (s.cell == CellKind::gru && w.b_hh && !s.normed) p.hidden_bias[d] = w.b_hh + 2 * s.hidden;
+    if (s.normed) p.hidden_side[d] = work.take(batch * sizes.gates * s.hidden);
     if (call.h_factor) p.operands[d] = work.take_elements(3 * batch * s.output);
     if (!in_place) {
       p.scratch[d] = work.take(work.interleaved_shares() * p.scratch_rows * sizes.gates * s.hidden);
@@ -348,10 +361,10 @@ class Products {
   Products(Call<E>& work, const KernelsOf<E>& isa, const BackwardCallOf<E>& call, int64_t rows)
       : work_(work), isa_(isa), call_(call), sizes_(cell_sizes(call.shape.cell)) {
     const LayerShape& s = call.shape;
-    width_ = sizes_.grad_gates * s.hidden;
+    width_ = grad_width(s);
     // GRU's grad_gates are (hn, r, z, n): the last three face W_ih, the first three W_hh.
-    input_side_ = (sizes_.grad_gates - sizes_.gates) * s.hidden;
-    rotate_ = s.cell == CellKind::gru ? 2 * s.hidden : 0;
+    input_side_ = width_ - sizes_.gates * s.hidden;
+    rotate_ = s.cell == CellKind::gru && !s.normed ? 2 * s.hidden : 0;
     bool any = false, any_ih = false, any_hh = false, any_between = false;
     for (int64_t d = 0; d < s.directions; d++) {
       const WeightGrads& g = call.grads[d];
@@ -390,13 +403,16 @@ class Products {
         16);
   }
 
-  void grad_weights(int64_t d, const Chunk& chunk, const E* grad_gates, const E* grad_h,
-                    bool accumulate) const {
+  void grad_weights(int64_t d, const BackwardParamsOf<E>& scanned, bool accumulate) const {
     const WeightGrads& g = call_.grads[d];
     if (!g.any()) return;
+    const Chunk& chunk = scanned.chunk[d];
+    const bool normed = call_.shape.normed;
+    const E *grad_gates = scanned.grad_gates[d], *grad_h = scanned.grad_h[d];
+    const E* grad_sums = normed ? scanned.grad_sums[d] : grad_gates;
     const int64_t hidden = call_.shape.hidden, output = call_.shape.output;
     const int64_t gate_rows = sizes_.gates * hidden;
-    if (g.w_ih || g.w_hh || g.b_ih || g.b_hh) {
+    if (g.w_ih || g.w_hh || (!normed && (g.b_ih || g.b_hh))) {
       transpose(
           {grad_gates, chunk.rows, width_, transposed_, stride_, parts_, sums_[d], accumulate});
     }
@@ -420,9 +436,14 @@ class Products {
       }
     }
     if (g.peephole) {
-      const PeepholeGradParamsOf<E> p{&call_, chunk, d, grad_gates, g.peephole, accumulate};
+      const PeepholeGradParamsOf<E> p{&call_, chunk, d, grad_sums, g.peephole, accumulate};
       work_.run(ceil_div(hidden, isa_.width),
                 [&](int64_t begin, int64_t end) { isa_.peephole_grad(p, begin, end); });
+    }
+    if (normed) {
+      const NormGradParamsOf<E> p{&call_, chunk, d, grad_sums, scanned.grad_c_seen[d], accumulate};
+      work_.run(ceil_div(hidden, isa_.width),
+                [&](int64_t begin, int64_t end) { isa_.norm_grad(p, begin, end); });
     }
     if (g.w_hr) {
       transpose({grad_h, chunk.rows, output, transposed_, stride_, parts_, unwanted_sums_, false});
@@ -433,6 +454,7 @@ class Products {
 
   void grad_biases(int64_t d) const {
     const WeightGrads& g = call_.grads[d];
+    if (call_.shape.normed) return;  // which norm_grad did
     const int64_t rows = sizes_.gates * call_.shape.hidden;
     if (g.b_ih) std::copy_n(sums_[d] + input_side_, rows, g.b_ih);
     for (int64_t i = 0; g.b_hh && i < rows; i++) g.b_hh[(i + rotate_) % rows] = sums_[d][i];
@@ -483,14 +505,14 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
                     const Threads& threads) {
   const LayerShape& s = call.shape;
   const CellSizes sizes = cell_sizes(s.cell);
-  const int64_t width = sizes.grad_gates * s.hidden;
+  const int64_t width = grad_width(s);
   Call<E> work(isa, s, threads);
   const std::vector<Chunk> chunks =
-      make_chunks(s.rows, rows_for(isa.chunk_bytes, width, isa.chunk_rows));
+      make_chunks(s.rows, rows_for(isa.chunk_bytes, width, isa.chunk_rows / (s.normed ? 2 : 1)));
   int64_t most_rows = 0;
   for (const Chunk& chunk : chunks) most_rows = std::max(most_rows, chunk.rows);
   Products<E> products(work, isa, call, most_rows);
-  BackwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}};
+  BackwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   const int64_t batch = s.rows.batch;
   int64_t words = 0;  // of a share's own memory
   for (int64_t d = 0; d < s.directions; d++) {
@@ -508,6 +530,11 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
     }
     p.grad_gates[d] = work.take_elements(most_rows * width);
     p.carried[d] = work.take_elements(batch * width);
+    if (s.normed) {
+      p.grad_sums[d] = work.take_elements(most_rows * sizes.grad_gates * s.hidden);
+      if (sizes.has_c) p.grad_c_seen[d] = work.take(most_rows * s.hidden);
+      p.grad_given[d] = work.take_elements(batch * s.hidden);
+    }
     words =
         std::max(work.operand_words(p.w_hh[d], batch), work.operand_words(p.w_second[d], batch));
   }
@@ -524,7 +551,7 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
       const bool second =
           s.directions == 2 && (d == 0 ? 2 * round >= rounds : 2 * round + 1 >= rounds);
       products.grad_x(d, p.chunk[d], p.grad_gates[d], second);
-      products.grad_weights(d, p.chunk[d], p.grad_gates[d], p.grad_h[d], round > 0);
+      products.grad_weights(d, p, round > 0);
     }
   }
   for (int64_t d = 0; d < s.directions; d++) products.grad_biases(d);

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -142,6 +143,13 @@ RowLayout row_layout(const LayerShape& s, const std::optional<Tensor>& batch_siz
   return {timesteps, batch, at, offsets.data()};
 }
 
+// Gains of normalisations come last, and are longer than any bias. An RNN has none.
+bool is_normed(const LayerShape& s, const std::vector<Tensor>& weights) {
+  const int64_t gates = cell_sizes(s.cell).gates;
+  return gates > 1 && !weights.empty() && weights.back().dim() == 1 &&
+         weights.back().size(0) > gates * s.hidden;
+}
+
 template <class E>
 void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors,
                   WeightsOf<E> weights[2]) {
@@ -149,7 +157,13 @@ void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors,
                   [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
                     const ScalarType type = shape.size() == 1 ? ScalarType::Float : kScalarType<E>;
                     check(tensors[i], "weights", type, shape);
-                    set_weight(weights[d], which, tensors[i].const_data_ptr());
+                    const void* data = tensors[i].const_data_ptr();
+                    if (which == kNorm) {
+                      weights[d].norm =
+                          norm_gains(s, static_cast<const float*>(data), *shape.begin());
+                    } else {
+                      set_weight(weights[d], which, data);
+                    }
                   });
 }
 
@@ -160,8 +174,35 @@ void read_grads(const LayerShape& s, const std::vector<Tensor>& tensors, WeightG
                     WeightGrads& g = grads[d];
                     float** fields[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr, &g.peephole};
                     const bool wanted = tensors[i].dim() == static_cast<int64_t>(shape.size());
-                    *fields[which] = wanted ? output(tensors[i], "grad_weights", shape) : nullptr;
+                    float* data = wanted ? output(tensors[i], "grad_weights", shape) : nullptr;
+                    if (which != kNorm) {
+                      *fields[which] = data;
+                    } else if (wanted) {
+                      g.norm = norm_gains(s, data, *shape.begin());
+                    }
                   });
+}
+
+// Floats beyond the gates that a layer which normalises saves of a row.
+int64_t norm_columns(const LayerShape& s) {
+  const CellSizes sizes = cell_sizes(s.cell);
+  return s.normed ? (2 * sizes.gates + (sizes.has_c ? 1 : 0)) * s.hidden + kNormScales : 0;
+}
+
+// `gates` [D, N, columns]: those of all rows, then what normalisations save of all rows.
+int64_t saved_columns(const LayerShape& s) {
+  return cell_sizes(s.cell).saved_gates * s.hidden + norm_columns(s);
+}
+
+// From behind the gates.
+template <class T>
+NormValuesOf<T> norm_values(const LayerShape& s, T* gates) {
+  const CellSizes sizes = cell_sizes(s.cell);
+  const int64_t units = s.directions * s.count * s.hidden;
+  T* ih = gates + sizes.saved_gates * units;
+  T* hh = ih + sizes.gates * units;
+  T* c = hh + sizes.gates * units;
+  return {ih, hh, sizes.has_c ? c : nullptr, sizes.has_c ? c + units : c};
 }
 
 // What is random in the recurrence: the last arguments of the operators.
@@ -199,6 +240,9 @@ void forward_of(int64_t cell, const Tensor& x, const std::vector<Tensor>& weight
   LayerShape& s = call.shape;
   s = layer_shape(cell, x, h0, c0);
   s.rows = row_layout(s, batch_sizes, offsets);
+  s.normed = is_normed(s, weights);
+  STD_TORCH_CHECK(!s.normed || (std::is_same_v<E, float>),
+                  "x: expected dtype Float for a layer that normalises, got BFloat16");
   const CellSizes sizes = cell_sizes(s.cell);
   read_weights(s, weights, call.weights);
   call.x = input<E>(x, "x", {s.count, s.input});
@@ -210,7 +254,10 @@ void forward_of(int64_t cell, const Tensor& x, const std::vector<Tensor>& weight
     call.c_n = output(c_n, "c_n", {s.directions, s.rows.batch, s.hidden});
   }
   if (gates.dim() == 3 && gates.size(2) > 0) {
-    call.gates = output<E>(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
+    call.gates = output<E>(gates, "gates", {s.directions, s.count, saved_columns(s)});
+    if constexpr (std::is_same_v<E, float>) {
+      if (s.normed) call.normed = norm_values(s, call.gates);
+    }
     advise_huge_pages_if_fresh(call.gates, static_cast<size_t>(gates.numel()) * sizeof(E));
   }
   if (cells.dim() == 3 && cells.size(2) > 0) {
@@ -245,6 +292,9 @@ void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
   LayerShape& s = call.shape;
   s = layer_shape(cell, x, h0, c0);
   s.rows = row_layout(s, batch_sizes, offsets);
+  s.normed = is_normed(s, weights);
+  STD_TORCH_CHECK(!s.normed || (std::is_same_v<E, float>),
+                  "x: expected dtype Float for a layer that normalises, got BFloat16");
   const CellSizes sizes = cell_sizes(s.cell);
   read_weights(s, weights, call.weights);
   call.grad_y = input<E>(grad_y, "grad_y", {s.count, s.directions * s.output});
@@ -253,7 +303,10 @@ void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
   call.h0 = input<E>(h0, "h0", {s.directions, s.rows.batch, s.output});
   call.y = input<E>(y, "y", {s.count, s.directions * s.output});
   if (sizes.saved_gates > 0) {
-    call.gates = input<E>(gates, "gates", {s.directions, s.count, sizes.saved_gates * s.hidden});
+    call.gates = input<E>(gates, "gates", {s.directions, s.count, saved_columns(s)});
+    if constexpr (std::is_same_v<E, float>) {
+      if (s.normed) call.normed = norm_values(s, call.gates);
+    }
   }
   call.grad_h0 = output(grad_h0, "grad_h0", {s.directions, s.rows.batch, s.output});
   if (sizes.has_c) {
@@ -335,13 +388,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_op(int64_t cell, const Tensor& x,
 }  // namespace fused_rnn
 
 // The shapes of all arguments are in kernels.h, ForwardCallOf and BackwardCallOf; `weights` is the
-// flat list w_ih, w_hh[, b_ih, b_hh][, w_hr][, peephole] of each direction. Outputs are written in
-// place. Zero columns in `gates` or `cells` mean that they are not saved; a gradient that is not
-// wanted comes as an empty 0-d or 3-d tensor. Elements have the dtype of x, Float or BFloat16, all
-// others are Float. `layer` is the forward operator of padded rows in Float with outputs of its
-// own, for programs that run without the package. The operators of inference take x and states as
-// torch.nn's modules do, in Float, and return y, h_n and c_n, those that the module has; or
-// nothing, when the call is not for them.
+// flat list of weights.h. Outputs are written in place. Zero columns in `gates` or `cells` mean
+// that they are not saved; a gradient that is not wanted comes as an empty 0-d or 3-d tensor.
+// Elements have the dtype of x, Float or BFloat16, all others are Float. `layer` is the forward
+// operator of padded rows in Float with outputs of its own, for programs that run without the
+// package. The operators of inference take x and states as torch.nn's modules do, in Float, and
+// return y, h_n and c_n, those that the module has; or nothing, when the call is not for them.
 STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
   m.def(
       "layer_forward(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0, "

@@ -197,14 +197,18 @@ static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
     }
   };
   // What a second product took is computed anew from what is saved: a projected LSTM's o * tanh(c),
-  // c being what the step gave, so that zoneout asks for the c before it,
+  // c being what the step gave, so that zoneout asks for the c before it, or what is normalised,
   struct Unprojected {
     const Element* gates;
     const float *c, *c_prev;
   };
+  const NormGainsOf<const float>& gains = call.weights[d].norm;
   const auto unprojected = [&](const Unprojected& row, int64_t unit, int valid) {
     Vector c = load(row.c + unit, valid);
-    if (call.zoneout_c.any()) {
+    if (shape.normed) {
+      c *= load(gains.c + unit, valid);
+      if (gains.c_bias) c += load(gains.c_bias + unit, valid);
+    } else if (call.zoneout_c.any()) {
       Vector saved[3];
       for (int i = 0; i < 3; i++) saved[i] = load(row.gates + i * hidden + unit, valid);
       c = LstmCell<Math>::new_c(saved, load(row.c_prev + unit, valid));
@@ -240,12 +244,12 @@ static void pack_rows(const PackRowsParams& p, int64_t begin, int64_t end) {
       constexpr int S = LstmCell<Math>::kSavedGates;
       RowPacker<Unprojected> packer(panel, hidden);
       const int64_t first = d * shape.count;
+      const float* seen = shape.normed ? call.normed.c : call.cells;
       for_each_state([&](int64_t row, const Element*, int64_t i, int64_t before) {
         const float* c_prev = before < 0 ? call.c0 + (d * shape.rows.batch + i) * hidden
                                          : call.cells + (first + before) * hidden;
-        packer.add(
-            {call.gates + (first + row) * S * hidden, call.cells + (first + row) * hidden, c_prev},
-            unprojected);
+        packer.add({call.gates + (first + row) * S * hidden, seen + (first + row) * hidden, c_prev},
+                   unprojected);
       });
       packer.finish(unprojected);
       continue;

@@ -1,4 +1,6 @@
-// A layer's flat list of weights: w_ih, w_hh[, b_ih, b_hh][, w_hr][, peephole] of each direction.
+// A layer's flat list of weights: w_ih, w_hh[, b_ih, b_hh][, w_hr][, peephole][, norm] of each
+// direction, norm being the gains of normalisations: ih [G*H], hh [G*H], and of an LSTM c [H] and
+// with biases c_bias [H].
 #pragma once
 
 #include <cstdint>
@@ -14,8 +16,8 @@ inline CellKind cell_kind(int64_t index) {
   return static_cast<CellKind>(index);
 }
 
-// The places of w_hr and of peephole among the fields of Weights.
-constexpr size_t kProjection = 4, kPeephole = 5;
+// The places of w_hr, peephole and norm among the fields of Weights.
+constexpr size_t kProjection = 4, kPeephole = 5, kNorm = 6;
 
 // Calls function(number in the list, direction, field of Weights, shape it must have) for each.
 template <class F>
@@ -23,16 +25,21 @@ void for_each_weight(const LayerShape& s, size_t given, const char* name, const 
   const auto directions = static_cast<size_t>(s.directions);
   const size_t least = projected(s) ? 3 : 2, per_direction = given / directions;
   // Biases come in pairs.
-  const size_t peephole = cell_sizes(s.cell).has_c ? (per_direction - least) % 2 : 0;
-  const size_t others = per_direction - peephole;
-  STD_TORCH_CHECK(given % directions == 0 && (others == least || others == least + 2), name,
-                  ": expected ", least, " tensors, or ", least + 2,
-                  " with biases, and for an LSTM with peepholes one more, for each of ",
-                  s.directions, " directions, got ", given);
+  const size_t norm = s.normed ? 1 : 0;
+  const size_t peephole = cell_sizes(s.cell).has_c ? (per_direction - norm - least) % 2 : 0;
+  const size_t others = per_direction - norm - peephole;
+  STD_TORCH_CHECK(
+      given % directions == 0 && (others == least || others == least + 2), name, ": expected ",
+      least, " tensors, or ", least + 2,
+      " with biases, and one more each for an LSTM's peepholes and for gains, for each of ",
+      s.directions, " directions, got ", given);
   const int64_t rows = cell_sizes(s.cell).gates * s.hidden;
+  const int64_t of_c = cell_sizes(s.cell).has_c ? (others > least ? 2 : 1) * s.hidden : 0;
   for (size_t i = 0; i < given; i++) {
     const size_t d = i / per_direction, which = i % per_direction;
-    if (which == others) {
+    if (norm && which == per_direction - 1) {
+      function(i, d, kNorm, {2 * rows + of_c});
+    } else if (which == others) {
       function(i, d, kPeephole, {3 * s.hidden});
     } else if (projected(s) && which == others - 1) {
       function(i, d, kProjection, {s.output, s.hidden});
@@ -44,6 +51,17 @@ void for_each_weight(const LayerShape& s, size_t given, const char* name, const 
   }
 }
 
+// Of `count` numbers, where they are.
+template <class T>
+NormGainsOf<T> norm_gains(const LayerShape& s, T* data, int64_t count) {
+  const int64_t rows = cell_sizes(s.cell).gates * s.hidden;
+  NormGainsOf<T> gains{data, data + rows, nullptr, nullptr};
+  if (count > 2 * rows) gains.c = data + 2 * rows;
+  if (count > 2 * rows + s.hidden) gains.c_bias = gains.c + s.hidden;
+  return gains;
+}
+
+// All but norm.
 template <class E>
 void set_weight(WeightsOf<E>& w, size_t which, const void* data) {
   switch (which) {

@@ -306,11 +306,11 @@ def forward_in_float32(
     rows: Rows,
     save: bool,
 ) -> LayerOutput:
-    """A half type's layer, rounded where it leaves `forward`; c stays as it is."""
+    """A half type's layer, rounded where it leaves `forward`; what is saved as the problem says."""
     wide = torch.float32
     out = forward(replace(problem, dtype=wide), *_cast(wide, x, weights, h0, c0), rows, save)
-    y, h_n, c_n, gates = _cast(problem.dtype, out.y, out.h_n, out.c_n, out.gates)
-    return LayerOutput(y, h_n, c_n, gates, out.cells)
+    y, h_n, c_n = _cast(problem.dtype, out.y, out.h_n, out.c_n)
+    return LayerOutput(y, h_n, c_n, out.gates.to(problem.saved_dtype), out.cells)
 
 
 def backward_in_float32(

@@ -20,7 +20,7 @@ class LayerOutput(NamedTuple):
     y: Tensor  # [N, D*P]
     h_n: Tensor  # [D, B, P]
     c_n: Tensor  # [D, B, H] for LSTM, else [D, B, 0]
-    gates: Tensor  # [D, N, S*H] when saved for backward, else [D, N, 0]
+    gates: Tensor  # [D, N, problem.saved_columns] when saved for backward, else [D, N, 0]
     cells: Tensor  # [D, N, H] c after each step in state_dtype, when saved or asked for
 
 

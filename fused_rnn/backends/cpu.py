@@ -19,7 +19,7 @@ from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, allocate_saved
 class CpuBackend(Backend):
     name = "cpu"
     device_type = "cpu"
-    extras = frozenset({"recurrent_dropout", "zoneout", "peepholes"})
+    extras = frozenset({"recurrent_dropout", "zoneout", "layer_norm", "peepholes"})
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":
@@ -39,7 +39,8 @@ class CpuBackend(Backend):
 
     def in_float32(self, problem: Problem) -> bool:
         # Zoneout's expectation adds to h what the type may be too coarse for.
-        coarse = is_relu_of_half(problem) or problem.averaged
+        # Normalised values are wanted as exact as the sums that they come from.
+        coarse = is_relu_of_half(problem) or problem.averaged or "layer_norm" in problem.extras
         native = problem.dtype == torch.bfloat16 and not coarse
         return is_half(problem.dtype) and not (native and bfloat16_capability())
 
@@ -60,7 +61,7 @@ class CpuBackend(Backend):
             y=x.new_empty((count, directions * output)),
             h_n=x.new_empty((directions, batch, output), dtype=wide),
             c_n=x.new_empty((directions, batch, hidden * cell.has_c), dtype=wide),
-            gates=allocate_saved(x, rows, directions, hidden * cell.saved_gates * save),
+            gates=allocate_saved(x, rows, directions, problem.saved_columns * save),
             cells=allocate_saved(x, rows, directions, hidden * problem.keeps_cells(save), wide),
         )
         torch.ops.fused_rnn_cpu.layer_forward(

@@ -278,13 +278,12 @@ def _no_steps(
     problem: Problem, x: Tensor, h0: Tensor, c0: Tensor | None, save: bool
 ) -> LayerOutput:
     """Every row has ended before it began."""
-    cell, hidden = problem.cell, problem.hidden_size
-    leading = problem.directions, x.shape[0]
+    hidden, leading = problem.hidden_size, (problem.directions, x.shape[0])
     return LayerOutput(
         x.new_zeros((x.shape[0], problem.directions * problem.output_size)),
         h0.clone(),
         h0.new_empty((*h0.shape[:2], 0)) if c0 is None else c0.clone(),
-        x.new_zeros((*leading, hidden * cell.saved_gates * save)),
+        x.new_zeros((*leading, problem.saved_columns * save), dtype=problem.saved_dtype),
         x.new_zeros((*leading, hidden * problem.keeps_cells(save)), dtype=state_dtype(x.dtype)),
     )
 
