@@ -34,6 +34,14 @@ __device__ void keep(float x) {
 
 enum class Way { words, pairs, bulk };
 
+FUSED_RNN_DEVICE void send_bulk(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(to),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // All-gather, as a step of the scan does it: every CTA sends `bytes` to every CTA of its cluster
 // and waits for all that is sent to it. Clocks per round, of the first CTA.
 template <Way way>
@@ -54,11 +62,11 @@ __global__ void __launch_bounds__(kThreads) all_gather(int cluster, int bytes, l
     if (thread_index() == 0) barrier_expect(barrier, cluster * bytes);
     if constexpr (way == Way::bulk) {
       const uint32_t from = at + 2 * cluster * bytes + (round & 1) * bytes;
-      copies_see_stores();
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       __syncthreads();
       if (thread_index() < cluster) {
         const uint32_t peer = (rank + thread_index()) % cluster;
-        send_copy(peer_address(slot, peer), from, bytes, peer_address(barrier, peer));
+        send_bulk(peer_address(slot, peer), from, bytes, peer_address(barrier, peer));
       }
     } else {
       constexpr int kWords = way == Way::pairs ? 2 : 1;

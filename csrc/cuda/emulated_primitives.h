@@ -54,11 +54,8 @@ void named_sync(int id, int threads);
 void barrier_init(uint32_t barrier, uint32_t arrivals);
 void barrier_init_fence();
 void barrier_expect(uint32_t barrier, uint32_t bytes);
-void barrier_arrive(uint32_t barrier);
 void barrier_wait(uint32_t barrier, uint32_t parity, Order order);
 void send(uint32_t peer, const uint32_t* words, int count, uint32_t peer_barrier);
-void send_copy(uint32_t peer, uint32_t from, int bytes, uint32_t peer_barrier);
-static inline void copies_see_stores() {}  // what they read is read when they are delivered
 
 template <Order order>
 void barrier_wait(uint32_t barrier, uint32_t parity) {

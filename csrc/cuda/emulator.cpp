@@ -39,9 +39,6 @@ struct Message {
   uint32_t to, barrier;
   uint32_t words[2];
   int count;
-  bool is_copy = false;  // of what is at `from` when it is delivered
-  uint32_t from = 0;
-  std::vector<uint8_t> copied;
 };
 
 // An mbarrier: a phase is complete when all arrivals and all expected bytes are there.
@@ -197,17 +194,11 @@ void complete_if_due(Barrier& barrier) {
 }
 
 void write(const Message& m) {
-  const size_t bytes = static_cast<size_t>(m.count) * 4;
-  std::memcpy(memory(m.to, bytes), m.is_copy ? static_cast<const void*>(m.copied.data()) : m.words,
-              bytes);
+  std::memcpy(memory(m.to, static_cast<size_t>(m.count) * 4), m.words,
+              static_cast<size_t>(m.count) * 4);
 }
 
-void deliver(Message m) {
-  if (m.is_copy) {
-    const auto bytes = static_cast<size_t>(m.count) * 4;
-    const uint8_t* from = memory(m.from, bytes);
-    m.copied.assign(from, from + bytes);
-  }
+void deliver(const Message& m) {
   if (machine.ctas[m.to >> kOffsetBits].running == 0) fail("message to a CTA that has left");
   Barrier& barrier = barrier_at(m.barrier);
   if (!barrier.fenced) fail("message to a barrier that was not made visible to the cluster");
@@ -498,8 +489,6 @@ void barrier_expect(uint32_t barrier, uint32_t bytes) {
   preempt();
 }
 
-void barrier_arrive(uint32_t barrier) { barrier_expect(barrier, 0); }
-
 void barrier_wait(uint32_t barrier, uint32_t parity, Order order) {
   preempt();
   Barrier& b = barrier_at(barrier);
@@ -509,20 +498,12 @@ void barrier_wait(uint32_t barrier, uint32_t parity, Order order) {
   b.withheld.clear();
 }
 
-static void post(const Message& m) {
+void send(uint32_t peer, const uint32_t* words, int count, uint32_t peer_barrier) {
+  Message m{peer, peer_barrier, {}, count};
+  std::copy_n(words, count, m.words);
   const bool hold = machine.holding_back && draw(4) == 0;
   (hold ? machine.held_back : machine.on_the_way).push_back(m);
   preempt();
-}
-
-void send(uint32_t peer, const uint32_t* words, int count, uint32_t peer_barrier) {
-  Message m{peer, peer_barrier, {}, count, false, 0, {}};
-  std::copy_n(words, count, m.words);
-  post(m);
-}
-
-void send_copy(uint32_t peer, uint32_t from, int bytes, uint32_t peer_barrier) {
-  post(Message{peer, peer_barrier, {}, bytes / 4, true, from, {}});
 }
 
 void copy_async(uint32_t to, const void* from, bool valid) {

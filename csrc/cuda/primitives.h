@@ -87,11 +87,6 @@ FUSED_RNN_DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
       : "memory");
 }
 
-// An arrival, behind all that this thread, and those of its CTA it has met, have written.
-FUSED_RNN_DEVICE void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 // Until the phase of this parity is complete. `acquire` sees what was sent to the barrier.
 template <Order order>
 FUSED_RNN_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -123,21 +118,6 @@ FUSED_RNN_DEVICE void send(uint32_t peer, const uint32_t* words, uint32_t peer_b
         "r"(words[0]), "r"(words[1]), "r"(peer_barrier)
         : "memory");
   }
-}
-
-// Before a copy of what this thread has stored to shared memory: copies go another way.
-FUSED_RNN_DEVICE void copies_see_stores() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// Copies whole 16 bytes of this CTA's shared memory to another CTA's and counts them at that CTA's
-// barrier. Returns at once; what is copied must stay until it has arrived.
-FUSED_RNN_DEVICE void send_copy(uint32_t peer, uint32_t from, int bytes, uint32_t peer_barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-      "[%3];" ::"r"(peer),
-      "r"(from), "r"(bytes), "r"(peer_barrier)
-      : "memory");
 }
 
 // ---- Global memory that running CTAs share.

@@ -23,8 +23,6 @@ scan_forward(const ForwardParams p) {
   // Of a cell that goes on from h itself, which h0 and h_n have rounded.
   constexpr bool kHandsOnH = Cell::kUsesPreviousH && Element::kBytes == 2 && !kGrid;
   constexpr bool kCluster = !kGrid && !kAlone;
-  constexpr int kSenders = 15;  // the named barrier of warps that lead; the others' are below
-  static_assert(!kCluster || Tile::split_k == 1 || kLayout.warp_columns < kSenders);
   using Stored = typename Element::Stored;
 
 #if !FUSED_RNN_HAS_CLUSTERS
@@ -90,9 +88,8 @@ scan_forward(const ForwardParams p) {
 
   if (kGrid) exchange.start();
   if (kCluster && thread_index() == 0) {
-    // Arrivals: of the bytes to be expected, and of what this CTA puts here itself.
-    barrier_init(barriers_at, 2);
-    barrier_init(barriers_at + 8, 2);
+    barrier_init(barriers_at, 1);
+    barrier_init(barriers_at + 8, 1);
     barrier_init_fence();
   }
 
@@ -242,8 +239,7 @@ scan_forward(const ForwardParams p) {
       }
     }
     if (kCluster && thread_index() == 0 && !last) {
-      barrier_expect(barriers_at + 8 * ((s + 1) & 1),
-                     kLayout.h_bytes / Tile::cluster * (Tile::cluster - 1));
+      barrier_expect(barriers_at + 8 * ((s + 1) & 1), kLayout.h_bytes);
     }
     if (s > 0) {
       if constexpr (kAlone) {
@@ -374,7 +370,7 @@ scan_forward(const ForwardParams p) {
       for (int i = 0; i < kUnits * kBlocks; i++) {
         Element::to_words(h[i / kBlocks][i % kBlocks], words[i]);
       }
-      const auto put_words = [&] {
+      if constexpr (kAlone) {
         FUSED_RNN_UNROLL
         for (int i = 0; i < kUnits * kBlocks; i++) {
           FUSED_RNN_UNROLL
@@ -382,9 +378,6 @@ scan_forward(const ForwardParams p) {
             h_memory[block0 + i * kBlockWords + lane * kWords + w] = words[i][w];
           }
         }
-      };
-      if constexpr (kAlone) {
-        put_words();
       } else if constexpr (kGrid) {
         FUSED_RNN_UNROLL
         for (int i = 0; i < kUnits * kBlocks; i++) {
@@ -392,21 +385,16 @@ scan_forward(const ForwardParams p) {
         }
         exchange.sent();
       } else {
-        // To its own CTA by stores and an arrival; from there to each other by a copy of all that
-        // the CTA has: what a copy costs hardly depends on its size. They begin with different
-        // ones.
-        put_words();
-        copies_see_stores();
-        named_sync(kSenders, kWarp * kLayout.warp_columns);
-        constexpr int kBytes = kLayout.h_bytes / Tile::cluster;
-        const uint32_t own = h_at + ((s + 1) & 1) * kLayout.h_bytes + rank * kBytes;
-        const uint32_t barrier = barriers_at + 8 * ((s + 1) & 1);
-        const int d = column + lane * kLayout.warp_columns;
-        if (d == 0) {
-          barrier_arrive(barrier);
-        } else if (d < Tile::cluster) {
+#pragma unroll 4
+        for (int d = 0; d < Tile::cluster; d++) {
+          // Each begins with itself, so that at no time all send to the same.
           const uint32_t peer = (rank + d) & (Tile::cluster - 1);
-          send_copy(peer_address(own, peer), own, kBytes, peer_address(barrier, peer));
+          const uint32_t to = peer_address(h_at + (block0 + lane * kWords) * 4, peer);
+          const uint32_t barrier = peer_address(barriers_at + 8 * ((s + 1) & 1), peer);
+          FUSED_RNN_UNROLL
+          for (int i = 0; i < kUnits * kBlocks; i++) {
+            send<kWords>(to + i * kBlockWords * 4, words[i], barrier);
+          }
         }
       }
     }
