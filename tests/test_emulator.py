@@ -238,13 +238,13 @@ MUTATIONS += [
         (
             "the tag is a parity",
             EXCHANGE,
-            [("((static_cast<uint32_t>(message) + 1) >> 1 & 1)", "(message & 1)")],
+            [("((number_of(message) + 1) >> 1 & 1)", "(number_of(message) & 1)")],
             {},
         ),
         (
             "the first tag is what memory has anyway",
             EXCHANGE,
-            [("static_cast<uint32_t>(message) + 1)", "static_cast<uint32_t>(message) - 1)")],
+            [("(number_of(message) + 1)", "(number_of(message) - 1)")],
             {},
         ),
         ("memory is not cleared", GRID_LAUNCH, [("new_zeros(", "new_empty(")], {}),
@@ -265,11 +265,10 @@ MUTATIONS += [
             EXCHANGE,
             [
                 (
-                    "pieces[i] = load(from + 4 * i * kWarp);",
-                    "{ const uint32_t* at = from + 4 * i * kWarp; pieces[i] = load(at); "
-                    "const Fragment later = load(at); "
-                    "pieces[i].x = (pieces[i].x & ~kTagBit) | (later.x & kTagBit); "
-                    "pieces[i].z = (pieces[i].z & ~kTagBit) | (later.z & kTagBit); }",
+                    "return kWords == 1 ? load_words(from) : load_pairs(from);",
+                    "Fragment f = load_pairs(from); const Fragment later = load_pairs(from); "
+                    "f.x = (f.x & ~kTagBit) | (later.x & kTagBit); "
+                    "f.z = (f.z & ~kTagBit) | (later.z & kTagBit); return f;",
                 )
             ],
             {},
@@ -277,24 +276,19 @@ MUTATIONS += [
         (
             "displaced bits are taken as they come",
             EXCHANGE,
-            [
-                (
-                    "bool complete = displaced.y == static_cast<uint32_t>(message);",
-                    "bool complete = true;",
-                )
-            ],
+            [("displaced.y == number_of(message) ? 0 : kTagBit", "0")],
             {"cell": "gru"},
         ),
         (
-            "displaced bits are not put back",
+            "displaced bits are lost",
             EXCHANGE,
-            [("(bits << (30 - lane) & kTagBit)", "0u")],
+            [("ballot((words[0] & kTagBit) != 0)", "0u")],
             {"cell": "gru"},
         ),
         (
-            "displaced bits are not put back in 16 bits",
+            "displaced bits are lost in 16 bits",
             EXCHANGE,
-            [("(bits << (30 - lane) & kTagBit)", "0u")],
+            [("ballot((words[0] & kTagBit) != 0)", "0u")],
             {"cell": "gru", "element": "bfloat16"},
         ),
         (

@@ -39,8 +39,7 @@ class Exchange {
   // A block of a message, by a warp. All blocks have to be put, in every message.
   FUSED_RNN_DEVICE_MEMBER void put(int message, int block, const uint32_t (&words)[kWords]) const {
     const int lane = lane_index();
-    const uint32_t displaced[2] = {ballot((words[0] & kTagBit) != 0),
-                                   static_cast<uint32_t>(message)};
+    const uint32_t displaced[2] = {ballot((words[0] & kTagBit) != 0), number_of(message)};
     uint32_t tagged[kWords];
     FUSED_RNN_UNROLL
     for (int w = 0; w < kWords; w++) tagged[w] = words[w];
@@ -71,47 +70,61 @@ class Exchange {
       const uint32_t* from = buffer(message) + first * kBlockWords + 4 * piece(0);
       const uint32_t* displaced_at = buffer(message) + kMessageWords + 2 * (first + block);
 
+      // All that the lane reads is asked for at once, then again what was not of this message yet.
       Fragment pieces[kBatch];
       FUSED_RNN_UNROLL
       for (int i = 0; i < kBatch; i++) {
         const uint32_t nothing = exists(i) ? ~tag(message) : tag(message);
         pieces[i] = {nothing, nothing, nothing, nothing};
       }
-      uint2 displaced = {0, has_block ? 0 : static_cast<uint32_t>(message)};
+      uint2 displaced = {0, has_block ? 0 : number_of(message)};
       const int64_t start = spin_clock();
       while (there) {
-        if (displaced.y != static_cast<uint32_t>(message)) displaced = load_pair(displaced_at);
+        if (displaced.y != number_of(message)) displaced = load_pair(displaced_at);
         FUSED_RNN_UNROLL
         for (int i = 0; i < kBatch; i++) {
-          if (is_missing(pieces[i], message)) pieces[i] = load(from + 4 * i * kWarp);
+          if ((wrong_tags(pieces[i], message) & kTagBit) != 0) {
+            pieces[i] = load(from + 4 * i * kWarp);
+          }
         }
-        bool complete = displaced.y == static_cast<uint32_t>(message);
+        uint32_t wrong = displaced.y == number_of(message) ? 0 : kTagBit;
         FUSED_RNN_UNROLL
-        for (int i = 0; i < kBatch; i++) complete = complete && !is_missing(pieces[i], message);
-        if (complete) break;
+        for (int i = 0; i < kBatch; i++) wrong |= wrong_tags(pieces[i], message);
+        if ((wrong & kTagBit) == 0) break;
         if (spin_clock() - start > patience_) {
           give_up(message);
           there = false;
         }
       }
+      const auto store = [&](int i) {
+        if (exists(i)) reinterpret_cast<Fragment*>(to)[piece(i)] = pieces[i];
+      };
+      // Nearly always no number is as large as to have its bit set.
+      if (ballot(there && displaced.x == 0) == ~0u) {
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < kBatch; i++) {
+          restore(pieces[i], 0);
+          store(i);
+        }
+        continue;
+      }
       there = ballot(there) == ~0u;  // a lane's words are not whole without another's bits
       FUSED_RNN_UNROLL
       for (int i = 0; i < kBatch; i++) {
-        constexpr int kLanes = 4 / kWords;  // whose words are in a piece
-        const uint32_t bits =
-            shuffle(displaced.x, (i * kWarp + lane) / kOfBlock) >> (lane % kOfBlock * kLanes);
-        if (exists(i)) {
-          reinterpret_cast<Fragment*>(to)[piece(i)] =
-              there ? restored(pieces[i], bits) : Fragment{kNan, kNan, kNan, kNan};
-        }
+        const uint32_t bits = shuffle(displaced.x, (i * kWarp + lane) / kOfBlock);
+        restore(pieces[i], bits >> (lane % kOfBlock * (4 / kWords)));
+        if (!there) pieces[i] = {kNan, kNan, kNan, kNan};
+        store(i);
       }
     }
   }
 
  private:
+  FUSED_RNN_DEVICE uint32_t number_of(int message) { return static_cast<uint32_t>(message); }
+
   // In one place tags take turns, from that of memory which is zero.
   FUSED_RNN_DEVICE uint32_t tag(int message) {
-    return ((static_cast<uint32_t>(message) + 1) >> 1 & 1) * kTagBit;
+    return ((number_of(message) + 1) >> 1 & 1) * kTagBit;
   }
 
   // Two are enough: whoever puts message m + 2 has all of m + 1, whose senders all had read m.
@@ -123,29 +136,29 @@ class Exchange {
     return kWords == 1 ? load_words(from) : load_pairs(from);
   }
 
-  FUSED_RNN_DEVICE bool is_missing(const Fragment& piece, int message) {
+  // Has the tag's bit where an access was not of this message, and others of no meaning.
+  FUSED_RNN_DEVICE uint32_t wrong_tags(const Fragment& piece, int message) {
     uint32_t wrong = (piece.x ^ tag(message)) | (piece.z ^ tag(message));
     if (kWords == 1) wrong |= (piece.y ^ tag(message)) | (piece.w ^ tag(message));
-    return (wrong & kTagBit) != 0;
+    return wrong;
   }
 
-  // With the displaced bits, of which the lowest are the piece's.
-  FUSED_RNN_DEVICE Fragment restored(Fragment piece, uint32_t bits) {
-    const auto restore = [bits](uint32_t word, int lane) {
+  // Puts back the displaced bits, of which the lowest are the piece's.
+  FUSED_RNN_DEVICE void restore(Fragment& piece, uint32_t bits) {
+    const auto of_lane = [bits](uint32_t word, int lane) {
       return (word & ~kTagBit) | (bits << (30 - lane) & kTagBit);
     };
-    piece.x = restore(piece.x, 0);
-    piece.z = restore(piece.z, kWords == 1 ? 2 : 1);
+    piece.x = of_lane(piece.x, 0);
+    piece.z = of_lane(piece.z, kWords == 1 ? 2 : 1);
     if (kWords == 1) {
-      piece.y = restore(piece.y, 1);
-      piece.w = restore(piece.w, 3);
+      piece.y = of_lane(piece.y, 1);
+      piece.w = of_lane(piece.w, 3);
     }
-    return piece;
   }
 
   FUSED_RNN_DEVICE_MEMBER void give_up(int message) const {
     *given_up_ = 1;
-    *stalled_ = static_cast<uint32_t>(message);
+    *stalled_ = number_of(message);
   }
 
   uint32_t* const given_up_;
