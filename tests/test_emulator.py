@@ -301,7 +301,7 @@ MUTATIONS += [
             "h is overwritten while it is read",
             FORWARD,
             [("block_sync();  // every warp has read the h before it", "")],
-            {},
+            {"element": "bfloat16"},  # whose products a warp can be stopped between
         ),
         (
             "h is multiplied before it is there",
@@ -313,12 +313,6 @@ MUTATIONS += [
             "gradients are multiplied before they are there",
             GATHER,
             [("first * kStepBlocks);\n    warp_sync();", "first * kStepBlocks);")],
-            {},
-        ),
-        (
-            "gradients are overwritten while they are read",
-            GATHER,
-            [("warp_sync();  // every lane has read what was staged before", "")],
             {},
         ),
         (

@@ -167,7 +167,7 @@ inline constexpr std::array kLstmBackward2 = {
     BackwardTile{512, 8, 1, 8, 10, 4},          BackwardTile{640, 16, 1, 8, 7, 4},
     BackwardTile{768, 16, 1, 8, 6, 4},          BackwardTile{512, 32, 1, 8, 16, 4, true},
     BackwardTile{1024, 64, 1, 8, 30, 4, true},  BackwardTile{1024, 64, 4, 8, 24, 2, true},
-    BackwardTile{1536, 96, 1, 8, 34, 2, true},  BackwardTile{2048, 128, 1, 8, 32, 4, true},
+    BackwardTile{1536, 96, 1, 8, 32, 2, true},  BackwardTile{2048, 128, 1, 8, 32, 4, true},
     BackwardTile{2112, 132, 1, 8, 32, 4, true}, BackwardTile{2304, 144, 1, 8, 32, 4, true},
 };
 inline constexpr std::array kGruBackward2 = {
