@@ -301,7 +301,7 @@ MUTATIONS += [
             "h is overwritten while it is read",
             FORWARD,
             [("block_sync();  // every warp has read the h before it", "")],
-            {"element": "bfloat16"},  # whose products a warp can be stopped between
+            {},
         ),
         (
             "h is multiplied before it is there",

@@ -35,7 +35,8 @@ uint64_t WeakMemory::load(View& view, const void* from, int bytes, std::mt19937_
 
 void WeakMemory::store(void* to, uint64_t value, int bytes, std::mt19937_64& random) {
   versions(to, bytes);
-  pending_.emplace(++issued_, Store{to, value, bytes, draw(random, 6) == 0});
+  if (draw(random, 256) == 0) holding_ = !holding_;
+  pending_.emplace(++issued_, Store{to, value, bytes, holding_ && draw(random, 6) == 0});
 }
 
 // Stores to one place stay in order.

@@ -41,6 +41,9 @@ class WeakMemory {
   std::map<int64_t, Store> pending_;  // by number, in the order in which they were issued
   std::unordered_map<const void*, std::vector<Version>> versions_;
   int64_t issued_ = 0, now_ = 0;
+  // Whether some stores wait until nothing else can happen. Not always: then every message would
+  // wait for whatever else is slow.
+  bool holding_ = false;
 };
 
 }  // namespace fused_rnn::emulator
