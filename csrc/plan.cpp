@@ -149,7 +149,7 @@ Plan<Tile> plan_on_chip(const ScanProblem& problem, const Device& device, bool g
           *best,
           shape,
           tiles_of_batch,
-          exchange_words(message_bytes(l))};
+          exchange_words(message_bytes(l), problem.element_bytes)};
 }
 
 template <class Tile>

@@ -114,6 +114,7 @@ def _grid_cases(cell: str) -> list[LayerCase]:
     return [
         # Sizes on both sides of every tile's; batches of one launch, of several, of every tile.
         *(case(5, b, 9, h) for b in (1, 40) for h in (17, 512, 769, 1024, 1300, 1536, 2048)),
+        *(case(5, 3, 9, h) for h in (2100, 2300) if cell == "lstm"),
         case(4, 300, 9, 1024, directions=2),
         case(300, 8, 9, 1024, bias=False),
         packed(list(range(12, 0, -1)), 11, 1000, directions=2),

@@ -139,6 +139,15 @@ def test_inference_gives_every_steps_c_alone(hidden):
     assert gates.numel() == 0
 
 
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_outputs_are_dense_where_units_are_padded(cell):
+    """As the operator's fake implementation says, which torch.compile believes."""
+    inputs = testing.make_inputs(LayerCase(cell, 3, 2, 4, 5, directions=2))
+    with fused_rnn.backend(BACKEND):
+        outputs = testing.run_layer(inputs.leaves())
+    assert all(output.is_contiguous() for output in outputs)
+
+
 def test_whole_modules_run_through_it(monkeypatch):
     monkeypatch.setenv("FUSED_RNN_BACKEND", BACKEND)
     module = fused_rnn.LSTM(5, 12, num_layers=2, bidirectional=True, batch_first=True)

@@ -1,7 +1,5 @@
 """Scans that spread W_hh over the whole grid, emulated: all CTAs at once, over a global memory in
 which stores come late and out of order and loads may be stale.
-
-Small messages are stamped, larger ones counted (tiles.h); the cases have both, in both passes.
 """
 
 import functools
@@ -100,6 +98,49 @@ def test_any_number_may_be_sent(value, dtype):
         assert y.isfinite().all() and y[0, 1].abs().max() > 1e20
     else:
         assert not y[-1, 1].isfinite().any()
+
+
+# A message's tag takes the place of a bit that numbers from 2 on have set, smaller ones have not.
+
+
+@pytest.mark.parametrize("scale", [2.0**-30, 2.0**30])
+def test_a_product_of_all_states_scales_with_them(scale):
+    """The relu RNN without biases, to the last bit: messages of numbers all small, or all large."""
+    inputs = testing.make_inputs(LayerCase("rnn_relu", 5, 3, 3, 40, bias=False))
+    with fused_rnn.backend(BACKEND):
+        y, h_n = testing.run_layer(inputs)[:2]
+        scaled = testing.run_layer(replace(inputs, x=inputs.x * scale, h0=inputs.h0 * scale))
+    assert y.abs().max() > 0.1
+    assert torch.equal(scaled[0], y * scale)
+    assert torch.equal(scaled[1], h_n * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_gradients_scale_with_that_of_y(cell, dtype):
+    inputs = testing.make_inputs(LayerCase(cell, 4, 9, 3, 29, directions=2, dtype=dtype))
+
+    def gradients(scale: float) -> list[torch.Tensor]:
+        leaves = inputs.leaves()
+        with fused_rnn.backend(BACKEND):
+            y = testing.run_layer(leaves)[0]
+            y.backward(torch.ones_like(y) * scale)
+        return [leaves.x.grad, leaves.h0.grad, *(w.grad for w in leaves.weights)]
+
+    for plain, scaled in zip(gradients(1.0), gradients(2.0**12), strict=True):
+        assert torch.equal(scaled, plain * 2.0**12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_states_in_16_bits(dtype, monkeypatch):
+    inputs = testing.make_inputs(LayerCase("gru", 4, 3, 3, 29, dtype=dtype))
+    inputs = replace(inputs, h0=inputs.h0 * 10)
+    with fused_rnn.backend(BACKEND):
+        across = testing.run_layer(inputs)[0]
+        monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "cluster")
+        in_clusters = testing.run_layer(inputs)[0]
+    assert (in_clusters.abs() >= 2).any() and (in_clusters.abs() < 2).any()
+    torch.testing.assert_close(across, in_clusters)
 
 
 @pytest.mark.parametrize("hidden", [20, 90])

@@ -1,7 +1,7 @@
 """The emulator finds mistakes: kernels with one each, in a copy of the sources, must all fail.
 
-Each mutant, of a float32 scan or of all cells' single steps, is compiled and run in a process of
-its own, with one seed after the other until it is caught.
+Each mutant, mostly of a float32 scan or of all cells' single steps, is compiled and run in a
+process of its own, with one seed after the other until it is caught.
 """
 
 import os
@@ -19,13 +19,14 @@ from fused_rnn import native
 ROOT = Path(__file__).parents[1]
 FORWARD, BACKWARD, EXCHANGE = "scan_forward.cuh", "scan_backward.cuh", "exchange.h"
 GATHER, STEPS, STEP_SCAN = "gather.h", "steps.cuh", "step_scan.cpp"
-STACK, GRAPH = "stack_scan.cpp", "graph.h"
-# The sources of one object each: of every kernel, or of none.
+STACK, GRAPH, GRID_LAUNCH = "stack_scan.cpp", "graph.h", "grid_launch.h"
+# The sources of one object each: of every kernel's single steps, or of no kernel.
 WHOLE = {
     STEPS: "cuda/steps.cu",
     STEP_SCAN: "cuda/step_scan.cpp",
     GRAPH: "cuda/step_scan.cpp",
     STACK: "cuda/stack_scan.cpp",
+    GRID_LAUNCH: "cuda/library.cpp",
 }
 SEEDS = 40
 
@@ -37,6 +38,7 @@ class Mutation(NamedTuple):
     file: str  # in csrc/cuda
     changes: list[tuple[str, str]]
     cell: str = "lstm"  # of the mutant, where it is one cell's
+    element: str = "float32"
     grid: bool = False  # whether scans run across the grid
     graph: bool = False  # whether scans step by step record graphs
 
@@ -260,112 +262,111 @@ MUTATIONS += [
     ]
 ]
 
-# Across the grid the forward scan of 32 units stamps its messages, all others here count.
+# Of messages across the grid: of the two words of an access, in float32, the first has the tag; in
+# 16 bits each has.
 MUTATIONS += [
-    Mutation(name, file, changes, grid=True)
-    for name, file, changes in [
-        ("none across the grid", EXCHANGE, []),
+    Mutation(name, file, changes, grid=True, **options)
+    for name, file, changes, options in [
+        ("none across the grid", EXCHANGE, [], {}),
+        ("none across the grid in 16 bits", EXCHANGE, [], {"element": "bfloat16"}),
+        ("one buffer for messages", EXCHANGE, [("(message & 1) *", "0 *")], {}),
         (
-            "arrivals are read without acquire",
+            "the tag is a parity",
             EXCHANGE,
-            [("load_word<Order::acquire>", "load_word<Order::relaxed>")],
+            [("((number_of(message) + 1) >> 1 & 1)", "(number_of(message) & 1)")],
+            {},
         ),
         (
-            "arrivals are counted without release",
+            "the first tag is what memory has anyway",
             EXCHANGE,
-            [("add_word<Order::release>", "add_word<Order::relaxed>")],
+            [("(number_of(message) + 1)", "(number_of(message) - 1)")],
+            {},
         ),
+        ("memory is not cleared", GRID_LAUNCH, [("new_zeros(", "new_empty(")], {}),
         (
-            "a lane counts before others have stored",
+            "one tag of two is looked at",
             EXCHANGE,
-            [("warp_sync();\n      if (lane", "if (lane")],
+            [(" | (piece.z ^ tag(message));", ";")],
+            {},
         ),
         (
-            "a warp counts before it has stored",
-            FORWARD,
-            [
-                ("        exchange.sent();\n", ""),
-                (
-                    "} else if constexpr (kGrid) {\n        FUSED_RNN_UNROLL",
-                    "} else if constexpr (kGrid) {\n        exchange.sent();\n",
-                ),
-            ],
-        ),
-        (
-            "one arrival less is waited for",
+            "two tags of four are looked at",
             EXCHANGE,
-            [("(message) * kArrivals;", "(message) * kArrivals - 1;")],
+            [("if (kWords == 1) wrong |=", "if (false) wrong |=")],
+            {"element": "bfloat16"},
         ),
-        ("one buffer for messages", EXCHANGE, [("(message & 1) *", "0 *")]),
         (
-            "any stamp will do",
+            "numbers are read before their tags",
             EXCHANGE,
             [
                 (
-                    "(pieces[i].y != stamp || pieces[i].w != stamp)",
-                    "(pieces[i].y == 0 || pieces[i].w == 0 || pieces[i].y == kNan)",
+                    "return kWords == 1 ? load_words(from) : load_pairs(from);",
+                    "Fragment f = load_pairs(from); const Fragment later = load_pairs(from); "
+                    "f.x = (f.x & ~kTagBit) | (later.x & kTagBit); "
+                    "f.z = (f.z & ~kTagBit) | (later.z & kTagBit); return f;",
                 )
             ],
+            {},
         ),
         (
-            "the stamp is a parity",
+            "displaced bits are taken as they come",
             EXCHANGE,
-            [
-                ("words, static_cast<uint32_t>(message))", "words, message & 1)"),
-                ("stamp = static_cast<uint32_t>(message);", "stamp = message & 1;"),
-            ],
+            [("displaced.y == number_of(message) ? 0 : kTagBit", "0")],
+            {"cell": "gru"},
         ),
         (
-            "one stamp of two is looked at",
+            "displaced bits are lost",
             EXCHANGE,
-            [("(pieces[i].y != stamp || pieces[i].w != stamp)", "pieces[i].y != stamp")],
+            [("ballot((words[0] & kTagBit) != 0)", "0u")],
+            {"cell": "gru"},
         ),
         (
-            "words are read before their stamps",
+            "displaced bits are lost in 16 bits",
             EXCHANGE,
-            [
-                (
-                    "pieces[i] = load_stamped(place(i));",
-                    "pieces[i] = load_stamped(place(i)), "
-                    "pieces[i].y = load_stamped(place(i)).y, "
-                    "pieces[i].w = load_stamped(place(i)).w;",
-                )
-            ],
+            [("ballot((words[0] & kTagBit) != 0)", "0u")],
+            {"cell": "gru", "element": "bfloat16"},
+        ),
+        (
+            "displaced bits go to the wrong lane",
+            EXCHANGE,
+            [("kWords == 1 ? 2 : 1);", "0);")],
+            {"cell": "gru"},
         ),
         (
             "h is overwritten while it is read",
-            EXCHANGE,
-            [("    block_sync();\n  }\n\n  // kCount words", "  }\n\n  // kCount words")],
+            FORWARD,
+            [("block_sync();  // every warp has read the h before it", "")],
+            {},
         ),
         (
             "h is multiplied before it is there",
             FORWARD,
-            [("thread_index());\n        block_sync();", "thread_index());")],
+            [("s, first);\n        block_sync();", "s, first);")],
+            {},
         ),
         (
             "gradients are multiplied before they are there",
             GATHER,
-            [("lane);\n    warp_sync();", "lane);")],
-        ),
-        (
-            "gradients are overwritten while they are read",
-            GATHER,
-            [("warp_sync();  // every lane has read what was staged before", "")],
+            [("first * kStepBlocks);\n    warp_sync();", "first * kStepBlocks);")],
+            {},
         ),
         (
             "parts are added before they are there",
             GATHER,
             [("  block_sync();\n}", "}")],
+            {},
         ),
         (
             "the first state's gradient is not waited for",
             BACKWARD,
             [("kLastTurn = kGrid ? -1 : 0;", "kLastTurn = 0;")],
+            {},
         ),
         (
             "gradients of the gates are not sent in the last step",
             BACKWARD,
             [("if (kGrid && q < kGates)", "if (kGrid && q < kGates && s > 0)")],
+            {},
         ),
     ]
 ]
@@ -432,7 +433,8 @@ cases = [
     LayerCase.packed("lstm", [6, 4, 1], 3, 32),
     LayerCase("lstm", 6, 3, 3, 32, ends=(4, 0, 5), directions=2, resets=True, reset_states=True),
 ]
-cases = [replace(case, cell=cell) for cell in sys.argv[4:] for case in cases]
+dtype = getattr(torch, sys.argv[4])
+cases = [replace(case, cell=cell, dtype=dtype) for cell in sys.argv[5:] for case in cases]
 references = [
     (
         testing.results_of_draws(testing.run_oracle, case, "all", torch.float64),
@@ -462,7 +464,7 @@ from fused_rnn import testing
 
 torch.set_num_threads(1)
 assert native.cuda_emulated_library_error() is None
-cases = [StackCase(cell, 5, 3, 16, 3, 2, dropout=0.5) for cell in sys.argv[4:]]
+cases = [StackCase(cell, 5, 3, 16, 3, 2, dropout=0.5) for cell in sys.argv[5:]]
 references = [ours(case, chunk=0) for case in cases]
 with testing.poisoned_memory():
     for seed in range(int(sys.argv[3])):
@@ -536,13 +538,15 @@ def test_mutants_are_caught(mutation, objects, tmp_path):
         cells, regime = ("lstm", "gru", "gru_reset_before"), "steps"
         if mutation.file == STACK:
             cells, regime = ("lstm", "gru"), "cluster"
+        elif mutation.grid:
+            cells, regime = (mutation.cell,), "grid"
         source = WHOLE[mutation.file]
         commands = {Path(source).stem: compile_command(tmp_path, source)}
     else:
         cells, regime = (mutation.cell,), "grid" if mutation.grid else "cluster"
         commands = {
-            f"{mutation.cell}_float32_{params}": scan_command(
-                tmp_path, mutation.cell, "float32", params
+            f"{mutation.cell}_{mutation.element}_{params}": scan_command(
+                tmp_path, mutation.cell, mutation.element, params
             )
             for params in mutation.passes
         }
@@ -557,7 +561,8 @@ def test_mutants_are_caught(mutation, objects, tmp_path):
     run([compiler, "-shared", *parts, *paths, "-ltorch_cpu", "-o", str(library)])
 
     seeds = SEEDS if mutation.changes else 4
-    arguments = [str(library), str(Path(__file__).parent), str(seeds), *cells]
+    arguments = [str(library), str(Path(__file__).parent), str(seeds)]
+    arguments += [mutation.element, *cells]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "FUSED_RNN_CUDA_REGIME": regime}
     env["FUSED_RNN_CUDA_GRAPH"] = "1" if mutation.graph else "0"
     script = RUN_STACK if mutation.file == STACK else RUN

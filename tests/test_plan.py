@@ -13,8 +13,10 @@ _C = pytest.importorskip("fused_rnn._C", reason="the C++ parts were not built")
 H200 = {"capability": 90, "processors": 132, "shared_bytes": 232448, "max_cluster": 16}
 A100 = {"capability": 80, "processors": 108, "shared_bytes": 166912, "max_cluster": 1}
 RTX_4090 = {"capability": 89, "processors": 128, "shared_bytes": 101376, "max_cluster": 1}
+H100_PCIE = {**H200, "processors": 114}
 B200 = {"capability": 100, "processors": 148, "shared_bytes": 232448, "max_cluster": 16}
 DEVICES = {"H200": H200, "A100": A100, "RTX 4090": RTX_4090, "B200": B200}
+DEVICES["H100 PCIe"] = H100_PCIE
 KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
 
@@ -47,6 +49,8 @@ def tile(part):
         ("lstm", 2, 769, 8, 1, "H200", (1024, 64, 1), (1024, 64, 1)),
         ("lstm", 2, 1024, 64, 2, "H200", (1024, 64, 4), (1024, 64, 4)),
         ("lstm", 2, 2048, 16, 1, "H200", (2048, 128, 1), (2048, 128, 1)),
+        ("lstm", 2, 2112, 16, 1, "H200", (2112, 132, 1), (2112, 132, 1)),
+        ("lstm", 2, 2300, 16, 1, "B200", (2304, 144, 1), (2304, 144, 1)),
         ("lstm", 4, 400, 8, 1, "H200", (512, 16, 1), (512, 32, 1)),
         ("lstm", 4, 1024, 1, 1, "B200", (1024, 128, 1), (1024, 64, 1)),
         ("lstm", 2, 129, 8, 1, "A100", (512, 32, 1), (512, 32, 1)),
@@ -70,7 +74,9 @@ def test_choices(cell, element_bytes, hidden, batch, directions, device, forward
         ("lstm", 4, 385, "H200", "cluster", "needs hidden_size up to 384"),
         ("rnn_tanh", 4, 1024, "H200", "cluster", "needs hidden_size up to 768"),
         ("gru_reset_before", 2, 8, "H200", "cluster", "clusters have no GRU with the reset gate"),
-        ("lstm", 2, 2049, "H200", "grid", "needs hidden_size up to 2048 .* got 2049"),
+        ("lstm", 2, 2113, "H200", "grid", "needs hidden_size up to 2112 .* got 2113"),
+        ("lstm", 2, 2305, "B200", "grid", "needs hidden_size up to 2304 .* got 2305"),
+        ("lstm", 2, 2049, "H100 PCIe", "grid", "needs hidden_size up to 1536 .* got 2049"),
         ("lstm", 2, 1537, "A100", "grid", "needs hidden_size up to 1536 .* got 1537"),
         ("lstm", 4, 513, "RTX 4090", "grid", "needs hidden_size up to 512"),
         ("rnn_tanh", 4, 3000, "H200", "grid", "needs hidden_size up to 2048"),
@@ -88,7 +94,9 @@ def test_refusals_say_what_would_fit(cell, element_bytes, hidden, device, regime
     [
         ("lstm", 2, 768, "H200", "cluster", "cluster"),
         ("lstm", 2, 769, "H200", "grid", "grid"),
-        ("lstm", 2, 2049, "H200", "steps", "steps"),
+        ("lstm", 2, 2049, "H200", "grid", "grid"),
+        ("lstm", 2, 2113, "H200", "steps", "steps"),
+        ("gru", 2, 2049, "H200", "steps", "steps"),
         ("lstm", 4, 384, "H200", "cluster", "cluster"),
         ("lstm", 4, 400, "H200", "cluster", "grid"),
         ("lstm", 4, 1025, "H200", "steps", "steps"),

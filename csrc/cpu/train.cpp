@@ -75,7 +75,7 @@ std::optional<RowLayout> read_packed(const Tensor& sizes, int64_t count,
                        sizes.const_data_ptr<int64_t>(), nullptr};
   int64_t total = 0;
   if (find_offsets(rows.batch_sizes, rows.timesteps, rows.batch, offsets, total) >= 0) return {};
-  if (total != count) return {};
+  if (total != count || rows.batch_sizes[rows.timesteps - 1] < 1) return {};
   return RowLayout{rows.timesteps, rows.batch, rows.batch_sizes, offsets.data()};
 }
 

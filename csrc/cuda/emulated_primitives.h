@@ -19,6 +19,9 @@ namespace fused_rnn {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 struct float4 {
   float x, y, z, w;
 };
@@ -30,7 +33,7 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 
 using Fragment = uint4;
 
-enum class Order { relaxed, acquire, release };
+enum class Order { relaxed, acquire };
 
 static inline int thread_index() { return emulator::current.thread; }
 static inline int block_x() { return emulator::current.block_x; }
@@ -77,35 +80,16 @@ void copy_wait() {
 }
 
 uint4 load_words(const uint32_t* from);
-void store_words(uint32_t* to, const uint32_t* words, int count);
-uint4 load_stamped(const uint32_t* from);
-void store_stamped(uint32_t* to, const uint32_t* words, int count, uint32_t stamp);
-void add_word(uint32_t* to, uint32_t value, Order order);
-uint32_t load_word(const uint32_t* from, Order order);
+uint4 load_pairs(const uint32_t* from);
+uint2 load_pair(const uint32_t* from);
+void store_whole(uint32_t* to, const uint32_t (&words)[1]);
+void store_whole(uint32_t* to, const uint32_t (&words)[2]);
 // Counts only while nothing else happens anywhere.
 int64_t spin_clock();
 
-template <int kWords>
-void store_words(uint32_t* to, const uint32_t (&words)[kWords]) {
-  store_words(to, words, kWords);
-}
-
-template <int kWords>
-void store_stamped(uint32_t* to, const uint32_t (&words)[kWords], uint32_t stamp) {
-  store_stamped(to, words, kWords, stamp);
-}
-
-template <Order order>
-void add_word(uint32_t* to, uint32_t value) {
-  add_word(to, value, order);
-}
-
-template <Order order>
-uint32_t load_word(const uint32_t* from) {
-  return load_word(from, order);
-}
-
 float shuffle_xor(float x, int mask);
+uint32_t shuffle(uint32_t x, int lane);
+uint32_t ballot(bool bit);
 void load_transposed(uint32_t (&m)[1], uint32_t row);
 void load_transposed(uint32_t (&m)[4], uint32_t row);
 uint32_t transpose(uint32_t m);

@@ -54,7 +54,6 @@ struct Barrier {
 struct Meeting {
   int arrived = 0;
   int64_t generation = 0;
-  std::vector<WeakMemory::View*> views;
 };
 
 struct Cta {
@@ -148,13 +147,9 @@ void wait_until(std::function<bool()> ready) {
   leave_fiber();
 }
 
-// Where `ordered`, threads then know of each other's accesses to memory.
-void meet(Meeting& meeting, int participants, bool ordered = true) {
+void meet(Meeting& meeting, int participants) {
   const int64_t generation = meeting.generation;
-  if (ordered) meeting.views.push_back(&machine.running->view);
   if (++meeting.arrived == participants) {
-    machine.memory.meet(meeting.views);
-    meeting.views.clear();
     meeting.arrived = 0;
     meeting.generation++;
   } else {
@@ -167,7 +162,7 @@ template <class Work>
 void collective(const Work& work) {
   Warp& w = warp();
   if (w.meeting.arrived + 1 == kLanes) work(w);
-  meet(w.meeting, kLanes, false);
+  meet(w.meeting, kLanes);
 }
 
 uint8_t* memory(uint32_t address, size_t bytes) {
@@ -529,50 +524,40 @@ void copy_wait(int pending) {
   preempt();
 }
 
+namespace {
+
+uint64_t load(const uint32_t* from, int bytes) {
+  return machine.memory.load(machine.running->view, from, bytes, random_bits);
+}
+
+void store(uint32_t* to, uint64_t value, int bytes) {
+  machine.memory.store(to, value, bytes, random_bits);
+  preempt();
+}
+
+}  // namespace
+
+// Who polls is stopped where it asks for the time.
 uint4 load_words(const uint32_t* from) {
   uint32_t words[4];
-  for (int i = 0; i < 4; i++) {
-    const uint64_t word = machine.memory.load(machine.running->view, from + i, 4, random_bits);
-    words[i] = static_cast<uint32_t>(word);
-  }
-  preempt();
+  for (int i = 0; i < 4; i++) words[i] = static_cast<uint32_t>(load(from + i, 4));
   return {words[0], words[1], words[2], words[3]};
 }
 
-uint4 load_stamped(const uint32_t* from) {
-  const uint64_t first = machine.memory.load(machine.running->view, from, 8, random_bits);
-  const uint64_t second = machine.memory.load(machine.running->view, from + 2, 8, random_bits);
-  return {static_cast<uint32_t>(first), static_cast<uint32_t>(first >> 32),
-          static_cast<uint32_t>(second), static_cast<uint32_t>(second >> 32)};
+uint4 load_pairs(const uint32_t* from) {
+  const uint2 first = load_pair(from), second = load_pair(from + 2);
+  return {first.x, first.y, second.x, second.y};
 }
 
-void store_stamped(uint32_t* to, const uint32_t* words, int count, uint32_t stamp) {
-  for (int i = 0; i < count; i++) {
-    const uint64_t pair = words[i] | uint64_t{stamp} << 32;
-    machine.memory.store(machine.running->view, to + 2 * i, pair, 8, random_bits);
-  }
-  preempt();
+uint2 load_pair(const uint32_t* from) {
+  const uint64_t pair = load(from, 8);
+  return {static_cast<uint32_t>(pair), static_cast<uint32_t>(pair >> 32)};
 }
 
-void store_words(uint32_t* to, const uint32_t* words, int count) {
-  for (int i = 0; i < count; i++) {
-    machine.memory.store(machine.running->view, to + i, words[i], 4, random_bits);
-  }
-  preempt();
-}
+void store_whole(uint32_t* to, const uint32_t (&words)[1]) { store(to, words[0], 4); }
 
-void add_word(uint32_t* to, uint32_t value, Order order) {
-  auto& view = machine.running->view;
-  if (order == Order::release) machine.memory.release(view);
-  machine.memory.add(view, to, value, random_bits);
-  preempt();
-}
-
-uint32_t load_word(const uint32_t* from, Order order) {
-  auto& view = machine.running->view;
-  return order == Order::acquire
-             ? machine.memory.load_acquire(view, from, random_bits)
-             : static_cast<uint32_t>(machine.memory.load(view, from, 4, random_bits));
+void store_whole(uint32_t* to, const uint32_t (&words)[2]) {
+  store(to, words[0] | uint64_t{words[1]} << 32, 8);
 }
 
 int64_t spin_clock() {
@@ -588,6 +573,27 @@ float shuffle_xor(float x, int mask) {
     for (int i = 0; i < kLanes; i++) all.out[i][0] = all.in[i ^ mask][0];
   });
   return float_of(w.out[lane()][0]);
+}
+
+uint32_t shuffle(uint32_t x, int from) {
+  Warp& w = warp();
+  w.in[lane()][0] = x;
+  w.in[lane()][1] = static_cast<uint32_t>(from);
+  collective([](Warp& all) {
+    for (int i = 0; i < kLanes; i++) all.out[i][0] = all.in[all.in[i][1] % kLanes][0];
+  });
+  return w.out[lane()][0];
+}
+
+uint32_t ballot(bool bit) {
+  Warp& w = warp();
+  w.in[lane()][0] = bit ? 1u : 0u;
+  collective([](Warp& all) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; i++) bits |= all.in[i][0] << i;
+    for (int i = 0; i < kLanes; i++) all.out[i][0] = bits;
+  });
+  return w.out[lane()][0];
 }
 
 namespace {

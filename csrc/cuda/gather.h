@@ -17,18 +17,17 @@ FUSED_RNN_DEVICE void gather(const Messages& messages, int message,
   constexpr BackwardLayout kLayout = layout_of(Tile::value, kind, Element::kBytes);
   constexpr int kBlocks = Tile::row_blocks, kStaged = kLayout.staged_steps;
   constexpr int kBlockWords = kWarp * Element::kWords;
-  constexpr int kStepWords = step_depth(Element::kBytes) / kGroup * kBlocks * kBlockWords;
+  constexpr int kStepBlocks = step_depth(Element::kBytes) / kGroup * kBlocks;
+  constexpr int kStepWords = kStepBlocks * kBlockWords;
   const int lane = lane_index(), warp = warp_index();
-  const int part_at = warp * kLayout.k_steps * kStepWords;
+  const int part_at = warp * kLayout.k_steps * kStepBlocks;
   uint32_t* stage = stages + warp * kStaged * kStepWords;
 
   typename Element::Sum sums[kProducts][kBlocks];
-  messages.await(message);
   FUSED_RNN_UNROLL
   for (int first = 0; first < kLayout.k_steps; first += kStaged) {
     warp_sync();  // every lane has read what was staged before
-    const int at = part_at + first * kStepWords;
-    messages.template fetch<kStaged * kStepWords, kWarp>(stage, message, at, lane);
+    messages.template fetch<kStaged * kStepBlocks>(stage, message, part_at + first * kStepBlocks);
     warp_sync();
     FUSED_RNN_UNROLL
     for (int k = 0; k < kStaged; k++) {

@@ -105,6 +105,8 @@ inline constexpr std::array kLstmForward2 = {
     ForwardTile{1024, 64, 4, 1, 4, 8, 2, true},
     ForwardTile{1536, 96, 1, 1, 4, 17, 4, true},
     ForwardTile{2048, 128, 1, 1, 4, 16, 4, true},
+    ForwardTile{2112, 132, 1, 1, 4, 16, 4, true},
+    ForwardTile{2304, 144, 1, 1, 4, 16, 4, true},
 };
 inline constexpr std::array kGruForward2 = {
     ForwardTile{64, 1, 1, 2, 2, 2, 4},
@@ -157,15 +159,16 @@ inline constexpr std::array kRnnForward4 = {
 
 // BackwardTile: hidden, cluster, row_blocks, warps, register_steps, ring, grid.
 inline constexpr std::array kLstmBackward2 = {
-    BackwardTile{64, 1, 1, 4, 16, 4},          BackwardTile{64, 1, 2, 4, 12, 4},
-    BackwardTile{128, 1, 1, 8, 32, 4},         BackwardTile{128, 1, 2, 8, 18, 2},
-    BackwardTile{256, 4, 1, 8, 16, 4},         BackwardTile{256, 4, 2, 8, 14, 4},
-    BackwardTile{384, 8, 1, 8, 12, 4},         BackwardTile{384, 8, 2, 8, 9, 4},
-    BackwardTile{512, 16, 1, 8, 8, 4},         BackwardTile{512, 16, 2, 8, 8, 4},
-    BackwardTile{512, 8, 1, 8, 10, 4},         BackwardTile{640, 16, 1, 8, 7, 4},
-    BackwardTile{768, 16, 1, 8, 6, 4},         BackwardTile{512, 32, 1, 8, 16, 4, true},
-    BackwardTile{1024, 64, 1, 8, 30, 4, true}, BackwardTile{1024, 64, 4, 8, 24, 2, true},
-    BackwardTile{1536, 96, 1, 8, 34, 2, true}, BackwardTile{2048, 128, 1, 8, 32, 4, true},
+    BackwardTile{64, 1, 1, 4, 16, 4},           BackwardTile{64, 1, 2, 4, 12, 4},
+    BackwardTile{128, 1, 1, 8, 32, 4},          BackwardTile{128, 1, 2, 8, 18, 2},
+    BackwardTile{256, 4, 1, 8, 16, 4},          BackwardTile{256, 4, 2, 8, 14, 4},
+    BackwardTile{384, 8, 1, 8, 12, 4},          BackwardTile{384, 8, 2, 8, 9, 4},
+    BackwardTile{512, 16, 1, 8, 8, 4},          BackwardTile{512, 16, 2, 8, 8, 4},
+    BackwardTile{512, 8, 1, 8, 10, 4},          BackwardTile{640, 16, 1, 8, 7, 4},
+    BackwardTile{768, 16, 1, 8, 6, 4},          BackwardTile{512, 32, 1, 8, 16, 4, true},
+    BackwardTile{1024, 64, 1, 8, 30, 4, true},  BackwardTile{1024, 64, 4, 8, 24, 2, true},
+    BackwardTile{1536, 96, 1, 8, 32, 2, true},  BackwardTile{2048, 128, 1, 8, 32, 4, true},
+    BackwardTile{2112, 132, 1, 8, 32, 4, true}, BackwardTile{2304, 144, 1, 8, 32, 4, true},
 };
 inline constexpr std::array kGruBackward2 = {
     BackwardTile{64, 1, 1, 4, 12, 4},           BackwardTile{64, 1, 2, 4, 12, 4},

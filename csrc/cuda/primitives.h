@@ -26,7 +26,7 @@ namespace fused_rnn {
 
 using Fragment = uint4;
 
-enum class Order { relaxed, acquire, release };
+enum class Order { relaxed, acquire };
 
 FUSED_RNN_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 FUSED_RNN_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
@@ -122,7 +122,7 @@ FUSED_RNN_DEVICE void send(uint32_t peer, const uint32_t* words, uint32_t peer_b
 
 // ---- Global memory that running CTAs share.
 
-// 16 bytes: four reads of a word each.
+// 16 bytes, by four accesses of a word each.
 FUSED_RNN_DEVICE uint4 load_words(const uint32_t* from) {
   uint4 v;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -132,35 +132,8 @@ FUSED_RNN_DEVICE uint4 load_words(const uint32_t* from) {
   return v;
 }
 
-FUSED_RNN_DEVICE void store_words(uint32_t* to, const uint32_t (&words)[1]) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(words[0]) : "memory");
-}
-
-FUSED_RNN_DEVICE void store_words(uint32_t* to, const uint32_t (&words)[2]) {
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]),
-               "r"(words[1])
-               : "memory");
-}
-
-// Words with a stamp beside each. Both are read and written as one.
-FUSED_RNN_DEVICE void store_stamped(uint32_t* to, const uint32_t (&words)[1], uint32_t stamp) {
-  asm volatile(
-      "{\n.reg .b64 pair;\nmov.b64 pair, {%1, %2};\nst.relaxed.gpu.global.b64 [%0], pair;\n}" ::"l"(
-          to),
-      "r"(words[0]), "r"(stamp)
-      : "memory");
-}
-
-FUSED_RNN_DEVICE void store_stamped(uint32_t* to, const uint32_t (&words)[2], uint32_t stamp) {
-  asm volatile(
-      "{\n.reg .b64 first, second;\nmov.b64 first, {%1, %3};\nmov.b64 second, {%2, %3};\n"
-      "st.relaxed.gpu.global.v2.b64 [%0], {first, second};\n}" ::"l"(to),
-      "r"(words[0]), "r"(words[1]), "r"(stamp)
-      : "memory");
-}
-
-// Two of them: word, stamp, word, stamp.
-FUSED_RNN_DEVICE uint4 load_stamped(const uint32_t* from) {
+// 16 bytes, by two accesses of two words each.
+FUSED_RNN_DEVICE uint4 load_pairs(const uint32_t* from) {
   uint4 v;
   asm volatile(
       "{\n.reg .b64 first, second;\nld.relaxed.gpu.global.v2.b64 {first, second}, [%4];\n"
@@ -171,20 +144,28 @@ FUSED_RNN_DEVICE uint4 load_stamped(const uint32_t* from) {
   return v;
 }
 
-// Behind all that this thread, and those it has met at a barrier, have read and written.
-template <Order order>
-FUSED_RNN_DEVICE void add_word(uint32_t* to, uint32_t value) {
-  static_assert(order == Order::release);
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+// One access.
+FUSED_RNN_DEVICE uint2 load_pair(const uint32_t* from) {
+  uint2 v;
+  asm volatile(
+      "{\n.reg .b64 pair;\nld.relaxed.gpu.global.b64 pair, [%2];\nmov.b64 {%0, %1}, pair;\n}"
+      : "=r"(v.x), "=r"(v.y)
+      : "l"(from)
+      : "memory");
+  return v;
 }
 
-// What was before an addition that it sees is seen after it.
-template <Order order>
-FUSED_RNN_DEVICE uint32_t load_word(const uint32_t* from) {
-  static_assert(order == Order::acquire);
-  uint32_t v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-  return v;
+// One access, of a word or two.
+FUSED_RNN_DEVICE void store_whole(uint32_t* to, const uint32_t (&words)[1]) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(words[0]) : "memory");
+}
+
+FUSED_RNN_DEVICE void store_whole(uint32_t* to, const uint32_t (&words)[2]) {
+  asm volatile(
+      "{\n.reg .b64 pair;\nmov.b64 pair, {%1, %2};\nst.relaxed.gpu.global.b64 [%0], pair;\n}" ::"l"(
+          to),
+      "r"(words[0]), "r"(words[1])
+      : "memory");
 }
 
 // For who waits: clocks of the SM.
@@ -209,6 +190,14 @@ FUSED_RNN_DEVICE float load_shared(uint32_t address) {
 FUSED_RNN_DEVICE float shuffle_xor(float x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
+
+// That of a lane of the warp.
+FUSED_RNN_DEVICE uint32_t shuffle(uint32_t x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+
+// A bit from every lane of the warp.
+FUSED_RNN_DEVICE uint32_t ballot(bool bit) { return __ballot_sync(0xffffffffu, bit); }
 
 // 16 bytes from global to shared memory, or zeros. Arrives some time before copy_wait returns.
 FUSED_RNN_DEVICE void copy_async(uint32_t to, const void* from, bool valid) {

@@ -50,8 +50,8 @@ scan_backward(const BackwardParams p) {
   const int direction = block_y() + (kGrid ? p.exchange.first_direction : 0);
   const TileRows<kBlocks> rows(p.rows, (first_tile + tile) * kGroup * kBlocks, direction == 1);
   // Message steps - s, in a grid, is the gradients of all gates at step s.
-  const Exchange<kLayout.message_bytes, Tile::cluster * kLayout.item_warps, kLayout.threads>
-      exchange(p.exchange, tile, reinterpret_cast<uint32_t*>(shared + kBarriersAt));
+  const Exchange<Element, kLayout.message_bytes> exchange(
+      p.exchange, tile, reinterpret_cast<uint32_t*>(shared + kBarriersAt));
   const int64_t pitch = p.pitch;
   const int group0 = rank * kLayout.groups;  // of this CTA
 
@@ -364,12 +364,10 @@ scan_backward(const BackwardParams p) {
           for (int w = 0; w < kWords; w++) grads_now[at + lane * kWords + w] = words[w];
           if (kGrid && q < kGates) {
             const int row_group = rank * kRowGroups + group_of(j) * kGates + q;
-            const int to = (row_group * kBlocks + block_of(j)) * kBlockWords + lane * kWords;
-            exchange.put(rows.steps - s, to, words);
+            exchange.put(rows.steps - s, row_group * kBlocks + block_of(j), words);
           }
         }
       }
-      if (kGrid) exchange.sent();
       began = anew;
       anew = next_anew;
     }

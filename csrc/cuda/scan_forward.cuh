@@ -49,7 +49,7 @@ scan_forward(const ForwardParams p) {
   const int direction = block_y() + (kGrid ? p.exchange.first_direction : 0);
   const TileRows<kBlocks> rows(p.rows, (first_tile + tile) * kGroup * kBlocks, direction == 1);
   // Message s, in a grid, is h_s; each CTA has the first for itself.
-  const Exchange<kLayout.h_bytes, Tile::cluster * kLayout.warp_columns, kLayout.threads> exchange(
+  const Exchange<Element, kLayout.h_bytes> exchange(
       p.exchange, tile, reinterpret_cast<uint32_t*>(shared + kBarriersAt));
   const int64_t pitch = p.pitch;
   const int group0 = rank * kLayout.groups + column * kUnits;  // of this warp
@@ -245,9 +245,9 @@ scan_forward(const ForwardParams p) {
       if constexpr (kAlone) {
         block_sync();
       } else if constexpr (kGrid) {
-        exchange.await(s);
-        exchange.template fetch<kLayout.h_bytes / 4, kLayout.threads>(h_memory, s, 0,
-                                                                      thread_index());
+        block_sync();  // every warp has read the h before it
+        const int first = warp * kLayout.warp_blocks;
+        exchange.template fetch<kLayout.warp_blocks>(h_memory + first * kBlockWords, s, first);
         block_sync();
       } else {
         barrier_wait<Order::acquire>(barriers_at + 8 * (s & 1), ((s - 1) >> 1) & 1);
@@ -381,9 +381,8 @@ scan_forward(const ForwardParams p) {
       } else if constexpr (kGrid) {
         FUSED_RNN_UNROLL
         for (int i = 0; i < kUnits * kBlocks; i++) {
-          exchange.put(s + 1, group0_at + i * kBlockWords + lane * kWords, words[i]);
+          exchange.put(s + 1, group0 * kBlocks + i, words[i]);
         }
-        exchange.sent();
       } else {
 #pragma unroll 4
         for (int d = 0; d < Tile::cluster; d++) {

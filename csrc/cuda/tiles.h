@@ -14,26 +14,17 @@ inline constexpr int kWarp = 32;
 // A product of 16 rows by a k step, as each lane holds it: 16 bytes.
 inline constexpr int kFragmentBytes = 16 * kWarp;
 inline constexpr int kBarrierBytes = 64;
-// In words: a counter of arrivals has a line of its own.
-inline constexpr int kArrivalsPitch = 32;
-// Messages across the grid up to this size have a stamp beside every word. Each byte is then read
-// twice, by the model 12 ns for a KB that 128 CTAs read; to count arrivals takes about 550 ns.
-#if defined(FUSED_RNN_EMULATED)
-inline constexpr int kMaxStampedBytes = 2 << 10;
-#else
-inline constexpr int kMaxStampedBytes = 32 << 10;
-#endif
 // The most that a warp reads of a message at a time, on its way from global memory to products.
 inline constexpr int kMaxStageBytes = 4096;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int step_depth(int element_bytes) { return 32 / element_bytes; }
 constexpr int block_bytes(int element_bytes) { return kGroup * kGroup * element_bytes; }
-constexpr bool is_stamped(int message_bytes) { return message_bytes <= kMaxStampedBytes; }
 
-// Of global memory that the CTAs of one batch tile share: a counter, then two messages.
-constexpr int64_t exchange_words(int message_bytes) {
-  return kArrivalsPitch + 2 * int64_t{message_bytes} / 4 * (is_stamped(message_bytes) ? 2 : 1);
+// Of global memory that the CTAs of one batch tile share: two messages, each with two words more
+// for every block.
+constexpr int64_t exchange_words(int message_bytes, int element_bytes) {
+  return 2 * (message_bytes / 4 + 2 * (message_bytes / block_bytes(element_bytes)));
 }
 
 // The kernels of single timesteps: two units to a thread, and no CTA has units of two rows.
@@ -63,6 +54,7 @@ struct ForwardLayout {
   int threads;
   int k_steps, shared_steps;  // of one warp: all, and those in shared memory
   int row_groups, products;   // of one warp: groups of 8 gate rows, pairs of them
+  int warp_blocks;            // of h, in a grid: those that one warp reads for all
   // In shared memory, in this order.
   int weights_bytes;
   int h_bytes;  // one of the buffers
@@ -82,6 +74,7 @@ constexpr ForwardLayout layout_of(const ForwardTile& tile, int gates, int elemen
   l.shared_steps = l.k_steps - tile.register_steps;
   l.row_groups = tile.unit_groups * gates;
   l.products = ceil_div(l.row_groups, 2);
+  l.warp_blocks = tile.hidden / kGroup * tile.row_blocks / warps;
   const int block = block_bytes(element_bytes);
   l.weights_bytes = warps * l.shared_steps * l.products * kFragmentBytes;
   l.h_bytes = tile.hidden / kGroup * tile.row_blocks * block;
@@ -100,6 +93,8 @@ constexpr bool is_whole(const ForwardTile& tile, int gates, int element_bytes) {
   return tile.hidden == l.groups * kGroup * tile.cluster &&
          l.groups == l.warp_columns * tile.unit_groups &&
          tile.hidden == l.k_steps * step_depth(element_bytes) * tile.split_k &&
+         (!tile.grid ||
+          l.warp_blocks * (l.threads / kWarp) == tile.hidden / kGroup * tile.row_blocks) &&
          l.shared_steps >= 0 && (tile.ring & (tile.ring - 1)) == 0 && tile.ring >= 2;
 }
 

@@ -286,7 +286,8 @@ class _Padding:
         """The reverse of `columns`."""
         if values is None or not self.extra or not values.shape[-1]:
             return values
-        return values.unflatten(-1, (count, -1))[..., : self.hidden].flatten(-2)
+        # Dense, as compilers are told: of a single part flatten gives a view.
+        return values.unflatten(-1, (count, -1))[..., : self.hidden].flatten(-2).contiguous()
 
     def cut_weights(self, grads: list[Tensor | None], directions: int) -> list[Tensor | None]:
         if not self.extra:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toolkit import Inputs, leaves, loss_of, near, train_step
 
-# Of sums that cuDNN takes in another order, some of which are tens: a few roundings.
+# Of sums that cuDNN takes in another order, some of which are tens.
 CUDNN = {"rtol": 1e-3, "atol": 3e-4}
 
 pytestmark = [
