@@ -348,33 +348,9 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
   }
 }
 
-template <bool NORMED>
-static void backward_cells(const BackwardParams& p, const Share& share, Meeting* meeting,
-                           float* memory) {
-  switch (p.shape.cell) {
-    case CellKind::gru:
-      return backward_share<GruCell<Math>, false, NORMED>(p, share, meeting, memory);
-    case CellKind::gru_reset_before:
-      return backward_share<GruResetBeforeCell<Math>, false, NORMED>(p, share, meeting, memory);
-    default:
-      if (projected(p.shape)) {
-        return backward_share<LstmCell<Math>, true, NORMED>(p, share, meeting, memory);
-      }
-      return backward_share<LstmCell<Math>, false, NORMED>(p, share, meeting, memory);
-  }
-}
-
 static void backward(const BackwardParams& p, const Share& share, Meeting* meeting, float* memory) {
   const TileSession session;
-  switch (p.shape.cell) {
-    case CellKind::rnn_tanh:
-      return backward_share<RnnCell<Math, false>>(p, share, meeting, memory);
-    case CellKind::rnn_relu:
-      return backward_share<RnnCell<Math, true>>(p, share, meeting, memory);
-    default:
-#if !defined(FUSED_RNN_BFLOAT16)
-      if (p.shape.normed) return backward_cells<true>(p, share, meeting, memory);
-#endif
-      return backward_cells<false>(p, share, meeting, memory);
-  }
+  for_cell(p.shape, [&]<class Cell, bool PROJECTED, bool NORMED>() {
+    backward_share<Cell, PROJECTED, NORMED>(p, share, meeting, memory);
+  });
 }

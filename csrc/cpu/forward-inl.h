@@ -332,33 +332,9 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
   }
 }
 
-template <bool NORMED>
-static void forward_cells(const ForwardParams& p, const Share& share, Meeting* meeting,
-                          float* memory) {
-  switch (p.shape.cell) {
-    case CellKind::gru:
-      return forward_share<GruCell<Math>, false, NORMED>(p, share, meeting, memory);
-    case CellKind::gru_reset_before:
-      return forward_share<GruResetBeforeCell<Math>, false, NORMED>(p, share, meeting, memory);
-    default:
-      if (projected(p.shape)) {
-        return forward_share<LstmCell<Math>, true, NORMED>(p, share, meeting, memory);
-      }
-      return forward_share<LstmCell<Math>, false, NORMED>(p, share, meeting, memory);
-  }
-}
-
 static void forward(const ForwardParams& p, const Share& share, Meeting* meeting, float* memory) {
   const TileSession session;
-  switch (p.shape.cell) {
-    case CellKind::rnn_tanh:
-      return forward_share<RnnCell<Math, false>>(p, share, meeting, memory);
-    case CellKind::rnn_relu:
-      return forward_share<RnnCell<Math, true>>(p, share, meeting, memory);
-    default:
-#if !defined(FUSED_RNN_BFLOAT16)
-      if (p.shape.normed) return forward_cells<true>(p, share, meeting, memory);
-#endif
-      return forward_cells<false>(p, share, meeting, memory);
-  }
+  for_cell(p.shape, [&]<class Cell, bool PROJECTED, bool NORMED>() {
+    forward_share<Cell, PROJECTED, NORMED>(p, share, meeting, memory);
+  });
 }

@@ -93,17 +93,11 @@ struct Plan {
     const int64_t rows = bytes < kBytesOfL3 ? kRowsPerThread : kRowsPerThreadOfL3;
     units = members > 1 && rows_of_step(s) < rows * members;
     if (!units) return;
-    if (s.normed) {
-      // Statistics are of whole rows.
-      units = false;
-      members = std::min(members, std::max<int64_t>(1, s.rows.batch));
-      return;
-    }
     const double step = static_cast<double>(s.rows.batch) * recurrent_flops_per_row(s);
     const double meetings = has_second_product(s) ? 2.0 : 1.0;
     const auto worth = static_cast<int64_t>(step / (meetings * kFlopsPerMeeting));
-    if (worth < 2) {
-      // Rows need no meeting, however few they are.
+    if (s.normed || worth < 2) {
+      // Rows need no meeting, however few they are; and statistics are of whole rows.
       units = false;
       members = std::min(members, std::max<int64_t>(1, s.rows.batch));
     } else {

@@ -150,6 +150,19 @@ bool is_normed(const LayerShape& s, const std::vector<Tensor>& weights) {
          weights.back().size(0) > gates * s.hidden;
 }
 
+// layer_shape with all that it leaves open; see row_layout.
+template <class E>
+LayerShape whole_shape(int64_t cell, const Tensor& x, const std::vector<Tensor>& weights,
+                       const Tensor& h0, const std::optional<Tensor>& c0,
+                       const std::optional<Tensor>& batch_sizes, std::vector<int64_t>& offsets) {
+  LayerShape s = layer_shape(cell, x, h0, c0);
+  s.rows = row_layout(s, batch_sizes, offsets);
+  s.normed = is_normed(s, weights);
+  STD_TORCH_CHECK(!s.normed || (std::is_same_v<E, float>),
+                  "x: expected dtype Float for a layer that normalises, got BFloat16");
+  return s;
+}
+
 template <class E>
 void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors,
                   WeightsOf<E> weights[2]) {
@@ -238,11 +251,7 @@ void forward_of(int64_t cell, const Tensor& x, const std::vector<Tensor>& weight
   std::vector<int64_t> offsets;
   ForwardCallOf<E> call{};
   LayerShape& s = call.shape;
-  s = layer_shape(cell, x, h0, c0);
-  s.rows = row_layout(s, batch_sizes, offsets);
-  s.normed = is_normed(s, weights);
-  STD_TORCH_CHECK(!s.normed || (std::is_same_v<E, float>),
-                  "x: expected dtype Float for a layer that normalises, got BFloat16");
+  s = whole_shape<E>(cell, x, weights, h0, c0, batch_sizes, offsets);
   const CellSizes sizes = cell_sizes(s.cell);
   read_weights(s, weights, call.weights);
   call.x = input<E>(x, "x", {s.count, s.input});
@@ -290,11 +299,7 @@ void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
   std::vector<int64_t> offsets;
   BackwardCallOf<E> call{};
   LayerShape& s = call.shape;
-  s = layer_shape(cell, x, h0, c0);
-  s.rows = row_layout(s, batch_sizes, offsets);
-  s.normed = is_normed(s, weights);
-  STD_TORCH_CHECK(!s.normed || (std::is_same_v<E, float>),
-                  "x: expected dtype Float for a layer that normalises, got BFloat16");
+  s = whole_shape<E>(cell, x, weights, h0, c0, batch_sizes, offsets);
   const CellSizes sizes = cell_sizes(s.cell);
   read_weights(s, weights, call.weights);
   call.grad_y = input<E>(grad_y, "grad_y", {s.count, s.directions * s.output});

@@ -103,8 +103,8 @@ static void normed_gru_row(const ForwardRows& r, const NormedStep& n, int64_t ro
   }
 }
 
-static void normed_lstm_row(const ForwardRows& r, const NormedStep& n, int64_t row,
-                            int64_t hidden) {
+[[maybe_unused]] static void normed_lstm_row(const ForwardRows& r, const NormedStep& n, int64_t row,
+                                             int64_t hidden) {
   using Cell = LstmCell<Math>;
   normalise_hidden_side(n, {0, 0, Cell::kGates}, row, hidden);
   float* c_seen = n.gh[row];
@@ -206,8 +206,8 @@ FUSED_RNN_INLINE void load_saved_gates(const BackwardRows& r, int64_t row, int64
   for (int i = 0; i < count; i++) saved[i] = load(r.gates[row] + i * hidden + unit, valid);
 }
 
-static void normed_lstm_grads(const BackwardRows& r, const NormedGradStep& n, int64_t row,
-                              int64_t hidden) {
+[[maybe_unused]] static void normed_lstm_grads(const BackwardRows& r, const NormedGradStep& n,
+                                               int64_t row, int64_t hidden) {
   using Cell = LstmCell<Math>;
   const float* normalised = n.saved.c[row];
   float* grad_c_seen = n.grad_c_seen[row];

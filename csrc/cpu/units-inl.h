@@ -1,4 +1,34 @@
-// The pointwise part of a step forward, and the rows of one backward.
+// What a layer's cell is, the pointwise part of a step forward, and the rows of one backward.
+
+// Calls body.operator()<Cell, PROJECTED, NORMED>(), for an LSTM that is projected or not and for
+// cells that normalise or do not.
+template <bool NORMED, class Body>
+FUSED_RNN_INLINE void for_gated_cell(const LayerShape& s, Body body) {
+  switch (s.cell) {
+    case CellKind::gru:
+      return body.template operator()<GruCell<Math>, false, NORMED>();
+    case CellKind::gru_reset_before:
+      return body.template operator()<GruResetBeforeCell<Math>, false, NORMED>();
+    default:
+      if (projected(s)) return body.template operator()<LstmCell<Math>, true, NORMED>();
+      return body.template operator()<LstmCell<Math>, false, NORMED>();
+  }
+}
+
+template <class Body>
+FUSED_RNN_INLINE void for_cell(const LayerShape& s, Body body) {
+  switch (s.cell) {
+    case CellKind::rnn_tanh:
+      return body.template operator()<RnnCell<Math, false>, false, false>();
+    case CellKind::rnn_relu:
+      return body.template operator()<RnnCell<Math, true>, false, false>();
+    default:
+#if !defined(FUSED_RNN_BFLOAT16)
+      if (s.normed) return for_gated_cell<true>(s, body);
+#endif
+      return for_gated_cell<false>(s, body);
+  }
+}
 
 template <class Cell, bool MORE>
 FUSED_RNN_INLINE Vector forward_cell(const ForwardRows& r, int64_t unit, int64_t hidden, int valid,
