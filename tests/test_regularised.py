@@ -629,24 +629,16 @@ def test_normalised_rows_do_not_depend_on_the_batch(cell):
 
 
 @needs_cpu_library
-def test_normalisations_on_the_kernels_under_autocast():
-    """Gains stay in float32, and so does what they multiply."""
-    layer, x = make("lstm", I, H, layer_norm=True), torch.randn(T, B, I)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert fused_rnn.explain(layer, x).backend == "cpu"
-        y, _ = layer(x)
-        with fused_rnn.backend("reference"):
-            expected, _ = layer(x)
-    near(y.float(), expected.float(), 0.02)
-    y.float().sum().backward()
-    for name in ("ln_ih_weight_l0", "ln_c_bias_l0", "weight_hh_l0"):
-        assert getattr(layer, name).grad.dtype == torch.float32
-
-
-@needs_cpu_library
-def test_peepholes_on_the_kernels_under_autocast():
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("layer_norm", ["ln_ih_weight_l0", "ln_c_bias_l0", "weight_hh_l0"]),
+        ("peepholes", ["weight_peephole_l0"]),
+    ],
+)
+def test_extras_on_the_kernels_under_autocast(option, names):
     """They stay in float32, as what is no operand of a product does."""
-    layer, x = make("lstm", I, H, peepholes=True), torch.randn(T, B, I)
+    layer, x = make("lstm", I, H, **{option: True}), torch.randn(T, B, I)
     with torch.autocast("cpu", torch.bfloat16):
         assert fused_rnn.explain(layer, x).backend == "cpu"
         y, _ = layer(x)
@@ -654,7 +646,8 @@ def test_peepholes_on_the_kernels_under_autocast():
             expected, _ = layer(x)
     near(y.float(), expected.float(), 0.02)
     y.float().sum().backward()
-    assert layer.weight_peephole_l0.grad.dtype == torch.float32
+    for name in names:
+        assert getattr(layer, name).grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
