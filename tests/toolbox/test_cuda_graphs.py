@@ -9,9 +9,6 @@ import pytest
 import torch
 from toolkit import Inputs, leaves, loss_of, near, train_step
 
-# Of sums that cuDNN takes in another order, some of which are tens.
-CUDNN = {"rtol": 1e-3, "atol": 3e-4}
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
@@ -59,7 +56,7 @@ def test_captured_forward_and_backward(variant, on_gpu):
             for t in leaves(args):
                 t.normal_()
         graph.replay()
-        near([*outputs, *grads], train_step(theirs, theirs, *args), **CUDNN)
+        near([*outputs, *grads], train_step(theirs, theirs, *args))
 
 
 def test_make_graphed_callables(layer, on_gpu):
@@ -68,7 +65,7 @@ def test_make_graphed_callables(layer, on_gpu):
     graphed = torch.cuda.make_graphed_callables(module, (x.clone().requires_grad_(),))
     for _ in range(3):
         x = torch.randn_like(x)
-        near(train_step(graphed, module, x), train_step(theirs, theirs, x), **CUDNN)
+        near(train_step(graphed, module, x), train_step(theirs, theirs, x))
 
 
 def test_no_synchronisation_with_the_host(variant, on_gpu):
@@ -124,7 +121,7 @@ def test_side_streams(variant, on_gpu):
             late = torch.utils._pytree.tree_map(lambda t: t * 1, args)
             actual.append([t.clone() for t in train_step(module, module, *late)])
         torch.cuda.synchronize()
-    near(actual, expected, **CUDNN)
+    near(actual, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -133,7 +130,7 @@ def test_another_device_than_the_current_one(variant, on_gpu):
     module, theirs = module.to("cuda:1"), theirs.to("cuda:1")
     args = torch.utils._pytree.tree_map(lambda t: t.to("cuda:1"), gpu_args(module, True))
     assert torch.cuda.current_device() == 0
-    near(train_step(module, module, *args), train_step(theirs, theirs, *args), **CUDNN)
+    near(train_step(module, module, *args), train_step(theirs, theirs, *args))
 
 
 @pytest.mark.slow
