@@ -32,9 +32,9 @@ def load(device: str) -> Run | None:
     return Run.load(path) if path.exists() else None
 
 
-def other_cpus() -> list[Run]:
-    """Earlier runs on machines of another kind than cpu.json's, kept under names of their own."""
-    return [Run.load(path) for path in sorted(RESULTS.glob("cpu-*.json"))]
+def others(device: str) -> list[Run]:
+    """Runs on another kind of machine than cpu.json's or gpu.json's, under names of their own."""
+    return [Run.load(path) for path in sorted(RESULTS.glob(f"{device}-*.json"))]
 
 
 def table(headers: list[str], lines: list[list[str]], words: int = 1) -> str:
@@ -100,7 +100,7 @@ def readme_cpu() -> str:
     shown = [
         f"{summary(run)}\n\nRatios of medians, geometric means over six shapes. {setting(run)}"
     ]
-    shown += [f"On another CPU:\n\n{summary(run)}\n\n{setting(run)}" for run in other_cpus()]
+    shown += [f"On another CPU:\n\n{summary(run)}\n\n{setting(run)}" for run in others("cpu")]
     return "\n\n".join(shown)
 
 
@@ -147,9 +147,12 @@ def document() -> str:
             parts += [f"### {name}", SETS[name].question if name in SETS else "", _set(run, name)]
         if device == "cpu":
             parts += ["### Targets", _targets(run)]
-            for other in other_cpus():
-                parts += ["### On another CPU", setting(other), _ceilings(other), summary(other)]
-                parts += [_targets(other)]
+        for other in others(device):
+            parts += [f"### On another {title}", setting(other), _ceilings(other)]
+            if device == "cpu":
+                parts += [summary(other), _targets(other)]
+            else:
+                parts += [_set(other, name) for name in dict.fromkeys(r.set for r in other.rows)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

@@ -97,7 +97,7 @@ def cuobjdump() -> str:
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
 def test_products_of_a_timestep_are_nothing_but_products(arch, tmp_path):
     """Whose weights are all in registers, as in a small tile's forward scan: between the first and
-    the last product the machine reads h, and does not load weights again, test or branch."""
+    the last product the machine at most reads h, and does not load weights, test or branch."""
     source = tmp_path / "kernels.cu"
     source.write_text(ONE_OF_EACH)
     tool = cuobjdump()
@@ -111,7 +111,6 @@ def test_products_of_a_timestep_are_nothing_but_products(arch, tmp_path):
     products = [i for i, name in enumerate(operations) if name == "HMMA"]
     assert len(products) == 8  # 32 gate rows of a warp by 64 units
     between = set(operations[products[0] : products[-1] + 1])
-    assert "LDS" in between
     assert not between & {"LD", "LDG", "LDL", "STL", "ISETP", "UISETP", "BRA", "BAR"}, between
 
 
@@ -137,8 +136,9 @@ def test_no_kernel_of_a_step_spills(arch, tmp_path):
 
 @needs_nvcc
 @pytest.mark.slow
-def test_microbenchmarks_compile(tmp_path):
-    source = str(ROOT / "benchmarks" / "gpu" / "microbenchmarks.cu")
+@pytest.mark.parametrize("name", ["microbenchmarks", "tiles"])
+def test_benchmarks_of_kernels_compile(name, tmp_path):
+    source = str(ROOT / "benchmarks" / "gpu" / f"{name}.cu")
     compile_kernels(tmp_path, source, "sm_90a")
 
 

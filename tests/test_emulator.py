@@ -18,7 +18,7 @@ from fused_rnn import native
 
 ROOT = Path(__file__).parents[1]
 FORWARD, BACKWARD, EXCHANGE = "scan_forward.cuh", "scan_backward.cuh", "exchange.h"
-GATHER, STEPS, STEP_SCAN = "gather.h", "steps.cuh", "step_scan.cpp"
+MESSAGES, GATHER, STEPS, STEP_SCAN = "cluster_messages.h", "gather.h", "steps.cuh", "step_scan.cpp"
 STACK, GRAPH, GRID_LAUNCH = "stack_scan.cpp", "graph.h", "grid_launch.h"
 # The sources of one object each: of every kernel's single steps, or of no kernel.
 WHOLE = {
@@ -47,7 +47,7 @@ class Mutation(NamedTuple):
         """Those whose kernels the file is part of."""
         if self.file == EXCHANGE:
             return ["Forward", "Backward"]
-        return ["Forward" if self.file == FORWARD else "Backward"]
+        return ["Forward" if self.file in (FORWARD, MESSAGES) else "Backward"]
 
 
 MUTATIONS = [
@@ -94,6 +94,16 @@ MUTATIONS = [
         "h is waited for without acquire",
         FORWARD,
         [("barrier_wait<Order::acquire>", "barrier_wait<Order::relaxed>")],
+    ),
+    Mutation(
+        "h goes to every other CTA twice and to the rest never",
+        MESSAGES,
+        [("nth = first + lane / kLanes", "nth = first")],
+    ),
+    Mutation(
+        "pieces of h change places",
+        MESSAGES,
+        [("(4 * piece + w) / kWords", "(4 * (piece ^ 1) + w) / kWords")],
     ),
     Mutation(
         "no fence after the barriers' initialisation",
@@ -158,7 +168,7 @@ MUTATIONS = [
     Mutation(
         "sums go to the slot of the wrong CTA",
         BACKWARD,
-        [("((rank * kLayout.items + item)", "((owner * kLayout.items + item)")],
+        [("(rank * kLayout.items + item)", "(owner * kLayout.items + item)")],
     ),
     Mutation(
         "a row that has ended keeps its gradients",

@@ -34,6 +34,7 @@ HEADLINE = ("gpu-headline", "gpu-standing")
 NOTHING = 4  # gpu/workload.py: this version has no backend to run
 TOOLS = ("memcheck", "racecheck", "synccheck")
 CELLS = ("lstm", "gru", "rnn")
+MOST_WORKERS = 14  # of which each has a context on the GPU
 TUNED_SIZES = ("512", "256", "1024", "128")
 
 
@@ -122,7 +123,7 @@ def run_tests(campaign: Campaign) -> None:
         return
     # Those that compile or fill the memory for long come last, one at a time, and may be stopped.
     tests = ROOT / "tests"
-    run_marked(campaign, "gpu tests", "gpu and not slow", tests, "tests.xml", 0.2)
+    run_marked(campaign, "gpu tests", "gpu and not slow", tests, "tests.xml", 0.4)
     run_marked(campaign, "long gpu tests", "gpu and slow", tests, "tests-long.xml", 0.05, False)
 
 
@@ -138,11 +139,13 @@ def run_marked(
     """pytest on the tests with such markers, for a share of the campaign's time."""
     report = campaign.out / report_name
     options = ["-q", "-m", which, "-p", "no:cacheprovider", f"--junitxml={report}"]
+    settings: dict[str, str] = {}
     if side_by_side and has_module(campaign, "xdist"):
         # Kernels compile side by side, and a GPU error ends one worker's tests, not all.
-        options += ["-n", str(min(os.cpu_count() or 1, 8))]
+        options += ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS))]
+        settings["OMP_NUM_THREADS"] = "1"  # workers with as many threads as cores get nowhere
     command = campaign.python("-m", "pytest", *options, tests)
-    result = campaign.run("tests", name, command, campaign.args.seconds * share)
+    result = campaign.run("tests", name, command, campaign.args.seconds * share, **settings)
     if report.exists():
         suite = ElementTree.parse(report).getroot().find("testsuite")
         names = ("tests", "failures", "errors", "skipped")

@@ -50,6 +50,12 @@ struct FloatMath : CommonMath {
 // The sum of products on tensor cores: already in lane order, the first and the second group of 8.
 struct TensorCoreSum {
   float v[4] = {};
+
+  FUSED_RNN_DEVICE_MEMBER void add(const TensorCoreSum& other) {
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < 4; i++) v[i] += other.v[i];
+  }
+
   FUSED_RNN_DEVICE_MEMBER void finish(float (&total)[4]) const {
     FUSED_RNN_UNROLL
     for (int i = 0; i < 4; i++) total[i] = v[i];
@@ -64,6 +70,8 @@ struct HalfElement {
   using Stored = uint16_t;
   static constexpr int kBytes = 2;
   static constexpr int kWords = 1;
+  // Products of a warp that are under way at a time, where each has a sum of its own.
+  static constexpr int kDepth = 4;
 
   using Sum = TensorCoreSum;
 
@@ -160,6 +168,7 @@ struct FloatElement {
   using Stored = float;
   static constexpr int kBytes = 4;
   static constexpr int kWords = 2;
+  static constexpr int kDepth = 1;
 
   struct Sum {
     float v[2][8] = {};
@@ -277,6 +286,7 @@ struct FloatElement {
 // which is [8 k][8 batch rows].
 
 struct Tf32Element : FloatElement {
+  static constexpr int kDepth = 4;
   using Sum = TensorCoreSum;
 
   struct Operand {
@@ -306,6 +316,51 @@ struct Tf32Element : FloatElement {
     return {Tf32::round(float_of(f.x)), Tf32::round(float_of(f.y)), Tf32::round(float_of(f.z)),
             Tf32::round(float_of(f.w))};
   }
+};
+
+// ---- What keeps products coming.
+
+// How many sums the k steps of a warp take turns with, that has so many products in each: one that
+// adds to the same sum as the one before has to wait for it. Tiles of more rows take turns too,
+// which have no need to: a row's bits must not depend on the batch.
+template <class Element>
+constexpr int turns(int products) {
+  return products < Element::kDepth ? Element::kDepth / products : 1;
+}
+
+// The total of a product's sums, added up in the order of their turns.
+template <class Sum, int kTurns, int kProducts, int kBlocks>
+FUSED_RNN_DEVICE void finish(Sum (&sums)[kTurns][kProducts][kBlocks], int product, int block,
+                             float (&total)[4]) {
+  Sum& sum = sums[0][product][block];
+  if constexpr (kTurns > 1) {
+    FUSED_RNN_UNROLL
+    for (int turn = 1; turn < kTurns; turn++) sum.add(sums[turn][product][block]);
+  }
+  sum.finish(total);
+}
+
+// kCount fragments of weights that a lane has put into shared memory, a warp's apart; the next few
+// are on their way before they are asked for.
+template <class Element, int kCount>
+class SharedWeights {
+ public:
+  FUSED_RNN_DEVICE_MEMBER explicit SharedWeights(const Fragment* from) : from_(from) {
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kAhead && i < kCount; i++) ahead_[i] = load_fragment(from_ + i * kWarp);
+  }
+
+  // In their order, each once.
+  FUSED_RNN_DEVICE_MEMBER Fragment take(int i) {
+    const Fragment weights = ahead_[i % kAhead];
+    if (i + kAhead < kCount) ahead_[i % kAhead] = load_fragment(from_ + (i + kAhead) * kWarp);
+    return weights;
+  }
+
+ private:
+  static constexpr int kAhead = Element::kDepth;
+  const Fragment* from_;
+  Fragment ahead_[kAhead];
 };
 
 }  // namespace fused_rnn

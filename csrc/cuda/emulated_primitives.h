@@ -79,6 +79,8 @@ void copy_wait() {
   copy_wait(kPending);
 }
 
+inline Fragment load_fragment(const Fragment* from) { return *from; }
+
 uint4 load_words(const uint32_t* from);
 uint4 load_pairs(const uint32_t* from);
 uint2 load_pair(const uint32_t* from);

@@ -37,7 +37,7 @@ constexpr int kOffsetBits = 20;
 
 struct Message {
   uint32_t to, barrier;
-  uint32_t words[2];
+  uint32_t words[4];
   int count;
 };
 

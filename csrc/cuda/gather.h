@@ -23,7 +23,8 @@ FUSED_RNN_DEVICE void gather(const Messages& messages, int message,
   const int part_at = warp * kLayout.k_steps * kStepBlocks;
   uint32_t* stage = stages + warp * kStaged * kStepWords;
 
-  typename Element::Sum sums[kProducts][kBlocks];
+  constexpr int kTurns = turns<Element>(kProducts);
+  typename Element::Sum sums[kTurns][kProducts][kBlocks];
   FUSED_RNN_UNROLL
   for (int first = 0; first < kLayout.k_steps; first += kStaged) {
     warp_sync();  // every lane has read what was staged before
@@ -38,10 +39,11 @@ FUSED_RNN_DEVICE void gather(const Messages& messages, int message,
         const auto b = Element::operand(block, block + kBlocks * kBlockWords);
         FUSED_RNN_UNROLL
         for (int i = 0; i < kProducts; i++) {
+          auto& sum = sums[in_registers % kTurns][i][n];
           if (in_shared < 0) {
-            Element::multiply(sums[i][n], weights[in_shared < 0 ? in_registers : 0][i], b);
+            Element::multiply(sum, weights[in_shared < 0 ? in_registers : 0][i], b);
           } else {
-            Element::multiply(sums[i][n], shared_weights[(in_shared * kProducts + i) * kWarp], b);
+            Element::multiply(sum, shared_weights[(in_shared * kProducts + i) * kWarp], b);
           }
         }
       }
@@ -53,7 +55,7 @@ FUSED_RNN_DEVICE void gather(const Messages& messages, int message,
     FUSED_RNN_UNROLL
     for (int n = 0; n < kBlocks; n++) {
       float totals[4];
-      sums[i][n].finish(totals);
+      finish(sums, i, n, totals);
       FUSED_RNN_UNROLL
       for (int group = 2 * i; group < 2 * i + 2 && group < kLayout.groups; group++) {
         const int half = group % 2 * 2;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../cells.h"
+#include "cluster_messages.h"
 #include "elements.h"
 #include "gather.h"
 #include "params.h"
@@ -374,51 +375,62 @@ scan_backward(const BackwardParams p) {
     block_sync();  // the gradients of all the CTA's gates are there
 
     if constexpr (!kGrid) {
-      typename Element::Sum sums[kProducts][kBlocks];
+      constexpr int kTurns = turns<Element>(kProducts);
+      typename Element::Sum sums[kTurns][kProducts][kBlocks];
       const auto multiply = [&](int step, const auto& weight) {
+        const int index = step * kGroupsPerStep;
+        const bool whole = index + 1 < kRowGroups;
+        typename Element::Operand b[kBlocks];
         FUSED_RNN_UNROLL
         for (int n = 0; n < kBlocks; n++) {
           const auto block = [&](int index) {
             const int at = index / kGates * kGrads + index % kGates;
             return grads_now + (at * kBlocks + n) * kBlockWords;
           };
-          const int index = step * kGroupsPerStep;
-          const bool whole = index + 1 < kRowGroups;
-          const auto b = Element::operand(block(index), block(whole ? index + 1 : index), whole);
+          b[n] = Element::operand(block(index), block(whole ? index + 1 : index), whole);
+        }
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < kProducts; i++) {
+          const Fragment a = weight(i);
           FUSED_RNN_UNROLL
-          for (int i = 0; i < kProducts; i++) Element::multiply(sums[i][n], weight(i), b);
+          for (int n = 0; n < kBlocks; n++) {
+            Element::multiply(sums[step % kTurns][i][n], a, b[n]);
+          }
         }
       };
+      SharedWeights<Element, kLayout.shared_steps * kProducts> in_shared(shared_weights);
       FUSED_RNN_UNROLL
       for (int k = 0; k < Tile::register_steps; k++) {
-        multiply(k, [&](int i) -> const Fragment& { return weights[k][i]; });
+        multiply(k, [&](int i) { return weights[k][i]; });
       }
       FUSED_RNN_UNROLL
       for (int k = 0; k < kLayout.shared_steps; k++) {
         multiply(Tile::register_steps + k,
-                 [&](int i) { return shared_weights[(k * kProducts + i) * kWarp]; });
+                 [&](int i) { return in_shared.take(k * kProducts + i); });
       }
       const int slot_at = kSlotsAt + ((s + 1) & 1) * kLayout.slot_bytes;
       FUSED_RNN_UNROLL
       for (int i = 0; i < kProducts; i++) {
         float totals[kBlocks][4];
         FUSED_RNN_UNROLL
-        for (int n = 0; n < kBlocks; n++) sums[i][n].finish(totals[n]);
-        FUSED_RNN_UNROLL
-        for (int half = 0; half < 2; half++) {
-          const int group = product(i) * 2 + half;
+        for (int n = 0; n < kBlocks; n++) finish(sums, i, n, totals[n]);
+        if constexpr (kCluster) {
+          const int group = product(i) * 2 + (lane & 1);
           const int owner = group / kLayout.groups, item = group % kLayout.groups * kBlocks;
-          const int at = slot_at + ((rank * kLayout.items + item) * kWarp + lane) * 8;
+          const uint32_t block = shared_at + slot_at + (rank * kLayout.items + item) * kWarp * 8;
           FUSED_RNN_UNROLL
           for (int n = 0; n < kBlocks; n++) {
-            const float2 v = make_float2(totals[n][2 * half], totals[n][2 * half + 1]);
-            if constexpr (kAlone) {
-              *reinterpret_cast<float2*>(shared + at + n * kWarp * 8) = v;
-            } else {
-              const uint32_t words[2] = {bits_of(v.x), bits_of(v.y)};
-              send<2>(peer_address(shared_at + at + n * kWarp * 8, owner), words,
-                      peer_address(barriers_at + 8 * ((s + 1) & 1), owner));
-            }
+            send_pairs(block + n * kWarp * 8, totals[n], barriers_at + 8 * ((s + 1) & 1), owner);
+          }
+        }
+        FUSED_RNN_UNROLL
+        for (int half = 0; kAlone && half < 2; half++) {
+          const int group = product(i) * 2 + half;
+          FUSED_RNN_UNROLL
+          for (int n = 0; n < kBlocks; n++) {
+            const int at = slot_at + ((group * kBlocks + n) * kWarp + lane) * 8;
+            *reinterpret_cast<float2*>(shared + at) =
+                make_float2(totals[n][2 * half], totals[n][2 * half + 1]);
           }
         }
       }

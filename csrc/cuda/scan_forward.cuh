@@ -3,6 +3,7 @@
 // needs no more barriers.
 #pragma once
 
+#include "cluster_messages.h"
 #include "elements.h"
 #include "exchange.h"
 #include "params.h"
@@ -255,7 +256,8 @@ scan_forward(const ForwardParams p) {
     }
 
     // W_hh h
-    typename Element::Sum sums[kProducts][kBlocks];
+    constexpr int kTurns = turns<Element>(kProducts);
+    typename Element::Sum sums[kTurns][kProducts][kBlocks];
     const uint32_t* h_now = h_memory + (kGrid ? 0 : (s & 1) * (kLayout.h_bytes / 4));
     const auto multiply = [&](int step, const Fragment(&a)[kProducts]) {
       constexpr int kGroupsPerStep = kDepth / kGroup;
@@ -265,25 +267,24 @@ scan_forward(const ForwardParams p) {
         const uint32_t* block = h_now + (group * kBlocks + n) * kBlockWords;
         const auto b = Element::operand(block, block + kBlocks * kBlockWords);
         FUSED_RNN_UNROLL
-        for (int i = 0; i < kProducts; i++) Element::multiply(sums[i][n], a[i], b);
+        for (int i = 0; i < kProducts; i++) Element::multiply(sums[step % kTurns][i][n], a[i], b);
       }
     };
+    SharedWeights<Element, kLayout.shared_steps * kProducts> in_shared(shared_weights);
     FUSED_RNN_UNROLL
     for (int k = 0; k < Tile::register_steps; k++) multiply(k, weights[k]);
-    if constexpr (kLayout.shared_steps > 0) {
-#pragma unroll 4
-      for (int k = 0; k < kLayout.shared_steps; k++) {
-        Fragment a[kProducts];
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < kProducts; i++) a[i] = shared_weights[(k * kProducts + i) * kWarp];
-        multiply(Tile::register_steps + k, a);
-      }
+    FUSED_RNN_UNROLL
+    for (int k = 0; k < kLayout.shared_steps; k++) {
+      Fragment a[kProducts];
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kProducts; i++) a[i] = in_shared.take(k * kProducts + i);
+      multiply(Tile::register_steps + k, a);
     }
     float totals[kProducts][kBlocks][4];
     FUSED_RNN_UNROLL
     for (int i = 0; i < kProducts; i++) {
       FUSED_RNN_UNROLL
-      for (int n = 0; n < kBlocks; n++) sums[i][n].finish(totals[i][n]);
+      for (int n = 0; n < kBlocks; n++) finish(sums, i, n, totals[i][n]);
     }
     if constexpr (Tile::split_k > 1) {
       // Added in a fixed order, so that the same inputs give the same bits.
@@ -384,17 +385,8 @@ scan_forward(const ForwardParams p) {
           exchange.put(s + 1, group0 * kBlocks + i, words[i]);
         }
       } else {
-#pragma unroll 4
-        for (int d = 0; d < Tile::cluster; d++) {
-          // Each begins with itself, so that at no time all send to the same.
-          const uint32_t peer = (rank + d) & (Tile::cluster - 1);
-          const uint32_t to = peer_address(h_at + (block0 + lane * kWords) * 4, peer);
-          const uint32_t barrier = peer_address(barriers_at + 8 * ((s + 1) & 1), peer);
-          FUSED_RNN_UNROLL
-          for (int i = 0; i < kUnits * kBlocks; i++) {
-            send<kWords>(to + i * kBlockWords * 4, words[i], barrier);
-          }
-        }
+        send_to_all<Element, Tile::cluster>(h_at + block0 * 4, words,
+                                            barriers_at + 8 * ((s + 1) & 1), rank);
       }
     }
 
