@@ -309,6 +309,28 @@ PyObject* infer_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // A step's weights and sizes; the capsule's context is the packed tensor, which it owns.
 constexpr char kPreparedStep[] = "fused_rnn.prepared_step";
 
+// (x, state), of what the capsule holds.
+PyObject* step(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2) Py_RETURN_NONE;
+  const void* prepared = PyCapsule_GetPointer(capsule, kPreparedStep);
+  if (prepared == nullptr) return nullptr;
+  const int time = is_time(connected.step_guards);
+  if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
+  StepCall call = *static_cast<const StepCall*>(prepared);
+  call.x = array_of(args[0]);
+  const GivenStates states(args[1]);
+  if (!states.fits) Py_RETURN_NONE;
+  call.states = states.given();
+  return run(connected.calls->step, call);
+}
+
+template <class Function>
+PyCFunction method(Function* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef step_method = {"step", method(step), METH_FASTCALL, "step(x, state)"};
+
 PyObject* prepare_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   StepCall call{};
   if (connected.calls == nullptr || count != 8 ||
@@ -335,21 +357,9 @@ PyObject* prepare_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return nullptr;
   }
   PyCapsule_SetContext(capsule, Py_NewRef(args[0]));
-  return capsule;
-}
-
-PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 3 || args[0] == Py_None) Py_RETURN_NONE;
-  const void* prepared = PyCapsule_GetPointer(args[0], kPreparedStep);
-  if (prepared == nullptr) return nullptr;
-  const int time = is_time(connected.step_guards);
-  if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
-  StepCall call = *static_cast<const StepCall*>(prepared);
-  call.x = array_of(args[1]);
-  const GivenStates states(args[2]);
-  if (!states.fits) Py_RETURN_NONE;
-  call.states = states.given();
-  return run(connected.calls->step, call);
+  PyObject* function = PyCFunction_New(&step_method, capsule);
+  Py_DECREF(capsule);
+  return function;
 }
 
 PyObject* connect(PyObject*, PyObject* args) {
@@ -379,11 +389,6 @@ PyObject* connect(PyObject*, PyObject* args) {
   Py_RETURN_TRUE;
 }
 
-template <class Function>
-PyCFunction method(Function* function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS,
      "connect(address of the library's calls, torch's exchange API, Tensor, Parameter, guards, how "
@@ -393,8 +398,8 @@ PyMethodDef methods[] = {
     {"infer_cell", method(infer_cell), METH_FASTCALL,
      "infer_cell(cell, input, weights, hx, hidden_size)"},
     {"prepare_step", method(prepare_step), METH_FASTCALL,
-     "prepare_step(packed, cell, layers, input, hidden, output, bias, half): for step"},
-    {"step", method(step), METH_FASTCALL, "step(prepared, x, state)"},
+     "prepare_step(packed, cell, layers, input, hidden, output, bias, half): a function of x and "
+     "state"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -162,13 +162,14 @@ def train_layer_backward(
     )
 
 
+def no_answer(*args: Any) -> None:
+    """Of a call that is for the operators."""
+
+
 class _NoCalls:
-    """Where the extension module cannot be used: every call is for the operators."""
+    """Where the extension module cannot be used."""
 
-    @staticmethod
-    def infer_layers(*args: Any) -> None: ...
-
-    infer_cell = prepare_step = step = infer_layers
+    infer_layers = infer_cell = prepare_step = staticmethod(no_answer)
 
 
 @cache

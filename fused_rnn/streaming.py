@@ -123,7 +123,7 @@ class _Packed(Stepper):
         self._step = partial(operator, self._weights, *sizes, *options)
         sizes = sizes if not cell.has_c else [cell.index, *sizes]
         prepared = direct.calls().prepare_step(self._weights, *sizes, *options)
-        self._direct = partial(direct.calls().step, prepared)
+        self._direct = prepared or direct.no_answer
 
     def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         if not is_dynamo_compiling():

@@ -144,19 +144,19 @@ def test_arguments_that_do_not_fit_get_none_and_no_error():
             assert calls.infer_layers(*good[:place], value, *good[place + 1 :]) is None
     for length in range(len(good)):
         assert calls.infer_layers(*good[:length]) is None
-    assert calls.infer_cell() is None and calls.step() is None
+    assert calls.infer_cell() is None and calls.prepare_step() is None
     assert calls.infer_cell(3, x[0], weights, (h[0], h[0]), 7) is None
     step = fused_rnn.stepper(fused_rnn.GRU(4, 6))
     sizes = 2, 1, 4, 6, 6, True, False
-    assert calls.step(calls.prepare_step(step._weights, *sizes), x[0], None) is not None
+    prepared = calls.prepare_step(step._weights, *sizes)
+    assert prepared(x[0], None) is not None
+    assert prepared() is None and prepared(x[0]) is None and prepared(x[0], None, None) is None
     for odd in (step._weights.double(), step._weights[:0], step._weights.view(1, -1), None):
         assert calls.prepare_step(odd, *sizes) is None
     assert calls.prepare_step(step._weights, *sizes[:-1], 2) is None
-    assert calls.prepare_step(step._weights) is None and calls.step(None, x[0], None) is None
+    assert calls.prepare_step(step._weights) is None
     for short in (step._weights[1:], step._weights[1:].clone()):
-        assert calls.step(calls.prepare_step(short, *sizes), x[0], None) is None
-    with pytest.raises(ValueError):
-        calls.step(calls, x[0], None)
+        assert calls.prepare_step(short, *sizes)(x[0], None) is None
 
 
 def test_modes_and_transforms_are_left_to_the_operators():
@@ -210,7 +210,7 @@ def test_weights_outlive_what_they_were_prepared_from():
     del step
     gc.collect()
     scratch = [torch.full((20000,), torch.nan) for _ in range(20)]
-    assert torch.equal(calls.step(prepared, x, None)[0], expected)
+    assert torch.equal(prepared(x, None)[0], expected)
     del scratch
 
 

@@ -54,7 +54,7 @@ def start(module, batch):
     return h, torch.randn(module.num_layers, batch, module.hidden_size)
 
 
-SIZES = [(1, 1), (5, 7), (16, 16), (33, 50), (100, 130), (8, 300)]
+SIZES = [(1, 1), (5, 7), (16, 16), (33, 50), (100, 130), (8, 300), (600, 70)]
 
 
 @needs_library

@@ -87,7 +87,6 @@ void step(const StepCall& s, const Allocator& allocate) {
   if (projected) unprojected = memory(c_size);
 
   const KernelsOf<float>& isa = kernels();
-  const Threads threads = torch_threads();
   const float* data = s.packed.data;
   PackedStepParams p{};
   p.cell = cell_kind;
@@ -116,10 +115,10 @@ void step(const StepCall& s, const Allocator& allocate) {
 
     const double flops = 2.0 * static_cast<double>(batch * cell.gates * s.hidden) *
                          static_cast<double>(p.input + s.output);
-    const bool parallel = threads.count > 1 && flops > kSerialFlops;
+    const Threads threads = flops > kSerialFlops ? torch_threads() : Threads{1, nullptr};
     const auto over_panels = [&](auto kernel, int64_t units, int64_t gates) {
       const int64_t panels = ceil_div(units, kStepWidth * step_vectors(gates));
-      if (parallel && panels > 1) {
+      if (threads.count > 1 && panels > 1) {
         threads.run(panels, 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
       } else {
         kernel(p, 0, panels);
