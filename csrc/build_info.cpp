@@ -103,7 +103,9 @@ py::dict plan(int cell, int element_bytes, int64_t hidden_size, int64_t batch_si
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// All that is ever written to is what `connect` fills, which direct.py calls once: Python without
+// the GIL is not to turn it on for this module.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   if (fused_rnn::add_direct_calls(m.ptr()) != 0) throw py::error_already_set();
   m.doc() = "Build facts of fused_rnn's compiled parts.";
   m.def("build_facts", &build_facts, "Compiler, flags, torch version and instruction sets.");

@@ -262,6 +262,7 @@ PyObject* run(bool (*function)(const Call&, const Allocator&), const Call& call)
   return results(outputs, call.cell == kLstm);
 }
 
+// Of a list that is the caller's own: no other thread changes it meanwhile.
 bool read_weights(PyObject* weights, std::vector<Array>& arrays) {
   if (!PyList_CheckExact(weights)) return false;
   const Py_ssize_t count = PyList_GET_SIZE(weights);

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch.compiler import is_dynamo_compiling
 from . import dispatch
 from .cells import CELLS, Cell
 from .native import cpu_library_error, library_path
+from .once import once
 
 CELL_OF = {cell.torch_mode: cell for cell in CELLS.values()}
 CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
@@ -172,7 +172,7 @@ class _NoCalls:
     infer_layers = infer_cell = prepare_step = staticmethod(no_answer)
 
 
-@cache
+@once
 def calls() -> Any:
     """The functions of csrc/direct_calls.cpp, connected with the CPU library and with torch."""
     if cpu_library_error() is not None:

@@ -12,7 +12,6 @@ puts something else in its place:
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from . import dispatch, ops
 from .cells import CELLS, state_dtype
 from .native import cpu_library_error
+from .once import once
 from .problem import Masks
 
 Decompositions = dict[torch._ops.OperatorBase, Callable]
@@ -159,7 +159,7 @@ def _library_call(*arguments):
     return _as_operator(call, ops.LayerResult(y, h_n, None if call.c0 is None else c_n))
 
 
-@cache
+@once
 def _register_fake() -> None:
     @torch.library.register_fake("fused_rnn_cpu::layer")
     def _(cell, x, weights, h0, c0):

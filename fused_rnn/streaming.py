@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from . import checks, direct, dispatch, modules
 from .cells import CELLS, Cell
 from .convert import from_torch, option_of_ours
 from .native import cpu_library_error
+from .once import once
 
 # As in csrc/cpu/kernels.h.
 _WIDTH = 16
@@ -318,7 +319,7 @@ def _padded(bias: Tensor) -> Tensor:
     return F.pad(bias, (0, -bias.shape[0] % _WIDTH))
 
 
-@cache
+@once
 def _operator(has_c: bool) -> Callable[..., Any]:
     """Of the library, which is there."""
     ops = torch.ops.fused_rnn_cpu

@@ -11,16 +11,20 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
+import sysconfig
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from fused_rnn import native, testing
+import fused_rnn
+from fused_rnn import direct, native, testing
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase, LayerInputs
 
@@ -238,6 +242,60 @@ def _in_many_python_threads() -> None:
     assert sorted(finished) == list(range(callers))
 
 
+def _calls_of_every_way(modules: list[torch.nn.Module], seed: int) -> Iterator[Tensor]:
+    """Outputs and gradients of layers and cells in training, in inference and as steppers."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in modules:
+        is_layer = isinstance(module, torch.nn.RNNBase)
+        x = torch.randn(*([7] if is_layer else []), 2, 5, generator=generator, requires_grad=True)
+        outputs = tree_leaves(module(x))
+        wanted = [x, *module.parameters()]
+        yield from outputs
+        yield from torch.autograd.grad(sum(out.square().sum() for out in outputs), wanted)
+        with torch.no_grad():
+            yield from tree_leaves(module(x))
+        if is_layer:
+            step, state = fused_rnn.stepper(module), None
+            for x_now in x.detach():
+                y, state = step(x_now, state)
+                yield from tree_leaves((y, state))
+
+
+def _first_calls_at_once() -> None:
+    """What is loaded, connected and registered at the first call is, by eight threads."""
+    torch.set_num_threads(1)
+    sys.setswitchinterval(1e-6)
+    layers = [kind(5, 24, num_layers=2) for kind in (fused_rnn.GRU, fused_rnn.LSTM, fused_rnn.RNN)]
+    modules = [*layers, fused_rnn.GRUCell(5, 24), fused_rnn.LSTMCell(5, 24)]
+    callers, rounds = 8, 6
+    start = threading.Barrier(callers)
+    found: dict[int, list[list[Tensor]]] = {}
+
+    def work(number: int) -> None:
+        # Each begins with another module.
+        mine = modules[number % len(modules) :] + modules[: number % len(modules)]
+        start.wait()
+        found[number] = [list(_calls_of_every_way(mine, number)) for _ in range(rounds)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(callers))
+    for number, of_rounds in found.items():
+        mine = modules[number % len(modules) :] + modules[: number % len(modules)]
+        alone = list(_calls_of_every_way(mine, number))
+        for together in of_rounds:
+            assert all(map(torch.equal, together, alone)) and len(together) == len(alone)
+
+
+def _without_the_gil() -> None:
+    direct.calls()  # imports the extension module where it was built
+    native.build_facts()
+    assert not sys._is_gil_enabled()
+
+
 def _with_fewer_threads_than_asked_for() -> None:
     """OpenMP may give less than torch says; the environment of this process makes it."""
     cases = [case for cell in CELLS for case in _cases(cell)]
@@ -306,12 +364,24 @@ def _run_in_process(
 
 def _set_up(function: Callable[[], None]) -> None:
     faulthandler.enable()  # prints the stacks of all threads on SIGABRT
+    function()  # which may be about the library's first call
     assert native.cpu_library_error() is None
-    function()
 
 
 def test_many_python_threads():
     _run_in_process("spawn", _in_many_python_threads)
+
+
+def test_first_calls_from_eight_python_threads():
+    _run_in_process("spawn", _first_calls_at_once)
+
+
+@pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_GIL_DISABLED") or os.environ.get("PYTHON_GIL") == "1",
+    reason="this Python runs with the GIL",
+)
+def test_the_gil_stays_off():
+    _run_in_process("spawn", _without_the_gil)
 
 
 def test_interop_threads():

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..cells import DirectionWeights
+from ..once import once
 from ..problem import Problem, Rows, Stack
 from .base import allocate_output, float32_precision, gate_bias, input_grads
 from .bundles import Dropout, InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads, StackOutput
@@ -161,7 +161,7 @@ def _stream_of(caller: torch.cuda.Stream, number: int) -> torch.cuda.Stream:
     return _made(caller.device, caller.cuda_stream, number)
 
 
-@cache
+@once
 def _made(device: torch.device, caller: int, number: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
