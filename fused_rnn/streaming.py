@@ -319,10 +319,16 @@ def _padded(bias: Tensor) -> Tensor:
     return F.pad(bias, (0, -bias.shape[0] % _WIDTH))
 
 
-@once
 def _operator(has_c: bool) -> Callable[..., Any]:
     """Of the library, which is there."""
+    _register_fakes()
     ops = torch.ops.fused_rnn_cpu
+    return (ops.step_lstm if has_c else ops.step).default
+
+
+@once
+def _register_fakes() -> None:
+    """Some versions of torch, 2.12 among them, take no second registration."""
 
     @torch.library.register_fake("fused_rnn_cpu::step")
     def _step(packed, cell, layers, input, hidden, output, bias, half, x, h):
@@ -336,5 +342,3 @@ def _operator(has_c: bool) -> Callable[..., Any]:
         return *_step(packed, 3, layers, input, hidden, output, bias, half, x, h), x.new_empty(
             (layers, x.shape[0], hidden)
         )
-
-    return (ops.step_lstm if has_c else ops.step).default
