@@ -22,7 +22,7 @@ PACKAGE = ROOT / "fused_rnn"
 # where that is a package (backends).
 LAYERS = [
     {"_C"},
-    {"cells", "native", "torchscript"},
+    {"cells", "native", "once", "torchscript"},
     {"problem", "checks", "onnx"},
     {"oracle"},
     {"recurrences"},
