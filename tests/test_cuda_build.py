@@ -97,7 +97,8 @@ def cuobjdump() -> str:
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
 def test_products_of_a_timestep_are_nothing_but_products(arch, tmp_path):
     """Whose weights are all in registers, as in a small tile's forward scan: between the first and
-    the last product the machine at most reads h, and does not load weights, test or branch."""
+    the last product the machine at most reads h, which it does behind the step's barrier, and does
+    not load weights, test or branch."""
     source = tmp_path / "kernels.cu"
     source.write_text(ONE_OF_EACH)
     tool = cuobjdump()
@@ -111,6 +112,8 @@ def test_products_of_a_timestep_are_nothing_but_products(arch, tmp_path):
     products = [i for i, name in enumerate(operations) if name == "HMMA"]
     assert len(products) == 8  # 32 gate rows of a warp by 64 units
     between = set(operations[products[0] : products[-1] + 1])
+    behind_barrier = max(i for i in range(products[0]) if operations[i] == "BAR")
+    assert "LDS" in operations[behind_barrier : products[-1]]
     assert not between & {"LD", "LDG", "LDL", "STL", "ISETP", "UISETP", "BRA", "BAR"}, between
 
 

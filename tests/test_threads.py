@@ -16,6 +16,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -234,11 +235,8 @@ def _in_many_python_threads() -> None:
             _assert_same_bits(_results(cases[turn]), expected[turn])
         finished.append(number)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(callers) as pool:
+        list(pool.map(work, range(callers)))
     assert sorted(finished) == list(range(callers))
 
 
@@ -269,23 +267,21 @@ def _first_calls_at_once() -> None:
     modules = [*layers, fused_rnn.GRUCell(5, 24), fused_rnn.LSTMCell(5, 24)]
     callers, rounds = 8, 6
     start = threading.Barrier(callers)
-    found: dict[int, list[list[Tensor]]] = {}
 
-    def work(number: int) -> None:
+    def results(number: int) -> list[Tensor]:
         # Each begins with another module.
-        mine = modules[number % len(modules) :] + modules[: number % len(modules)]
-        start.wait()
-        found[number] = [list(_calls_of_every_way(mine, number)) for _ in range(rounds)]
+        first = number % len(modules)
+        return list(_calls_of_every_way(modules[first:] + modules[:first], number))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(found) == list(range(callers))
-    for number, of_rounds in found.items():
-        mine = modules[number % len(modules) :] + modules[: number % len(modules)]
-        alone = list(_calls_of_every_way(mine, number))
+    def work(number: int) -> list[list[Tensor]]:
+        start.wait()
+        return [results(number) for _ in range(rounds)]
+
+    with ThreadPoolExecutor(callers) as pool:
+        found = list(pool.map(work, range(callers)))
+    assert len(found) == callers
+    for number, of_rounds in enumerate(found):
+        alone = results(number)
         for together in of_rounds:
             assert all(map(torch.equal, together, alone)) and len(together) == len(alone)
 

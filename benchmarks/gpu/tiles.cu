@@ -1,11 +1,10 @@
 // What a timestep of an LSTM in bfloat16 takes on tiles of one's choice, without torch: for looking
 // for better entries of csrc/cuda/instances.h. Prints a line for each tile and batch size.
 //
-//   nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr tiles.cu -o
-//   tiles
+//   nvcc -std=c++20 -O3 -arch=sm_90a --expt-relaxed-constexpr tiles.cu -o tiles
 //
-// -DTILES='"tiles.inc"' names a file of other lines FORWARD(...) and BACKWARD(...), each a tile as in
-// instances.h. They compile in a second each; -Xptxas -v says which of them spill.
+// -DTILES='"tiles.inc"' names a file of other lines FORWARD(...) and BACKWARD(...), each a tile as
+// in instances.h. They compile in a second each; -Xptxas -v says which of them spill.
 //
 // A step's time is the difference between a long and a short sequence, so that reading W_hh has no
 // part in it; "sum" lets one see that two tiles compute the same.
@@ -28,75 +27,53 @@ using Element = Bfloat16Element;
 using Cell = CellOf<kCell, Element::Math>::Type;
 constexpr int kGates = Cell::kGates;
 
-template <ForwardTile tile>
-struct Forward {
-  static constexpr ForwardTile value = tile;
-  static constexpr int hidden = tile.hidden, cluster = tile.cluster;
-  static constexpr int row_blocks = tile.row_blocks, unit_groups = tile.unit_groups;
-  static constexpr int split_k = tile.split_k, register_steps = tile.register_steps;
-  static constexpr int ring = tile.ring;
-  static constexpr bool grid = tile.grid;
-};
-
-template <BackwardTile tile>
-struct Backward {
-  static constexpr BackwardTile value = tile;
-  static constexpr int hidden = tile.hidden, cluster = tile.cluster;
-  static constexpr int row_blocks = tile.row_blocks, warps = tile.warps;
-  static constexpr int register_steps = tile.register_steps, ring = tile.ring;
-  static constexpr bool grid = tile.grid;
-};
-
-// Device memory filled with pseudo-random numbers of some size.
-template <class T>
-T* random_numbers(size_t count, float scale) {
-  static uint32_t state = 1;
-  std::vector<T> host(count);
-  for (T& x : host) {
-    state = state * 1664525u + 1013904223u;
-    const float value = scale * (static_cast<float>(state >> 8) / (1 << 23) - 1.0f);
-    if constexpr (std::is_same_v<T, float>)
-      x = value;
-    else
-      x = __float2bfloat16(value);
-  }
-  void* memory = nullptr;
-  check_cuda(cudaMalloc(&memory, count * sizeof(T) + 16));
-  check_cuda(cudaMemcpy(memory, host.data(), count * sizeof(T), cudaMemcpyHostToDevice));
-  return static_cast<T*>(memory);
-}
+// What the CTAs of a grid share, of any tile's messages.
+constexpr size_t kExchangeBytes = 64 << 20;
 
 struct Data {
   int hidden, batch;
+  std::vector<void*> owned;
   __nv_bfloat16 *gx, *w_hh, *h0, *y, *h_n, *gates, *grad_y, *grad_gates;
   float *c0, *c_n, *cells, *grad_h0, *grad_c0;
-  uint32_t* memory;
-  uint32_t* stalled;
+  uint32_t *memory, *stalled;
 
   Data(int hidden, int batch) : hidden(hidden), batch(batch) {
     const size_t h = hidden, rows = size_t{kLong} * batch, states = batch * h;
-    gx = random_numbers<__nv_bfloat16>(rows * kGates * h, 1.0f);
-    w_hh = random_numbers<__nv_bfloat16>(kGates * h * h, 1.0f / std::sqrt(float(hidden)));
-    h0 = random_numbers<__nv_bfloat16>(states, 1.0f);
-    y = random_numbers<__nv_bfloat16>(rows * h, 1.0f);
-    h_n = random_numbers<__nv_bfloat16>(states, 1.0f);
-    gates = random_numbers<__nv_bfloat16>(rows * kGates * h, 0.5f);
-    grad_y = random_numbers<__nv_bfloat16>(rows * h, 1.0f);
-    grad_gates = random_numbers<__nv_bfloat16>(rows * kGates * h, 1.0f);
-    c0 = random_numbers<float>(states, 1.0f);
-    c_n = random_numbers<float>(states, 1.0f);
-    cells = random_numbers<float>(rows * h, 1.0f);
-    grad_h0 = random_numbers<float>(states, 1.0f);
-    grad_c0 = random_numbers<float>(states, 1.0f);
-    check_cuda(cudaMalloc(&memory, 64 << 20));
-    check_cuda(cudaMalloc(&stalled, 4));
+    fill(gx, rows * kGates * h, 1.0f);
+    fill(w_hh, kGates * h * h, 1.0f / std::sqrt(static_cast<float>(hidden)));
+    for (auto* of_states : {&h0, &h_n}) fill(*of_states, states, 1.0f);
+    for (auto* of_states : {&c0, &c_n, &grad_h0, &grad_c0}) fill(*of_states, states, 1.0f);
+    for (auto* of_rows : {&y, &grad_y}) fill(*of_rows, rows * h, 1.0f);
+    fill(gates, rows * kGates * h, 0.5f);
+    fill(grad_gates, rows * kGates * h, 1.0f);
+    fill(cells, rows * h, 1.0f);
+    memory = allocate<uint32_t>(kExchangeBytes / sizeof(uint32_t));
+    stalled = allocate<uint32_t>(1);
   }
+  Data(const Data&) = delete;
   ~Data() {
-    for (void* p : {(void*)gx, (void*)w_hh, (void*)h0, (void*)y, (void*)h_n, (void*)gates,
-                    (void*)grad_y, (void*)grad_gates, (void*)c0, (void*)c_n, (void*)cells,
-                    (void*)grad_h0, (void*)grad_c0, (void*)memory, (void*)stalled}) {
-      cudaFree(p);
+    for (void* one : owned) cudaFree(one);
+  }
+
+  template <class T>
+  T* allocate(size_t count) {
+    void* one = nullptr;
+    check_cuda(cudaMalloc(&one, count * sizeof(T)));
+    owned.push_back(one);
+    return static_cast<T*>(one);
+  }
+
+  // With pseudo-random numbers up to `scale`.
+  template <class T>
+  void fill(T*& to, size_t count, float scale) {
+    static uint32_t state = 1;
+    std::vector<T> host(count);
+    for (T& x : host) {
+      state = state * 1664525u + 1013904223u;
+      x = static_cast<T>(scale * (static_cast<float>(state >> 8) / (1 << 23) - 1.0f));
     }
+    to = allocate<T>(count);
+    check_cuda(cudaMemcpy(to, host.data(), count * sizeof(T), cudaMemcpyHostToDevice));
   }
 
   ScanRows rows(int timesteps) const {
@@ -104,21 +81,19 @@ struct Data {
   }
 };
 
-template <class Tile>
-constexpr auto layout_for() {
-  if constexpr (std::is_same_v<std::remove_cv_t<decltype(Tile::value)>, ForwardTile>)
-    return layout_of(Tile::value, kGates, Element::kBytes);
-  else
-    return layout_of(Tile::value, kCell, Element::kBytes);
+constexpr ForwardLayout layout(const ForwardTile& tile) {
+  return layout_of(tile, kGates, Element::kBytes);
+}
+constexpr BackwardLayout layout(const BackwardTile& tile) {
+  return layout_of(tile, kCell, Element::kBytes);
 }
 
 template <class Tile, class Params, auto kernel, class Fill>
 float milliseconds(const Data& data, int timesteps, const Fill& fill) {
-  constexpr auto layout = layout_for<Tile>();
+  constexpr auto l = layout(Tile::value);
   const int rows = Tile::row_blocks * kGroup, tiles = (data.batch + rows - 1) / rows;
-  const LaunchShape shape{
-      tiles * Tile::cluster, 1,         Tile::grid ? 1 : Tile::cluster, layout.threads,
-      layout.shared_bytes,   Tile::grid};
+  const int cluster = Tile::grid ? 1 : Tile::cluster;
+  const LaunchShape shape{tiles * Tile::cluster, 1, cluster, l.threads, l.shared_bytes, Tile::grid};
   Params params{};
   params.rows = data.rows(timesteps);
   params.exchange = {data.memory, data.stalled, int64_t{1} << 31, tiles, 0, 0};
@@ -130,7 +105,7 @@ float milliseconds(const Data& data, int timesteps, const Fill& fill) {
   check_cuda(cudaEventCreate(&end));
   std::vector<float> times;
   for (int i = 0; i < kRepetitions; i++) {
-    if (Tile::grid) check_cuda(cudaMemset(data.memory, 0, 64 << 20));
+    if (Tile::grid) check_cuda(cudaMemset(data.memory, 0, kExchangeBytes));
     check_cuda(cudaEventRecord(begin));
     launch_kernel<kernel, Params>(params, shape, nullptr);
     check_cuda(cudaEventRecord(end));
@@ -139,6 +114,8 @@ float milliseconds(const Data& data, int timesteps, const Fill& fill) {
     check_cuda(cudaEventElapsedTime(&ms, begin, end));
     times.push_back(ms);
   }
+  check_cuda(cudaEventDestroy(begin));
+  check_cuda(cudaEventDestroy(end));
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
 }
@@ -171,27 +148,26 @@ void report(const char* what, const Data& data, const __nv_bfloat16* result, siz
 
 template <ForwardTile tile>
 void forward(const char* what, int batch, bool saves) {
-  using Tile = Forward<tile>;
+  using Tile = ForwardTileOf<tile>;
   const Data data(tile.hidden, batch);
-  report<Tile, ForwardParams, scan_forward<Cell, Element, Tile>>(what, data, data.y, data.hidden,
-                                                                 [&](ForwardParams& p) {
-                                                                   p.gx = data.gx;
-                                                                   p.w_hh[0] = data.w_hh;
-                                                                   p.h0 = data.h0;
-                                                                   p.c0 = data.c0;
-                                                                   p.y = data.y;
-                                                                   p.h_n = data.h_n;
-                                                                   p.c_n = data.c_n;
-                                                                   if (saves) {
-                                                                     p.gates = data.gates;
-                                                                     p.cells = data.cells;
-                                                                   }
-                                                                 });
+  const auto fill = [&](ForwardParams& p) {
+    p.gx = data.gx;
+    p.w_hh[0] = data.w_hh;
+    p.h0 = data.h0;
+    p.c0 = data.c0;
+    p.y = data.y;
+    p.h_n = data.h_n;
+    p.c_n = data.c_n;
+    p.gates = saves ? data.gates : nullptr;
+    p.cells = saves ? data.cells : nullptr;
+  };
+  constexpr auto kernel = scan_forward<Cell, Element, Tile>;
+  report<Tile, ForwardParams, kernel>(what, data, data.y, data.hidden, fill);
 }
 
 template <BackwardTile tile>
 void backward(const char* what, int batch) {
-  using Tile = Backward<tile>;
+  using Tile = BackwardTileOf<tile>;
   const Data data(tile.hidden, batch);
   report<Tile, BackwardParams, scan_backward<Cell, Element, Tile, kCell>>(
       what, data, data.grad_gates, kGates * data.hidden, [&](BackwardParams& p) {

@@ -250,11 +250,10 @@ constexpr const auto& backward_tiles() {
   }
 }
 
-// The tile of a kernel, as a type: nvcc's host code cannot name a kernel that has a struct among
-// its template arguments.
-template <CellKind kind, int element_bytes, int index>
-struct ForwardTileAt {
-  static constexpr ForwardTile value = forward_tiles<kind, element_bytes>()[index];
+// A tile as a type, as kernels take it.
+template <ForwardTile tile>
+struct ForwardTileOf {
+  static constexpr ForwardTile value = tile;
   static constexpr int hidden = value.hidden, cluster = value.cluster;
   static constexpr int row_blocks = value.row_blocks, unit_groups = value.unit_groups;
   static constexpr int split_k = value.split_k, register_steps = value.register_steps;
@@ -262,13 +261,21 @@ struct ForwardTileAt {
   static constexpr bool grid = value.grid;
 };
 
-template <CellKind kind, int element_bytes, int index>
-struct BackwardTileAt {
-  static constexpr BackwardTile value = backward_tiles<kind, element_bytes>()[index];
+template <BackwardTile tile>
+struct BackwardTileOf {
+  static constexpr BackwardTile value = tile;
   static constexpr int hidden = value.hidden, cluster = value.cluster;
   static constexpr int row_blocks = value.row_blocks, warps = value.warps;
   static constexpr int register_steps = value.register_steps, ring = value.ring;
   static constexpr bool grid = value.grid;
 };
+
+// Those of the table, by their numbers: nvcc's host code cannot name a kernel that has a struct
+// among its template arguments.
+template <CellKind kind, int element_bytes, int index>
+struct ForwardTileAt : ForwardTileOf<forward_tiles<kind, element_bytes>()[index]> {};
+
+template <CellKind kind, int element_bytes, int index>
+struct BackwardTileAt : BackwardTileOf<backward_tiles<kind, element_bytes>()[index]> {};
 
 }  // namespace fused_rnn

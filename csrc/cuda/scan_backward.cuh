@@ -422,15 +422,16 @@ scan_backward(const BackwardParams p) {
           for (int n = 0; n < kBlocks; n++) {
             send_pairs(block + n * kWarp * 8, totals[n], barriers_at + 8 * ((s + 1) & 1), owner);
           }
-        }
-        FUSED_RNN_UNROLL
-        for (int half = 0; kAlone && half < 2; half++) {
-          const int group = product(i) * 2 + half;
+        } else {
           FUSED_RNN_UNROLL
-          for (int n = 0; n < kBlocks; n++) {
-            const int at = slot_at + ((group * kBlocks + n) * kWarp + lane) * 8;
-            *reinterpret_cast<float2*>(shared + at) =
-                make_float2(totals[n][2 * half], totals[n][2 * half + 1]);
+          for (int half = 0; half < 2; half++) {
+            const int group = product(i) * 2 + half;
+            FUSED_RNN_UNROLL
+            for (int n = 0; n < kBlocks; n++) {
+              const int at = slot_at + ((group * kBlocks + n) * kWarp + lane) * 8;
+              *reinterpret_cast<float2*>(shared + at) =
+                  make_float2(totals[n][2 * half], totals[n][2 * half + 1]);
+            }
           }
         }
       }
