@@ -170,9 +170,10 @@ class Call {
     return shape_.rows.batch_sizes && !plan_.units ? row_shares() : 1;
   }
 
-  // Words that `rows` rows need as products with `m` take them, beyond what they are.
-  int64_t operand_words(const PackedMatrix& m, int64_t rows) const {
-    return m.parts > 1 ? rows * isa_.row_words(m.depth) : 0;
+  // Words that `rows` rows need as products with `m` take them, beyond what they are: of each row,
+  // `beside` more.
+  int64_t operand_words(const PackedMatrix& m, int64_t rows, int64_t beside = 0) const {
+    return m.parts > 1 ? rows * (isa_.row_words(m.depth) + beside) : 0;
   }
 
   // Runs `scan` on shares that together are all rows and units of all directions. `units` is the
@@ -328,7 +329,7 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
       p.between[d] = work.take_elements(batch * s.hidden);
     }
     words =
-        std::max({work.operand_words(p.w_ih[d], p.scratch_rows),
+        std::max({work.operand_words(p.w_ih[d], p.scratch_rows, sizeof(float*) / sizeof(int32_t)),
                   work.operand_words(p.w_hh[d], batch), work.operand_words(p.w_second[d], batch)});
     p.bias[d] = input_bias(s, w, work);
     if (s.cell == CellKind::gru && w.b_hh && !s.normed) p.hidden_bias[d] = w.b_hh + 2 * s.hidden;
