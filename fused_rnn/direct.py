@@ -9,7 +9,8 @@ and choices.
 
 In inference it is a call of the extension module (csrc/direct_calls.cpp) or, where that is absent
 or says None, an operator, which takes a few more kinds of tensors and some microseconds longer. In
-training they are operators (csrc/cpu/train.cpp), for `fused_rnn.training` and for graphs.
+training, and where rows end early or start afresh, they are operators (csrc/cpu/train.cpp), for
+`fused_rnn.training` and for graphs.
 """
 
 from __future__ import annotations
@@ -126,14 +127,16 @@ def train_layer(
     weights: list[Tensor],  # as in `ops.layer`
     batch_sizes: Tensor | None,
     directions: int,
+    save: bool = True,
 ) -> list[Tensor]:
-    """y, h_n (not of a timestep), c_n, gates and cells, those that the cell has; nothing where the
-    call is not for the library. To be called below autograd, and not where `is_watched`."""
+    """y, h_n (not of a timestep), c_n and, to be saved, gates and cells, those that the cell has;
+    nothing where the call is not for the library. To be called below autograd, and not where
+    `is_watched`."""
     if cpu_library_error() is not None:
         return []
     try:
         return torch.ops.fused_rnn_cpu.train_layer.default(
-            cell.index, x, weights, h0, c0, batch_sizes, directions
+            cell.index, x, weights, h0, c0, batch_sizes, directions, save
         )
     except NotImplementedError:  # the dispatcher's, for the rarest kinds of tensors
         return []

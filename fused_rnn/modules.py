@@ -84,10 +84,10 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
     ):
         if self.stateful:
             hx = self._carried(input) if hx is None else hx
-        plain = lengths is None and resets is None and reset_hx is None and not return_states
+        plain = reset_hx is None and not return_states
         options = self._regularisation
         plain = plain and (options is PLAIN or options.is_idle(self.training))
-        result = self._shortest(input, hx) if plain else None
+        result = self._shortest(input, hx, lengths, resets) if plain else None
         if result is None:
             masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
             result = self._forward(input, hx, masks, return_states)
@@ -95,12 +95,15 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
             self._carry(result[1])
         return result
 
-    def _shortest(self, input, hx):
-        """A call with nothing beyond torch.nn's arguments in the way that is for it, or None."""
+    def _shortest(self, input, hx, lengths, resets):
+        """A call with nothing beyond torch.nn's arguments in the way but lengths and resets that is
+        for it, or None."""
+        ragged = lengths is not None or resets is not None
         if torch.compiler.is_compiling():
-            return compiled.layers(self, input, hx)
-        shortest = training if torch.is_grad_enabled() else direct
-        return shortest.layers(self, input, hx)
+            return None if ragged else compiled.layers(self, input, hx)
+        if ragged or torch.is_grad_enabled() or type(input) is PackedSequence:
+            return training.layers(self, input, hx, lengths, resets)
+        return direct.layers(self, input, hx)
 
     def _traced(self, input, hx, masks: dict[str, Any], return_states: bool):
         own = return_states or any(mask is not None for mask in masks.values())

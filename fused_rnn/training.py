@@ -1,10 +1,14 @@
-"""Training on the CPU in two calls of the library, past the waist.
+"""Training on the CPU in two calls of the library, past the waist; and any call on ragged rows.
 
 What `direct.py` is to inference: of a small layer the kernels take tens of microseconds, and the
 general way's checks, its choice of a backend and its operators written in Python some hundreds. So
-modules ask here first where gradients are wanted. What runs is what the general way would have run:
-the library (csrc/cpu/train.cpp) looks at every tensor. To a call that is wrong or out of the
-ordinary, or that somebody watches or redirects, the answer is None.
+modules ask here first where gradients are wanted, or where rows are packed, or a padded batch has
+lengths or resets. What runs is what the general way would have run: the library
+(csrc/cpu/train.cpp) looks at every tensor. To a call that is wrong or out of the ordinary, or that
+somebody watches or redirects, the answer is None.
+
+Padded rows that end early or start afresh are packed, see `backends/pieces.py`: here once for all
+layers, and packed they stay for backward.
 """
 
 from __future__ import annotations
@@ -18,18 +22,26 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import direct, ops
+from .backends.pieces import Pieces
 from .cells import Cell
-from .problem import NO_NOISE
+from .problem import NO_NOISE, Masks
 
 # Up to so many floats, 1 MiB, the copy that a batch-first input needs is kept for backward. The
 # general way makes it anew there, which is less memory, and no time beside what more rows take.
 _KEPT_COPY = 1 << 18
 
 _States = tuple[Tensor | None, Tensor | None]  # h0 and c0
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
-def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | None:
-    """What `module.forward(input, hx)` has to return, or None: take the general way."""
+def layers(
+    module: torch.nn.RNNBase,
+    input: Any,
+    hx: Any,
+    lengths: Any = None,
+    resets: Any = None,
+) -> tuple[Any, Any] | None:
+    """What `module.forward(input, hx, ...)` has to return, or None: take the general way."""
     cell, dropout, num_layers = direct.CELL_OF.get(module.mode), module.dropout, module.num_layers
     if cell is None or type(num_layers) is not int or type(dropout) is not float:
         return None
@@ -43,8 +55,18 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | N
     states = _states_of_ordinary(cell, x, weights, hx)
     if states is None or x.dim() != (2 if is_packed else 3):
         return None
+    save = _wants_gradients(x, *weights, *states)
+    dropout = dropout if module.training and num_layers > 1 else 0.0
     batch_first = module.batch_first and not is_packed
-    if batch_first:
+    pieces = None
+    if lengths is not None or resets is not None:
+        # The general way drops elements of padded rows, here there would be others.
+        pieces = None if is_packed or dropout else _cut(x, lengths, resets, batch_first)
+        if pieces is None:
+            return None
+        leading, x = x.shape[:2], _gather(x.flatten(0, 1), pieces.index)
+        batch_sizes = pieces.batch_sizes
+    elif batch_first:
         x = _time_first(x)
     if order is not None and states[0] is not None:
         states = _in_order(states, order)
@@ -52,10 +74,11 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | N
         return None
     directions = 2 if module.bidirectional else 1
     if num_layers == 1:
-        result = _run(cell, x, states, weights, directions, batch_sizes)
+        result = _run(cell, x, states, weights, directions, batch_sizes, pieces, save)
     else:
-        dropout = dropout if module.training else 0.0
-        result = _run_stack(cell, x, states, weights, directions, batch_sizes, num_layers, dropout)
+        result = _run_stack(
+            cell, x, states, weights, directions, batch_sizes, pieces, save, num_layers, dropout
+        )
     if result is None:
         return None
     y, *final = result
@@ -63,6 +86,8 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | N
         final = [state.index_select(1, original_order) for state in final]
     if is_packed:
         y = PackedSequence(y, *input[1:])
+    elif pieces is not None:
+        y = _spread(y, pieces.index, leading.numel()).view(*leading, -1)
     elif batch_first:
         y = y.transpose(0, 1)
     return y, tuple(final) if cell.has_c else final[0]
@@ -74,7 +99,9 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     states = _states_of_ordinary(cell, input, weights, hx)
     if states is None or input.dim() != 2 or weights[1].shape[-1] != module.hidden_size:
         return None
-    result = _run(cell, input, states, weights, 1, None)
+    result = _run(
+        cell, input, states, weights, 1, None, None, _wants_gradients(input, *weights, *states)
+    )
     return result if result is None or cell.has_c else result[0]
 
 
@@ -86,11 +113,11 @@ def _states_of_ordinary(cell: Cell, input: Any, weights: list[Any], hx: Any) -> 
         return None
     if input.dtype != torch.float32 or not input.is_cpu:
         return None
-    states = direct.given_states(cell, hx)
-    if states is None:
-        return None
-    asking = (*weights, input, *states)
-    return states if any(t is not None and t.requires_grad for t in asking) else None
+    return direct.given_states(cell, hx)
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _time_first(input: Tensor) -> Tensor | None:
@@ -116,6 +143,8 @@ def _run_stack(
     weights: list[Tensor],
     directions: int,
     batch_sizes: Tensor | None,
+    pieces: Pieces | None,
+    save: bool,
     num_layers: int,
     dropout: float,
 ) -> list[Tensor] | None:
@@ -128,7 +157,7 @@ def _run_stack(
         span = slice(layer * directions, (layer + 1) * directions)
         h0, c0 = (None if state is None else state[span] for state in states)
         of_layer = weights[layer * per_layer : (layer + 1) * per_layer]
-        result = _run(cell, x, (h0, c0), of_layer, directions, batch_sizes)
+        result = _run(cell, x, (h0, c0), of_layer, directions, batch_sizes, pieces, save)
         if result is None:
             return None
         x, *final = result
@@ -145,13 +174,101 @@ def _run(
     weights: list[Tensor],  # as in `ops.layer`
     directions: int,
     batch_sizes: Tensor | None,
+    pieces: Pieces | None,  # of the padded batch whose rows x and states are
+    save: bool,
 ) -> tuple[Tensor, ...] | None:
     """y, h_n (not of a timestep) and, where the cell has it, c_n; or None: not for here."""
+    of_rows = states
+    if pieces is not None:
+        if not _are_of_rows(states, pieces):
+            return None
+        states = tuple(None if s is None else pieces.initial(s, None) for s in states)
     with torch._C._AutoDispatchBelowAutograd():
-        outputs = direct.train_layer(cell, x, *states, weights, batch_sizes, directions)
+        outputs = direct.train_layer(cell, x, *states, weights, batch_sizes, directions, save)
     if not outputs:
         return None
-    return _Layer.apply(cell, directions, batch_sizes, outputs, x, *states, *weights)
+    if save:
+        outputs = _Layer.apply(cell, directions, batch_sizes, outputs, x, *states, *weights)
+    if pieces is None:
+        return tuple(outputs)
+    y, *final = outputs
+    return y, *(pieces.final(s, of_row) for s, of_row in zip(final, of_rows, strict=False))
+
+
+def _cut(x: Tensor, lengths: Any, resets: Any, batch_first: bool) -> Pieces | None:
+    """None: not for here, or no step is left."""
+    masks = [mask for mask in (lengths, resets) if mask is not None]
+    if not direct.PLAIN_TYPES.issuperset(map(type, masks)) or x.is_nested:
+        return None
+    if any(m.is_nested or m.layout != torch.strided or not m.is_cpu for m in masks):
+        return None
+    timesteps, batch_size = x.shape[1::-1] if batch_first else x.shape[:2]
+    if lengths is not None:
+        if lengths.dtype not in _INTEGERS or lengths.shape != (batch_size,) or batch_size == 0:
+            return None
+        lengths = lengths.to(torch.int64)
+        low, high = map(int, torch.aminmax(lengths))
+        if not 0 <= low <= high <= timesteps:
+            return None
+    if resets is not None:
+        if resets.dtype != torch.bool or resets.shape != x.shape[:2]:
+            return None
+        if batch_first:
+            resets = resets.t()
+    pieces = Pieces(Masks(lengths, resets), timesteps, batch_size, batch_first)
+    return pieces if pieces.index.shape[0] else None
+
+
+def _are_of_rows(states: _States, pieces: Pieces) -> bool:
+    """Whether they can be cut; the library looks at the rest."""
+    return all(s is None or (s.dim() == 3 and s.shape[1] == pieces.batch_size) for s in states)
+
+
+def _gather(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows of a padded batch [N, I] in the order of an index [M]."""
+    if _wants_gradients(rows):
+        return _Gathered.apply(rows, index)
+    return torch.ops.fused_rnn_cpu.gather_rows.default(rows.contiguous(), index)
+
+
+def _spread(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """Rows [M, K] where an index [M] says, among zeros [N, K]."""
+    if _wants_gradients(rows):
+        return _Spread.apply(rows, index, count)
+    return torch.ops.fused_rnn_cpu.spread_rows.default(rows, index, count)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, index):
+        ctx.index, ctx.count = index, rows.shape[0]
+        return torch.ops.fused_rnn_cpu.gather_rows(rows.contiguous(), index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if _are_plain([grad]):
+            return _spread(grad.contiguous(), ctx.index, ctx.count), None
+        return grad.new_zeros((ctx.count, grad.shape[1])).index_copy(0, ctx.index, grad), None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, index, count):
+        ctx.index = index
+        return torch.ops.fused_rnn_cpu.spread_rows(rows, index, count)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if _are_plain([grad]):
+            return _gather(grad, ctx.index), None, None
+        return grad.index_select(0, ctx.index), None, None
+
+
+def _are_plain(grads: list[Tensor | None]) -> bool:
+    """Whether gradients may go past autograd: nobody differentiates them, batches or watches."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or direct.is_watched():
+        return False
+    return not ops.are_batched(grads)
 
 
 class _Layer(torch.autograd.Function):
@@ -188,9 +305,7 @@ class _Layer(torch.autograd.Function):
 
 def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
     """None: not for here."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or direct.is_watched():
-        return None
-    if ops.are_batched(grads):
+    if not _are_plain(grads):
         return None
     batch_sizes, y, gates, cells, x, h0, c0, *weights = saved
     results = direct.train_layer_backward(

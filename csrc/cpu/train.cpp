@@ -120,7 +120,8 @@ std::optional<Layer> read_layer(const InferCall& given, const std::optional<Tens
 
 std::vector<Tensor> train_layer_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights,
                                    std::optional<Tensor> h0, std::optional<Tensor> c0,
-                                   std::optional<Tensor> batch_sizes, int64_t directions) {
+                                   std::optional<Tensor> batch_sizes, int64_t directions,
+                                   bool save) {
   if (!cpu_is_welcome()) return {};
   const Arguments given(cell, x, weights, h0, c0);
   std::optional<Layer> layer = read_layer(given.call, batch_sizes, directions);
@@ -144,12 +145,12 @@ std::vector<Tensor> train_layer_op(int64_t cell, const Tensor& x, std::vector<Te
     call.c0 = layer->c0(given.call.states);
     call.c_n = shapes.c.allocate(allocate);
   }
-  if (const int64_t width = layer->sizes.saved_gates * s.hidden; width > 0) {
+  if (const int64_t width = layer->sizes.saved_gates * s.hidden; save && width > 0) {
     call.gates = allocate({directions, s.count, width});
     const auto floats = static_cast<size_t>(directions * s.count * width);
     advise_huge_pages_if_fresh(call.gates, floats * sizeof(float));
   }
-  if (layer->sizes.has_c) call.cells = allocate({directions, s.count, s.hidden});
+  if (save && layer->sizes.has_c) call.cells = allocate({directions, s.count, s.hidden});
   layer_forward(kernels(), call, torch_threads());
   return outputs.take();
 }
@@ -247,13 +248,13 @@ std::vector<Tensor> train_layer_backward_op(
 
 // x [T, B, I], or [N, I] with the sizes of steps, states [D, B, P] and [D, B, H] or none for zeros,
 // weights as in ForwardCallOf; or a cell's timestep, x [B, I] and states [B, H]. train_layer gives
-// y, h_n (not of a timestep), c_n, gates and cells, those that the cell has; its backward the
-// gradients of x, h0, c0 and the weights whose bits are set in `needs`, from the lowest on. Both
-// give nothing to a call that is not for them.
+// y, h_n (not of a timestep), c_n and, to be saved, gates and cells, those that the cell has; its
+// backward the gradients of x, h0, c0 and the weights whose bits are set in `needs`, from the
+// lowest on. Both give nothing to a call that is not for them.
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn_cpu, m) {
   m.def(
       "train_layer(int cell, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, "
-      "Tensor? batch_sizes, int directions) -> Tensor[]");
+      "Tensor? batch_sizes, int directions, bool save=True) -> Tensor[]");
   m.def(
       "train_layer_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, "
       "Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, Tensor? y, "

@@ -27,17 +27,18 @@ class Pieces:
     Attributes, of K pieces that have M steps together:
         count: K.
         batch_sizes: int64, how many pieces have each timestep.
-        index: int64 [M], which row of the padded batch each packed row is.
+        index: int64 [M], which row of the padded batch each packed row is: t * B + b, or
+            b * T + t with `batch_first`.
     """
 
-    def __init__(self, masks: Masks, timesteps: int, batch_size: int):
+    def __init__(self, masks: Masks, timesteps: int, batch_size: int, batch_first: bool = False):
         lengths, resets = (None if mask is None else mask.contiguous() for mask in masks[:2])
         native = cpu_library_error() is None
         cut = torch.ops.fused_rnn_cpu.cut.default if native else _cut
         # By direction: where a piece's initial states are, those of row b at b, others at B + b;
         # the piece whose last state is the row's, rows without one keep theirs, at K + b.
         self.batch_sizes, self.index, self._sources, self._finals = cut(
-            lengths, resets, timesteps, batch_size
+            lengths, resets, timesteps, batch_size, batch_first
         )
         self.batch_size, self.count = batch_size, self._sources.shape[1]
         self._has_resets = resets is not None
@@ -70,10 +71,14 @@ class Pieces:
         states, reset = both.split(self.batch_size, 1)
         return states.clone(memory_format=torch.contiguous_format), reset.contiguous()
 
-    def final(self, states: Tensor, initial: Tensor) -> Tensor:
-        """[D, B, ...] the states each row ends with, from those of the pieces [D, K, ...]."""
+    def final(self, states: Tensor, initial: Tensor | None) -> Tensor:
+        """[D, B, ...] the states each row ends with, from those of the pieces [D, K, ...].
+
+        `initial` [D, B, ...] have the rows without one; None for zeros."""
         if self._every_row_has_one:
             return states.index_select(1, self._finals[0])
+        if initial is None:
+            initial = states.new_zeros((states.shape[0], self.batch_size, *states.shape[2:]))
         both = torch.cat((states, initial), 1)
         return torch.stack([s[i] for s, i in zip(both, self._finals, strict=False)])
 
@@ -87,7 +92,7 @@ class Pieces:
 
 
 def _cut(
-    lengths: Tensor | None, resets: Tensor | None, steps: int, batch: int
+    lengths: Tensor | None, resets: Tensor | None, steps: int, batch: int, batch_first: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What csrc/cpu/pieces.cpp does, for where there is no library: batch_sizes, index, sources
     [2, K] and finals [2, B]. Row by row and from left to right first, then sorted."""
@@ -111,7 +116,8 @@ def _cut(
     sizes = torch.bincount(length, minlength=longest + 1).flip(0).cumsum(0).flip(0)[1:]
     step = torch.repeat_interleave(torch.arange(longest), sizes)
     piece = torch.arange(len(step)) - (sizes.cumsum(0) - sizes)[step]
-    index = (start[piece] + step) * batch + row[piece]
+    of_step, of_row = (1, steps) if batch_first else (batch, 1)
+    index = (start[piece] + step) * of_step + row[piece] * of_row
     sources = torch.stack((row + batch * (~first | afresh[row]), row + batch * ~last))
     finals = torch.arange(count, count + batch).repeat(2, 1)
     for out, which in zip(finals, (last, first), strict=True):

@@ -1,0 +1,276 @@
+"""The short way of rows that end early or start afresh (fused_rnn/training.py): the general way's
+bits, in training and in inference, packed once for a whole stack."""
+
+import itertools
+
+import pytest
+import torch
+from test_streaming import Ways, assert_general, flat, states
+from test_training_calls import assert_same_bits, leaves, run, weighted
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import fused_rnn
+from fused_rnn import training
+from fused_rnn.cells import CELLS
+from fused_rnn.modules import make_module
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+INPUTS, HIDDEN, STEPS = 5, 18, 9
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    return Ways(monkeypatch, training)
+
+
+class Masked(nn.Module):
+    """A layer with its masks, called as one without."""
+
+    def __init__(self, module, **masks):
+        super().__init__()
+        self.module, self.masks = module, masks
+
+    def forward(self, *args):
+        return self.module(*args, **self.masks)
+
+
+OPTIONS = [
+    {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first}
+    for layers, bidirectional, batch_first in itertools.product(
+        (1, 2), (False, True), (False, True)
+    )
+]
+MASKS = {
+    "lengths": ((3, 9, 1, 9, 4), 0.0),
+    "rows without a step": ((0, 5, 0, 9, 2), 0.0),
+    "resets": (None, 0.3),
+    "both": ((3, 9, 0, 1, 4), 0.3),
+}
+
+
+def masks_of(name, batch_first, dtype=torch.int64):
+    lengths, part = MASKS[name]
+    masks = {} if lengths is None else {"lengths": torch.tensor(lengths, dtype=dtype)}
+    if part:
+        resets = torch.rand(STEPS, 5) < part
+        masks["resets"] = resets.t() if batch_first else resets
+    return masks
+
+
+def assert_short(ways, function, *args):
+    """The bits of the general way, and not by it."""
+    before = ways.direct
+    actual = function(*args)
+    assert ways.direct == before + 1, "took the general way"
+    assert_same_bits(flat(actual), flat(ways.call_generally(function, *args)))
+    return actual
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ".".join(map(str, map(int, o.values()))))
+def test_masked_layers_have_the_general_ways_bits(cell, options, masks, ways):
+    module = make_module(cell, INPUTS, HIDDEN, **options)
+    batch_first = options["batch_first"]
+    masked = Masked(module, **masks_of(masks, batch_first))
+    parts = options["num_layers"] * (1 + options["bidirectional"])
+    x = torch.randn(*((5, STEPS) if batch_first else (STEPS, 5)), INPUTS)
+    for hx in (None, states(cell, parts, 5, HIDDEN)):
+        assert_short(ways, run, masked, x, hx)
+        with torch.no_grad():
+            outputs = assert_short(ways, masked, x, hx)
+        assert not any(t.requires_grad for t in flat(outputs))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", OPTIONS[::2], ids=lambda o: ".".join(map(str, o.values())))
+def test_packed_inference_has_the_general_ways_bits(cell, options, ways):
+    module = make_module(cell, INPUTS, HIDDEN, **options)
+    parts = options["num_layers"] * (1 + options["bidirectional"])
+    packed = pack_sequence([torch.randn(n, INPUTS) for n in (3, 9, 1, 9, 4)], enforce_sorted=False)
+    for hx in (None, states(cell, parts, 5, HIDDEN)):
+        with torch.inference_mode():
+            assert_short(ways, module, packed, hx)
+
+
+def test_projection(ways):
+    module = fused_rnn.LSTM(INPUTS, HIDDEN, num_layers=2, bidirectional=True, proj_size=4)
+    for hx in (None, (torch.randn(4, 5, 4), torch.randn(4, 5, HIDDEN))):
+        assert_short(
+            ways, run, Masked(module, **masks_of("both", False)), torch.randn(STEPS, 5, INPUTS), hx
+        )
+
+
+def test_what_needs_no_gradient_saves_nothing(ways):
+    module = fused_rnn.LSTM(INPUTS, HIDDEN).requires_grad_(False)
+    y, final = assert_short(
+        ways, Masked(module, **masks_of("both", False)), torch.randn(STEPS, 5, INPUTS)
+    )
+    assert not any(t.requires_grad for t in (y, *final))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_lengths_of_any_integer_type(dtype, ways):
+    masked = Masked(fused_rnn.GRU(INPUTS, HIDDEN), **masks_of("lengths", False, dtype))
+    assert_short(ways, run, masked, torch.randn(STEPS, 5, INPUTS))
+
+
+def test_rows_that_do_not_lie_together(ways):
+    masked = Masked(fused_rnn.GRU(INPUTS, HIDDEN, batch_first=True), **masks_of("both", True))
+    x = torch.randn(STEPS, 5, 2 * INPUTS)[..., ::2].transpose(0, 1)
+    assert_short(ways, run, masked, x)
+    # A gradient that is not contiguous, and one that every row shares.
+    for loss in (lambda y: y[0].mT.sum(1).square().sum(), lambda y: y[0].sum()):
+        assert_short(ways, lambda *args, loss=loss: run(*args, loss=loss), masked, x)
+
+
+def test_many_rows_on_several_threads(ways, num_threads):
+    num_threads(2)
+    lengths = torch.randint(0, 41, (150,))
+    masked = Masked(fused_rnn.LSTM(64, 32), lengths=lengths, resets=torch.rand(40, 150) < 0.1)
+    assert_short(ways, run, masked, torch.randn(40, 150, 64))
+
+
+def test_states_afresh_dropout_and_all_states_take_the_general_way(ways):
+    module, x = fused_rnn.GRU(INPUTS, HIDDEN, 2, dropout=0.5), torch.randn(STEPS, 5, INPUTS)
+    masks = masks_of("both", False)
+
+    def call(**options):
+        torch.manual_seed(0)
+        return module(x, **masks, **options)
+
+    assert_general(ways, call)
+    module.eval()
+    assert_short(ways, call)
+    for options in ({"reset_hx": torch.randn(2, 5, HIDDEN)}, {"return_states": True}):
+        assert_general(ways, lambda options=options: call(**options))
+    again = fused_rnn.GRU(INPUTS, HIDDEN, recompute=True)
+    assert_general(ways, lambda: again(x, **masks))
+
+
+BAD = {
+    "size": {"lengths": torch.tensor([3, 9, 1, 9])},
+    "rank": {"lengths": torch.tensor([[3, 9, 1, 9, 4]])},
+    "too long": {"lengths": torch.tensor([3, 10, 1, 9, 4])},
+    "negative": {"lengths": torch.tensor([3, 9, -1, 9, 4])},
+    "float": {"lengths": torch.tensor([3.0, 9.0, 1.0, 9.0, 4.0])},
+    "bool": {"lengths": torch.ones(5, dtype=torch.bool)},
+    "list": {"lengths": [3, 9, 1, 9, 4]},
+    "meta": {"lengths": torch.ones(5, dtype=torch.int64, device="meta")},
+    "sparse": {"lengths": torch.tensor([3, 9, 1, 9, 4]).to_sparse()},
+    "resets' shape": {"resets": torch.zeros(5, STEPS, dtype=torch.bool)},
+    "resets' dtype": {"resets": torch.zeros(STEPS, 5)},
+    "resets' type": {"resets": True},
+}
+
+
+@pytest.mark.parametrize("masks", BAD.values(), ids=BAD)
+def test_bad_masks_get_the_general_ways_error(masks, ways):
+    masked, x = Masked(fused_rnn.GRU(INPUTS, HIDDEN), **masks), torch.randn(STEPS, 5, INPUTS)
+    error, message = assert_general(ways, masked, x)
+    assert issubclass(error, (TypeError, ValueError, RuntimeError, NotImplementedError)), message
+
+
+def test_masks_of_what_has_no_rows_or_steps_take_the_general_way(ways):
+    module = fused_rnn.GRU(INPUTS, HIDDEN)
+    for steps, lengths in ((STEPS, [0, 0]), (0, [0, 0]), (STEPS, [])):
+        masked = Masked(module, lengths=torch.tensor(lengths, dtype=torch.int64))
+        assert_general(ways, masked, torch.randn(steps, len(lengths), INPUTS))
+    packed = pack_sequence([torch.randn(2, INPUTS)])
+    assert_general(ways, Masked(module, lengths=torch.tensor([2])), packed)
+    assert_general(ways, Masked(module, lengths=torch.tensor([2])), torch.randn(2, INPUTS))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, HIDDEN), (5, HIDDEN), (1, 5, HIDDEN + 1), (2, 5, HIDDEN)])
+def test_states_that_do_not_fit(shape, ways):
+    masked = Masked(fused_rnn.GRU(INPUTS, HIDDEN), **masks_of("lengths", False))
+    error, _ = assert_general(ways, masked, torch.randn(STEPS, 5, INPUTS), torch.randn(shape))
+    assert error is RuntimeError
+
+
+def test_transforms_and_contexts_take_the_general_way(ways):
+    masked = Masked(fused_rnn.GRU(INPUTS, HIDDEN), **masks_of("both", False))
+    x = torch.randn(STEPS, 5, INPUTS)
+    assert_general(ways, lambda: torch.func.grad(lambda x: masked(x)[0].sum())(x))
+    with fused_rnn.backend("reference"):
+        assert_general(ways, masked, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_general(ways, masked, x)
+
+
+def test_double_backward(ways):
+    masked = Masked(
+        fused_rnn.LSTM(INPUTS, HIDDEN, num_layers=2, bidirectional=True), **masks_of("both", False)
+    )
+
+    def penalty():
+        x = leaves(torch.randn(STEPS, 5, INPUTS, generator=torch.Generator().manual_seed(0)))
+        (grad,) = torch.autograd.grad(weighted(flat(masked(x))), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), list(masked.parameters()))
+
+    before = ways.direct
+    actual = penalty()
+    assert ways.direct == before + 1
+    for a, e in zip(actual, ways.call_generally(penalty), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_a_batch_of_gradients_at_once(ways):
+    masked = Masked(fused_rnn.GRU(INPUTS, HIDDEN), **masks_of("both", False))
+    x = torch.randn(STEPS, 5, INPUTS, requires_grad=True)
+    y = masked(x)[0]
+    grads = torch.randn(3, *y.shape)
+    (together,) = torch.autograd.grad(y, x, grads, retain_graph=True, is_grads_batched=True)
+    for grad, expected in zip(grads, together, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(y, x, grad, retain_graph=True)[0], expected)
+
+
+def test_a_stateful_module_goes_on(ways):
+    module = fused_rnn.GRU(INPUTS, HIDDEN, stateful=True)
+    masked, x = (
+        Masked(module, **masks_of("rows without a step", False)),
+        torch.randn(STEPS, 5, INPUTS),
+    )
+
+    def twice():
+        module.reset_states()
+        return masked(x), masked(x)
+
+    actual = twice()
+    assert ways.direct == 2
+    assert_same_bits(flat(actual), flat(ways.call_generally(twice)))
+
+
+@pytest.mark.parametrize("count", [1, 700])
+def test_rows_there_and_back(count):
+    rows = torch.randn(count, 130)
+    index = torch.randperm(count)[: max(1, count // 2)]
+    gathered = torch.ops.fused_rnn_cpu.gather_rows(rows, index)
+    assert torch.equal(gathered, rows[index])
+    spread = torch.ops.fused_rnn_cpu.spread_rows(gathered, index, count)
+    assert torch.equal(spread, torch.zeros_like(rows).index_copy(0, index, gathered))
+
+
+def test_rows_that_cannot_be_moved():
+    operators, rows, index = torch.ops.fused_rnn_cpu, torch.randn(3, 4), torch.tensor([2, 0])
+    for change, match in (
+        ({"rows": rows.double()}, "rows: expected dtype Float, got Double"),
+        ({"rows": rows[0]}, "rows: expected a 2-D CPU tensor"),
+        ({"rows": rows.mT}, "rows: expected a contiguous tensor"),
+        ({"index": index.int()}, "index: expected dtype Long, got Int"),
+        ({"index": index[None]}, "index: expected a 1-D CPU tensor"),
+        ({"index": torch.tensor([0, 3])}, "index: expected values from 0 to 2, got 3"),
+        ({"index": torch.tensor([-1, 0])}, "index: expected values from 0 to 2, got -1"),
+    ):
+        arguments = {"rows": rows, "index": index} | change
+        with pytest.raises(RuntimeError, match=match):
+            operators.gather_rows(**arguments)
+        arguments["rows"] = arguments["rows"][:2]
+        with pytest.raises(RuntimeError, match=match):
+            operators.spread_rows(**arguments, count=3)
+    with pytest.raises(RuntimeError, match=r"index: expected shape \[3\], got \[2\]"):
+        operators.spread_rows(rows, index, 3)
+    with pytest.raises(RuntimeError, match="count: expected a number of rows, got -1"):
+        operators.spread_rows(rows[:2], index, -1)
