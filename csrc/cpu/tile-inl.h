@@ -10,12 +10,15 @@ constexpr int kMaxColumns = 4;
 
 // Rows of a tile of `columns` vectors: as many as the registers hold. AVX-512 and ARM have 32.
 // Measured with AVX-512 on a prototype of this tile: 3 columns of 8 rows and 4 of 6 reach 92% of
-// FMA peak, 4 of 4 reach 73%.
+// FMA peak, 4 of 4 reach 73%. AVX2's 16 are one too few for 4 columns of 3 rows, which reach 66% of
+// it; 2 columns of 6 rows and then 2 more reach 99%. Without FMA that gains nothing.
+constexpr bool kTwoColumnsAtATime = FUSED_RNN_VECTOR_WIDTH == 8;
+
 constexpr int vector_rows(int columns) {
 #if FUSED_RNN_VECTOR_WIDTH == 16 || defined(__aarch64__)
   constexpr int rows[] = {12, 12, 8, 6};
 #else
-  constexpr int rows[] = {8, 6, 4, 3};
+  constexpr int rows[] = {8, 6, 4, kTwoColumnsAtATime ? 6 : 3};
 #endif
   return rows[columns - 1];
 }
@@ -33,11 +36,11 @@ constexpr bool kOfHalves = false;
 template <>
 constexpr bool kOfHalves<HalfPair> = true;
 
-// tile [ROWS, COLUMNS] = a [ROWS, depth] times panel [words, COLUMNS]. Panels are words, floats as
-// such or, of a stepper, pairs of halves.
+// tile [ROWS, COLUMNS] = a [ROWS, depth] times panel [words, COLUMNS], which are of ALL columns that
+// lie side by side. Panels are words, floats as such or, of a stepper, pairs of halves.
 constexpr int64_t kChain = 256;
 
-template <int COLUMNS, int ROWS, class Word>
+template <int COLUMNS, int ROWS, int ALL = COLUMNS, class Word>
 __attribute__((noinline)) void multiply_chain(int64_t depth, const Element* a, int64_t a_stride,
                                               const Word* panel, bool add, Vector* tile) {
   Vector sum[ROWS][COLUMNS];
@@ -62,7 +65,7 @@ __attribute__((noinline)) void multiply_chain(int64_t depth, const Element* a, i
     for (int column = 0; column < COLUMNS; column++) {
       b[column] = load((const float*)(panel + column * kWidth));
     }
-    panel += COLUMNS * kWidth;
+    panel += ALL * kWidth;
   };
   const auto word_at = [](const Element* p) { return broadcast_word(p); };
   int64_t k = 0;
@@ -95,31 +98,32 @@ __attribute__((noinline)) void multiply_chain(int64_t depth, const Element* a, i
   for (int row = 0; row < ROWS; row++) {
     FUSED_RNN_UNROLL
     for (int column = 0; column < COLUMNS; column++) {
-      Vector* to = tile + row * COLUMNS + column;
+      Vector* to = tile + row * ALL + column;
       *to = add ? *to + sum[row][column] : sum[row][column];
     }
   }
 }
 
-template <int COLUMNS, int ROWS, class Word>
+template <int COLUMNS, int ROWS, int ALL = COLUMNS, class Word>
 void multiply_tile(int64_t depth, const Element* a, int64_t a_stride, const Word* panel,
                    Vector* tile) {
   for (int64_t k = 0; k == 0 || k < depth; k += kChain) {
-    multiply_chain<COLUMNS, ROWS>(smaller(kChain, depth - k), a + k, a_stride, panel, k > 0, tile);
-    panel += kChain / (kOfHalves<Word> ? 2 : kPairs) * COLUMNS * kWidth;
+    multiply_chain<COLUMNS, ROWS, ALL>(smaller(kChain, depth - k), a + k, a_stride, panel, k > 0,
+                                       tile);
+    panel += kChain / (kOfHalves<Word> ? 2 : kPairs) * ALL * kWidth;
   }
 }
 
-template <int COLUMNS, int ROWS = vector_rows(COLUMNS), class Word>
+template <int COLUMNS, int ROWS = vector_rows(COLUMNS), int ALL = COLUMNS, class Word>
 void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, const Word* panel,
                    Vector* tile) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
-      multiply_rows<COLUMNS, ROWS - 1>(rows, depth, a, a_stride, panel, tile);
+      multiply_rows<COLUMNS, ROWS - 1, ALL>(rows, depth, a, a_stride, panel, tile);
       return;
     }
   }
-  multiply_tile<COLUMNS, ROWS>(depth, a, a_stride, panel, tile);
+  multiply_tile<COLUMNS, ROWS, ALL>(depth, a, a_stride, panel, tile);
 }
 
 template <class Word>
@@ -133,7 +137,15 @@ static void multiply_words(int columns, int rows, int64_t depth, const Element* 
     case 3:
       return multiply_rows<3>(rows, depth, a, a_stride, panel, tile);
     default:
-      return multiply_rows<4>(rows, depth, a, a_stride, panel, tile);
+      if constexpr (kTwoColumnsAtATime) {
+        constexpr int kRows = 2;  // whose sums of 2 columns are too few to hide their latency
+        if (rows <= kRows) return multiply_rows<4, kRows>(rows, depth, a, a_stride, panel, tile);
+        multiply_rows<2, vector_rows(4), 4>(rows, depth, a, a_stride, panel, tile);
+        return multiply_rows<2, vector_rows(4), 4>(rows, depth, a, a_stride, panel + 2 * kWidth,
+                                                   tile + 2);
+      } else {
+        return multiply_rows<4>(rows, depth, a, a_stride, panel, tile);
+      }
   }
 }
 
