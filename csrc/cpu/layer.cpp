@@ -22,10 +22,14 @@ constexpr double kFlopsPerMeeting = 2e4;
 // the register tile, and every thread would stream all weights for them.
 constexpr int64_t kRowsPerThread = 8;
 // Or up to so many, where W_hh is of so many bytes that it comes from L3 in every step: split, each
-// thread reads a part of it. With AMX and two threads, time of rows over that of units at B = 20 to
-// 48 and H = 400 to 1150: LSTM 1.1 to 1.4 in inference and 1.0 to 1.15 in training, GRU 1.1 to 1.25
-// and 1.0 to 1.1; below these bytes 0.85 to 1.05, and at B=64 0.95 to 1.05.
-constexpr int64_t kRowsPerThreadOfL3 = 32;
+// thread reads a part of it. Two threads, time of rows over that of units: with AMX at B = 20 to 48
+// and H = 400 to 1150 LSTM 1.1 to 1.4 in inference and 1.0 to 1.15 in training, GRU 1.1 to 1.25 and
+// 1.0 to 1.1; at B = 64 and 96, H = 512 to 1024 1.05 to 1.2 in inference, 0.95 to 1.0 in backward
+// passes, and with AVX-512 and AVX2 1.02 to 1.08 and about 1; with AMX at B = 128 and 256 0.9
+// to 1.0, and in bfloat16 0.95 from B=64 on. Below these bytes 0.85 to 1.05.
+template <class E>
+constexpr int64_t kForwardRowsOfL3 = std::is_same_v<E, float> ? 64 : 32;
+constexpr int64_t kBackwardRowsOfL3 = 32;
 constexpr int64_t kBytesOfL3 = 7 << 18;
 // One timestep of up to so many rows is computed from unpacked weights. GRU, H=128, 1, 4 and 8
 // rows: 4, 17 and 33 us, packing included 14, 18 and 25.
@@ -85,12 +89,12 @@ struct Plan {
   bool units;       // over hidden units, else over batch rows
   int64_t members;  // threads per direction
 
-  Plan(const LayerShape& s, int64_t element_bytes, const Threads& threads) {
+  Plan(const LayerShape& s, int64_t element_bytes, int64_t rows_of_l3, const Threads& threads) {
     const int64_t count = recurrent_flops(s) > kSerialFlops ? threads.count : 1;
     parallel = count > 1;
     members = std::max<int64_t>(1, count / s.directions);
     const int64_t bytes = cell_sizes(s.cell).gates * s.hidden * s.output * element_bytes;
-    const int64_t rows = bytes < kBytesOfL3 ? kRowsPerThread : kRowsPerThreadOfL3;
+    const int64_t rows = bytes < kBytesOfL3 ? kRowsPerThread : rows_of_l3;
     units = members > 1 && rows_of_step(s) < rows * members;
     if (!units) return;
     const double step = static_cast<double>(s.rows.batch) * recurrent_flops_per_row(s);
@@ -109,8 +113,8 @@ struct Plan {
 template <class E>
 class Call {
  public:
-  Call(const KernelsOf<E>& isa, const LayerShape& shape, const Threads& threads)
-      : isa_(isa), shape_(shape), threads_(threads), plan_(shape, sizeof(E), threads) {}
+  Call(const KernelsOf<E>& isa, const LayerShape& shape, int64_t rows_of_l3, const Threads& threads)
+      : isa_(isa), shape_(shape), threads_(threads), plan_(shape, sizeof(E), rows_of_l3, threads) {}
 
   const Plan& plan() const { return plan_; }
   float* take(int64_t count) { return workspace_.take(count); }
@@ -291,7 +295,7 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
   const LayerShape& s = call.shape;
   const CellSizes sizes = cell_sizes(s.cell);
   const int gates = static_cast<int>(sizes.gates);
-  Call<E> work(isa, s, threads);
+  Call<E> work(isa, s, kForwardRowsOfL3<E>, threads);
   const bool plain = !s.normed && !call.h_factor && !call.zoneout_h.any() &&
                      !call.zoneout_c.any() && !call.weights[0].peephole;
   if (plain && s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kStepRows &&
@@ -501,7 +505,7 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
   const LayerShape& s = call.shape;
   const CellSizes sizes = cell_sizes(s.cell);
   const int64_t width = grad_width(s);
-  Call<E> work(isa, s, threads);
+  Call<E> work(isa, s, kBackwardRowsOfL3, threads);
   const std::vector<Chunk> chunks =
       make_chunks(s.rows, rows_for(isa.chunk_bytes, width, isa.chunk_rows / (s.normed ? 2 : 1)));
   int64_t most_rows = 0;
