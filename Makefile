@@ -73,7 +73,7 @@ test-all: $(INSTALLED) $(EMULATED) .venv/.toolbox
 # that does not load would only make the tests skip; a report written while pytest captures the
 # file descriptor would be lost.
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-ASAN_TESTS := $(addprefix tests/test_,instruction_sets.py numbers.py threads.py)
+ASAN_TESTS := $(addprefix tests/test_,instruction_sets.py numbers.py threads.py ragged_calls.py)
 ASAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))"
 
