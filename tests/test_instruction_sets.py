@@ -89,7 +89,7 @@ def _small_batches(cell: str) -> list[LayerCase]:
 
 
 def _least_units_in_parts(cell: str) -> int:
-    return 128 if CELLS[cell].gates > 1 else 256
+    return 96 if CELLS[cell].gates > 1 else 128
 
 
 def _tiles(cell: str) -> list[LayerCase]:
@@ -98,8 +98,9 @@ def _tiles(cell: str) -> list[LayerCase]:
     least = _least_units_in_parts(cell)
     cases = [
         case(20, 33, 45, least + 2, directions=2),
-        case(22, 24, 33, least + 31, bias=False),
+        case(26, 20, 33, least + 31, bias=False),
         case(9, 64, 64, least),
+        case(8, 64, 160, 270),  # beyond a depth of one column at a time
         case(5, 129, 7, least + 17),
         case(19, 28, 16, least + 22, directions=2),
         packed([25] * 20 + [3] * 17 + [1], 17, least + 1, directions=2),

@@ -41,16 +41,18 @@ constexpr int64_t kInputSideBytes = 512 << 10;
 constexpr int64_t kInputSideRows = 256;
 
 // Elements are taken in parts where a product has so many rows: with fewer, reading the weights
-// takes as long as multiplying, and parts are half as many bytes again.
-constexpr int64_t kRowsInParts = 24;
+// takes as long as multiplying, and parts are half as many bytes again. AVX-512's time over that of
+// parts at B=20: 1.15 in inference at H=128, else 1.0; at B=16 1.0, at B=12 0.96 to 1.0.
+constexpr int64_t kRowsInParts = 20;
 // And where a call has so many: cutting the weights costs more than packing them does. With 128
 // rows of a batch of 1, GRU's inference at H=128 took 1.25 times as long in parts.
 constexpr int64_t kCallRowsInParts = 512;
 // And where a layer is wide, for cutting a row to be little beside its products and a tile's depth
-// to be full. In training, AVX-512's time over that of parts: GRU and LSTM 0.9 at H=72 and 100, 1.0
-// at 112, 1.1 to 1.2 at 128; RNN 0.9 at H=128, 1.1 at 256.
-constexpr int64_t kUnitsInParts = 128;
-constexpr int64_t kGateUnitsInParts = 256;
+// to be full. AVX-512's time over that of parts in inference and in training: GRU and LSTM 1.1 and
+// 0.8 to 0.9 at H=64, 1.1 and 0.95 at 80, 1.3 and 1.03 at 96, 1.1 and 1.02 at 100; RNN 0.9 at H=100,
+// 1.2 and 1.0 at 128, 1.4 and 1.1 at 192.
+constexpr int64_t kUnitsInParts = 96;
+constexpr int64_t kGateUnitsInParts = 128;
 
 int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
   return std::max(least, bytes / (floats_per_row * static_cast<int64_t>(sizeof(float))));
