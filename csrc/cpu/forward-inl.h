@@ -39,8 +39,7 @@ FUSED_RNN_INLINE void project_tile(const InputRows<To, Results>& r, int64_t firs
 // Inlined, with `project`, into every scan: 2.5% of an LSTM's inference at (T, B, H) = (32, 8, 64).
 template <int GATES, class To, class Results>
 FUSED_RNN_INLINE void project_panel(const InputRows<To, Results>& r, int64_t count,
-                                    const Panel& panel,
-                                    const PackedMatrix& w, const float* bias) {
+                                    const Panel& panel, const PackedMatrix& w, const float* bias) {
   for_each_tile(0, count, panel, GATES * panel.vectors, [&](int64_t first, int rows) {
     project_tile<GATES>(r, first, rows, panel, w, bias);
   });
@@ -144,8 +143,8 @@ FUSED_RNN_INLINE void project(const ForwardParams& p, const Share& share, const 
     }
   };
 #if defined(FUSED_RNN_PARTS)
-  // Rows in parts lie one after the other, whatever steps they are of, and fill tiles together: with
-  // two threads, GRU's and LSTM's inference at B = 40 and 80, H=256, takes 1.1 times less.
+  // Rows in parts lie one after the other, whatever steps they are of, and fill tiles together:
+  // with two threads, GRU's and LSTM's inference at B = 40 and 80, H=256, takes 1.1 times less.
   if (w_ih.parts > 1) {
     int64_t all = 0, cut = 0;
     for_each_group([&](Rows, int64_t, int64_t count) { all += count; });
@@ -309,7 +308,8 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
         for_each(share, w_second, 1, reset_states,
                  [&](const ForwardRows&, const Operand& r_h, int64_t first, int rows,
                      const Panel& panel) {
-                   project_tile<1>(InputRows<float>{r_h, gh_n}, first, rows, panel, w_second, nullptr);
+                   project_tile<1>(InputRows<float>{r_h, gh_n}, first, rows, panel, w_second,
+                                   nullptr);
                  });
         for_each_row(normed_candidate_row<Cell>);
       }

@@ -49,8 +49,8 @@ constexpr int64_t kRowsInParts = 20;
 constexpr int64_t kCallRowsInParts = 512;
 // And where a layer is wide, for cutting a row to be little beside its products and a tile's depth
 // to be full. AVX-512's time over that of parts in inference and in training: GRU and LSTM 1.1 and
-// 0.8 to 0.9 at H=64, 1.1 and 0.95 at 80, 1.3 and 1.03 at 96, 1.1 and 1.02 at 100; RNN 0.9 at H=100,
-// 1.2 and 1.0 at 128, 1.4 and 1.1 at 192.
+// 0.8 to 0.9 at H=64, 1.1 and 0.95 at 80, 1.3 and 1.03 at 96, 1.1 and 1.02 at 100; RNN 0.9 at
+// H=100, 1.2 and 1.0 at 128, 1.4 and 1.1 at 192.
 constexpr int64_t kUnitsInParts = 96;
 constexpr int64_t kGateUnitsInParts = 128;
 

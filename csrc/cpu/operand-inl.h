@@ -224,8 +224,9 @@ FUSED_RNN_INLINE int tile_rows(const Panel& panel, int columns) {
   return vector_rows(columns);
 }
 
-// Calls body(first row, rows) for tiles of [begin, end). Registers take tiles that differ by at most
-// one row, as each has its latency to hide. AMX takes full ones and a rest: half a tile costs half.
+// Calls body(first row, rows) for tiles of [begin, end). Registers take tiles that differ by at
+// most one row, as each has its latency to hide. AMX takes full ones and a rest: half a tile costs
+// half.
 template <class Body>
 FUSED_RNN_INLINE void for_each_tile(int64_t begin, int64_t end, const Panel& panel, int columns,
                                     Body body) {

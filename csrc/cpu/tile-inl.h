@@ -1,10 +1,10 @@
 // The register tile that matrix products are made of where there is no AMX.
 //
 // Every sum is one chain of multiply-adds in the order of k, so an element does not depend on the
-// tile, batch, thread count or vector width it was computed with. Over a long depth there is a chain
-// for every kChain of it, which are added up: at H=1024, where backward's depth is 4096, one chain
-// left the gradient of x 2.6 times as far from the exact one as torch.nn's is, chains of 512 1.2
-// times, of 256 0.9 times, none of them measurably slower than another.
+// tile, batch, thread count or vector width it was computed with. Over a long depth there is a
+// chain for every kChain of it, which are added up: at H=1024, where backward's depth is 4096, one
+// chain left the gradient of x 2.6 times as far from the exact one as torch.nn's is, chains of
+// 512 1.2 times, of 256 0.9 times, none of them measurably slower than another.
 
 constexpr int kMaxColumns = 4;
 
@@ -36,8 +36,8 @@ constexpr bool kOfHalves = false;
 template <>
 constexpr bool kOfHalves<HalfPair> = true;
 
-// tile [ROWS, COLUMNS] = a [ROWS, depth] times panel [words, COLUMNS], which are of ALL columns that
-// lie side by side. Panels are words, floats as such or, of a stepper, pairs of halves.
+// tile [ROWS, COLUMNS] = a [ROWS, depth] times panel [words, COLUMNS], which are of ALL columns
+// that lie side by side. Panels are words, floats as such or, of a stepper, pairs of halves.
 constexpr int64_t kChain = 256;
 
 template <int COLUMNS, int ROWS, int ALL = COLUMNS, class Word>
