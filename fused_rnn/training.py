@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import direct, ops
 from .backends.pieces import Pieces
 from .cells import Cell
+from .native import cpu_library_error
 from .problem import NO_NOISE, Masks
 
 # Up to so many floats, 1 MiB, the copy that a batch-first input needs is kept for backward. The
@@ -198,9 +199,9 @@ def _run(
 def _cut(x: Tensor, lengths: Any, resets: Any, batch_first: bool) -> Pieces | None:
     """None: not for here, or no step is left."""
     masks = [mask for mask in (lengths, resets) if mask is not None]
-    if not direct.PLAIN_TYPES.issuperset(map(type, masks)) or x.is_nested:
+    if cpu_library_error() is not None or not direct.PLAIN_TYPES.issuperset(map(type, masks)):
         return None
-    if any(m.is_nested or m.layout != torch.strided or not m.is_cpu for m in masks):
+    if any(t.is_nested or t.layout != torch.strided or not t.is_cpu for t in (x, *masks)):
         return None
     timesteps, batch_size = x.shape[1::-1] if batch_first else x.shape[:2]
     if lengths is not None:

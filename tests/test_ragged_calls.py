@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_rnn
-from fused_rnn import training
+from fused_rnn import direct, training
+from fused_rnn.backends import pieces
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
@@ -171,6 +172,23 @@ def test_bad_masks_get_the_general_ways_error(masks, ways):
     masked, x = Masked(fused_rnn.GRU(INPUTS, HIDDEN), **masks), torch.randn(STEPS, 5, INPUTS)
     error, message = assert_general(ways, masked, x)
     assert issubclass(error, (TypeError, ValueError, RuntimeError, NotImplementedError)), message
+
+
+def test_unusual_inputs_take_the_general_way(ways):
+    masked, x = Masked(fused_rnn.GRU(INPUTS, HIDDEN), **masks_of("both", False)), None
+    for x in (torch.randn(STEPS, 5, INPUTS), torch.randn(STEPS, 5, INPUTS + 1)):
+        for change in (torch.Tensor.double, torch.Tensor.to_sparse, lambda x: x.to("meta")):
+            assert_general(ways, masked, change(x))
+    assert_general(ways, masked, x)
+
+
+def test_without_the_library(ways, monkeypatch):
+    for module in (training, direct, pieces):
+        monkeypatch.setattr(module, "cpu_library_error", lambda: "no library")
+    monkeypatch.setattr(training, "_gather", None)  # whose operator would not be there
+    masked = Masked(fused_rnn.GRU(INPUTS, HIDDEN), **masks_of("both", False))
+    with fused_rnn.backend("auto"):
+        assert_general(ways, masked, torch.randn(STEPS, 5, INPUTS))
 
 
 def test_masks_of_what_has_no_rows_or_steps_take_the_general_way(ways):
