@@ -56,7 +56,6 @@ def layers(
     states = _states_of_ordinary(cell, x, weights, hx)
     if states is None or x.dim() != (2 if is_packed else 3):
         return None
-    save = _wants_gradients(x, *weights, *states)
     dropout = dropout if module.training and num_layers > 1 else 0.0
     batch_first = module.batch_first and not is_packed
     pieces = None
@@ -75,10 +74,10 @@ def layers(
         return None
     directions = 2 if module.bidirectional else 1
     if num_layers == 1:
-        result = _run(cell, x, states, weights, directions, batch_sizes, pieces, save)
+        result = _run(cell, x, states, weights, directions, batch_sizes, pieces)
     else:
         result = _run_stack(
-            cell, x, states, weights, directions, batch_sizes, pieces, save, num_layers, dropout
+            cell, x, states, weights, directions, batch_sizes, pieces, num_layers, dropout
         )
     if result is None:
         return None
@@ -100,9 +99,7 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     states = _states_of_ordinary(cell, input, weights, hx)
     if states is None or input.dim() != 2 or weights[1].shape[-1] != module.hidden_size:
         return None
-    result = _run(
-        cell, input, states, weights, 1, None, None, _wants_gradients(input, *weights, *states)
-    )
+    result = _run(cell, input, states, weights, 1)
     return result if result is None or cell.has_c else result[0]
 
 
@@ -131,10 +128,15 @@ def _time_first(input: Tensor) -> Tensor | None:
 
 def _in_order(states: _States, order: Tensor) -> _States | None:
     """Of the rows of a PackedSequence; or None: they are not as many."""
-    if any(s is not None and (s.dim() != 3 or s.shape[1] != order.shape[0]) for s in states):
+    if not _have_rows(states, order.shape[0]):
         return None
     h0, c0 = (None if s is None else s.index_select(1, order) for s in states)
     return h0, c0
+
+
+def _have_rows(states: _States, count: int) -> bool:
+    """Whether they are of so many batch rows; the library looks at the rest."""
+    return all(s is None or (s.dim() == 3 and s.shape[1] == count) for s in states)
 
 
 def _run_stack(
@@ -145,7 +147,6 @@ def _run_stack(
     directions: int,
     batch_sizes: Tensor | None,
     pieces: Pieces | None,
-    save: bool,
     num_layers: int,
     dropout: float,
 ) -> list[Tensor] | None:
@@ -158,7 +159,7 @@ def _run_stack(
         span = slice(layer * directions, (layer + 1) * directions)
         h0, c0 = (None if state is None else state[span] for state in states)
         of_layer = weights[layer * per_layer : (layer + 1) * per_layer]
-        result = _run(cell, x, (h0, c0), of_layer, directions, batch_sizes, pieces, save)
+        result = _run(cell, x, (h0, c0), of_layer, directions, batch_sizes, pieces)
         if result is None:
             return None
         x, *final = result
@@ -174,16 +175,16 @@ def _run(
     states: _States,  # [D, B, P] and [D, B, H], or [B, H]; or None for zeros
     weights: list[Tensor],  # as in `ops.layer`
     directions: int,
-    batch_sizes: Tensor | None,
-    pieces: Pieces | None,  # of the padded batch whose rows x and states are
-    save: bool,
+    batch_sizes: Tensor | None = None,
+    pieces: Pieces | None = None,  # of the padded batch whose rows x and states are
 ) -> tuple[Tensor, ...] | None:
     """y, h_n (not of a timestep) and, where the cell has it, c_n; or None: not for here."""
     of_rows = states
     if pieces is not None:
-        if not _are_of_rows(states, pieces):
+        if not _have_rows(states, pieces.batch_size):
             return None
         states = tuple(None if s is None else pieces.initial(s, None) for s in states)
+    save = _wants_gradients(x, *states, *weights)
     with torch._C._AutoDispatchBelowAutograd():
         outputs = direct.train_layer(cell, x, *states, weights, batch_sizes, directions, save)
     if not outputs:
@@ -220,11 +221,6 @@ def _cut(x: Tensor, lengths: Any, resets: Any, batch_first: bool) -> Pieces | No
     return pieces if pieces.index.shape[0] else None
 
 
-def _are_of_rows(states: _States, pieces: Pieces) -> bool:
-    """Whether they can be cut; the library looks at the rest."""
-    return all(s is None or (s.dim() == 3 and s.shape[1] == pieces.batch_size) for s in states)
-
-
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
     """Rows of a padded batch [N, I] in the order of an index [M]."""
     if _wants_gradients(rows):
@@ -243,7 +239,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, index):
         ctx.index, ctx.count = index, rows.shape[0]
-        return torch.ops.fused_rnn_cpu.gather_rows(rows.contiguous(), index)
+        return _gather(rows, index)
 
     @staticmethod
     def backward(ctx, grad):
@@ -256,7 +252,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, index, count):
         ctx.index = index
-        return torch.ops.fused_rnn_cpu.spread_rows(rows, index, count)
+        return _spread(rows, index, count)
 
     @staticmethod
     def backward(ctx, grad):

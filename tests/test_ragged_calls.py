@@ -175,11 +175,12 @@ def test_bad_masks_get_the_general_ways_error(masks, ways):
 
 
 def test_unusual_inputs_take_the_general_way(ways):
-    masked, x = Masked(fused_rnn.GRU(INPUTS, HIDDEN), **masks_of("both", False)), None
-    for x in (torch.randn(STEPS, 5, INPUTS), torch.randn(STEPS, 5, INPUTS + 1)):
-        for change in (torch.Tensor.double, torch.Tensor.to_sparse, lambda x: x.to("meta")):
-            assert_general(ways, masked, change(x))
-    assert_general(ways, masked, x)
+    masked = Masked(fused_rnn.GRU(INPUTS, HIDDEN), **masks_of("both", False))
+    x, wide = torch.randn(STEPS, 5, INPUTS), torch.randn(STEPS, 5, INPUTS + 1)
+    for change in (torch.Tensor.double, torch.Tensor.to_sparse, lambda x: x.to("meta")):
+        assert_general(ways, masked, change(x))
+        assert_general(ways, masked, change(wide))
+    assert_general(ways, masked, wide)
 
 
 def test_without_the_library(ways, monkeypatch):

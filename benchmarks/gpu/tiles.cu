@@ -99,6 +99,10 @@ float milliseconds(const Data& data, int timesteps, const Fill& fill) {
   params.exchange = {data.memory, data.stalled, int64_t{1} << 31, tiles, 0, 0};
   params.hidden = params.pitch = data.hidden;
   params.directions = 1;
+  params.w_hh[0] = data.w_hh;
+  params.h0 = data.h0;
+  params.c0 = data.c0;
+  params.y = data.y;
   fill(params);
   cudaEvent_t begin, end;
   check_cuda(cudaEventCreate(&begin));
@@ -152,10 +156,6 @@ void forward(const char* what, int batch, bool saves) {
   const Data data(tile.hidden, batch);
   const auto fill = [&](ForwardParams& p) {
     p.gx = data.gx;
-    p.w_hh[0] = data.w_hh;
-    p.h0 = data.h0;
-    p.c0 = data.c0;
-    p.y = data.y;
     p.h_n = data.h_n;
     p.c_n = data.c_n;
     p.gates = saves ? data.gates : nullptr;
@@ -171,10 +171,6 @@ void backward(const char* what, int batch) {
   const Data data(tile.hidden, batch);
   report<Tile, BackwardParams, scan_backward<Cell, Element, Tile, kCell>>(
       what, data, data.grad_gates, kGates * data.hidden, [&](BackwardParams& p) {
-        p.w_hh[0] = data.w_hh;
-        p.h0 = data.h0;
-        p.c0 = data.c0;
-        p.y = data.y;
         p.gates = data.gates;
         p.cells = data.cells;
         p.grad_y = data.grad_y;

@@ -43,7 +43,7 @@ FUSED_RNN_INLINE void tile_multiply_add() {
 // Up to two columns of up to two halves of rows: sums in tiles 0 to 3, then A's, then B's.
 constexpr int kColumnsAtATime = 2;
 constexpr int kFirstTileOfA = 4;
-constexpr int kFirstTileOfB = 5;  // of up to 16 rows
+constexpr int kFirstTileOfB = kFirstTileOfA + 1;  // of up to 16 rows
 
 // Sums and A's tiles have as many rows as a product of up to 16 has; from 16 on, all have 16.
 struct TileRows {
@@ -215,10 +215,9 @@ static void multiply_tiles(int columns, int rows, int64_t depth, int64_t begin, 
   tile_rows_now.set(rows < 16 ? rows : 16);
   // The halves of 17 to 31 rows have some in common, which come out the same twice.
   const bool halves = rows > 16;
-  const bool short_chains = PARTS > 1 && halves && end - begin <= kShortDepth;
-  const int at_a_time = short_chains ? 1 : kColumnsAtATime;
+  const int at_a_time = PARTS > 1 && halves && end - begin <= kShortDepth ? 1 : kColumnsAtATime;
   for (int column = 0; column < columns; column += at_a_time) {
-    const bool two = !short_chains && column + 1 < columns;
+    const bool two = at_a_time == 2 && column + 1 < columns;
     if (halves) {
       two ? multiply_columns<PARTS, 2, 2>(p, column, columns, tile)
           : multiply_columns<PARTS, 1, 2>(p, column, columns, tile);
