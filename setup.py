@@ -125,7 +125,8 @@ def architecture_flags() -> list[str]:
 
 def library_sources() -> list[str]:
     kernels = list(ISA_FLAGS) if X86 else ["csrc/cpu/kernels_portable.cpp"]
-    names = ("library", "border", "infer", "train", "stepper", "pieces", "direct", "layer", "team")
+    operators = ("library", "border", "infer", "train", "saved", "stepper", "pieces")
+    names = (*operators, "direct", "layer", "team")
     return [*(f"csrc/cpu/{name}.cpp" for name in names), *kernels]
 
 

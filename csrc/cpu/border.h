@@ -60,13 +60,15 @@ class StateArrays {
 class NewTensors {
  public:
   Allocator allocator() { return {allocate, this}; }
+  float* add(Tensor tensor) {
+    tensors_.push_back(std::move(tensor));
+    return tensors_.back().mutable_data_ptr<float>();
+  }
   std::vector<Tensor> take() { return std::move(tensors_); }
 
  private:
   static float* allocate(void* context, const int64_t* sizes, int64_t dimensions) {
-    std::vector<Tensor>& tensors = static_cast<NewTensors*>(context)->tensors_;
-    tensors.push_back(empty(sizes, dimensions));
-    return tensors.back().mutable_data_ptr<float>();
+    return static_cast<NewTensors*>(context)->add(empty(sizes, dimensions));
   }
 
   std::vector<Tensor> tensors_;

@@ -12,8 +12,8 @@
 
 #include "border.h"
 #include "calls.h"
+#include "saved.h"
 #include "weights.h"
-#include "workspace.h"
 
 namespace fused_rnn {
 namespace {
@@ -146,11 +146,11 @@ std::vector<Tensor> train_layer_op(int64_t cell, const Tensor& x, std::vector<Te
     call.c_n = shapes.c.allocate(allocate);
   }
   if (const int64_t width = layer->sizes.saved_gates * s.hidden; save && width > 0) {
-    call.gates = allocate({directions, s.count, width});
-    const auto floats = static_cast<size_t>(directions * s.count * width);
-    advise_huge_pages_if_fresh(call.gates, floats * sizeof(float));
+    call.gates = outputs.add(empty_saved(directions, s.count, width));
   }
-  if (save && layer->sizes.has_c) call.cells = allocate({directions, s.count, s.hidden});
+  if (save && layer->sizes.has_c) {
+    call.cells = outputs.add(empty_saved(directions, s.count, s.hidden));
+  }
   layer_forward(kernels(), call, torch_threads());
   return outputs.take();
 }

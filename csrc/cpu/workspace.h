@@ -27,10 +27,12 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
+// Above this malloc maps every block for itself, and anew: its threshold grows no further.
+constexpr size_t kOwnMapping = size_t(32) << 20;
+
 // Memory that the allocator is sure to have mapped for this use alone; advice on other memory
 // would outlive it.
 inline void advise_huge_pages_if_fresh(void* data, size_t bytes) {
-  constexpr size_t kOwnMapping = size_t(32) << 20;
   if (bytes > kOwnMapping) advise_huge_pages(data, bytes);
 }
 
