@@ -71,7 +71,7 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
     if _wants_gradients():
         return None
-    weights = list(map(module._parameters.get, CELL_WEIGHTS[: 4 if module.bias else 2]))
+    weights = cell_weights(module)
     result = calls().infer_cell(cell.index, input, weights, hx, module.hidden_size)
     if result is not None:
         return result
@@ -79,6 +79,17 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     if not outputs:
         return None
     return (outputs[0], outputs[1]) if cell.has_c else outputs[0]
+
+
+def cell_weights(module: torch.nn.RNNCellBase) -> list[Tensor | None]:
+    """w_ih, w_hh and the biases there are, whatever `module.bias` says, as torch.nn takes them.
+    None stands for what is parametrized or was replaced by a plain attribute."""
+    parameters = module._parameters
+    weights = list(map(parameters.get, CELL_WEIGHTS))
+    # A cell without biases has an entry for each, which is None.
+    if weights[2] is weights[3] is None and "bias_ih" in parameters and "bias_hh" in parameters:
+        del weights[2:]
+    return weights
 
 
 def _wants_gradients() -> bool:

@@ -95,7 +95,7 @@ def layers(
 
 def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
-    weights = list(map(module._parameters.get, direct.CELL_WEIGHTS[: 4 if module.bias else 2]))
+    weights = direct.cell_weights(module)
     states = _states_of_ordinary(cell, input, weights, hx)
     if states is None or input.dim() != 2 or weights[1].shape[-1] != module.hidden_size:
         return None

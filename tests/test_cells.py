@@ -224,6 +224,29 @@ def test_weights_by_other_means(variant, kind):
 
 
 @every_variant
+@pytest.mark.parametrize("kind", ["given later", "taken away", "of another word", "unknown"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_biases_count_where_they_are(variant, kind, dtype):
+    """As in torch.nn, where a cell's forward does not look at its attribute `bias`."""
+    theirs, ours = pair(variant, dtype=dtype, bias=kind != "given later")
+    for module in (theirs, ours):
+        if kind == "of another word":
+            module.bias = False
+        elif kind == "unknown":
+            del module.bias
+        else:
+            rows = module.weight_ih.shape[0]
+            values = torch.linspace(-1, 1, rows, dtype=dtype)
+            for name in ("bias_ih", "bias_hh"):
+                given = nn.Parameter(values.clone()) if kind == "given later" else None
+                setattr(module, name, given)
+    args = arguments(variant, "batched", True, dtype)
+    with torch.no_grad():
+        assert_same(ours, theirs, *args)
+    assert_same(ours, theirs, *args)
+
+
+@every_variant
 def test_functional_call_and_replica(variant):
     theirs, ours = pair(variant, dtype=torch.float64)
     args = arguments(variant, "batched", True)
