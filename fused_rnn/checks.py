@@ -5,6 +5,7 @@ Exceptions have the class torch.nn raises, and its wording where its own test-su
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -308,11 +309,12 @@ def stack_options(num_layers: Any, dropout: Any) -> None:
     Raises:
         TypeError: one is not a number. ValueError: it is out of range.
     """
-    if not isinstance(num_layers, int) or isinstance(num_layers, bool):
+    # Not only int and float: numpy's numbers do in torch.nn, too.
+    if not isinstance(num_layers, numbers.Integral) or isinstance(num_layers, bool):
         raise TypeError(f"num_layers: expected an int, got {type(num_layers).__name__}")
     if num_layers < 1:
         raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
-    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool):
+    if not isinstance(dropout, numbers.Real) or isinstance(dropout, bool):
         raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")

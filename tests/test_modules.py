@@ -9,6 +9,7 @@ import itertools
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -315,6 +316,19 @@ def option_modules(variant: str, **more):
         dict(num_layers=2, bias=False, batch_first=True, dropout=0.25),
     ):
         yield pair(variant, **options, **more)
+
+
+@every_variant
+@pytest.mark.parametrize("form", FORMS)
+def test_numbers_of_numpy(variant, form):
+    """torch.nn takes them, as they come out of a table of hyperparameters, say."""
+    theirs, ours = pair(variant, num_layers=np.int64(2), dtype=torch.float64)
+    theirs.dropout = ours.dropout = np.float32(0.5)
+    args = make_input(form), make_states(ours, form)
+    assert_same(ours, theirs, *args)
+    assert_same(ours.eval(), theirs.eval(), *args)
+    with torch.no_grad():
+        assert_same(ours.float(), theirs.float(), *to(args, torch.float32))
 
 
 @every_variant
