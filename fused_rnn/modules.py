@@ -447,6 +447,12 @@ class LSTM(_RecurrentLayers):
 
     _torch_class = torch.nn.LSTM
 
+    # Methods that torch.nn.LSTM has beyond its base. Ours has no use for them, but subclasses may,
+    # and so has torch.nn's forward where somebody wrapped that before `replace`.
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden = torch.nn.LSTM.permute_hidden
+
     def __init__(
         self,
         input_size: int,

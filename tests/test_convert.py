@@ -290,6 +290,23 @@ def test_hooks_are_kept(name):
         assert_same_numbers(result, results[0][0])
 
 
+@every_name
+def test_forward_that_was_wrapped_is_kept(name):
+    """As libraries do that move weights to a device before a call: torch.nn's is called then."""
+    torch.manual_seed(0)
+    module = getattr(nn, name)(3, 4).double()
+    x = a_sequence()[0].detach().requires_grad_() if name.endswith("Cell") else a_sequence()
+    expected, calls, before = run(module, x), [], module.forward
+
+    def forward(*args):
+        calls.append(args)
+        return before(*args)
+
+    module.forward = forward
+    assert_same_numbers(run(replace(module), x), expected)
+    assert len(calls) == 1
+
+
 class Doubled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2 * weight

@@ -319,6 +319,22 @@ def option_modules(variant: str, **more):
 
 
 @every_variant
+def test_methods_around_forward(variant):
+    """Those torch.nn's forward calls, which subclasses and wrappers may call too."""
+    theirs, ours = pair(variant, num_layers=2, bidirectional=True)
+    x, hx = make_input("padded", dtype=torch.float32), make_states(ours, dtype=torch.float32)
+    order = torch.tensor([2, 0, 1])
+    for module in (theirs, ours):
+        module.check_forward_args(x, hx, None)
+        with pytest.raises(RuntimeError, match=r"Expected hidden.* size"):
+            module.check_forward_args(x[:, :1], hx, None)
+    permuted = [tensors("hx", module.permute_hidden(hx, order)) for module in (ours, theirs)]
+    assert_same_numbers(*permuted)
+    public = {name for name in dir(theirs) if not name.startswith("_")}
+    assert public <= set(dir(ours))
+
+
+@every_variant
 @pytest.mark.parametrize("form", FORMS)
 def test_numbers_of_numpy(variant, form):
     """torch.nn takes them, as they come out of a table of hyperparameters, say."""
