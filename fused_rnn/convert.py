@@ -91,6 +91,8 @@ def from_torch(module: torch.nn.Module) -> torch.nn.Module:
     # Containers of their own, so that a parameter or hook set on one is not set on both.
     for name, value in vars(module).items():
         vars(ours)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+    # What Module.compile() leaves is bound to the original, hence copies do not have it either.
+    vars(ours).pop("_compiled_call_impl", None)
     if parametrize.is_parametrized(ours):
         ours._modules["parametrizations"] = torch.nn.ModuleDict(ours.parametrizations.items())
     return ours

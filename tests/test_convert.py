@@ -457,6 +457,16 @@ def test_from_torch_of_a_parametrized_module_is_independent_too():
     assert_same_numbers(run(theirs, a_sequence()), before)
 
 
+def test_from_torch_of_a_compiled_module_calls_ours():
+    """Not the compiled call of the original."""
+    theirs = nn.GRU(3, 4).double()
+    theirs.compile(backend="eager")
+    ours = from_torch(theirs)
+    calls = hook_all(ours)
+    assert_same_numbers(run(ours, a_sequence()), run(theirs, a_sequence()))
+    assert calls.count("forward") == 1
+
+
 def test_from_torch_takes_one_module_of_torchs():
     for other in (nn.Linear(2, 3), nn.Sequential(nn.GRU(2, 3)), fused_rnn.GRU(2, 3), Own(2, 3)):
         with pytest.raises(TypeError, match=r"module: expected one of torch\.nn\.RNN"):
