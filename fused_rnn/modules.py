@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
-from . import checks, compiled, direct, functional, torchscript, training
+from . import checks, compiled, direct, functional, symbolic, torchscript, training
 from .cells import CELLS, Cell
 from .regularised import (
     NAMES,
@@ -91,7 +91,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         if result is None:
             masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
             result = self._forward(input, hx, masks, return_states)
-        if self.stateful:
+        if self.stateful and not symbolic.is_proxy(result):
             self._carry(result[1])
         return result
 
@@ -120,6 +120,9 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
 
     def _forward(self, input, hx, masks: dict[str, Any], return_states: bool):
         """Any call, the general way."""
+        if symbolic.is_proxy(input):
+            given = {"hx": hx, **masks, "return_states": return_states or None}
+            return symbolic.node(self, input, given)
         cell = self._cell()
         if torch.jit.is_tracing():
             return self._traced(input, hx, masks, return_states)
@@ -511,6 +514,8 @@ class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
         if torch.jit.is_tracing():
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             return torchscript.traced(self, self._torch_class, names, input, hx)
+        if symbolic.is_proxy(input):
+            return symbolic.node(self, input, {"hx": hx})
         states = checks.cell_arguments(
             self._get_name(), cell, input, hx, self.weight_ih, self.hidden_size
         )

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "fused_rnn"
 # where that is a package (backends).
 LAYERS = [
     {"_C"},
-    {"cells", "native", "once", "torchscript"},
+    {"cells", "native", "once", "symbolic", "torchscript"},
     {"problem", "checks", "onnx"},
     {"oracle"},
     {"recurrences"},
