@@ -152,7 +152,9 @@ def _run_stack(
 ) -> list[Tensor] | None:
     """As `_run`, layer after layer."""
     per_layer, remainder = divmod(len(weights), max(num_layers, 1))
-    if remainder:
+    # Of states for more layers, slices would take the first.
+    leading = (num_layers * directions,)
+    if remainder or any(s is not None and s.shape[:1] != leading for s in states):
         return None
     finals = []
     for layer in range(num_layers):

@@ -268,6 +268,26 @@ def test_layer_errors_in_deeper_forms(name):
     check(bad, name, theirs, ours)
 
 
+@every_class
+@pytest.mark.parametrize("form", ["padded", "packed", "permuted"])
+@pytest.mark.parametrize("shape", [(3, 3, H), (1, 3, H), (0, 3, H), ()], ids=str)
+def test_states_of_other_layers(name, form, shape):
+    """Those of a deeper stack, too, which has states enough."""
+    sequence = {"padded": x, "packed": batched, "permuted": permuted}[form]
+    # torch.nn stumbles over a number's missing dimensions.
+    for module in both(name, num_layers=2)[0 if shape else 1 :]:
+        for is_enabled in (True, False):
+            with torch.set_grad_enabled(is_enabled), pytest.raises(RuntimeError, match=r"h[xi]"):
+                module(sequence, states(name, *shape))
+
+
+@every_class
+def test_states_of_other_layers_with_lengths(name):
+    _, ours = both(name, num_layers=2)
+    with pytest.raises(RuntimeError, match=r"hidden.* size \(2, 3, 6\), got \[3, 3, 6\]"):
+        ours(x, states(name, 3, 3, H), lengths=torch.tensor([5, 2, 1]))
+
+
 def test_projected_states():
     theirs, ours = both("LSTM", proj_size=2)
     for h, c in ((H, H), (2, 2), (H, 2)):
