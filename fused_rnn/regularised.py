@@ -148,12 +148,22 @@ NAMES = tuple(field.name for field in dataclasses.fields(Regularisation))
 
 
 def _option(name: str, fixed: bool = False) -> property:
-    """An attribute of modules that reads, and unless it is `fixed` writes, their option."""
+    """An attribute of modules that reads, and unless it is `fixed` writes, their option.
+
+    torch.nn's modules have none of that name. So what a subclass registers under it, or what was
+    there before `replace`, stays what its owner finds there.
+    """
 
     def read(module: RegularisedLayers) -> Any:
+        for own in (vars(module), module._modules, module._parameters, module._buffers):
+            if name in own:
+                return own[name]
         return getattr(module._regularisation, name)
 
     def write(module: RegularisedLayers, value: Any) -> None:
+        if name in vars(module):
+            vars(module)[name] = value
+            return
         if fixed:
             raise AttributeError(f"{name}: cannot be changed after construction")
         changed = dataclasses.replace(module._regularisation, **{name: value})
@@ -215,9 +225,9 @@ class RegularisedLayers:
 
     def _extra_widths(self) -> dict[str, int]:
         """The parameters of one direction of one layer beyond torch.nn's, all of one dimension."""
-        cell, hidden = self._cell(), self.hidden_size
-        widths = {"weight_peephole": 3 * hidden} if self.peepholes else {}
-        if self.layer_norm:
+        cell, hidden, options = self._cell(), self.hidden_size, self._regularisation
+        widths = {"weight_peephole": 3 * hidden} if options.peepholes else {}
+        if options.layer_norm:
             widths |= dict.fromkeys(("ln_ih_weight", "ln_hh_weight"), cell.gates * hidden)
             if cell.has_c:
                 widths["ln_c_weight"] = hidden
@@ -228,17 +238,18 @@ class RegularisedLayers:
     @torch.no_grad()
     def _initialise(self) -> None:
         """What is not drawn as torch.nn draws it."""
+        options = self._regularisation
         for suffix in self._suffixes():
             for name in self._extra_widths():
                 if name.startswith("ln_"):
                     getattr(self, name + suffix).fill_(0 if name == "ln_c_bias" else 1)
             biases = [getattr(self, f"bias_{of}{suffix}") for of in ("ih", "hh") if self.bias]
-            if self.init == "orthogonal":
+            if options.init == "orthogonal":
                 self._draw_orthogonal(suffix)
                 for bias in biases:
                     bias.zero_()
-            if self.forget_bias is not None:
-                for bias, value in zip(biases, (self.forget_bias, 0), strict=True):
+            if options.forget_bias is not None:
+                for bias, value in zip(biases, (options.forget_bias, 0), strict=True):
                     bias[self.hidden_size : 2 * self.hidden_size] = value
 
     def _draw_orthogonal(self, suffix: str) -> None:

@@ -858,6 +858,46 @@ def test_layout_of_results(variant, batch_first, bidirectional, form):
 
 
 @every_variant
+def test_names_of_our_options_are_free_for_subclasses(variant):
+    """As they are in torch.nn: only given to the constructor they mean something to ours."""
+    name, extra = VARIANTS[variant]
+    results = []
+    for namespace in (nn, fused_rnn):
+
+        class Normed(getattr(namespace, name)):
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options)
+                self.layer_norm = nn.LayerNorm(self.proj_size or self.hidden_size)
+
+            def forward(self, input, hx=None):
+                output, states = super().forward(input, hx)
+                return self.layer_norm(output), states
+
+        torch.manual_seed(0)
+        module = Normed(I, H, **extra, dtype=torch.float64)
+        module.layer_norm.double()
+        results.append(run(module, make_input("padded")))
+    assert_same_numbers(results[1], results[0])
+
+
+@every_variant
+def test_attributes_from_before_replace_stay(variant):
+    theirs, ours = pair(variant)[0], pair(variant)[0]
+    for module in (theirs, ours):
+        module.zoneout, module.init = 0.5, "mine"
+        module.peepholes = nn.Parameter(torch.ones(2))
+    fused_rnn.replace(ours)
+    assert (ours.zoneout, ours.init) == (0.5, "mine")
+    assert torch.equal(ours.peepholes, torch.ones(2))
+    ours.zoneout, ours.init = theirs.zoneout, theirs.init = 0.25, "mine too"
+    assert (ours.zoneout, ours.init) == (0.25, "mine too")
+    x = make_input("padded", dtype=torch.float32)
+    del theirs.peepholes, ours.peepholes
+    assert_same(ours, theirs, x)
+    assert repr(fused_rnn.restore(ours)) == repr(theirs)
+
+
+@every_variant
 def test_inside_sequential_with_hooks(variant):
     """Hooks run in torch.nn's order, on values of the same kind, and may change them."""
     records = []
