@@ -23,6 +23,7 @@ constexpr const char* kCompiler = "unknown";
 py::list compiled_capabilities() {
   py::list names;
 #if defined(FUSED_RNN_X86)
+  names.append("amx");
   names.append("avx512");
   names.append("avx2");
 #endif
@@ -41,6 +42,7 @@ py::dict build_facts() {
 
 py::dict cpu_features() {
   py::dict features;
+  features["amx"] = fused_rnn::cpu_has_amx();
   features["avx512bf16"] = fused_rnn::cpu_has_avx512bf16();
   features["avx512"] = fused_rnn::cpu_has_avx512();
   features["avx2"] = fused_rnn::cpu_has_avx2();

@@ -1,6 +1,7 @@
 """`python -m fused_rnn doctor`: every section, and advice that follows from what is missing."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 from fused_rnn import __main__, dispatch, native
 from fused_rnn.cells import CELLS
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_doctor_tells_what_runs_where(capsys):
@@ -40,10 +43,36 @@ def test_doctor_shows_a_wrong_environment_as_an_error(capsys, monkeypatch):
     assert "error: FUSED_RNN_BACKEND: expected one of auto, " in text
 
 
+def test_doctor_shows_every_variable_of_the_readme(capsys, monkeypatch):
+    readme = (ROOT / "README.md").read_text().partition("## Environment variables")[2]
+    names = re.findall(r"^\| `(\w+)` \| (?:build, )?run \|", readme, re.MULTILINE)
+    assert {"FUSED_RNN_LOG", "FUSED_RNN_SKIP_BUILD", "TRITON_INTERPRET"} <= set(names)
+    for name in names:
+        monkeypatch.setenv(name, "0")
+    __main__.main(["doctor"])
+    text = capsys.readouterr().out
+    assert [name for name in names if f"  {name}=0\n" not in text] == []
+
+
+def test_instruction_sets_of_the_doctor_are_those_of_the_library(cpu_backend, monkeypatch):
+    module = pytest.importorskip("fused_rnn._C", reason="the extension module was not built")
+    built, features = module.build_facts()["capabilities"], module.cpu_features()
+    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", "none of these")
+    with pytest.raises(RuntimeError, match=f"expected one of {', '.join(built)};"):
+        native.cpu_capability()
+    for name in built:
+        monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", name)
+        try:
+            native.cpu_capability()
+        except RuntimeError:
+            assert not features[name]
+        else:
+            assert features.get(name, name == "portable")
+
+
 def test_doctor_from_the_command_line():
-    root = str(Path(__file__).resolve().parent.parent)
     command = [sys.executable, "-m", "fused_rnn"]
-    env = {**os.environ, "PYTHONPATH": root}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([*command, "doctor"], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "What to do" in result.stdout
