@@ -12,6 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_repository import tracked_files
+
+import fused_rnn
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = os.environ.get("FUSED_RNN_SKIP_BUILD", "0") not in ("", "0")
@@ -61,8 +64,10 @@ def build_wheel(source: Path, **env: str) -> tuple[str, set[str], str]:
     return wheel.name, set(zipfile.ZipFile(wheel).namelist()), output
 
 
-def python_files() -> set[str]:
-    return {str(p.relative_to(ROOT)) for p in (ROOT / "fused_rnn").rglob("*.py")}
+def package_files() -> set[str]:
+    """All of the package that git has or would add."""
+    names = {path.relative_to(ROOT).as_posix() for path in tracked_files()}
+    return {name for name in names if name.startswith("fused_rnn/") and not name.endswith(".so")}
 
 
 def shared_objects(files: set[str]) -> list[str]:
@@ -74,6 +79,29 @@ def needs_build_tools() -> None:
     pytest.importorskip("ninja")
     pytest.importorskip("pybind11")
     pytest.importorskip("pip")
+
+
+def test_sdist_has_every_file_of_the_repository(tmp_path):
+    needs_build_tools()
+    pytest.importorskip("build")
+    checkout, names = tmp_path / "checkout", set()
+    for path in tracked_files():
+        name = path.relative_to(ROOT)
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, checkout / name)
+        names.add(name.as_posix())
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", "dist"]
+    run(command, checkout, FUSED_RNN_SKIP_BUILD="1")
+    (sdist,) = (checkout / "dist").glob("*.tar.gz")
+    assert sdist.name == f"fused_rnn-{fused_rnn.__version__}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert sorted(names - packed) == []
+
+
+def test_type_hints_are_for_users():
+    """Without this file a type checker takes everything of the package for Any."""
+    assert "fused_rnn/py.typed" in package_files()
 
 
 @pytest.mark.slow
@@ -93,7 +121,7 @@ def test_sdist_builds_a_whole_wheel_in_an_empty_directory(tmp_path):
     name, files, _ = build_wheel(source)
 
     assert not name.endswith("-any.whl")
-    assert python_files() <= files
+    assert package_files() <= files
     library, module = "libfused_rnn_cpu.so", "_C."
     names = [Path(file).name for file in shared_objects(files)]
     assert library in names
@@ -113,7 +141,7 @@ def test_skipping_the_build_makes_a_pure_wheel(tmp_path):
     needs_build_tools()
     name, files, output = build_wheel(copy_of_sources(tmp_path), FUSED_RNN_SKIP_BUILD="1")
     assert name.endswith("-py3-none-any.whl")
-    assert python_files() <= files
+    assert package_files() <= files
     assert shared_objects(files) == []
     assert "FUSED_RNN_SKIP_BUILD is set" in output
 
@@ -122,7 +150,7 @@ def test_no_compiler_makes_a_pure_wheel_and_says_so(tmp_path):
     needs_build_tools()
     name, files, output = build_wheel(copy_of_sources(tmp_path), CXX="/nonexistent/c++")
     assert name.endswith("-py3-none-any.whl")
-    assert python_files() <= files
+    assert package_files() <= files
     assert shared_objects(files) == []
     assert "NO C++ COMPILER (/nonexistent/c++)" in output
 
