@@ -5,12 +5,13 @@ import importlib.util
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import fused_rnn
-from fused_rnn import dispatch
+from fused_rnn import dispatch, native
 from fused_rnn.cells import CELLS
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,20 @@ def test_code_of_pages_runs(page, tmp_path, monkeypatch, tables):
     names = {"__name__": "page"}
     for number, block in enumerate(blocks(page), 1):
         exec(compile(block, f"{page.name}, python block {number}", "exec"), names)
+
+
+def test_what_explain_prints_in_the_guide(cpu_backend, monkeypatch):
+    monkeypatch.setenv("FUSED_RNN_BACKEND", "auto")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    page = ROOT / "docs" / "backends.md"
+    printed = []
+    names = {"print": lambda text: printed.append(str(text)), "__name__": "page"}
+    for block in blocks(page)[:2]:
+        exec(compile(block, page.name, "exec"), names)
+    assert len(printed) == 2
+    for text in printed:
+        as_there = text.replace(f"cpu/{native.cpu_capability()} ", "cpu/avx512 ")
+        assert textwrap.indent(as_there, "    ") + "\n" in page.read_text()
 
 
 def test_pages_with_code_are_found():

@@ -225,7 +225,7 @@ def test_tune_without_a_gpu_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert __main__.main(["tune"]) == 1
-    assert "nothing to measure, the Triton backend torch finds no GPU" in capsys.readouterr().out
+    assert "nothing to measure; triton: torch finds no GPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--hidden", "0"], ["--cell", "sru"], ["--batch", "x"]])

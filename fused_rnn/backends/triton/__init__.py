@@ -34,6 +34,10 @@ class TritonBackend(Backend):
     name = "triton"
     extras = frozenset({"recurrent_dropout", "zoneout", "peepholes"})
 
+    @property
+    def device_type(self) -> str | None:
+        return None if interpreting() else "cuda"
+
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type == "cpu":
             if not interpreting():

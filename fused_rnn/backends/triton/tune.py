@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         for dtype in map(_DTYPES.get, arguments.dtype)
     ]  # fmt: skip
     if reason := TritonBackend().unsupported(problems[0]):
-        print(f"tune: nothing to measure, the Triton backend {reason}")
+        print(f"tune: nothing to measure; triton: {reason}")
         return 1
     device = device_facts(torch.cuda.current_device())
     precision = "tf32" if arguments.tf32 else "ieee"
