@@ -33,7 +33,8 @@ def _load_error(path: Path, kind: str, absent: str) -> str | None:
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        return f"the {kind} library cannot be loaded: {error}"
+        # torch's own message has the path alone; what it was raised from has the linker's words.
+        return f"the {kind} library cannot be loaded: {error.__cause__ or error}"
     return None
 
 

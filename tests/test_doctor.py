@@ -35,6 +35,15 @@ def test_doctor_advises_on_a_missing_library(capsys, monkeypatch, missing):
     assert ("install a C++ compiler" in text) == bool(missing)
 
 
+def test_a_library_that_does_not_load_is_reported_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.delenv("FUSED_RNN_SKIP_BUILD", raising=False)
+    damaged = tmp_path / "libdamaged.so"
+    damaged.write_text("no library")
+    error = native._load_error(damaged, "CPU", "")
+    assert error.startswith(f"the CPU library cannot be loaded: {damaged}: ")
+    assert "Could not load this library" not in error
+
+
 def test_doctor_shows_a_wrong_environment_as_an_error(capsys, monkeypatch):
     monkeypatch.setenv("FUSED_RNN_BACKEND", "quantum")
     __main__.main(["doctor"])
