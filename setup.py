@@ -190,7 +190,9 @@ class BuildExt(build_ext):
         compiler = find_compiler()
         assert compiler is not None  # else there would be no extension
         shared = ["-shared", "-undefined", "dynamic_lookup"] if MACOS else ["-shared"]
-        compile_ = shlex.join([*compiler, *BASE_FLAGS])
+        # Messages name their place in the sources, not where these lay when they were built.
+        places = f"-fmacro-prefix-map={Path(__file__).resolve().parent}{os.sep}="
+        compile_ = ninja_flags([*compiler, *BASE_FLAGS, places])
         out.rule("compile", f"{compile_} $flags -MMD -MF $out.d -c $in -o $out", "compile $in",
                  depfile="$out.d", deps="gcc")  # fmt: skip
         out.rule("link", f"{shlex.join([*compiler, *shared])} $in $flags -o $out", "link $out")

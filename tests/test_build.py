@@ -132,6 +132,7 @@ def test_sdist_builds_a_whole_wheel_in_an_empty_directory(tmp_path):
     unpacked = tmp_path / "site"
     with zipfile.ZipFile(source / "wheels" / name) as archive:
         archive.extractall(unpacked)
+    assert str(source).encode() not in (unpacked / "fused_rnn" / library).read_bytes()
     code = "from fused_rnn import native; print(native.cpu_library_error(), native.build_facts())"
     output = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(unpacked))
     assert output.startswith("None ") and "'compiler'" in output
