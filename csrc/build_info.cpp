@@ -1,5 +1,5 @@
-// fused_rnn._C: how the package was built and what this CPU has, for the doctor; and the planner of
-// the CUDA kernels, which needs no GPU.
+// fused_rnn._C: how the package was built and what this CPU has, for the doctor; the planner of the
+// CUDA kernels, which needs no GPU; and direct calls (direct_calls.h).
 //
 // Torch-free, so that it can be imported where the library itself cannot be loaded.
 #include <pybind11/pybind11.h>
@@ -109,7 +109,7 @@ py::dict plan(int cell, int element_bytes, int64_t hidden_size, int64_t batch_si
 // the GIL is not to turn it on for this module.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   if (fused_rnn::add_direct_calls(m.ptr()) != 0) throw py::error_already_set();
-  m.doc() = "Build facts of fused_rnn's compiled parts.";
+  m.doc() = "Build facts, the planner of the CUDA kernels, and direct calls of the CPU library.";
   m.def("build_facts", &build_facts, "Compiler, flags, torch version and instruction sets.");
   m.def("cpu_features", &cpu_features, "Which instruction sets this CPU can run.");
   m.def(

@@ -2,8 +2,8 @@
 
 The libraries are plain shared libraries that register operators with torch: for the CPU, for
 CUDA, and for the CUDA kernels' emulation on the CPU. `_C` is a small module with the facts of the
-build and the planner of the CUDA kernels. FUSED_RNN_SKIP_BUILD=1 in the environment makes all of
-them count as absent, as if the package had been built that way.
+build, the planner of the CUDA kernels, and the calls of `direct`. FUSED_RNN_SKIP_BUILD=1 in the
+environment makes all of them count as absent, as if the package had been built that way.
 """
 
 from __future__ import annotations
