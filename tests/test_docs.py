@@ -87,6 +87,21 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(path), f"{page.name}: {target} has no such heading"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_table_has_a_head(page):
+    """A row behind an empty line is no row: it is shown as text."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, rule, *_ = [*table.splitlines(), ""]
+        assert re.fullmatch(r"\|(\s*:?-+:?\s*\|)+", rule), f"{page.name}: {head}"
+
+
+def test_architectures_in_the_readme_are_those_of_the_build():
+    setup = (ROOT / "setup.py").read_text()
+    built = re.search(r'^CUDA_ARCHITECTURES = "(.*)"', setup, re.MULTILINE)[1]
+    assert f"`{built}` unless set" in (ROOT / "README.md").read_text()
+
+
 def template(node):
     """A message as text with `…` where something is filled in; None where all of it is."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
