@@ -10,8 +10,9 @@
 //           returns the new h
 // factors:  what backward needs of the saved values, before any gradient is known
 // backward: d_h      whole gradient of the new h
-//           carry    LSTM: gradient of c, in and out. GRU: out, the part of d_h that goes round
-//           W_hh grads    gradients of the pre-activations, linear in d_h and carry
+//           carry    LSTM: gradient of c, in and out. GRU: out, the part of d_h that does
+//                    not pass through W_hh
+//           grads    gradients of the pre-activations, linear in d_h and carry
 #pragma once
 
 #if defined(__CUDACC__)
