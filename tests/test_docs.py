@@ -40,6 +40,8 @@ def tables(monkeypatch):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=page_id)
 def test_code_of_pages_runs(page, tmp_path, monkeypatch, tables):
     """A page's blocks run one after the other, as a reader would type them."""
+    if "export.cpu_library()" in page.read_text() and (reason := native.cpu_library_error()):
+        pytest.skip(reason)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
     for number, block in enumerate(blocks(page), 1):
