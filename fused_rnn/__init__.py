@@ -1,5 +1,8 @@
 """Fused recurrent layers and cells: drop-in replacements for torch.nn.RNN, GRU and LSTM."""
 
+from . import export as export
+from . import functional as functional
+from . import interop as interop
 from .convert import flip_update_gate, from_torch, replace, restore
 from .dispatch import UnsupportedProblemError, backend
 from .explain import explain

@@ -202,6 +202,17 @@ def test_gallery_has_a_section_for_every_example(hooks):
         assert f"{{: #{name} }}" in text and f"python examples/{name}.py" in text
 
 
+def test_names_in_the_pages_are_there_after_import():
+    """`import fused_rnn` is all that a reader was told to write."""
+    pages = "".join(page.read_text() for page in PAGES)
+    names = sorted(set(re.findall(r"`(fused_rnn(?:\.\w+)+)\b", pages)))
+    assert "fused_rnn.interop.keras.from_keras" in names
+    code = "import fused_rnn, sys\nfor name in sys.argv[1:]: eval(name)"
+    command = [sys.executable, "-c", code, *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_public_name_is_in_the_api_pages():
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     described = set(re.findall(r"^::: fused_rnn\.(\S+)$", pages, re.MULTILINE))

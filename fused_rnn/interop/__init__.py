@@ -1,1 +1,4 @@
 """Weights of other formats: `interop.keras` and `interop.onnx_weights`."""
+
+from . import keras as keras
+from . import onnx_weights as onnx_weights
