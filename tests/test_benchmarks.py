@@ -17,6 +17,10 @@ from fused_rnn import native
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
+measures_the_library = pytest.mark.skipif(
+    native.cpu_library_error() is not None, reason="measures the C++ library, which is not there"
+)
+
 
 @pytest.fixture(autouse=True)
 def modules(monkeypatch):
@@ -69,6 +73,7 @@ def test_program_writes_what_it_measured(modules, tmp_path, capsys):
     assert "x1.00" in capsys.readouterr().out
 
 
+@measures_the_library
 def test_streaming_program(tmp_path):
     path = tmp_path / "steps.json"
     result = run("streaming.py", "--cell", "gru", "--hidden", 9, "--rounds", 2, "--json", path)
@@ -387,6 +392,7 @@ def test_ragged_program(tmp_path, part):
     assert all(time > 0 for time in row["ns"].values())
 
 
+@measures_the_library
 @pytest.mark.parametrize("part", ["training", "inference"])
 def test_regularised_program(tmp_path, part):
     path = tmp_path / "regularised.json"
