@@ -56,7 +56,9 @@ def backend(name: str) -> Iterator[None]:
         name: "cuda", "triton", "cpu", "reference", or "auto"; "cuda_emulated" for tests.
 
     Raises:
-        ValueError: the name is not a backend's.
+        TypeError: the name is no string.
+        ValueError: it is not a backend's.
+        UnsupportedProblemError (a layer in the block does): the backend cannot take it.
 
     Example:
         >>> import torch, fused_rnn
