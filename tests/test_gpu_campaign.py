@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fused_rnn import native
+
 ROOT = Path(__file__).parent.parent
 CAMPAIGN = ROOT / "benchmarks" / "gpu" / "campaign.py"
 
@@ -20,6 +22,7 @@ def results_of(out):
     return json.loads((out / "campaign.json").read_text())
 
 
+@pytest.mark.skipif(native.cpu_library_error() is not None, reason="profiles the C++ library")
 def test_dry_run(tmp_path):
     """One test, since the run takes a while: every step ran or says why not, every set was
     measured, and a second run of the benchmark knows that nothing is left to do."""
