@@ -1,4 +1,4 @@
-// What torch's stable headers have had for some releases only; the package takes 2.10 and newer.
+// What only newer releases have in torch's stable headers; the package takes torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
