@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -89,16 +88,10 @@ class GeneralScan:
 
         reset = (None, None) if masks is None else (masks.reset_h, masks.reset_c)
         tensors = (x, h0, c0, *reset, *weights)
-        wide = [None if t is None else t.to(dtype) for t in tensors]
-        with _no_autocast(x.device.type):
-            if recompute and torch.is_grad_enabled() and not transformed:
-                # The masks are drawn already.
-                result = checkpoint(run, *wide, use_reentrant=False, preserve_rng_state=False)
-            else:
-                result = run(*wide)
-        y, h_n, c_n, cells = result
-        narrow = (None if t is None else t.to(x.dtype) for t in (y, h_n, c_n))
-        return ops.LayerResult(*narrow, cells)
+        if recompute and torch.is_grad_enabled() and not transformed:
+            # The masks are drawn already.
+            return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return run(*tensors)
 
     @staticmethod
     def _with_extras(weights: list[Tensor], extras: Sequence[Extras]) -> list[Tensor]:
@@ -128,10 +121,3 @@ class GeneralScan:
                     into.append(torch.rand((*x.shape[:-1], state.shape[-1]), device=x.device) < p)
         masks = (torch.stack(each) if each else None for each in (factors, *kept))
         return Noise(*masks, *((0.0, 0.0) if self.training else map(float, probabilities)))
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager:
-    """Operands have autocast's dtype already, and run through time in a wider one."""
-    if torch._C._is_any_autocast_enabled() and device_type != "meta":
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

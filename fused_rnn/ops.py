@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -173,15 +174,29 @@ def oracle(
     recurrence: Callable[..., Recurrence] = plain_recurrence,
 ) -> LayerResult:
     """What `layer` computes, by plain torch operations (see `fused_rnn.oracle`)."""
+    dtype, wide = x.dtype, state_dtype(x.dtype)
+    if masks is not None:
+        masks = masks.in_dtype(wide)
+    # Also of gains, which are in float32 beside weights that autocast made bfloat16.
+    x, h0, c0, *weights = (None if t is None else t.to(wide) for t in (x, h0, c0, *weights))
     rows, by_direction = _layout(cell, x, h0, c0, weights, batch_sizes, masks)
     initial = (h0,) if c0 is None else (h0, c0)
     x_rows = _rows_of(x, rows.packed)
-    (y, *cells), (h_n, *c_n) = oracle_run(
-        CELLS[cell], x_rows, initial, by_direction, rows, recurrence
-    )
+    with _no_autocast(x.device.type):
+        (y, *cells), (h_n, *c_n) = oracle_run(
+            CELLS[cell], x_rows, initial, by_direction, rows, recurrence
+        )
     if not rows.packed:
         y, *cells = y.unflatten(0, x.shape[:2]), *(c.unflatten(1, x.shape[:2]) for c in cells)
+    y, h_n, *c_n = (t.to(dtype) for t in (y, h_n, *c_n))
     return LayerResult(y, h_n, c_n[0] if c_n else None, cells[0] if states and cells else None)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager:
+    """Operands have autocast's dtype already, and run through time in a wider one."""
+    if torch._C._is_any_autocast_enabled() and device_type != "meta":
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def recurrence_of(noise: Noise, batch_sizes: Tensor | None) -> Callable[..., Recurrence]:

@@ -111,6 +111,11 @@ class Masks(NamedTuple):
             fits = ((self.lengths >= 0) & (self.lengths <= timesteps)).all()
             torch._assert_async(fits, f"lengths: expected values from 0 to {timesteps}")
 
+    def in_dtype(self, dtype: torch.dtype) -> Masks:
+        """With the states after a reset in `dtype`."""
+        reset = (None if r is None else r.to(dtype) for r in (self.reset_h, self.reset_c))
+        return Masks(self.lengths, self.resets, *reset)
+
     def restarts(self, reverse: bool) -> Tensor | None:
         """bool [T, B]: before which steps of a direction the state is replaced; None: nowhere."""
         if self.resets is None or not reverse:
