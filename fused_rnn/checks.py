@@ -211,13 +211,18 @@ def masks(
     steps, batch = input.shape[:2]
     if lengths is not None:
         is_dense_tensor(lengths, "lengths")
-        if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
-            raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
+        length_dtype(lengths)
         _mask_shape(lengths, "lengths", (batch,), input.device)
     if resets is not None:
         if is_dense_tensor(resets, "resets").dtype != torch.bool:
             raise TypeError(f"resets: expected dtype torch.bool, got {resets.dtype}")
         _mask_shape(resets, "resets", (batch, steps) if swapped else (steps, batch), input.device)
+
+
+def length_dtype(lengths: Tensor) -> None:
+    """Lengths are integers."""
+    if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
+        raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
 
 
 def _mask_shape(mask: Tensor, name: str, expected: tuple[int, ...], device: torch.device) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .problem import Masks
 
 
 def tbptt(
@@ -47,7 +48,8 @@ def tbptt(
         state: the states after them, detached.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; at once, not at the first window.
+        TypeError, ValueError, RuntimeError: an argument does not fit; at once, not at the first
+            window.
 
     Example:
         >>> layer = torch.nn.GRU(3, 4)
@@ -84,6 +86,11 @@ def tbptt(
             checks.is_dense_tensor(mask, name)
     if resets is not None and resets.shape != x.shape[:-1]:
         raise ValueError(f"resets: expected shape {list(x.shape[:-1])}, got {list(resets.shape)}")
+    if lengths is not None:
+        checks.length_dtype(lengths)
+        # Steps are subtracted from them, of which an unsigned dtype would make large numbers.
+        lengths = lengths.to(torch.int64)
+        Masks(lengths).check(x.shape[time])
     masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
     return _windows(layer, x, hx, window, back, time, masks)
 

@@ -108,13 +108,14 @@ def test_truncation_is_seen():
     assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[1], found[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_lengths_and_resets(batch_first):
+def test_lengths_and_resets(batch_first, dtype):
     layer = fused_rnn.LSTM(3, 4, batch_first=batch_first, dtype=torch.float64)
     shape = (3, 10) if batch_first else (10, 3)
     x = torch.randn(*shape, 3, dtype=torch.float64)
     masks = {
-        "lengths": torch.tensor([10, 0, 5]),
+        "lengths": torch.tensor([10, 0, 5], dtype=dtype),
         "resets": torch.rand(shape) < 0.3,
         "reset_hx": tuple(torch.randn(1, 3, 4, dtype=torch.float64) for _ in range(2)),
     }
@@ -154,6 +155,9 @@ def test_the_optimizer_may_step_between():
         ({"back": "all"}, TypeError, "back: expected an int, got str"),
         ({"resets": torch.ones(4, 2, dtype=torch.bool)}, ValueError, "resets: expected shape"),
         ({"lengths": [1, 2]}, TypeError, "lengths: expected a Tensor"),
+        ({"lengths": torch.ones(2)}, TypeError, "lengths: expected an integer dtype"),
+        ({"lengths": torch.tensor([5, 6])}, RuntimeError, "lengths: .* 0 to 5, .* got 5 to 6"),
+        ({"lengths": torch.tensor([-1, 5])}, RuntimeError, "lengths: .* 0 to 5, .* got -1 to 5"),
         ({"layer": fused_rnn.GRU(3, 4, bidirectional=True)}, ValueError, "layer: .*one direction"),
         ({"layer": fused_rnn.GRU(3, 4, stateful=True)}, ValueError, "layer: .*not stateful"),
     ],
