@@ -223,11 +223,24 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
                 f"input: expected {kept} as in the calls before, whose states this stateful "
                 f"{self._get_name()} carries on, got {got}; reset_states() forgets them"
             )
-        return h if c is None else (h, c)
+        data = input.data if isinstance(input, PackedSequence) else input
+        h, *c = (_for_call(state, data) for state in (h, c) if state is not None)
+        return (h, *c) if c else h
 
     def _carry(self, states: Any) -> None:
         h, c = states if isinstance(states, tuple) else (states, None)
         self.state_h, self.state_c = h.detach(), None if c is None else c.detach()
+
+
+def _for_call(state: Tensor, input: Tensor) -> Tensor:
+    """A carried state for a call with `input`, whose mode may be another than that of the call it
+    comes from: autocast gives another dtype, inference mode tensors that autograd does not keep."""
+    # A compiler does not know which tensors are of that mode.
+    if torch.compiler.is_compiling() or (
+        state.is_inference() and not torch.is_inference_mode_enabled()
+    ):
+        state = state.clone()
+    return state.to(input.dtype)
 
 
 _NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"

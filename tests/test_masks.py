@@ -4,9 +4,11 @@ What the scans compute is compared to the oracle in test_scan.py; here that the 
 modules mean the right thing.
 """
 
+import contextlib
 import copy
 import itertools
 import pickle
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -411,6 +413,42 @@ def test_stateful_modules_are_copied_and_pickled_with_their_states():
     expected = layer(x)[0]
     for twin in twins:
         assert torch.equal(twin(x)[0], expected)
+
+
+@every_cell
+@pytest.mark.parametrize("packed", [False, True])
+def test_stateful_goes_on_in_another_mode(cell, packed):
+    layer = testing.make_module(cell, I, H, 2, stateful=True)
+    plain = testing.make_module(cell, I, H, 2)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(T, B, I)
+    x = pack_padded_sequence(x, [9, 7, 4, 2, 1]) if packed else x
+    autocast, ordinary = partial(torch.autocast, "cpu", torch.bfloat16), contextlib.nullcontext
+    inference, hx = torch.inference_mode, None
+    for mode in (inference, ordinary, autocast, ordinary, inference, autocast):
+        with mode():
+            (y, final), (expected, _) = layer(x), plain(x, hx)
+        y, expected = (out.data if packed else out for out in (y, expected))
+        assert torch.equal(y, expected)
+        if y.requires_grad:
+            y.float().sum().backward()
+        hx = tuple(state.detach().float().clone() for state in _tuple(final))
+        hx = hx if CELLS[cell].has_c else hx[0]
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_stateful_goes_on_in_a_graph(cell):
+    torch.compiler.reset()
+    layer = testing.make_module(cell, I, H, stateful=True)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for mode in (torch.inference_mode, contextlib.nullcontext, torch.no_grad):
+        x = torch.randn(T, B, I)
+        with mode():
+            y, expected = compiled(x)[0], twin(x)[0]
+        _near(y, expected)
+        if y.requires_grad:
+            y.sum().backward()
 
 
 def test_stateful_with_another_batch_is_an_error():
