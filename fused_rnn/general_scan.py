@@ -88,7 +88,9 @@ class GeneralScan:
 
         reset = (None, None) if masks is None else (masks.reset_h, masks.reset_c)
         tensors = (x, h0, c0, *reset, *weights)
-        if recompute and torch.is_grad_enabled() and not transformed:
+        # An exporter makes nothing of checkpointing, or fails at it.
+        saves = torch.is_grad_enabled() and not transformed and not torch.compiler.is_exporting()
+        if recompute and saves:
             # The masks are drawn already.
             return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
         return run(*tensors)

@@ -947,6 +947,15 @@ def test_compiled(cell):
         near(ours, theirs, 1e-5)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_with_recompute(strict):
+    layer = make("gru", I, H, layer_norm=True, recompute=True)
+    x = torch.randn(2, B, I)
+    program = torch.export.export(layer, (x,), strict=strict).module()
+    for ours, theirs in zip(program(x), layer(x), strict=True):
+        near(ours, theirs, 1e-5)
+
+
 @every_cell
 def test_recompute_gives_the_same_bits_and_saves_less(cell):
     layer = make(cell, I, H, 2, **EVERYTHING)
