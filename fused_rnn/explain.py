@@ -10,12 +10,16 @@ from . import dispatch
 from .modules import _RecurrentCell, _RecurrentLayers
 from .problem import Problem
 
+_FUNCTION = "(function)"
+
 
 @dataclass(frozen=True)
 class LayerChoice:
     """What was chosen for one layer."""
 
-    module: str  # the module's name in the model, "" for the model itself
+    # The module's name in the model, "" for the model itself; "(function)" where the layer is one
+    # of `functional`, or of a compiled graph, which does not tell.
+    module: str
     layer: int  # of the module, from 0
     problem: Problem
     backend: str
@@ -84,12 +88,14 @@ def explain(module: torch.nn.Module, *args, **kwargs) -> Explanation:
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    calls: list[tuple[str, list[LayerChoice]]] = []  # each call of a module of ours, by name
+    # Each call of a module of ours, by name, and what runs between them.
+    calls: list[tuple[str, list[LayerChoice]]] = [(_FUNCTION, [])]
     handles = []
     for name, child in module.named_modules():
         if isinstance(child, (_RecurrentLayers, _RecurrentCell)):
-            handles.append(
-                child.register_forward_pre_hook(lambda *_, name=name: calls.append((name, [])))
+            handles += (
+                child.register_forward_pre_hook(lambda *_, name=name: calls.append((name, []))),
+                child.register_forward_hook(lambda *_: calls.append((_FUNCTION, []))),
             )
 
     def record(problem: Problem, chosen: dispatch.Backend, forced: bool) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fused_rnn
-from fused_rnn import dispatch, ops, testing
+from fused_rnn import dispatch, functional, ops, testing
 from fused_rnn.backends.base import Backend
 from fused_rnn.testing import LayerCase
 
@@ -293,6 +293,35 @@ def test_explain_a_model():
     for layer in ("encoder.deep layer 0: lstm", "encoder.deep layer 1: lstm", "step layer 0: gru"):
         assert layer in str(explanation)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class _Functional(torch.nn.Module):
+    """A function of ours before and after a module of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.ParameterList([torch.randn(9, 3), torch.randn(9, 3)])
+        self.layer = fused_rnn.LSTM(3, 3)
+
+    def forward(self, x):
+        x, _ = functional.gru(x, None, list(self.weights))
+        x, _ = self.layer(x)
+        return functional.gru(x, None, list(self.weights) * 2, num_layers=2)
+
+
+def test_explain_functions():
+    explanation = fused_rnn.explain(_Functional(), torch.randn(5, 2, 3))
+    names = [(layer.module, layer.layer) for layer in explanation.layers]
+    assert names == [("(function)", 0), ("layer", 0), ("(function)", 0), ("(function)", 1)]
+    assert "(function) layer 1: gru" in str(explanation)
+
+
+def test_explain_a_compiled_model():
+    model = torch.nn.Sequential(fused_rnn.GRU(3, 4, num_layers=2))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    layers = fused_rnn.explain(compiled, torch.randn(5, 2, 3)).layers
+    assert [layer.problem.input_size for layer in layers] == [3, 4]
+    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
 
 
 def test_explain_a_forced_choice(backends):
