@@ -67,6 +67,8 @@ class Explanation:
 def explain(module: torch.nn.Module, *args, **kwargs) -> Explanation:
     """Runs `module(*args, **kwargs)` once and tells which backend and kernel each layer got.
 
+    Random numbers and the states of stateful modules are afterwards as they were before.
+
     Args:
         module: one of our modules, or any model that holds some.
         args, kwargs: what the module is called with. The choice depends on shapes, dtypes,
@@ -90,13 +92,15 @@ def explain(module: torch.nn.Module, *args, **kwargs) -> Explanation:
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     # Each call of a module of ours, by name, and what runs between them.
     calls: list[tuple[str, list[LayerChoice]]] = [(_FUNCTION, [])]
-    handles = []
+    handles, carried = [], []
     for name, child in module.named_modules():
         if isinstance(child, (_RecurrentLayers, _RecurrentCell)):
             handles += (
                 child.register_forward_pre_hook(lambda *_, name=name: calls.append((name, []))),
                 child.register_forward_hook(lambda *_: calls.append((_FUNCTION, []))),
             )
+        if isinstance(child, _RecurrentLayers) and child.stateful:
+            carried.append((child, child.state_h, child.state_c))
 
     def record(problem: Problem, chosen: dispatch.Backend, forced: bool) -> None:
         refusals = [] if forced else [(n, why) for n, why in dispatch.reasons(problem) if why]
@@ -110,4 +114,6 @@ def explain(module: torch.nn.Module, *args, **kwargs) -> Explanation:
     finally:
         for handle in handles:
             handle.remove()
+        for child, *states in carried:
+            child.state_h, child.state_c = states
     return Explanation([layer for _, layers in calls for layer in layers])

@@ -367,6 +367,15 @@ def test_explain_leaves_no_trace():
     assert dispatch._recorder.get() is None
 
 
+def test_explain_leaves_the_states_of_a_stateful_module():
+    layer = fused_rnn.LSTM(3, 4, stateful=True)
+    for _ in range(2):  # with no states yet, then with some
+        before = layer.state_h, layer.state_c
+        fused_rnn.explain(layer, torch.randn(5, 2, 3))
+        assert layer.state_h is before[0] and layer.state_c is before[1]
+        layer(torch.randn(5, 2, 3))
+
+
 @pytest.mark.parametrize("what", [None, torch.nn.functional.relu, "LSTM"])
 def test_explain_what_is_no_module(what):
     with pytest.raises(TypeError, match=r"module: expected a torch.nn.Module, got"):
