@@ -72,7 +72,7 @@ class GeneralScan:
                     states=states, recompute=recompute, noise=noise,
                 )  # fmt: skip
             dispatch.select(problem)
-        if masks is not None and not transformed:
+        if masks is not None:
             masks.check(x.shape[0])
 
         def recurrence(cell: Cell, d: int, w: DirectionWeights) -> Recurrence:

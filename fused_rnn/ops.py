@@ -119,6 +119,8 @@ def layer(
         options = (cell, save, states, recompute, "")
         out = torch.ops.fused_rnn.layer_forward(*inputs, *options, *noise)
     elif needs_oracle(x):
+        if masks is not None and not torch.compiler.is_compiling():
+            masks.check(x.shape[0])
         recurrence = recurrence_of(noise, batch_sizes)
         return oracle(
             cell, x, h0, c0, weights, batch_sizes, masks, states=states, recurrence=recurrence

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from .cells import CELLS, Cell, state_dtype
 
@@ -100,7 +101,10 @@ class Masks(NamedTuple):
         """
         if self.lengths is None or self.lengths.numel() == 0:
             return
-        if self.lengths.is_cpu and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and _is_batched(self.lengths):
+            return  # by vmap, which does not tell values
+        if self.lengths.is_cpu and not compiling:
             low, high = (int(bound) for bound in torch.aminmax(self.lengths))
             if not 0 <= low <= high <= timesteps:
                 raise RuntimeError(
@@ -291,6 +295,15 @@ class Rows:
             fresh = torch.zeros_like(initial) if reset is None else reset
             by_step = torch.where(restarts.unsqueeze(2), fresh, by_step)
         return by_step.flatten(0, 1)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether vmap has it in hand, in whichever other transforms."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
 
 
 def _abridged(values: list[int]) -> str:

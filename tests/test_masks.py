@@ -383,6 +383,26 @@ def test_recompute_gives_the_same_bits_and_saves_nothing(backend, cell, bidirect
     assert "recompute=True" in repr(again) and "recompute" not in repr(layer)
 
 
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}], ids=["plain", "layer_norm"])
+def test_lengths_are_checked_under_transforms(options):
+    """Where they are not an argument of the transform, which does not tell their values."""
+    layer, x = fused_rnn.GRU(I, H, **options), torch.randn(T, 2, I)
+    transforms = (
+        lambda run: torch.func.vmap(run)(x[None]),
+        lambda run: torch.func.grad(lambda x: run(x).sum())(x),
+        lambda run: torch.func.jvp(run, (x,), (x,)),
+    )
+    for transform, wrong in itertools.product(transforms, ([3, T + 1], [-1, 3])):
+        with pytest.raises(RuntimeError, match=f"lengths: expected values from 0 to {T}"):
+            transform(lambda x, wrong=wrong: layer(x, lengths=torch.tensor(wrong))[0])
+    lengths = torch.tensor([[3, T], [0, 1]])
+    batched = torch.func.vmap(lambda n: layer(x, lengths=n)[0])(lengths)
+    slopes = torch.func.grad(lambda x, n: layer(x, lengths=n)[0].sum())
+    assert torch.func.vmap(slopes, (None, 0))(x, lengths).shape == (2, *x.shape)
+    for y, n in zip(batched, lengths, strict=True):
+        _near(y, layer(x, lengths=n)[0])
+
+
 @every_cell
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_stateful_goes_on_where_it_ended(cell, batch_first):
