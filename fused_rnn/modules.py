@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
-from . import checks, compiled, direct, functional, symbolic, torchscript, training
+from . import checks, compiled, direct, functional, ops, symbolic, torchscript, training
 from .cells import CELLS, Cell
 from .regularised import (
     NAMES,
@@ -83,6 +84,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         return_states: bool = False,
     ):
         if self.stateful:
+            self._check_carries()
             hx = self._carried(input) if hx is None else hx
         plain = reset_hx is None and not return_states
         options = self._regularisation
@@ -205,6 +207,25 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
 
     def _cell(self) -> Cell:
         return CELLS[self.mode.lower()]
+
+    def _check_carries(self) -> None:
+        """States go from call to call here.
+
+        Raises:
+            RuntimeError: a program is exported, where they do not; or those of a vmap are left.
+        """
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError(
+                f"{self._get_name()}: expected stateful=False where a program is exported, which "
+                "carries no states from call to call; pass hx"
+            )
+        if self.state_h is None or torch.compiler.is_compiling() or ops.is_transformed():
+            return
+        if _functorch.is_batchedtensor(self.state_h):
+            raise RuntimeError(
+                f"{self._get_name()}: expected no states from inside a vmap, which has ended; "
+                "reset_states() forgets them"
+            )
 
     def _carried(self, input: Any) -> Any:
         """The states that a stateful module kept, for this input's batch."""

@@ -471,6 +471,41 @@ def test_stateful_goes_on_in_a_graph(cell):
             y.sum().backward()
 
 
+@pytest.mark.parametrize("called", [False, True], ids=["first call", "with states"])
+def test_stateful_modules_are_not_exported(called):
+    """A program would begin with the same states at every call."""
+    layer, x = fused_rnn.GRU(I, H, stateful=True), torch.randn(T, B, I)
+    if called:
+        layer(x)
+    for export in (
+        torch.export.export,
+        partial(torch.export.export, strict=True),
+        torch.jit.trace,
+    ):
+        with pytest.raises(Exception, match="GRU: expected stateful=False where a program"):
+            export(layer, (x,))
+    layer.stateful = False
+    hx = torch.randn(1, B, H)
+    program = torch.export.export(layer, (x, hx)).module()
+    _near(program(x, hx)[0], layer(x, hx)[0])
+
+
+@every_cell
+def test_stateful_after_vmap(cell):
+    layer, x = testing.make_module(cell, I, H, stateful=True), torch.randn(2, T, B, I)
+    halves = x.split([4, T - 4], 1)
+
+    def run(first, second):
+        return torch.cat((layer(first)[0], layer(second)[0]))
+
+    whole = torch.func.vmap(run)(*halves)
+    with pytest.raises(RuntimeError, match="expected no states from inside a vmap"):
+        layer(x[0])
+    for y, row in zip(whole, x, strict=True):
+        layer.reset_states()
+        _near(y, layer(row)[0])
+
+
 def test_stateful_with_another_batch_is_an_error():
     layer = fused_rnn.GRU(I, H, stateful=True)
     layer(torch.randn(1, B, I))
