@@ -5,12 +5,15 @@ What may hang runs in a process of its own, which is made to print its stacks an
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import threading
@@ -389,6 +392,48 @@ def test_interop_threads():
 )
 def test_inside_a_parallel_region():
     _run_in_process("spawn", _in_a_parallel_region)
+
+
+# A thread of whose memory there is none: 1 the main one, 2 all others.
+_WITHOUT_MEMORY = """
+#include <malloc.h>
+#include <unistd.h>
+#include <sys/syscall.h>
+int without_memory = 0;
+void *aligned_alloc(size_t alignment, size_t size) {
+  int thread = getpid() == syscall(SYS_gettid) ? 1 : 2;
+  return thread == without_memory ? 0 : memalign(alignment, size);
+}
+"""
+
+
+def _in_threads_without_memory() -> None:
+    torch.set_num_threads(2)
+    layer, x = fused_rnn.LSTM(128, 512), torch.randn(60, 24, 128)  # two threads meet in every step
+    layer(x)[0].sum().backward()
+    without_memory = ctypes.c_int.in_dll(ctypes.CDLL(None), "without_memory")
+    for thread in (1, 2):
+        y = layer(x)[0].sum()
+        # Each instruction set has memory of its own to take, or none.
+        without_memory.value = thread
+        for function in (y.backward, lambda: layer(x)):
+            with contextlib.suppress(RuntimeError, MemoryError):
+                function()
+        without_memory.value = 0
+        layer(x)[0].sum().backward()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="replaces a function of the C library")
+def test_without_memory_nobody_waits(tmp_path, monkeypatch):
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source, library = tmp_path / "memory.c", tmp_path / "memory.so"
+    source.write_text(_WITHOUT_MEMORY)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    before = os.environ.get("LD_PRELOAD", "").split()
+    monkeypatch.setenv("LD_PRELOAD", " ".join([*before, str(library)]))
+    _run_in_process("spawn", _in_threads_without_memory)
 
 
 @pytest.mark.parametrize(

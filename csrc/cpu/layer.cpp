@@ -187,14 +187,10 @@ class Call {
   template <class Scan>
   void for_each_share(const PackedMatrix& units, int64_t words, const Scan& scan) const {
     const int64_t panels = panel_count(units, isa_.width);
-    const auto scan_with_memory = [&](const Share& share, Meeting* meeting) {
-      OwnMemory own(words);
-      scan(share, meeting, own.data());
-    };
     if (plan_.units) {
-      split_units(panels, scan_with_memory);
+      split_units(panels, words, scan);
     } else {
-      split_rows(panels, scan_with_memory);
+      split_rows(panels, words, scan);
     }
   }
 
@@ -220,40 +216,46 @@ class Call {
   }
 
   template <class Scan>
-  void split_rows(int64_t panels, const Scan& scan) const {
+  void split_rows(int64_t panels, int64_t words, const Scan& scan) const {
     const int64_t batch = shape_.rows.batch, members = row_shares();
     run(shape_.directions * members, [&](int64_t begin, int64_t end) {
+      OwnMemory own(words);
       for (int64_t i = begin; i < end; i++) {
         const int64_t d = i / members, m = i % members;
         // Packed rows are sorted by length: dealing them out evens the work.
         scan(shape_.rows.batch_sizes && members > 1
                  ? Share{d, m, members, batch, 0, panels}
                  : Share{d, batch * m / members, 1, batch * (m + 1) / members, 0, panels},
-             nullptr);
+             nullptr, own.data());
       }
     });
   }
 
   template <class Scan>
-  void split_units(int64_t panels, const Scan& scan) const {
+  void split_units(int64_t panels, int64_t words, const Scan& scan) const {
     const int64_t items = shape_.directions * panels;
     Team team(items);
     Barrier barriers[] = {Barrier(panels), Barrier(panels)};
-    const auto part = [&](int64_t begin, int64_t end) {
+    const auto part = [&](int64_t begin, int64_t end, float* memory) {
       for (int64_t d = 0; d < shape_.directions; d++) {
         const int64_t first = std::max(begin, d * panels), last = std::min(end, (d + 1) * panels);
         if (first >= last) continue;
         Meeting meeting(&barriers[d], last - first);
-        scan(Share{d, 0, 1, shape_.rows.batch, first - d * panels, last - d * panels}, &meeting);
+        scan(Share{d, 0, 1, shape_.rows.batch, first - d * panels, last - d * panels}, &meeting,
+             memory);
       }
     };
     run(
         items,
         [&](int64_t begin, int64_t end) {
-          if (team.assemble(end - begin)) part(begin, end);
+          // First: a thread that finds no memory must not be one that others wait for.
+          OwnMemory own(words);
+          if (team.assemble(end - begin)) part(begin, end, own.data());
         },
         ceil_div(items, plan_.members * shape_.directions));
-    if (!team.went_ahead()) part(0, items);
+    if (team.went_ahead()) return;
+    OwnMemory own(words);
+    part(0, items, own.data());
   }
 
   const KernelsOf<E>& isa_;
