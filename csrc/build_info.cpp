@@ -4,6 +4,11 @@
 // Torch-free, so that it can be imported where the library itself cannot be loaded.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <utility>
+
 #include "cpu/features.h"
 #include "direct_calls.h"
 #include "plan.h"
@@ -86,6 +91,21 @@ py::dict plan(int cell, int element_bytes, int64_t hidden_size, int64_t batch_si
   if (cell < 0 || cell > 4) throw py::value_error("cell: expected 0 to 4");
   if (element_bytes != 2 && element_bytes != 4) {
     throw py::value_error("element_bytes: expected 2 or 4");
+  }
+  if (directions < 1 || directions > 2) throw py::value_error("directions: expected 1 or 2");
+  for (const auto& [name, value] :
+       std::initializer_list<std::pair<const char*, int64_t>>{{"hidden_size", hidden_size},
+                                                              {"batch_size", batch_size},
+                                                              {"processors", processors},
+                                                              {"shared_bytes", shared_bytes},
+                                                              {"max_cluster", max_cluster},
+                                                              {"layers", layers},
+                                                              {"timesteps", timesteps}}) {
+    // So that nothing is divided by zero, and no product of two of them overflows.
+    if (value < 1 || value > INT32_MAX) {
+      throw py::value_error(std::string(name) + ": expected 1 to 2^31 - 1, got " +
+                            std::to_string(value));
+    }
   }
   const fused_rnn::ScanProblem problem{static_cast<fused_rnn::CellKind>(cell), element_bytes,
                                        hidden_size, batch_size, directions};

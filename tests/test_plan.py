@@ -190,8 +190,13 @@ def test_the_order_of_sums_does_not_depend_on_the_batch(cell, hidden, regime):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"cell": 5}, {"cell": -1}, {"element_bytes": 8}, {"regime": "a"}]
-)
+    "changes",
+    [
+        {"cell": 5}, {"cell": -1}, {"element_bytes": 8}, {"regime": "a"}, {"directions": 0},
+        {"directions": 3}, {"hidden_size": 0}, {"batch_size": -8}, {"processors": -132},
+        {"shared_bytes": 0}, {"max_cluster": 0}, {"layers": 0}, {"timesteps": 2**62},
+    ],
+)  # fmt: skip
 def test_bad_arguments(changes):
     arguments = {
         "cell": 0, "element_bytes": 2, "hidden_size": 8, "batch_size": 1, "directions": 1, **H200,
