@@ -414,6 +414,10 @@ def test_the_operators_refuse_what_does_not_fit():
         step(weights, *sizes, x, torch.ones(1, 2, 7))
     with pytest.raises(RuntimeError, match="packed: expected"):
         lstm(weights, *sizes[1:], x, None, None)
+    for cell, output in ((0, 8), (0, 6), (1, 6), (2, 6), (2, 8), (3, 8)):  # one gate, 3 or 4
+        count = (1, 1, 3, 4)[cell] * 16 * (5 + output) + 16 * 7
+        with pytest.raises(RuntimeError, match=f"output: expected 7 as hidden.*, got {output}"):
+            step(torch.zeros(count), cell, 1, 5, 7, output, False, False, x, None)
     packed = fused_rnn.stepper(fused_rnn.LSTM(5, 7))._weights
     with pytest.raises(RuntimeError, match="c: expected"):
         lstm(packed, *sizes[1:], x, torch.ones(1, 1, 7), None)

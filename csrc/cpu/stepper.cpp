@@ -42,6 +42,10 @@ void check(const StepCall& s) {
     STD_TORCH_CHECK(size > 0 && size < int64_t(1) << 19,
                     "layers, input, hidden, output: expected 1 to 2^19 - 1, got ", size);
   }
+  const bool has_projection = cell_sizes(static_cast<CellKind>(s.cell)).has_c;
+  STD_TORCH_CHECK(s.output == s.hidden || (has_projection && s.output < s.hidden),
+                  "output: expected ", s.hidden, " as hidden", has_projection ? ", or less" : "",
+                  ", got ", s.output);
 }
 
 // h [L, B, P] or c [L, B, H], or null where there is none.
