@@ -262,6 +262,13 @@ def test_a_stateful_module_goes_on(ways):
     assert_same_bits(flat(actual), flat(ways.call_generally(twice)))
 
 
+def test_lengths_of_a_sequence_that_no_memory_holds():
+    """An error at once, not a walk along the sequence."""
+    x, lengths = torch.zeros(1, 1, 4).expand(2**40, 1, 4), torch.tensor([2**40])
+    with pytest.raises((MemoryError, RuntimeError)):
+        fused_rnn.GRU(4, 4)(x, lengths=lengths)
+
+
 @pytest.mark.parametrize("count", [1, 700])
 def test_rows_there_and_back(count):
     rows = torch.randn(count, 130)

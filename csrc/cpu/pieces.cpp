@@ -33,8 +33,9 @@ std::vector<Piece> find_pieces(const int64_t* lengths, const bool* resets, int64
     STD_TORCH_CHECK(end >= 0 && end <= timesteps, "lengths: expected values from 0 to ", timesteps,
                     ", got ", end);
     int64_t start = 0;
-    for (int64_t t = 1; t <= end; t++) {
-      if (t < end && !(resets && resets[t * batch + row])) continue;
+    // Without resets straight to the end, which may be far in a sequence that is expanded.
+    for (int64_t t = resets ? 1 : end; 0 < t && t <= end; t++) {
+      if (t < end && !resets[t * batch + row]) continue;
       const bool afresh = start > 0 || (resets && resets[row]);
       pieces.push_back({row, start, t - start, start == 0, t == end, afresh});
       start = t;
