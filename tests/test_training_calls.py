@@ -583,7 +583,7 @@ def test_operators_return_nothing_to_what_does_not_fit(name):
 @pytest.mark.parametrize(
     "sizes",
     [[], [3, 2], [2, 2, 1, 0], [2, 3], [1, 1, 1, 1, 1], [2, 2, 2], [2, 2, 1, -1, 1], [[2, 2, 1]],
-     [5], 5, [2.0, 2.0, 1.0]],
+     [5], 5, [2.0, 2.0, 1.0], [2**62, 2**62, 2**62, 2**62, 5]],
 )  # fmt: skip
 def test_operators_return_nothing_to_sizes_of_steps_that_do_not_fit(sizes):
     arguments = operator_arguments() | {"x": torch.randn(5, 4)}

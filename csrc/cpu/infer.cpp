@@ -119,7 +119,9 @@ bool infer(const LayerShape& first, int64_t layers, const InferCall& call, Shape
 bool infer_layers(const LayersCall& call, const Allocator& allocate) {
   const Array& x = call.x;
   if (!cpu_is_welcome() || !x.is_plain() || x.dimensions < 2 || x.dimensions > 3) return false;
-  if (call.layers < 1 || call.directions < 1 || call.directions > 2) return false;
+  // No more layers than weights, so that no product of theirs overflows.
+  if (call.layers < 1 || call.layers > call.weight_count) return false;
+  if (call.directions < 1 || call.directions > 2) return false;
   const bool batched = x.dimensions == 3;
   const int64_t timesteps = x.sizes[batched && !call.time_first ? 1 : 0];
   const int64_t batch = batched ? x.sizes[call.time_first ? 1 : 0] : 1;

@@ -73,6 +73,7 @@ std::optional<RowLayout> read_packed(const Tensor& sizes, int64_t count,
   }
   const RowLayout rows{sizes.size(0), sizes.const_data_ptr<int64_t>()[0],
                        sizes.const_data_ptr<int64_t>(), nullptr};
+  if (rows.batch > count) return {};  // sums of them might overflow
   int64_t total = 0;
   if (find_offsets(rows.batch_sizes, rows.timesteps, rows.batch, offsets, total) >= 0) return {};
   if (total != count || rows.batch_sizes[rows.timesteps - 1] < 1) return {};
