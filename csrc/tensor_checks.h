@@ -10,6 +10,8 @@
 #include <initializer_list>
 #include <string>
 
+#include "torch_compat.h"
+
 namespace fused_rnn {
 
 template <class Sizes>
@@ -17,6 +19,17 @@ std::string shape_text(const Sizes& sizes) {
   std::string text = "[";
   for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + "]";
+}
+
+// Whether a contiguous tensor has memory for all its elements: a storage can be made smaller under
+// it, as FSDP does with weights that are not in use.
+inline bool has_memory(const torch::stable::Tensor& tensor) {
+  int64_t bytes = 0, offset = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  const int64_t count = tensor.numel();
+  const auto element = static_cast<int64_t>(tensor.element_size());
+  return count == 0 || offset + count <= bytes / element;
 }
 
 inline void check_dense(const torch::stable::Tensor& tensor, const char* name,
@@ -30,6 +43,8 @@ inline void check_dense(const torch::stable::Tensor& tensor, const char* name,
       ": expected shape ", shape_text(shape), ", got ", shape_text(sizes));
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor, got strides ",
                   shape_text(tensor.strides()));
+  STD_TORCH_CHECK(has_memory(tensor), name, ": expected memory for shape ", shape_text(sizes),
+                  ", got a storage that was made smaller");
 }
 
 }  // namespace fused_rnn

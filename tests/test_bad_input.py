@@ -735,6 +735,39 @@ def test_odd_storage(name, storage, dtype):
     assert_same_numbers(*results)
 
 
+def weight_of(module):
+    return module.weight_hh_l0
+
+
+def bias_of(module):
+    return module.bias_ih_l0
+
+
+@every_class
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("which", [weight_of, bias_of, None])
+def test_freed_storage(name, which, grad, cpu_backend):
+    """FSDP frees the memory of weights that are not in use: no crash, and no layer without them."""
+    module, tensor = getattr(fused_rnn, name)(I, H), torch.randn(5, 3, I)
+    odd = tensor if which is None else which(module).data
+    odd.untyped_storage().resize_(0)
+    words = ("x",) if which is None else ("weights", str(list(odd.shape)))
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as raised:
+        module(tensor)
+    assert all(w in str(raised.value) for w in (*words, "memory")), raised.value
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="memory"):
+        module(tensor, lengths=torch.tensor([5, 2, 3]))
+
+
+@every_class
+def test_freed_sizes_of_steps(name, cpu_backend):
+    sizes = torch.tensor([3, 2])
+    sequence = PackedSequence(zeros(5, I), sizes)
+    sizes.untyped_storage().resize_(0)
+    with pytest.raises((RuntimeError, IndexError)):
+        getattr(fused_rnn, name)(I, H)(sequence)
+
+
 @every_class
 def test_odd_gradients(name):
     """Gradients that arrive expanded, or not at all for some outputs."""

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../tensor_checks.h"
 #include "../torch_compat.h"
 #include "features.h"
 
@@ -58,7 +59,7 @@ Array array_of(const Tensor& tensor) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
   if (dtype != aoti_torch_dtype_float32() || layout != aoti_torch_layout_strided() ||
-      !tensor.is_cpu() || !tensor.is_contiguous()) {
+      !tensor.is_cpu() || !tensor.is_contiguous() || !has_memory(tensor)) {
     return {};
   }
   return {tensor.const_data_ptr<float>(), tensor.dim(), tensor.sizes().data()};

@@ -129,9 +129,9 @@ RowLayout row_layout(const LayerShape& s, const std::optional<Tensor>& batch_siz
   }
   STD_TORCH_CHECK(batch_sizes->is_cpu() && batch_sizes->dim() == 1 &&
                       batch_sizes->scalar_type() == ScalarType::Long &&
-                      batch_sizes->is_contiguous(),
+                      batch_sizes->is_contiguous() && has_memory(*batch_sizes),
                   "batch_sizes: expected a contiguous int64 CPU tensor [T], got shape ",
-                  shape_text(batch_sizes->sizes()), " or another dtype or device");
+                  shape_text(batch_sizes->sizes()), " or another dtype, device or storage");
   const int64_t timesteps = batch_sizes->size(0);
   const int64_t* at = batch_sizes->const_data_ptr<int64_t>();
   int64_t total = 0;

@@ -68,7 +68,8 @@ struct Layer {
 std::optional<RowLayout> read_packed(const Tensor& sizes, int64_t count,
                                      std::vector<int64_t>& offsets) {
   if (!sizes.is_cpu() || sizes.dim() != 1 || sizes.size(0) == 0 ||
-      sizes.scalar_type() != torch::headeronly::ScalarType::Long || !sizes.is_contiguous()) {
+      sizes.scalar_type() != torch::headeronly::ScalarType::Long || !sizes.is_contiguous() ||
+      !has_memory(sizes)) {
     return {};
   }
   const RowLayout rows{sizes.size(0), sizes.const_data_ptr<int64_t>()[0],
