@@ -271,6 +271,8 @@ def _layout(
     noise: Noise = NO_NOISE,
 ) -> _Layout:
     timesteps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    if batch_sizes is None and x.shape[1] != h0.shape[1]:  # rows as many might be divided anew
+        raise RuntimeError(f"h0: expected a batch of {x.shape[1]} as of x, got {h0.shape[1]}")
     if masks is not None and masks.lengths is None and masks.resets is None:
         masks = None
     if batch_sizes is None:

@@ -79,6 +79,18 @@ def test_opcheck_forward(backend, case, requires_grad):
 
 
 @every_backend
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("save", [True, False])
+def test_states_of_another_batch(backend, batch, save):
+    """4 steps of 2 rows are not 2 steps of 4, nor 8 of one."""
+    inputs = testing.make_inputs(LayerCase("gru", 4, 2, 5, 6))
+    _skip_unless_supported(backend, inputs)
+    inputs = replace(inputs, h0=torch.zeros(1, batch, 6))
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"h0: .* batch of 2 .*, got {batch}"):
+        forward(*_forward_args(inputs, save, backend))
+
+
+@every_backend
 @every_case
 def test_opcheck_backward(backend, case):
     inputs = testing.make_inputs(case)
