@@ -232,7 +232,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         h, c = self.state_h, self.state_c
         if h is None:
             return None
-        if isinstance(input, PackedSequence):
+        if isinstance(input, PackedSequence) and input.batch_sizes.numel() > 0:
             batch = (int(input.batch_sizes[0]),)
         elif isinstance(input, Tensor) and input.dim() in (2, 3):
             batch = (input.shape[0 if self.batch_first else 1],) if input.dim() == 3 else ()

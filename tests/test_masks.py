@@ -513,6 +513,8 @@ def test_stateful_with_another_batch_is_an_error():
         layer(torch.randn(1, 2, I))
     with pytest.raises(RuntimeError, match=r"input: expected a batch of 5 .* got no batch"):
         layer(torch.randn(1, I))
+    with pytest.raises(RuntimeError, match=r"batch_sizes: .* larger than 0"):
+        layer(PackedSequence(torch.zeros(0, I), torch.zeros(0, dtype=torch.int64)))
     layer.reset_states()
     layer(torch.randn(1, 2, I))
     with pytest.raises(RuntimeError, match="reset_states needs stateful=True"):
