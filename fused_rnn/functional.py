@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 from . import checks, ops, stack
 from .cells import CELLS
 from .general_scan import GeneralScan
-from .problem import Masks
+from .problem import Masks, Rows
 
 
 class Options(TypedDict, total=False):
@@ -141,7 +141,7 @@ def recurrent(
         input = input.transpose(0, 1)
     batch_size = 0
     if packed:
-        batch_size = _first_batch_size(batch_sizes, states)
+        batch_size = _first_batch_size(batch_sizes, states, input)
     elif input.dim() == 3:
         batch_size = input.shape[1]
     checks.recurrent_arguments(
@@ -210,7 +210,7 @@ def _masks(
     return Masks(lengths, resets)
 
 
-def _first_batch_size(batch_sizes: Tensor, states: Sequence[Tensor] | None) -> int:
+def _first_batch_size(batch_sizes: Tensor, states: Sequence[Tensor] | None, input: Tensor) -> int:
     """The batch size of packed rows; the values after the first are checked where they are used."""
     checks.is_dense_tensor(batch_sizes, "batch_sizes")
     if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not batch_sizes.is_cpu:
@@ -231,6 +231,9 @@ def _first_batch_size(batch_sizes: Tensor, states: Sequence[Tensor] | None) -> i
     first = int(batch_sizes[0])
     if first < 1:
         raise RuntimeError(f"batch_sizes: expected positive sizes, got {first} for the first step")
+    if input.dim() == 2 and first > input.shape[0]:
+        # Which raises, before there are states for so many rows, or no memory for them.
+        Rows(batch_sizes.shape[0], first, batch_sizes, input.shape[0])
     return first
 
 

@@ -203,6 +203,9 @@ LAYER_PACKED = [
     Bad("all_zero", lambda n, m: m(packed(0, [0])), ("batch_sizes", "0"), RuntimeError),
     Bad("sum_too_small", lambda n, m: m(packed(5, [2, 1])),
         ("batch_sizes", "5 rows", "3"), RuntimeError),
+    # of a batch that no memory would hold zero states for, nor a sum of 64 bits
+    Bad("huge", lambda n, m: m(packed(5, [2**62] * 4 + [5])),
+        ("batch_sizes", "5 rows", str(2**62)), RuntimeError),
     # torch.nn stumbles over these
     Bad("no_time", lambda n, m: m(PackedSequence(zeros(0, I), zeros(0, dtype=torch.int64))),
         ("batch_sizes", "larger than 0"), RuntimeError),
