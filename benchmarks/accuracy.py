@@ -11,7 +11,7 @@ epsilon (1.2e-7): of y, and of gradients for a random linear function of the out
 from __future__ import annotations
 
 import argparse
-import os
+from contextlib import suppress
 
 import torch
 from rich.console import Console
@@ -34,13 +34,8 @@ def instruction_sets() -> list[str]:
         return []
     found = []
     for name in INSTRUCTION_SETS:
-        os.environ["FUSED_RNN_CPU_CAPABILITY"] = name
-        try:
+        with testing.cpu_capability(name), suppress(RuntimeError):
             found.append(native.cpu_capability())
-        except RuntimeError:
-            continue
-        finally:
-            del os.environ["FUSED_RNN_CPU_CAPABILITY"]
     return found
 
 
@@ -49,10 +44,8 @@ def errors(case: LayerCase) -> dict[str, list[float]]:
     exact = testing.results_of_draws(testing.run_oracle, case, dtype=torch.float64)
     results = {"torch.nn": testing.results_of_draws(testing.run_torch, case)}
     for name in instruction_sets():
-        os.environ["FUSED_RNN_CPU_CAPABILITY"] = name
-        with fused_rnn.backend("cpu"):
+        with testing.cpu_capability(name), fused_rnn.backend("cpu"):
             results[name] = testing.results_of_draws(testing.run_layer, case)
-        del os.environ["FUSED_RNN_CPU_CAPABILITY"]
     return {
         name: [testing.relative_error(result[kind], exact[kind]) / EPSILON for kind in KINDS]
         for name, result in results.items()

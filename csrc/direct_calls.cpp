@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -196,6 +197,14 @@ int is_time(Py_ssize_t guards) {
   return 1;
 }
 
+// Whether FUSED_RNN_BACKEND leaves the choice open, or asks for this library. Only with Python's
+// lock, which whoever changes os.environ has, too.
+bool cpu_is_welcome() {
+  const char* name = std::getenv("FUSED_RNN_BACKEND");
+  return name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0 ||
+         std::strcmp(name, "cpu") == 0;
+}
+
 // Takes both references; null where one is.
 PyObject* pair(PyObject* first, PyObject* second) {
   PyObject* both = first == nullptr || second == nullptr ? nullptr : PyTuple_New(2);
@@ -285,6 +294,7 @@ PyObject* infer(bool (*function)(const Call&, const Allocator&), Call& call, PyO
   }
   const int time = is_time(PyTuple_GET_SIZE(connected.guards));
   if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
+  if (!cpu_is_welcome()) Py_RETURN_NONE;
   call.x = array_of(args[1]);
   std::vector<Array> arrays;
   const GivenStates states(args[3]);

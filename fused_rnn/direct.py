@@ -99,7 +99,7 @@ def _wants_gradients() -> bool:
 
 def is_watched() -> bool:
     """Whether a call is to do more than compute numbers, or elsewhere."""
-    return any(guard() for guard in _GUARDS)
+    return any(guard() for guard in _GUARDS) or not dispatch.cpu_is_welcome()
 
 
 def _call_operator(

@@ -85,6 +85,11 @@ def requested() -> str:
     return _check_name(os.environ.get("FUSED_RNN_BACKEND", ""), "FUSED_RNN_BACKEND")
 
 
+def cpu_is_welcome() -> bool:
+    """Whether FUSED_RNN_BACKEND leaves the choice open, or asks for the cpu backend."""
+    return os.environ.get("FUSED_RNN_BACKEND", "") in ("", "auto", "cpu")
+
+
 def redirections() -> tuple[Callable[[], object], ...]:
     """Functions, one of which gives something true where a `with` block asks for another backend
     than the cpu's, or for a record of choices."""

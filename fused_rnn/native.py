@@ -64,7 +64,8 @@ def library_path() -> Path:
 
 
 def cpu_capability() -> str:
-    """The instruction set the CPU library runs with.
+    """The instruction set the CPU library runs with: it asks the environment once, at its first
+    call.
 
     Raises:
         RuntimeError: FUSED_RNN_CPU_CAPABILITY names none, or one this CPU does not have.

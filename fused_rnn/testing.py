@@ -11,9 +11,11 @@ Importing fused_rnn does not import this module.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -234,6 +236,18 @@ def batch_sizes_of(lengths: Sequence[int]) -> Tensor:
 def backends_on(device_type: str) -> list[str]:
     """The names of the backends that may be chosen for tensors there."""
     return [b.name for b in dispatch.BACKENDS.values() if b.device_type in (None, device_type)]
+
+
+@contextmanager
+def cpu_capability(name: str) -> Iterator[None]:
+    """The CPU library with the instruction set of that name, or its error where there is none."""
+    forget = torch.ops.fused_rnn_cpu.forget_capability  # it asks the environment once
+    with mock.patch.dict(os.environ, FUSED_RNN_CPU_CAPABILITY=name):
+        forget()
+        try:
+            yield
+        finally:
+            forget()
 
 
 def refusal(backend: str, inputs: LayerInputs, training: bool = True) -> str | None:

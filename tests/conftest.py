@@ -1,6 +1,7 @@
 """Fixtures and settings that every test file may use."""
 
 import os
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -54,10 +55,17 @@ def cpu_backend(monkeypatch):
     monkeypatch.setenv("FUSED_RNN_BACKEND", "cpu")
 
 
+@pytest.fixture
+def set_capability(cpu_backend):
+    """Forces an instruction set by its name, known or not; put back after the test."""
+    with ExitStack() as stack:
+        yield lambda name: stack.enter_context(testing.cpu_capability(name))
+
+
 @pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
-def instruction_set(request, cpu_backend, monkeypatch):
+def instruction_set(request, set_capability):
     """The cpu backend with each instruction set in turn, those the machine lacks skipped."""
-    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", request.param)
+    set_capability(request.param)
     try:
         native.cpu_capability()
     except RuntimeError as error:

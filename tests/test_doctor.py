@@ -63,14 +63,14 @@ def test_doctor_shows_every_variable_of_the_readme(capsys, monkeypatch):
     assert [name for name in names if f"  {name}=0\n" not in text] == []
 
 
-def test_instruction_sets_of_the_doctor_are_those_of_the_library(cpu_backend, monkeypatch):
+def test_instruction_sets_of_the_doctor_are_those_of_the_library(cpu_backend, set_capability):
     module = pytest.importorskip("fused_rnn._C", reason="the extension module was not built")
     built, features = module.build_facts()["capabilities"], module.cpu_features()
-    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", "none of these")
+    set_capability("none of these")
     with pytest.raises(RuntimeError, match=f"expected one of {', '.join(built)};"):
         native.cpu_capability()
     for name in built:
-        monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", name)
+        set_capability(name)
         try:
             native.cpu_capability()
         except RuntimeError:

@@ -145,8 +145,8 @@ def test_accuracy(case, instruction_set):
 
 
 @pytest.fixture
-def amx(cpu_backend, monkeypatch):
-    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", "amx")
+def amx(cpu_backend, set_capability):
+    set_capability("amx")
     try:
         native.cpu_capability()
     except RuntimeError as error:
@@ -168,7 +168,7 @@ WITHOUT_PARTS = [
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("where, value", WITHOUT_PARTS)
-def test_what_has_no_parts_goes_through_tiles(cell, where, value, amx, monkeypatch):
+def test_what_has_no_parts_goes_through_tiles(cell, where, value, amx, set_capability):
     """Infinities and NaN come out where AVX-512 has them, and its numbers elsewhere; likewise of
     floats that bfloat16 would round to infinity."""
     hidden = _least_units_in_parts(cell) + 5
@@ -188,7 +188,7 @@ def test_what_has_no_parts_goes_through_tiles(cell, where, value, amx, monkeypat
         return found
 
     in_tiles = results()
-    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", "avx512")
+    set_capability("avx512")
     for name, expected in results().items():
         scale = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0
         torch.testing.assert_close(
@@ -218,12 +218,12 @@ def test_accuracy_of_small_batches_on_several_threads(case, instruction_set, num
 
 
 @pytest.mark.parametrize("case", _params(_small_batches))
-def test_instruction_sets_agree(case, instruction_set, monkeypatch):
+def test_instruction_sets_agree(case, instruction_set, set_capability):
     """On any machine the same numbers, but for how a sum or a function is rounded."""
     if instruction_set == "portable":
         pytest.skip("is what the others are compared to")
     results = [testing.results_of_draws(testing.run_layer, case)]
-    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", "portable")
+    set_capability("portable")
     results.append(testing.results_of_draws(testing.run_layer, case))
     testing.assert_same_numbers(*results, roundings=32)
 
@@ -288,10 +288,16 @@ def test_many_shapes(case, threads, instruction_set, num_threads):
 
 
 @pytest.mark.parametrize("name", ["mmx", "AVX2", "avx512 ", "auto"])
-def test_a_name_that_is_none(name, cpu_backend, monkeypatch):
-    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", name)
+def test_a_name_that_is_none(name, cpu_backend, set_capability):
+    set_capability(name)
     message = rf"FUSED_RNN_CPU_CAPABILITY: expected one of .*portable; got '{name}'"
     with pytest.raises(RuntimeError, match=message):
         native.cpu_capability()
     with pytest.raises(RuntimeError, match=message):
         testing.run_layer(testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)))
+
+
+def test_the_environment_is_asked_once(instruction_set, monkeypatch):
+    """Reading it while another thread changes it would not be safe."""
+    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", "none of these")
+    assert native.cpu_capability() == instruction_set

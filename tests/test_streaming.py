@@ -538,8 +538,8 @@ def test_the_backend_asked_for_is_the_one(variable, block, taken, ways, monkeypa
 
 
 @every_module
-def test_capability_is_checked(cell, suffix, ways, monkeypatch):
-    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", "nonsense")
+def test_capability_is_checked(cell, suffix, ways, set_capability):
+    set_capability("nonsense")
     ours, _ = make(cell, suffix, 8, 8)
     with torch.no_grad(), pytest.raises(RuntimeError, match="FUSED_RNN_CPU_CAPABILITY"):
         ours(torch.randn(2, 8) if suffix else torch.randn(1, 2, 8))

@@ -404,8 +404,8 @@ def test_explain_sees_every_layer(cell, suffix, ways, monkeypatch):
     assert told.backend == "cpu" and len(told.layers) == 1 and ways.direct == 0
 
 
-def test_capability_is_checked(ways, monkeypatch):
-    monkeypatch.setenv("FUSED_RNN_CPU_CAPABILITY", "nonsense")
+def test_capability_is_checked(ways, set_capability):
+    set_capability("nonsense")
     with pytest.raises(RuntimeError, match="FUSED_RNN_CPU_CAPABILITY"):
         fused_rnn.GRU(4, 6)(torch.randn(5, 3, 4))
 

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -11,7 +12,11 @@
 
 namespace fused_rnn {
 
-const KernelsOf<float>& kernels() {
+namespace {
+
+std::atomic<const KernelsOf<float>*> known_kernels{nullptr};
+
+const KernelsOf<float>& find_kernels() {
   struct Candidate {
     const KernelsOf<float>* kernels;
     bool runs;
@@ -40,14 +45,23 @@ const KernelsOf<float>& kernels() {
                   "'");
 }
 
-namespace {
-
 void run_in_parallel(int64_t items, int64_t grain,
                      const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, items, grain, body);
 }
 
 }  // namespace
+
+// The environment is read once: while another thread changes it, that is not safe.
+const KernelsOf<float>& kernels() {
+  const KernelsOf<float>* known = known_kernels.load(std::memory_order_relaxed);
+  if (known != nullptr) return *known;
+  const KernelsOf<float>& found = find_kernels();
+  known_kernels.store(&found, std::memory_order_relaxed);
+  return found;
+}
+
+void forget_kernels() { known_kernels.store(nullptr, std::memory_order_relaxed); }
 
 Threads torch_threads() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()), run_in_parallel};

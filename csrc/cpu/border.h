@@ -18,6 +18,8 @@ using torch::stable::Tensor;
 
 // Of the instruction set that FUSED_RNN_CPU_CAPABILITY names, or the best this CPU has.
 const KernelsOf<float>& kernels();
+// The next call reads the environment anew. For tests.
+void forget_kernels();
 
 Threads torch_threads();
 

@@ -9,9 +9,6 @@
 
 namespace fused_rnn {
 
-// Whether FUSED_RNN_BACKEND leaves the choice open, or asks for this library.
-bool cpu_is_welcome();
-
 // Of the first layer, padded, from arguments that other checks will confirm.
 LayerShape stack_shape(const InferCall& call, int64_t directions, int64_t timesteps, int64_t batch);
 

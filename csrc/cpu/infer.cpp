@@ -1,6 +1,4 @@
 // Whole calls of torch.nn's modules in inference: a stack of layers, or a cell.
-#include <cstdlib>
-#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -11,12 +9,6 @@
 namespace fused_rnn {
 
 using Shape = std::initializer_list<int64_t>;
-
-bool cpu_is_welcome() {
-  const char* name = std::getenv("FUSED_RNN_BACKEND");
-  return name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0 ||
-         std::strcmp(name, "cpu") == 0;
-}
 
 LayerShape stack_shape(const InferCall& call, int64_t directions, int64_t timesteps,
                        int64_t batch) {
@@ -118,7 +110,7 @@ bool infer(const LayerShape& first, int64_t layers, const InferCall& call, Shape
 
 bool infer_layers(const LayersCall& call, const Allocator& allocate) {
   const Array& x = call.x;
-  if (!cpu_is_welcome() || !x.is_plain() || x.dimensions < 2 || x.dimensions > 3) return false;
+  if (!x.is_plain() || x.dimensions < 2 || x.dimensions > 3) return false;
   // No more layers than weights, so that no product of theirs overflows.
   if (call.layers < 1 || call.layers > call.weight_count) return false;
   if (call.directions < 1 || call.directions > 2) return false;
@@ -137,7 +129,7 @@ bool infer_layers(const LayersCall& call, const Allocator& allocate) {
 
 bool infer_cell(const CellCall& call, const Allocator& allocate) {
   const Array& x = call.x;
-  if (!cpu_is_welcome() || !x.is_plain() || x.dimensions < 1 || x.dimensions > 2) return false;
+  if (!x.is_plain() || x.dimensions < 1 || x.dimensions > 2) return false;
   const bool batched = x.dimensions == 2;
   const int64_t batch = batched ? x.sizes[0] : 1;
   const LayerShape s = stack_shape(call, 1, 1, batch);

@@ -422,6 +422,7 @@ STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
       "infer_cell(int cell, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, int hidden_size) "
       "-> Tensor[]");
   m.def("capability() -> str");
+  m.def("forget_capability() -> ()");
   m.def("bfloat16_capability() -> str");
 }
 
@@ -436,5 +437,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CompositeExplicitAutograd, m) {
   m.impl("infer_layers", TORCH_BOX(&fused_rnn::infer_layers_op));
   m.impl("infer_cell", TORCH_BOX(&fused_rnn::infer_cell_op));
   m.impl("capability", TORCH_BOX(&fused_rnn::capability));
+  m.impl("forget_capability", TORCH_BOX(&fused_rnn::forget_kernels));
   m.impl("bfloat16_capability", TORCH_BOX(&fused_rnn::bfloat16_capability));
 }

@@ -124,7 +124,6 @@ std::vector<Tensor> train_layer_op(int64_t cell, const Tensor& x, std::vector<Te
                                    std::optional<Tensor> h0, std::optional<Tensor> c0,
                                    std::optional<Tensor> batch_sizes, int64_t directions,
                                    bool save) {
-  if (!cpu_is_welcome()) return {};
   const Arguments given(cell, x, weights, h0, c0);
   std::optional<Layer> layer = read_layer(given.call, batch_sizes, directions);
   if (!layer) return {};
