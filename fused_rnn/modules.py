@@ -250,7 +250,8 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
 
     def _carry(self, states: Any) -> None:
         h, c = states if isinstance(states, tuple) else (states, None)
-        self.state_h, self.state_c = h.detach(), None if c is None else c.detach()
+        # Copies: what the caller does with h_n must not change the next call.
+        self.state_h, self.state_c = (None if s is None else s.detach().clone() for s in (h, c))
 
 
 def _for_call(state: Tensor, input: Tensor) -> Tensor:

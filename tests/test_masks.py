@@ -521,6 +521,19 @@ def test_stateful_with_another_batch_is_an_error():
         fused_rnn.GRU(I, H).reset_states()
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_stateful_keeps_states_of_its_own(cell):
+    module = testing.make_module(cell, I, H, stateful=True)
+    x = torch.randn(2, 5, B, I)
+    with torch.no_grad():
+        module(x[0])
+        expected = module(x[1])
+        module.reset_states()
+        for state in torch.utils._pytree.tree_leaves(module(x[0])[1]):
+            state.zero_()
+        torch.testing.assert_close(module(x[1]), expected, rtol=0, atol=0)
+
+
 def test_stateful_learns_online():
     """One step at a time, batch 1, an update after each."""
     layer = fused_rnn.GRU(1, 8, stateful=True)

@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <mutex>
 
 #include "../tensor_checks.h"
 #include "../torch_compat.h"
@@ -47,7 +49,18 @@ const KernelsOf<float>& find_kernels() {
 
 void run_in_parallel(int64_t items, int64_t grain,
                      const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(0, items, grain, body);
+  // torch keeps nothing of an exception but that there was one.
+  std::mutex mutex;
+  std::exception_ptr failure;
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace
