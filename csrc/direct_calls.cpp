@@ -400,6 +400,8 @@ PyObject* connect(PyObject*, PyObject* args) {
   Py_RETURN_TRUE;
 }
 
+PyObject* cpu_is_welcome(PyObject*, PyObject*) { return PyBool_FromLong(cpu_is_welcome()); }
+
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS,
      "connect(address of the library's calls, torch's exchange API, Tensor, Parameter, guards, how "
@@ -408,6 +410,8 @@ PyMethodDef methods[] = {
      "infer_layers(cell, input, weights, hx, layers, directions, time_first)"},
     {"infer_cell", method(infer_cell), METH_FASTCALL,
      "infer_cell(cell, input, weights, hx, hidden_size)"},
+    {"cpu_is_welcome", cpu_is_welcome, METH_NOARGS,
+     "cpu_is_welcome(): whether FUSED_RNN_BACKEND leaves the choice open, or asks for the CPU's."},
     {"prepare_step", method(prepare_step), METH_FASTCALL,
      "prepare_step(packed, cell, layers, input, hidden, output, bias, half): a function of x and "
      "state"},

@@ -99,7 +99,7 @@ def _wants_gradients() -> bool:
 
 def is_watched() -> bool:
     """Whether a call is to do more than compute numbers, or elsewhere."""
-    return any(guard() for guard in _GUARDS) or not dispatch.cpu_is_welcome()
+    return any(guard() for guard in _GUARDS) or not calls().cpu_is_welcome()
 
 
 def _call_operator(
@@ -184,6 +184,7 @@ class _NoCalls:
     """Where the extension module cannot be used."""
 
     infer_layers = infer_cell = prepare_step = staticmethod(no_answer)
+    cpu_is_welcome = staticmethod(dispatch.cpu_is_welcome)
 
 
 @once
