@@ -43,12 +43,22 @@ def _fast_cases(cell: str) -> list[LayerCase]:
         packed([2, 1], 45, 7, bias=False, directions=2),
         packed(range(9, 0, -1), 3, 100, directions=2),
     ]
+    # Of these the weights are not packed: a few rows of a few timesteps.
+    few = [
+        case(4, 1, 3, 17, directions=2),
+        case(2, 4, 45, 130),
+        case(3, 2, 1, 100, bias=False, directions=2),
+        case(8, 3, 20, 400, directions=2),
+    ]
+    cases += [*few, *_in_bfloat16(few)]
     if CELLS[cell].has_c:
         cases += [
             case(5, 3, 16, 33, proj_size=17, directions=2),
             packed([19, 7, 1], 3, 100, proj_size=7, bias=False),
         ]
-    return [*cases, *_in_bfloat16(cases[1::3]), *_in_bfloat16(cases[-1:])]
+    in_float32 = [case for case in cases if case.dtype == torch.float32]
+    in_bfloat16 = [*_in_bfloat16(in_float32[1::3]), *_in_bfloat16(cases[-1:])]
+    return list(dict.fromkeys([*cases, *in_bfloat16]))
 
 
 def _in_bfloat16(cases: list[LayerCase]) -> list[LayerCase]:

@@ -68,6 +68,7 @@ constexpr KernelsOf<Element> table(const char* name) {
   kernels.forward = forward;
   kernels.backward = backward;
   kernels.step = step;
+  kernels.few_steps = few_steps;
   kernels.packed_step = packed_step;
   kernels.project_step = project_step;
   kernels.input_grad = input_grad;

@@ -78,12 +78,17 @@ struct ForwardCallOf {
   NormValuesOf<float> normed;
 };
 
-// One timestep. Where GRU resets before the product, its two halves are steps of their own.
+// So many rows at most have their weights read where they lie.
+constexpr int64_t kFewRows = 4;
+
+// One timestep or a few. Where GRU resets before the product, there is one, and its two halves are
+// steps of their own.
 template <class E>
 struct StepParamsOf : ForwardCallOf<E> {
-  E* between;      // [D, B, H] r * h_prev of the first half, or null
-  float* update;   // [D, B, H] its z, or null
-  bool candidate;  // whether this is the second half
+  E* between;         // [D, B, H] r * h_prev of the first half, or null
+  float* update;      // [D, B, H] its z, or null
+  bool candidate;     // whether this is the second half
+  float* input_side;  // [D, N, G*H] of a few timesteps, else null
 };
 
 // Gradients of one direction's parameters, each null where not wanted.
@@ -334,6 +339,8 @@ struct KernelsOf {
 
   // One timestep, vectors [begin, end) of the units of both directions.
   void (*step)(const StepParamsOf<E>&, int64_t begin, int64_t end);
+  // A few timesteps; the share's panels are such vectors.
+  void (*few_steps)(const StepParamsOf<E>&, const Share&, Meeting*);
 
   // One timestep from packed weights, panels [begin, end) of the units, and then of h where that is
   // projected. Null where E is not float.

@@ -1,5 +1,5 @@
-// A layer call of one timestep. Packing the weights would cost more than the step: they are read
-// where they lie, as rows for dot products.
+// A layer call of one timestep or a few. Packing the weights would cost more than the steps: they
+// are read where they lie, as rows for dot products.
 
 // sums[i] += the products of row i of `weights` [kWidth, depth] and `a`, lane by lane.
 FUSED_RNN_INLINE void add_products(const Element* weights, int64_t depth, int valid,
@@ -115,5 +115,171 @@ static void step(const StepParams& p, int64_t begin, int64_t end) {
         step_units<GruResetBeforeCell<Math>>(p, d, unit);
         break;
     }
+  }
+}
+
+// sums[m][i] = the products of row i of `weights` and row `row` + m of `a`, lane by lane. As many
+// sums at a time as those of one row: of fewer units, whose weights are read once for all rows.
+template <int ROWS>
+FUSED_RNN_INLINE void add_products_of(const Element* weights, int64_t depth, const Rows& a,
+                                      int64_t row, Vector (&sums)[kFewRows][kWidth]) {
+  constexpr int kStep = kWidth * kPairs, kUnits = kWidth / ROWS;
+  FUSED_RNN_UNROLL
+  for (int first = 0; first < kWidth; first += kUnits) {
+    Vector part[ROWS][kUnits] = {};
+    const auto add = [&](int64_t k, int64_t limit) __attribute__((always_inline)) {
+      Vector values[ROWS];
+      FUSED_RNN_UNROLL
+      for (int m = 0; m < ROWS; m++) values[m] = load_words(a[row + m] + k, limit);
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kUnits; i++) {
+        const Vector weight = load_words(weights + (first + i) * depth + k, limit);
+        FUSED_RNN_UNROLL
+        for (int m = 0; m < ROWS; m++) part[m][i] = multiply_add(part[m][i], weight, values[m]);
+      }
+    };
+    int64_t k = 0;
+    for (; k + kStep <= depth; k += kStep) add(k, kStep);
+    if (k < depth) add(k, depth - k);
+    FUSED_RNN_UNROLL
+    for (int m = 0; m < ROWS; m++) {
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kUnits; i++) sums[m][first + i] = part[m][i];
+    }
+  }
+}
+
+// Calls body(row, product) for `valid` units, rows of `weights`, and all rows of `a`.
+template <class Body>
+FUSED_RNN_INLINE void for_each_product(const Element* weights, int64_t depth, int valid,
+                                       const Rows& a, int64_t rows, Body body) {
+  for (int64_t row = 0; row < rows;) {
+    Vector sums[kFewRows][kWidth];
+    int64_t done = 1;
+    if (valid == kWidth && rows - row >= kFewRows) {
+      add_products_of<kFewRows>(weights, depth, a, row, sums);
+      done = kFewRows;
+    } else if (valid == kWidth && rows - row >= 2) {
+      add_products_of<2>(weights, depth, a, row, sums);
+      done = 2;
+    } else {
+      for (int i = 0; i < kWidth; i++) sums[0][i] = Vector{};
+      add_products(weights, depth, valid, a[row], sums[0]);
+    }
+    for (int64_t m = 0; m < done; m++) body(row + m, sum_rows(sums[m]));
+    row += done;
+  }
+}
+
+// The input side of `valid` units from `unit` on of all rows of the share, with the biases that add
+// to it.
+template <class Cell>
+static void project_units(const StepParams& p, const Share& share, int64_t unit, int valid) {
+  constexpr int G = Cell::kGates;
+  const LayerShape& s = p.shape;
+  const int64_t d = share.direction, rows = rows_below(share, s.rows.batch);
+  const bool whole_batch = rows == s.rows.batch;
+  const Weights& w = p.weights[d];
+  for (int gate = 0; gate < G; gate++) {
+    const int64_t first = gate * s.hidden + unit;
+    Vector bias{};
+    if (w.b_ih) {
+      bias = load(w.b_ih + first, valid);
+      if (G != 3 || gate < 2) bias += load(w.b_hh + first, valid);
+    }
+    const auto project = [&](const Rows& x, const RowsOf<float>& gx, int64_t count) {
+      for_each_product(w.w_ih + first * s.input, s.input, valid, x, count,
+                       [&](int64_t i, Vector sum) { store(gx[i] + first, sum + bias, valid); });
+    };
+    const auto project_from = [&](int64_t row, int64_t count) {
+      project(rows_of(p.x, row, s.input, share),
+              rows_of(p.input_side, d * s.count + row, G * s.hidden, share), count);
+    };
+    if (whole_batch) {  // whose rows lie together
+      project_from(0, s.count);
+    } else {
+      for (int64_t t = 0; t < s.rows.timesteps; t++) project_from(t * s.rows.batch, rows);
+    }
+  }
+}
+
+// One step of those units.
+template <class Cell>
+static void few_units(const StepParams& p, const Share& share, const ForwardRows& r, int64_t rows,
+                      int64_t unit, int valid) {
+  constexpr int G = Cell::kGates;
+  const int64_t hidden = p.shape.hidden;
+  const Weights& w = p.weights[share.direction];
+  Vector gh[kFewRows][G];
+  for (int gate = 0; gate < G; gate++) {
+    const int64_t first = gate * hidden + unit;
+    const bool biased = G == 3 && gate == 2 && w.b_hh;
+    const Vector bias = biased ? load(w.b_hh + first, valid) : Vector{};
+    for_each_product(w.w_hh + first * hidden, hidden, valid, r.h_prev, rows,
+                     [&](int64_t i, Vector sum) { gh[i][gate] = biased ? sum + bias : sum; });
+  }
+  for (int64_t i = 0; i < rows; i++) {
+    Vector gx[G];
+    for (int gate = 0; gate < G; gate++) gx[gate] = load(r.gx[i] + gate * hidden + unit, valid);
+    forward_units<Cell>(r, i, unit, hidden, valid, gx, gh[i]);
+  }
+}
+
+template <class Cell>
+static void few_steps_of(const StepParams& p, const Share& share, Meeting* meeting) {
+  constexpr int G = Cell::kGates, S = Cell::kSavedGates;
+  const LayerShape& s = p.shape;
+  const int64_t hidden = s.hidden, d = share.direction, y_width = s.directions * hidden;
+  const int64_t state = d * s.rows.batch, rows = rows_below(share, s.rows.batch);
+  const Units units(share, {nullptr, hidden, hidden, 1, 1, nullptr});
+  const auto for_each_vector = [&](int64_t index, auto body) {
+    for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
+      const int64_t unit = zigzag(j, share, index) * kWidth;
+      body(unit, valid_lanes(unit, hidden));
+    }
+  };
+  for_each_vector(0, [&](int64_t unit, int valid) { project_units<Cell>(p, share, unit, valid); });
+  const auto h0 = rows_of(p.h0, state, hidden, share);
+  const auto h_n = rows_of(p.h_n, state, hidden, share);
+  const auto c_n = rows_of_or_null(p.c_n, state, hidden, share);
+  for (int64_t i = 0; kRunningH<Cell> && i < rows; i++) copy_row(h0[i], h_n[i], units);
+  for (int64_t index = 0; index < s.rows.timesteps; index++) {
+    const Step step(s.rows, share, index);
+    const int64_t row = step.t * s.rows.batch, at = d * s.count + row;
+    ForwardRows r{rows_of(p.input_side, at, G * hidden, share),
+                  h0,
+                  kRunningH<Cell> ? h_n : RowsOf<float>{nullptr, 0},
+                  rows_of_or_null(p.c0, state, hidden, share),
+                  {},
+                  rows_of(p.y + d * hidden, row, y_width, share),
+                  c_n,
+                  rows_of_or_null(S > 0 ? p.gates : nullptr, at, S * hidden, share),
+                  rows_of_or_null(p.cells, at, hidden, share)};
+    if (step.previous >= 0) {
+      r.h_prev =
+          rows_of<const Element>(p.y + d * hidden, step.previous * s.rows.batch, y_width, share);
+      r.c_prev = {c_n.base, c_n.stride};
+    }
+    for_each_vector(
+        index, [&](int64_t unit, int valid) { few_units<Cell>(p, share, r, rows, unit, valid); });
+    for (int64_t i = 0; !kRunningH<Cell> && step.next < 0 && i < rows; i++) {
+      copy_row(r.y[i], h_n[i], units);
+    }
+    if (meeting && step.next >= 0) meeting->wait();
+  }
+}
+
+static void few_steps(const StepParams& p, const Share& share, Meeting* meeting) {
+  switch (p.shape.cell) {
+    case CellKind::rnn_tanh:
+      return few_steps_of<RnnCell<Math, false>>(p, share, meeting);
+    case CellKind::rnn_relu:
+      return few_steps_of<RnnCell<Math, true>>(p, share, meeting);
+    case CellKind::gru:
+      return few_steps_of<GruCell<Math>>(p, share, meeting);
+    case CellKind::lstm:
+      return few_steps_of<LstmCell<Math>>(p, share, meeting);
+    case CellKind::gru_reset_before:
+      return;  // its steps have two products
   }
 }
