@@ -142,6 +142,11 @@ ALL_SETS = (
         alone(cases_of([(1, 1, h) for h in (64, 128, 256, 512, 1024)], ["step"])),
     ),
     CaseSet(
+        "chunks",
+        "What do a few timesteps at a time cost?",
+        alone(cases_of([(t, 1, h) for h in (128, 512, 1024) for t in (2, 4, 16)], ["inference"])),
+    ),
+    CaseSet(
         "packed",
         "How fast is training on packed sequences?",
         alone(
