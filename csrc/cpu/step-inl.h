@@ -118,19 +118,22 @@ static void step(const StepParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// sums[m][i] = the products of row i of `weights` and row `row` + m of `a`, lane by lane. As many
-// sums at a time as those of one row: of fewer units, whose weights are read once for all rows.
+// sums[m][i] = the products of row i of `weights` and row `row` + m of `a`, lane by lane; beyond
+// the last row, of that. As many sums at a time as those of one row: of fewer units, whose weights
+// are read once for all rows.
 template <int ROWS>
 FUSED_RNN_INLINE void add_products_of(const Element* weights, int64_t depth, const Rows& a,
-                                      int64_t row, Vector (&sums)[kFewRows][kWidth]) {
+                                      int64_t row, int64_t rows, Vector (&sums)[kFewRows][kWidth]) {
   constexpr int kStep = kWidth * kPairs, kUnits = kWidth / ROWS;
+  const Element* from[ROWS];
+  for (int m = 0; m < ROWS; m++) from[m] = a[smaller(row + m, rows - 1)];
   FUSED_RNN_UNROLL
   for (int first = 0; first < kWidth; first += kUnits) {
     Vector part[ROWS][kUnits] = {};
     const auto add = [&](int64_t k, int64_t limit) __attribute__((always_inline)) {
       Vector values[ROWS];
       FUSED_RNN_UNROLL
-      for (int m = 0; m < ROWS; m++) values[m] = load_words(a[row + m] + k, limit);
+      for (int m = 0; m < ROWS; m++) values[m] = load_words(from[m] + k, limit);
       FUSED_RNN_UNROLL
       for (int i = 0; i < kUnits; i++) {
         const Vector weight = load_words(weights + (first + i) * depth + k, limit);
@@ -156,11 +159,11 @@ FUSED_RNN_INLINE void for_each_product(const Element* weights, int64_t depth, in
   for (int64_t row = 0; row < rows;) {
     Vector sums[kFewRows][kWidth];
     int64_t done = 1;
-    if (valid == kWidth && rows - row >= kFewRows) {
-      add_products_of<kFewRows>(weights, depth, a, row, sums);
-      done = kFewRows;
+    if (valid == kWidth && rows - row > 2) {
+      add_products_of<kFewRows>(weights, depth, a, row, rows, sums);
+      done = smaller(kFewRows, rows - row);
     } else if (valid == kWidth && rows - row >= 2) {
-      add_products_of<2>(weights, depth, a, row, sums);
+      add_products_of<2>(weights, depth, a, row, rows, sums);
       done = 2;
     } else {
       for (int i = 0; i < kWidth; i++) sums[0][i] = Vector{};
