@@ -49,6 +49,8 @@ def _fast_cases(cell: str) -> list[LayerCase]:
         case(2, 4, 45, 130),
         case(3, 2, 1, 100, bias=False, directions=2),
         case(8, 3, 20, 400, directions=2),
+        case(1, 11, 20, 400),
+        case(3, 16, 7, 370),
     ]
     cases += [*few, *_in_bfloat16(few)]
     if CELLS[cell].has_c:

@@ -78,8 +78,8 @@ struct ForwardCallOf {
   NormValuesOf<float> normed;
 };
 
-// So many rows at most have their weights read where they lie.
-constexpr int64_t kFewRows = 4;
+// A step of so many rows at most has its weights read where they lie.
+constexpr int64_t kFewRows = 32;
 
 // One timestep or a few. Where GRU resets before the product, there is one, and its two halves are
 // steps of their own.

@@ -31,15 +31,27 @@ template <class E>
 constexpr int64_t kForwardRowsOfL3 = std::is_same_v<E, float> ? 64 : 32;
 constexpr int64_t kBackwardRowsOfL3 = 32;
 constexpr int64_t kBytesOfL3 = 7 << 18;
-// One timestep of up to kFewRows rows is computed from unpacked weights. GRU, H=128, 1, 4 and 8
-// rows: 4, 17 and 33 us, packing included 14, 18 and 25. And so are a few timesteps of up to
-// kFewRows rows, together so many, as W_hh has more bytes. Time with packed weights over that, GRU,
-// two threads: B=1, T = 2, 8 and 32 H=128 1.6, 1.2 and 0.9, H=512 3.4, 1.9 and 1.2; B=4, T = 2 and
-// 8 H=128 1.3 and 1.0, H=512 2.3 and 1.3; one thread 0.0 to 0.3 less.
+// So many rows, of a few timesteps of up to kFewRows each, are computed from unpacked weights:
+// packing would take longer. Time with packed weights over that, GRU and LSTM, two threads: T=1,
+// B = 8 and 16 H=128 1.2 to 1.4 and 2.0 to 2.4, B = 8 and 32 H=512 2.4 and 1.4, H=1024 2.1 to 2.8
+// and 1.4 to 1.6; B=4, T = 2 and 8 H=128 1.3 and 1.0, H=512 2.2 and 1.4; B=1, T = 4 and 16 H=128
+// 1.4 and 1.1, H=512 2.6 and 1.4. At these limits it is 1.0 to 1.2, of one thread and with AVX2 as
+// well. In bfloat16, which AMX multiplies faster, 1.1 to 1.2 at 8 rows and 0.8 to 1.1 at 16.
+template <class E>
 int64_t few_rows(const LayerShape& s) {
   const int64_t weights = cell_sizes(s.cell).gates * s.hidden * s.output;
-  return weights >= 1 << 17 ? 32 : weights >= 1 << 14 ? 8 : 4;
+  if (weights < 1 << 12) return 4;
+  if (weights < 1 << 14 || !std::is_same_v<E, float>) return 8;
+  return weights < 1 << 17 ? 16 : 48;
 }
+
+// Of those, so many of one timestep take both products at once, row after row: faster where weights
+// are read again from L1 and L2. Where a GRU resets before the product there is no other way.
+int64_t step_rows(const LayerShape& s) {
+  const int64_t weights = cell_sizes(s.cell).gates * s.hidden * s.output;
+  return reset_before(s) || weights < 1 << 16 ? 4 : weights < 1 << 18 ? 2 : 1;
+}
+
 // The input side of so many bytes is computed at a time: half of a usual L2 cache per thread. But
 // of so many rows at least: W_ih is read once for them, and at H=1024 the weights exceed the L3
 // cache, where 256 rows instead of 64 made LSTM 1.2 times faster.
@@ -308,7 +320,7 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
   Call<E> work(isa, s, kForwardRowsOfL3<E>, threads);
   const bool plain = !s.normed && !call.h_factor && !call.zoneout_h.any() &&
                      !call.zoneout_c.any() && !call.weights[0].peephole;
-  if (plain && s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= kFewRows &&
+  if (plain && s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= step_rows(s) &&
       !projected(s)) {
     StepParamsOf<E> p{call, nullptr, nullptr, false, nullptr};
     const auto step = [&] {
@@ -325,8 +337,8 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
     step();
     return;
   }
-  if (plain && s.rows.timesteps > 1 && !s.rows.batch_sizes && s.rows.batch <= kFewRows &&
-      s.count <= few_rows(s) && !projected(s) && !reset_before(s)) {
+  if (plain && s.rows.timesteps > 0 && !s.rows.batch_sizes && s.rows.batch <= kFewRows &&
+      s.count <= few_rows<E>(s) && !projected(s) && !reset_before(s)) {
     float* input_side = work.take(s.directions * s.count * sizes.gates * s.hidden);
     const StepParamsOf<E> p{call, nullptr, nullptr, false, input_side};
     const PackedMatrix vectors{nullptr, s.output, s.hidden, 1, 1, nullptr};

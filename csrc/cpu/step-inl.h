@@ -121,9 +121,12 @@ static void step(const StepParams& p, int64_t begin, int64_t end) {
 // sums[m][i] = the products of row i of `weights` and row `row` + m of `a`, lane by lane; beyond
 // the last row, of that. As many sums at a time as those of one row: of fewer units, whose weights
 // are read once for all rows.
+constexpr int kRowsOfWeights = 4;
+
 template <int ROWS>
 FUSED_RNN_INLINE void add_products_of(const Element* weights, int64_t depth, const Rows& a,
-                                      int64_t row, int64_t rows, Vector (&sums)[kFewRows][kWidth]) {
+                                      int64_t row, int64_t rows,
+                                      Vector (&sums)[kRowsOfWeights][kWidth]) {
   constexpr int kStep = kWidth * kPairs, kUnits = kWidth / ROWS;
   const Element* from[ROWS];
   for (int m = 0; m < ROWS; m++) from[m] = a[smaller(row + m, rows - 1)];
@@ -157,11 +160,11 @@ template <class Body>
 FUSED_RNN_INLINE void for_each_product(const Element* weights, int64_t depth, int valid,
                                        const Rows& a, int64_t rows, Body body) {
   for (int64_t row = 0; row < rows;) {
-    Vector sums[kFewRows][kWidth];
+    Vector sums[kRowsOfWeights][kWidth];
     int64_t done = 1;
     if (valid == kWidth && rows - row > 2) {
-      add_products_of<kFewRows>(weights, depth, a, row, rows, sums);
-      done = smaller(kFewRows, rows - row);
+      add_products_of<kRowsOfWeights>(weights, depth, a, row, rows, sums);
+      done = smaller(kRowsOfWeights, rows - row);
     } else if (valid == kWidth && rows - row >= 2) {
       add_products_of<2>(weights, depth, a, row, rows, sums);
       done = 2;
