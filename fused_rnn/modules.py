@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
 from . import checks, compiled, direct, functional, ops, symbolic, torchscript, training
 from .cells import CELLS, Cell
+from .problem import is_batched
 from .regularised import (
     NAMES,
     PLAIN,
@@ -221,7 +221,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
             )
         if self.state_h is None or torch.compiler.is_compiling() or ops.is_transformed():
             return
-        if _functorch.is_batchedtensor(self.state_h):
+        if is_batched(self.state_h):
             raise RuntimeError(
                 f"{self._get_name()}: expected no states from inside a vmap, which has ended; "
                 "reset_states() forgets them"

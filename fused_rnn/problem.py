@@ -102,7 +102,7 @@ class Masks(NamedTuple):
         if self.lengths is None or self.lengths.numel() == 0:
             return
         compiling = torch.compiler.is_compiling()
-        if not compiling and _is_batched(self.lengths):
+        if not compiling and is_batched(self.lengths):
             return  # by vmap, which does not tell values
         if self.lengths.is_cpu and not compiling:
             low, high = (int(bound) for bound in torch.aminmax(self.lengths))
@@ -297,7 +297,7 @@ class Rows:
         return by_step.flatten(0, 1)
 
 
-def _is_batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor) -> bool:
     """Whether vmap has it in hand, in whichever other transforms."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_batchedtensor(tensor):

@@ -213,9 +213,6 @@ def assert_tf32_accurate(actual: dict[str, torch.Tensor], case: LayerCase) -> No
     exact_of_half = testing.results_of_draws(testing.run_oracle, half, "all", torch.float64)
     slack = testing.ROUNDINGS * torch.finfo(torch.float16).eps
     for name, value in actual.items():
-        # relu's gradient jumps where TF32 turns the sign of a sum, as float16 would.
-        if case.cell == "rnn_relu" and name.startswith("grad"):
-            continue
         norm = 2 * testing.relative_error(of_half[name], exact_of_half[name]) + slack
         worst = testing.worst_element_error(of_half[name], exact_of_half[name])
         testing.assert_near(name, value, exact[name], norm, 2 * (2 * worst + slack))
@@ -230,7 +227,8 @@ def _tf32_cases(cell: str) -> list[LayerCase]:
         case(4, 30, 4, 32),
         case(3, 5, 4, 50, bias=False),
         packed([7, 4, 4, 1], 3, 33, directions=2),
-        case(7, 5, 3, 21, ends=(3, 0, 5, 1, 5), directions=2, resets=True),
+        # With 21 units TF32 turns the sign of a sum, and with it a gradient of relu.
+        case(7, 5, 3, 23, ends=(3, 0, 5, 1, 5), directions=2, resets=True),
     ]
 
 

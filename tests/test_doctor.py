@@ -63,7 +63,7 @@ def test_doctor_shows_every_variable_of_the_readme(capsys, monkeypatch):
     assert [name for name in names if f"  {name}=0\n" not in text] == []
 
 
-def test_instruction_sets_of_the_doctor_are_those_of_the_library(cpu_backend, set_capability):
+def test_instruction_sets_of_the_doctor_are_those_of_the_library(set_capability):
     module = pytest.importorskip("fused_rnn._C", reason="the extension module was not built")
     built, features = module.build_facts()["capabilities"], module.cpu_features()
     set_capability("none of these")

@@ -159,7 +159,7 @@ def test_accuracy(case, instruction_set):
 
 
 @pytest.fixture
-def amx(cpu_backend, set_capability):
+def amx(set_capability):
     set_capability("amx")
     try:
         native.cpu_capability()
@@ -302,7 +302,7 @@ def test_many_shapes(case, threads, instruction_set, num_threads):
 
 
 @pytest.mark.parametrize("name", ["mmx", "AVX2", "avx512 ", "auto"])
-def test_a_name_that_is_none(name, cpu_backend, set_capability):
+def test_a_name_that_is_none(name, set_capability):
     set_capability(name)
     message = rf"FUSED_RNN_CPU_CAPABILITY: expected one of .*portable; got '{name}'"
     with pytest.raises(RuntimeError, match=message):

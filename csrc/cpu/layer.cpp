@@ -31,6 +31,12 @@ template <class E>
 constexpr int64_t kForwardRowsOfL3 = std::is_same_v<E, float> ? 64 : 32;
 constexpr int64_t kBackwardRowsOfL3 = 32;
 constexpr int64_t kBytesOfL3 = 7 << 18;
+
+// Elements of W_hh.
+int64_t recurrent_weights(const LayerShape& s) {
+  return cell_sizes(s.cell).gates * s.hidden * s.output;
+}
+
 // So many rows, of a few timesteps of up to kFewRows each, are computed from unpacked weights:
 // packing would take longer. Time with packed weights over that, GRU and LSTM, two threads: T=1,
 // B = 8 and 16 H=128 1.2 to 1.4 and 2.0 to 2.4, B = 8 and 32 H=512 2.4 and 1.4, H=1024 2.1 to 2.8
@@ -39,7 +45,7 @@ constexpr int64_t kBytesOfL3 = 7 << 18;
 // well. In bfloat16, which AMX multiplies faster, 1.1 to 1.2 at 8 rows and 0.8 to 1.1 at 16.
 template <class E>
 int64_t few_rows(const LayerShape& s) {
-  const int64_t weights = cell_sizes(s.cell).gates * s.hidden * s.output;
+  const int64_t weights = recurrent_weights(s);
   if (weights < 1 << 12) return 4;
   if (weights < 1 << 14 || !std::is_same_v<E, float>) return 8;
   return weights < 1 << 17 ? 16 : 48;
@@ -48,7 +54,7 @@ int64_t few_rows(const LayerShape& s) {
 // Of those, so many of one timestep take both products at once, row after row: faster where weights
 // are read again from L1 and L2. Where a GRU resets before the product there is no other way.
 int64_t step_rows(const LayerShape& s) {
-  const int64_t weights = cell_sizes(s.cell).gates * s.hidden * s.output;
+  const int64_t weights = recurrent_weights(s);
   return reset_before(s) || weights < 1 << 16 ? 4 : weights < 1 << 18 ? 2 : 1;
 }
 
@@ -113,7 +119,7 @@ struct Plan {
     const int64_t count = recurrent_flops(s) > kSerialFlops ? threads.count : 1;
     parallel = count > 1;
     members = std::max<int64_t>(1, count / s.directions);
-    const int64_t bytes = cell_sizes(s.cell).gates * s.hidden * s.output * element_bytes;
+    const int64_t bytes = recurrent_weights(s) * element_bytes;
     const int64_t rows = bytes < kBytesOfL3 ? kRowsPerThread : rows_of_l3;
     units = members > 1 && rows_of_step(s) < rows * members;
     if (!units) return;
@@ -318,10 +324,9 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
   const CellSizes sizes = cell_sizes(s.cell);
   const int gates = static_cast<int>(sizes.gates);
   Call<E> work(isa, s, kForwardRowsOfL3<E>, threads);
-  const bool plain = !s.normed && !call.h_factor && !call.zoneout_h.any() &&
+  const bool plain = !s.normed && !projected(s) && !call.h_factor && !call.zoneout_h.any() &&
                      !call.zoneout_c.any() && !call.weights[0].peephole;
-  if (plain && s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= step_rows(s) &&
-      !projected(s)) {
+  if (plain && s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= step_rows(s)) {
     StepParamsOf<E> p{call, nullptr, nullptr, false, nullptr};
     const auto step = [&] {
       work.run(s.directions * ceil_div(s.hidden, isa.width),
@@ -338,7 +343,7 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
     return;
   }
   if (plain && s.rows.timesteps > 0 && !s.rows.batch_sizes && s.rows.batch <= kFewRows &&
-      s.count <= few_rows<E>(s) && !projected(s) && !reset_before(s)) {
+      s.count <= few_rows<E>(s) && !reset_before(s)) {
     float* input_side = work.take(s.directions * s.count * sizes.gates * s.hidden);
     const StepParamsOf<E> p{call, nullptr, nullptr, false, input_side};
     const PackedMatrix vectors{nullptr, s.output, s.hidden, 1, 1, nullptr};
