@@ -71,7 +71,8 @@ test-all: $(INSTALLED) $(EMULATED) .venv/.toolbox
 # A copy of the package with a build of its own. The sanitizer's library has to be the first in
 # the process, and the C++ library beside it, or it misses how exceptions are thrown. A library
 # that does not load would only make the tests skip; a report written while pytest captures the
-# file descriptor would be lost.
+# file descriptor would be lost. A throwing new ends the process under the sanitizer, so the test of
+# one that throws has no place here.
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 ASAN_TESTS := $(addprefix tests/test_,instruction_sets.py numbers.py threads.py ragged_calls.py)
 ASAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -88,6 +89,7 @@ test-asan: $(INSTALLED)
 	cd build/asan && $(ASAN_ENV) $(BIN)/python -c 'import sys; from fused_rnn import native; \
 		sys.exit(native.cpu_library_error())'
 	cd build/asan && $(ASAN_ENV) $(PYTEST) --capture=sys --max-worker-restart=0 -m "not slow" \
+		--deselect tests/test_ragged_calls.py::test_lengths_of_a_sequence_that_no_memory_holds \
 		$(PYTEST_ARGS) $(ASAN_TESTS)
 
 emulate: $(EMULATED)
