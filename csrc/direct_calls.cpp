@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "cpu/direct.h"
+#include "module_facts.h"
 
 #if defined(DLPACK_MINOR_VERSION) && \
     (DLPACK_MAJOR_VERSION > 1 || (DLPACK_MAJOR_VERSION == 1 && DLPACK_MINOR_VERSION >= 3))
@@ -41,6 +42,7 @@ struct {
   // that matter to a step of packed weights too.
   PyObject* guards;
   Py_ssize_t step_guards;
+  PyObject* cells;  // from torch.nn's modes to the cells' numbers
 } connected;
 
 // An output and, behind it, its memory. torch's own way from a shape to a Python object takes twice
@@ -311,6 +313,27 @@ PyObject* infer_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
                call.layers, call.directions, call.time_first);
 }
 
+PyObject* infer_module(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  if (connected.calls == nullptr || count != 3) Py_RETURN_NONE;
+  const ModuleFacts module(args[0]);
+  bool both = false, batch_first = false;
+  if (!module.are_complete() || !module.drops_nothing() || !read(module.bidirectional(), both) ||
+      !read(module.batch_first(), batch_first)) {
+    Py_RETURN_NONE;
+  }
+  const py::object cell = value_of(connected.cells, module.mode()), weights = module.weights(),
+                   directions = py::int_(both ? 2 : 1);
+  if (!cell || !weights) Py_RETURN_NONE;
+  PyObject* const all[] = {cell.ptr(),
+                           args[1],
+                           weights.ptr(),
+                           args[2],
+                           module.layers(),
+                           directions.ptr(),
+                           batch_first ? Py_False : Py_True};
+  return infer_layers(self, all, std::size(all));
+}
+
 PyObject* infer_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   CellCall call{};
   return infer(connected.calls ? connected.calls->infer_cell : nullptr, call, args, count,
@@ -376,9 +399,10 @@ PyObject* prepare_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* connect(PyObject*, PyObject* args) {
   unsigned long long address = 0;
   PyObject *exchange = nullptr, *tensor = nullptr, *parameter = nullptr, *guards = nullptr;
+  PyObject* cells = nullptr;
   Py_ssize_t step_guards = 0;
-  if (!PyArg_ParseTuple(args, "KOOOO!n", &address, &exchange, &tensor, &parameter, &PyTuple_Type,
-                        &guards, &step_guards)) {
+  if (!PyArg_ParseTuple(args, "KOOOO!nO!", &address, &exchange, &tensor, &parameter, &PyTuple_Type,
+                        &guards, &step_guards, &PyDict_Type, &cells)) {
     return nullptr;
   }
   void* found = PyCapsule_GetPointer(exchange, "dlpack_exchange_api");
@@ -395,6 +419,7 @@ PyObject* connect(PyObject*, PyObject* args) {
   connected.tensor_types[0] = Py_NewRef(tensor);
   connected.tensor_types[1] = Py_NewRef(parameter);
   connected.guards = Py_NewRef(guards);
+  connected.cells = Py_NewRef(cells);
   connected.step_guards = std::min(step_guards, PyTuple_GET_SIZE(guards));
   connected.calls = reinterpret_cast<const DirectCalls*>(static_cast<uintptr_t>(address));
   Py_RETURN_TRUE;
@@ -405,7 +430,10 @@ PyObject* cpu_is_welcome(PyObject*, PyObject*) { return PyBool_FromLong(cpu_is_w
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS,
      "connect(address of the library's calls, torch's exchange API, Tensor, Parameter, guards, how "
-     "many of them matter to a step): whether the calls work from now on."},
+     "many of them matter to a step, the cells' numbers by torch.nn's modes): whether the calls "
+     "work from now on."},
+    {"infer_module", method(infer_module), METH_FASTCALL,
+     "infer_module(module, input, hx): infer_layers of a torch.nn.RNNBase's weights and sizes"},
     {"infer_layers", method(infer_layers), METH_FASTCALL,
      "infer_layers(cell, input, weights, hx, layers, directions, time_first)"},
     {"infer_cell", method(infer_cell), METH_FASTCALL,

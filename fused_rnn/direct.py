@@ -7,10 +7,10 @@ general way would have run, the cpu backend on arguments that fit each other: th
 that somebody watches or redirects, the answer is None: the general way alone knows error messages
 and choices.
 
-In inference it is a call of the extension module (csrc/direct_calls.cpp) or, where that is absent
-or says None, an operator, which takes a few more kinds of tensors and some microseconds longer. In
-training, and where rows end early or start afresh, they are operators (csrc/cpu/train.cpp), for
-`fused_rnn.training` and for graphs.
+In inference, which is with gradients off and no compiler at work, it is a call of the extension
+module (csrc/direct_calls.cpp) or, where that is absent or says None, an operator, which takes a few
+more kinds of tensors and some microseconds longer. In training, and where rows end early or start
+afresh, they are operators (csrc/cpu/train.cpp), for `fused_rnn.training` and for graphs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
 
 from . import dispatch
 from .cells import CELLS, Cell
@@ -48,8 +47,11 @@ _GUARDS = (*_STEP_GUARDS, torch._C._is_any_autocast_enabled, *dispatch.redirecti
 
 def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
-    if _wants_gradients():
+    if forward_ad._current_level >= 0:
         return None
+    result = calls().infer_module(module, input, hx)
+    if result is not None:
+        return result
     cell, dropout, num_layers = CELL_OF.get(module.mode), module.dropout, module.num_layers
     if cell is None or type(num_layers) is not int or type(dropout) is not float:
         return None
@@ -58,9 +60,6 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
     # What is parametrized or was replaced by a plain attribute is not among the parameters.
     weights = list(map(module._parameters.get, module._flat_weights_names))
     sizes = num_layers, 2 if module.bidirectional else 1, not module.batch_first
-    result = calls().infer_layers(cell.index, input, weights, hx, *sizes)
-    if result is not None:
-        return result
     outputs = _call_operator("infer_layers", cell, input, weights, hx, *sizes)
     if not outputs:
         return None
@@ -69,7 +68,7 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
 
 def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
-    if _wants_gradients():
+    if forward_ad._current_level >= 0:
         return None
     weights = cell_weights(module)
     result = calls().infer_cell(cell.index, input, weights, hx, module.hidden_size)
@@ -90,11 +89,6 @@ def cell_weights(module: torch.nn.RNNCellBase) -> list[Tensor | None]:
     if weights[2] is weights[3] is None and "bias_ih" in parameters and "bias_hh" in parameters:
         del weights[2:]
     return weights
-
-
-def _wants_gradients() -> bool:
-    """Whether more than numbers is wanted of a call. A compiler does not look into what follows."""
-    return is_dynamo_compiling() or is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def is_watched() -> bool:
@@ -183,7 +177,7 @@ def no_answer(*args: Any) -> None:
 class _NoCalls:
     """Where the extension module cannot be used."""
 
-    infer_layers = infer_cell = prepare_step = staticmethod(no_answer)
+    infer_module = infer_layers = infer_cell = prepare_step = staticmethod(no_answer)
     cpu_is_welcome = staticmethod(dispatch.cpu_is_welcome)
 
 
@@ -202,5 +196,6 @@ def calls() -> Any:
     address = ctypes.CDLL(str(library_path())).fused_rnn_direct_calls
     address.restype = ctypes.c_void_p
     types = Tensor, torch.nn.Parameter
-    connected = connect(address(), exchange, *types, _GUARDS, len(_STEP_GUARDS))
+    cells = {mode: cell.index for mode, cell in CELL_OF.items()}
+    connected = connect(address(), exchange, *types, _GUARDS, len(_STEP_GUARDS), cells)
     return _C if connected else _NoCalls

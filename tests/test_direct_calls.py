@@ -159,6 +159,42 @@ def test_arguments_that_do_not_fit_get_none_and_no_error():
         assert calls.prepare_step(short, *sizes)(x[0], None) is None
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("mode", "LSTMP"),
+        ("mode", []),
+        ("num_layers", 2),
+        ("num_layers", 1.0),
+        ("dropout", 1),
+        ("dropout", 1.5),
+        ("bidirectional", None),
+        ("batch_first", 1),
+        ("_flat_weights_names", ()),
+        ("_flat_weights_names", ["weight_ih_l0", []]),
+        ("_parameters", None),
+    ],
+)
+def test_a_module_with_something_odd_is_left_to_the_operators(name, value, recwarn):
+    module, x = fused_rnn.GRU(4, 6), torch.randn(1, 2, 4)
+    infer_module = direct.calls().infer_module
+    with torch.no_grad():
+        assert infer_module(module, x, None) is not None
+        assert infer_module(object(), x, None) is infer_module(module, x) is None
+        module.__dict__[name] = value
+        assert infer_module(module, x, None) is None and not recwarn
+
+
+def test_modules_that_drop_are_left_to_the_operators():
+    module, x = fused_rnn.GRU(4, 6, 2, dropout=0.5), torch.randn(1, 2, 4)
+    infer_module = direct.calls().infer_module
+    with torch.no_grad():
+        assert infer_module(module, x, None) is None
+        assert infer_module(module.eval(), x, None) is not None
+        del module.weight_hh_l1
+        assert infer_module(module, x, None) is None
+
+
 def test_modes_and_transforms_are_left_to_the_operators():
     step = fused_rnn.stepper(fused_rnn.GRU(4, 6))
     x = torch.randn(2, 4)

@@ -1,0 +1,109 @@
+// What inference needs to know of a module, a torch.nn.RNNBase: read from Python, a module's
+// attributes take as long as a small step.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstddef>
+
+namespace fused_rnn {
+
+namespace py = pybind11;
+
+// Takes the reference; an error is not passed on.
+inline py::object owned(PyObject* found) {
+  if (found == nullptr) PyErr_Clear();
+  return py::reinterpret_steal<py::object>(found);
+}
+
+// Without Python's lock another thread may change what the module holds: the references are own.
+inline py::object item_of(PyObject* list, Py_ssize_t index) {
+#if PY_VERSION_HEX >= 0x030D0000
+  return owned(PyList_GetItemRef(list, index));
+#else
+  return owned(Py_XNewRef(PyList_GetItem(list, index)));
+#endif
+}
+
+inline py::object value_of(PyObject* dict, PyObject* key) {
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* found = nullptr;
+  PyDict_GetItemRef(dict, key, &found);
+  return owned(found);
+#else
+  return owned(Py_XNewRef(PyDict_GetItemWithError(dict, key)));
+#endif
+}
+
+class ModuleFacts {
+ public:
+  // Empty objects where an attribute is not there.
+  explicit ModuleFacts(PyObject* module) {
+    // Made once, and never given back.
+    static const std::array<PyObject*, kCount> names = interned();
+    for (size_t i = 0; i < kCount; i++) found_[i] = owned(PyObject_GetAttr(module, names[i]));
+  }
+
+  PyObject* mode() const { return found_[kMode].ptr(); }
+  PyObject* layers() const { return found_[kLayers].ptr(); }
+  PyObject* bidirectional() const { return found_[kBidirectional].ptr(); }
+  PyObject* batch_first() const { return found_[kBatchFirst].ptr(); }
+
+  bool are_complete() const {
+    for (const py::object& object : found_) {
+      if (!object) return false;
+    }
+    return true;
+  }
+
+  // Whether dropout is a number that lets everything through.
+  bool drops_nothing() const {
+    PyObject* p = found_[kDropout].ptr();
+    if (!PyFloat_CheckExact(p)) return false;
+    const double dropout = PyFloat_AS_DOUBLE(p);
+    return dropout == 0 || (dropout > 0 && dropout <= 1 && found_[kTraining].ptr() == Py_False);
+  }
+
+  // The parameters in a list of the caller's own, or an empty object. What is parametrized or was
+  // replaced by a plain attribute is not among them.
+  py::object weights() const {
+    const py::object &names = found_[kNames], &parameters = found_[kParameters];
+    if (!PyList_CheckExact(names.ptr()) || !PyDict_Check(parameters.ptr())) return {};
+    const Py_ssize_t count = PyList_GET_SIZE(names.ptr());
+    py::object weights = owned(PyList_New(count));
+    for (Py_ssize_t i = 0; weights && i < count; i++) {
+      const py::object name = item_of(names.ptr(), i);
+      py::object weight = name ? value_of(parameters.ptr(), name.ptr()) : name;
+      if (!weight) return {};
+      PyList_SET_ITEM(weights.ptr(), i, weight.release().ptr());
+    }
+    return weights;
+  }
+
+ private:
+  enum Attribute : size_t {
+    kMode,
+    kLayers,
+    kDropout,
+    kBidirectional,
+    kBatchFirst,
+    kTraining,
+    kNames,
+    kParameters,
+    kCount
+  };
+
+  static std::array<PyObject*, kCount> interned() {
+    constexpr std::array<const char*, kCount> names = {
+        "mode",     "num_layers",          "dropout",    "bidirectional", "batch_first",
+        "training", "_flat_weights_names", "_parameters"};
+    std::array<PyObject*, kCount> strings{};
+    for (size_t i = 0; i < kCount; i++) strings[i] = PyUnicode_InternFromString(names[i]);
+    return strings;
+  }
+
+  std::array<py::object, kCount> found_;
+};
+
+}  // namespace fused_rnn
