@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "cpu/direct.h"
+#include "cpu/layer_plan.h"
 #include "module_facts.h"
 
 #if defined(DLPACK_MINOR_VERSION) && \
@@ -252,17 +253,14 @@ double flops_of(const StepCall& call) {
   return 2.0 * static_cast<double>(count_of(call.packed)) * static_cast<double>(rows);
 }
 
-// Below so many, some 10 us, other threads of Python may wait: giving its lock away and getting it
-// back takes a tenth of a microsecond. No parallel region is opened for so few (layer.cpp), whose
-// threads might want that lock.
-constexpr double kFlopsWithLock = 4e5;
-
-// The arguments keep all arrays alive.
+// The arguments keep all arrays alive. Where one thread does all, which takes some 10 us, other
+// threads of Python may wait: giving its lock away and getting it back takes a tenth of a
+// microsecond. A parallel region's threads might want that lock.
 template <class Call>
 PyObject* run(bool (*function)(const Call&, const Allocator&), const Call& call) {
   Outputs outputs;
   bool done = false;
-  if (flops_of(call) < kFlopsWithLock) {
+  if (flops_of(call) < kSerialFlops) {
     done = function(call, outputs.allocator());
   } else {
     Py_BEGIN_ALLOW_THREADS;

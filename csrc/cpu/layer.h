@@ -8,12 +8,14 @@
 
 namespace fused_rnn {
 
+using Body = std::function<void(int64_t begin, int64_t end)>;
+
 // The threads a call may use.
 struct Threads {
   int64_t count;
   // Calls the body on ranges that together are [0, items), at the same time where threads are
   // there, each range at least `grain` items but for the last.
-  void (*run)(int64_t items, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
+  void (*run)(int64_t items, int64_t grain, const Body& body);
 };
 
 // E is float or BFloat16.

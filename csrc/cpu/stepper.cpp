@@ -11,12 +11,10 @@
 #include <vector>
 
 #include "border.h"
+#include "layer_plan.h"
 
 namespace fused_rnn {
 namespace {
-
-// Below this many floating-point operations one thread is faster than two, as in layer.cpp.
-constexpr double kSerialFlops = 4e5;
 
 // Where the parts of a layer begin among its packed weights, in floats.
 struct Offsets {

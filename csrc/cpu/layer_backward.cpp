@@ -1,0 +1,241 @@
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "layer.h"
+#include "layer_call.h"
+
+namespace fused_rnn {
+namespace {
+
+// Columns of grad_gates: where a layer normalises, of W_hh's product and of W_ih's.
+int64_t grad_width(const LayerShape& s) {
+  const CellSizes sizes = cell_sizes(s.cell);
+  return (s.normed ? 2 * sizes.gates : sizes.grad_gates) * s.hidden;
+}
+
+// The timesteps in groups of about `limit` rows; one group at least.
+std::vector<Chunk> make_chunks(const RowLayout& rows, int64_t limit) {
+  std::vector<Chunk> chunks(1);
+  int64_t first_row = 0;
+  for (int64_t t = 0; t < rows.timesteps; t++) {
+    const int64_t batch = rows.batch_sizes ? rows.batch_sizes[t] : rows.batch;
+    if (chunks.back().rows > 0 && chunks.back().rows + batch > limit) {
+      chunks.push_back({t, t, first_row, 0});
+    }
+    chunks.back().end = t + 1;
+    chunks.back().rows += batch;
+    first_row += batch;
+  }
+  return chunks;
+}
+
+// Turns the gradients of a chunk's gates, and of its h where that is projected, into those of x and
+// weights, one direction at a time.
+template <class E>
+class Products {
+ public:
+  Products(LayerCall<E>& work, const KernelsOf<E>& isa, const BackwardCallOf<E>& call, int64_t rows)
+      : work_(work), isa_(isa), call_(call), sizes_(cell_sizes(call.shape.cell)) {
+    const LayerShape& s = call.shape;
+    width_ = grad_width(s);
+    // GRU's grad_gates are (hn, r, z, n): the last three face W_ih, the first three W_hh.
+    input_side_ = width_ - sizes_.gates * s.hidden;
+    rotate_ = s.cell == CellKind::gru && !s.normed ? 2 * s.hidden : 0;
+    bool any = false, any_ih = false, any_hh = false, any_between = false;
+    for (int64_t d = 0; d < s.directions; d++) {
+      const WeightGrads& g = call.grads[d];
+      any |= g.any();
+      any_ih |= g.w_ih != nullptr;
+      any_hh |= g.w_hh != nullptr;
+      any_between |= g.w_hr || (g.w_hh && reset_before(s));
+      if (call.grad_x) {
+        w_ih_[d] =
+            work.pack_columns(call.weights[d].w_ih, sizes_.gates * s.hidden, s.input, 0, s.count);
+      }
+      if (g.any()) sums_[d] = work.take(width_);
+    }
+    parts_ = work.parts(s.count);
+    // Rows apart by a power of two would share a few sets of the cache.
+    stride_ = parts_ > 1 ? isa.row_words(rows) : ceil_div(rows, 16) * 16 + 16;
+    if (any) transposed_ = work.take_elements(width_ * stride_);
+    const int64_t widest =
+        std::max({any_ih ? s.input : 0, any_hh ? s.output : 0, any_between ? s.hidden : 0});
+    if (widest > 0) packed_ = work.packed(rows, widest, 1, parts_);
+    if (any_between && projected(s)) unwanted_sums_ = work.take(s.output);
+  }
+
+  int64_t rotate() const { return rotate_; }
+
+  void grad_x(int64_t d, const Chunk& chunk, const E* grad_gates, bool accumulate) const {
+    if (!call_.grad_x) return;
+    const InputGradParamsOf<E> p{grad_gates + input_side_, width_, w_ih_[d],
+                                 call_.grad_x + chunk.first_row * call_.shape.input, accumulate};
+    work_.run(
+        chunk.rows,
+        [&](int64_t begin, int64_t end) {
+          typename LayerCall<E>::OwnMemory own(work_.operand_words(p.w_ih, end - begin));
+          isa_.input_grad(p, begin, end, own.data());
+        },
+        16);
+  }
+
+  void grad_weights(int64_t d, const BackwardParamsOf<E>& scanned, bool accumulate) const {
+    const WeightGrads& g = call_.grads[d];
+    if (!g.any()) return;
+    const Chunk& chunk = scanned.chunk[d];
+    const bool normed = call_.shape.normed;
+    const E *grad_gates = scanned.grad_gates[d], *grad_h = scanned.grad_h[d];
+    const E* grad_sums = normed ? scanned.grad_sums[d] : grad_gates;
+    const int64_t hidden = call_.shape.hidden, output = call_.shape.output;
+    const int64_t gate_rows = sizes_.gates * hidden;
+    if (g.w_ih || g.w_hh || (!normed && (g.b_ih || g.b_hh))) {
+      transpose(
+          {grad_gates, chunk.rows, width_, transposed_, stride_, parts_, sums_[d], accumulate});
+    }
+    if (g.w_ih) {
+      product({&call_, RowSource::x, chunk, d, packed(call_.shape.input)},
+              {transposed_ + input_side_ * stride_, stride_, gate_rows, {}, g.w_ih, 0, accumulate});
+    }
+    if (g.w_hh) {
+      const int64_t first_rows = reset_before(call_.shape) ? 2 * hidden : gate_rows;
+      product({&call_, RowSource::states, chunk, d, packed(output)},
+              {transposed_, stride_, first_rows, {}, g.w_hh, rotate_, accumulate});
+      if (first_rows < gate_rows) {
+        product({&call_, RowSource::between, chunk, d, packed(hidden)},
+                {transposed_ + first_rows * stride_,
+                 stride_,
+                 gate_rows - first_rows,
+                 {},
+                 g.w_hh + first_rows * output,
+                 0,
+                 accumulate});
+      }
+    }
+    if (g.peephole) {
+      const PeepholeGradParamsOf<E> p{&call_, chunk, d, grad_sums, g.peephole, accumulate};
+      work_.run(ceil_div(hidden, isa_.width),
+                [&](int64_t begin, int64_t end) { isa_.peephole_grad(p, begin, end); });
+    }
+    if (normed) {
+      const NormGradParamsOf<E> p{&call_, chunk, d, grad_sums, scanned.grad_c_seen[d], accumulate};
+      work_.run(ceil_div(hidden, isa_.width),
+                [&](int64_t begin, int64_t end) { isa_.norm_grad(p, begin, end); });
+    }
+    if (g.w_hr) {
+      transpose({grad_h, chunk.rows, output, transposed_, stride_, parts_, unwanted_sums_, false});
+      product({&call_, RowSource::between, chunk, d, packed(hidden)},
+              {transposed_, stride_, output, {}, g.w_hr, 0, accumulate});
+    }
+  }
+
+  void grad_biases(int64_t d) const {
+    const WeightGrads& g = call_.grads[d];
+    if (call_.shape.normed) return;  // which norm_grad did
+    const int64_t rows = sizes_.gates * call_.shape.hidden;
+    if (g.b_ih) std::copy_n(sums_[d] + input_side_, rows, g.b_ih);
+    for (int64_t i = 0; g.b_hh && i < rows; i++) g.b_hh[(i + rotate_) % rows] = sums_[d][i];
+  }
+
+ private:
+  void transpose(const TransposeParamsOf<E>& p) const {
+    work_.run(ceil_div(p.width, isa_.width),
+              [&](int64_t begin, int64_t end) { isa_.transpose(p, begin, end); });
+  }
+
+  PackedMatrix packed(int64_t columns) const {
+    PackedMatrix matrix = packed_;
+    matrix.columns = columns;
+    return matrix;
+  }
+
+  // Packs the chunk's rows and multiplies by them.
+  void product(PackRowsParamsOf<E> rows, WeightGradParamsOf<E> p) const {
+    rows.packed.depth = rows.chunk.rows;
+    work_.run(panel_count(rows.packed, isa_.width),
+              [&](int64_t begin, int64_t end) { isa_.pack_rows(rows, begin, end); });
+    p.packed = rows.packed;
+    work_.run(ceil_div(p.rows, isa_.grad_rows),
+              [&](int64_t begin, int64_t end) { isa_.weight_grad(p, begin, end); });
+  }
+
+  LayerCall<E>& work_;
+  const KernelsOf<E>& isa_;
+  const BackwardCallOf<E>& call_;
+  const CellSizes sizes_;
+  int64_t width_ = 0;       // Q*H
+  int64_t input_side_ = 0;  // first column of grad_gates that faces W_ih
+  int64_t rotate_ = 0;      // from the order of grad_gates' hidden side to that of W_hh
+  int parts_ = 1;           // of what the weights' gradients are products of
+  int64_t stride_ = 0;
+  E* transposed_ = nullptr;         // [Q*H, stride]
+  float* sums_[2] = {};             // [Q*H]
+  float* unwanted_sums_ = nullptr;  // [P]
+  PackedMatrix w_ih_[2] = {};
+  PackedMatrix packed_ = {};  // of one product at a time, as wide as the widest
+};
+
+}  // namespace
+
+template <class E>
+void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
+                    const Threads& threads) {
+  const LayerShape& s = call.shape;
+  const CellSizes sizes = cell_sizes(s.cell);
+  const int64_t width = grad_width(s);
+  LayerCall<E> work(isa, s, kBackwardRowsOfL3, threads);
+  const std::vector<Chunk> chunks =
+      make_chunks(s.rows, rows_for(isa.chunk_bytes, width, isa.chunk_rows / (s.normed ? 2 : 1)));
+  int64_t most_rows = 0;
+  for (const Chunk& chunk : chunks) most_rows = std::max(most_rows, chunk.rows);
+  Products<E> products(work, isa, call, most_rows);
+  BackwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  const int64_t batch = s.rows.batch;
+  int64_t words = 0;  // of a share's own memory
+  for (int64_t d = 0; d < s.directions; d++) {
+    const WeightsOf<E>& w = call.weights[d];
+    const int64_t first_rows = (reset_before(s) ? 2 : sizes.gates) * s.hidden;
+    p.w_hh[d] =
+        work.pack_columns(w.w_hh, first_rows, s.output, products.rotate(), rows_of_step(s), true);
+    if (reset_before(s)) {
+      p.w_second[d] = work.pack_columns(w.w_hh + first_rows * s.output, s.hidden, s.hidden, 0,
+                                        rows_of_step(s), true);
+    }
+    if (projected(s)) {
+      p.w_second[d] = work.pack_columns(w.w_hr, s.output, s.hidden, 0, rows_of_step(s), true);
+      p.grad_h[d] = work.take_elements(most_rows * s.output);
+    }
+    p.grad_gates[d] = work.take_elements(most_rows * width);
+    p.carried[d] = work.take_elements(batch * width);
+    if (s.normed) {
+      p.grad_sums[d] = work.take_elements(most_rows * sizes.grad_gates * s.hidden);
+      if (sizes.has_c) p.grad_c_seen[d] = work.take(most_rows * s.hidden);
+      p.grad_given[d] = work.take_elements(batch * s.hidden);
+    }
+    words =
+        std::max(work.operand_words(p.w_hh[d], batch), work.operand_words(p.w_second[d], batch));
+  }
+  const auto rounds = static_cast<int64_t>(chunks.size());
+  for (int64_t round = 0; round < rounds; round++) {
+    const int64_t at[] = {rounds - 1 - round, round};  // the directions come from opposite ends
+    for (int64_t d = 0; d < s.directions; d++) p.chunk[d] = chunks[static_cast<size_t>(at[d])];
+    work.for_each_share(projected(s) ? p.w_second[0] : p.w_hh[0], words,
+                        [&](const Share& share, Meeting* meeting, float* memory) {
+                          isa.backward(p, share, meeting, memory);
+                        });
+    for (int64_t d = 0; d < s.directions; d++) {
+      // The direction that comes to a chunk second adds to what the first has left in grad_x.
+      const bool second =
+          s.directions == 2 && (d == 0 ? 2 * round >= rounds : 2 * round + 1 >= rounds);
+      products.grad_x(d, p.chunk[d], p.grad_gates[d], second);
+      products.grad_weights(d, p, round > 0);
+    }
+  }
+  for (int64_t d = 0; d < s.directions; d++) products.grad_biases(d);
+}
+
+template void layer_backward(const KernelsOf<float>&, const BackwardCallOf<float>&, const Threads&);
+template void layer_backward(const KernelsOf<BFloat16>&, const BackwardCallOf<BFloat16>&,
+                             const Threads&);
+
+}  // namespace fused_rnn
