@@ -54,7 +54,7 @@ struct Owned {
 
   static constexpr size_t kLine = 64;
 
-  static Owned* make(const int64_t* sizes, int64_t dimensions) {
+  static Owned* make(const int64_t* sizes, int64_t dimensions, bool swapped) {
     int64_t count = 1;
     for (int64_t i = 0; i < dimensions; i++) count *= sizes[i];
     const size_t bytes = static_cast<size_t>(count) * sizeof(float);
@@ -62,11 +62,8 @@ struct Owned {
     void* memory = std::malloc(sizeof(Owned) + kLine + bytes);
     if (memory == nullptr) throw std::bad_alloc();
     Owned* self = new (memory) Owned{};
-    for (int64_t i = dimensions - 1, stride = 1; i >= 0; i--) {
-      self->sizes[i] = sizes[i];
-      self->strides[i] = stride;
-      stride *= sizes[i];
-    }
+    std::copy_n(sizes, dimensions, self->sizes);
+    set_strides(sizes, dimensions, swapped, self->strides);
     self->tensor.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
     self->tensor.deleter = [](DLManagedTensorVersioned* tensor) { std::free(tensor); };
     DLTensor& t = self->tensor.dl_tensor;
@@ -106,9 +103,9 @@ class Outputs {
   }
 
  private:
-  static float* allocate(void* context, const int64_t* sizes, int64_t dimensions) {
+  static float* allocate(void* context, const int64_t* sizes, int64_t dimensions, bool swapped) {
     auto& self = *static_cast<Outputs*>(context);
-    DLManagedTensorVersioned* tensor = &Owned::make(sizes, dimensions)->tensor;
+    DLManagedTensorVersioned* tensor = &Owned::make(sizes, dimensions, swapped)->tensor;
     self.tensors_[self.count_++] = tensor;
     return static_cast<float*>(tensor->dl_tensor.data);
   }
@@ -126,8 +123,8 @@ bool is_negated(PyObject* tensor) {
   return negated;
 }
 
-// Lives no longer than the object.
-Array array_of(PyObject* object) {
+// Live no longer than the object.
+Array strided_array_of(PyObject* object) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (type != connected.tensor_types[0] && type != connected.tensor_types[1]) return {};
   DLTensor tensor;
@@ -139,15 +136,22 @@ Array array_of(PyObject* object) {
       tensor.dtype.bits != 32 || tensor.dtype.lanes != 1) {
     return {};
   }
+  bool dense = true;
   int64_t stride = 1;
   for (int32_t i = tensor.ndim - 1; i >= 0; i--) {
     const bool matters = tensor.shape[i] != 1 && tensor.strides != nullptr;
-    if (matters && tensor.strides[i] != stride) return {};
+    if (matters && tensor.strides[i] != stride) dense = false;
     stride *= tensor.shape[i];
   }
   if (is_negated(object)) return {};
   const char* data = static_cast<const char*>(tensor.data) + tensor.byte_offset;
-  return {tensor.data ? reinterpret_cast<const float*>(data) : nullptr, tensor.ndim, tensor.shape};
+  return {tensor.data ? reinterpret_cast<const float*>(data) : nullptr, tensor.ndim, tensor.shape,
+          dense ? nullptr : tensor.strides};
+}
+
+Array array_of(PyObject* object) {
+  const Array array = strided_array_of(object);
+  return array.is_plain() ? array : Array{};
 }
 
 // hx as torch.nn takes it: None, a tensor, or (h, c).
@@ -159,9 +163,9 @@ struct GivenStates {
     if (hx == Py_None) return;
     any = true;
     pair = PyTuple_CheckExact(hx) && PyTuple_GET_SIZE(hx) == 2;
-    h = array_of(pair ? PyTuple_GET_ITEM(hx, 0) : hx);
-    if (pair) c = array_of(PyTuple_GET_ITEM(hx, 1));
-    fits = h.is_plain() && (!pair || c.is_plain());
+    h = strided_array_of(pair ? PyTuple_GET_ITEM(hx, 0) : hx);
+    if (pair) c = strided_array_of(PyTuple_GET_ITEM(hx, 1));
+    fits = h.data != nullptr && (!pair || c.data != nullptr);
   }
 
   States given() const { return {any ? &h : nullptr, pair ? &c : nullptr}; }
@@ -295,10 +299,10 @@ PyObject* infer(bool (*function)(const Call&, const Allocator&), Call& call, PyO
   const int time = is_time(PyTuple_GET_SIZE(connected.guards));
   if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
   if (!cpu_is_welcome()) Py_RETURN_NONE;
-  call.x = array_of(args[1]);
+  call.x = strided_array_of(args[1]);
   std::vector<Array> arrays;
   const GivenStates states(args[3]);
-  if (!call.x.is_plain() || !states.fits || !read_weights(args[2], arrays)) Py_RETURN_NONE;
+  if (call.x.data == nullptr || !states.fits || !read_weights(args[2], arrays)) Py_RETURN_NONE;
   call.weights = arrays.data();
   call.weight_count = static_cast<int64_t>(arrays.size());
   call.states = states.given();

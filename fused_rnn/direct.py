@@ -30,8 +30,8 @@ from .once import once
 
 CELL_OF = {cell.torch_mode: cell for cell in CELLS.values()}
 CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
-# Not isinstance: a subclass may have a meaning of its own.
-PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+States = tuple[Tensor | None, Tensor | None]  # h0 and c0
 
 
 # One gives something true where a call is to do more than compute numbers,
@@ -57,10 +57,10 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
         return None
     if dropout != 0 and ((module.training and num_layers > 1) or not 0 <= dropout <= 1):
         return None
-    # What is parametrized or was replaced by a plain attribute is not among the parameters.
-    weights = list(map(module._parameters.get, module._flat_weights_names))
+    if is_watched() or (states := given_states(cell, hx)) is None:
+        return None
     sizes = num_layers, 2 if module.bidirectional else 1, not module.batch_first
-    outputs = _call_operator("infer_layers", cell, input, weights, hx, *sizes)
+    outputs = _call_operator("infer_layers", cell, input, layer_weights(module), states, *sizes)
     if not outputs:
         return None
     return (outputs[0], (outputs[1], outputs[2])) if cell.has_c else (outputs[0], outputs[1])
@@ -74,21 +74,34 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     result = calls().infer_cell(cell.index, input, weights, hx, module.hidden_size)
     if result is not None:
         return result
-    outputs = _call_operator("infer_cell", cell, input, weights, hx, module.hidden_size)
+    if is_watched() or (states := given_states(cell, hx)) is None:
+        return None
+    outputs = _call_operator("infer_cell", cell, input, weights, states, module.hidden_size)
     if not outputs:
         return None
     return (outputs[0], outputs[1]) if cell.has_c else outputs[0]
 
 
-def cell_weights(module: torch.nn.RNNCellBase) -> list[Tensor | None]:
-    """w_ih, w_hh and the biases there are, whatever `module.bias` says, as torch.nn takes them.
-    None stands for what is parametrized or was replaced by a plain attribute."""
-    parameters = module._parameters
-    weights = list(map(parameters.get, CELL_WEIGHTS))
+def layer_weights(module: torch.nn.RNNBase) -> list[Any]:
+    """As in `functional`, whatever they are."""
+    return _attributes(module, module._flat_weights_names)
+
+
+def cell_weights(module: torch.nn.RNNCellBase) -> list[Any]:
+    """w_ih, w_hh and the biases there are, whatever `module.bias` says, as torch.nn takes them."""
+    weights = _attributes(module, CELL_WEIGHTS)
     # A cell without biases has an entry for each, which is None.
-    if weights[2] is weights[3] is None and "bias_ih" in parameters and "bias_hh" in parameters:
+    if weights[2] is weights[3] is None:
         del weights[2:]
     return weights
+
+
+def _attributes(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:
+    parameters = module._parameters
+    try:
+        return [parameters[name] for name in names]
+    except KeyError:  # parametrized, or replaced by a plain attribute
+        return [getattr(module, name) for name in names]
 
 
 def is_watched() -> bool:
@@ -97,13 +110,10 @@ def is_watched() -> bool:
 
 
 def _call_operator(
-    name: str, cell: Cell, input: Any, weights: list[Any], hx: Any, *sizes: int
+    name: str, cell: Cell, input: Any, weights: list[Any], states: States, *sizes: int
 ) -> list[Tensor]:
     """What it returns; nothing where the call is not for it."""
-    if is_watched() or cpu_library_error() is not None:
-        return []
-    states = given_states(cell, hx)
-    if states is None or not PLAIN_TYPES.issuperset(map(type, (input, *weights))):
+    if cpu_library_error() is not None or not are_plain((input, *weights)):
         return []
     operator = getattr(torch.ops.fused_rnn_cpu, name).default
     try:
@@ -112,16 +122,21 @@ def _call_operator(
         return []
 
 
-def given_states(cell: Cell, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
+def are_plain(tensors: Iterable[Any]) -> bool:
+    """Whether they are tensors, of no subclass, which may have a meaning of its own."""
+    return _PLAIN_TYPES.issuperset(map(type, tensors))
+
+
+def given_states(cell: Cell, hx: Any) -> States | None:
     """hx as (h0, c0), or None if it is not made as it should be."""
     if hx is None:
         return None, None
     if not cell.has_c:
-        return (hx, None) if type(hx) in PLAIN_TYPES else None
+        return (hx, None) if are_plain((hx,)) else None
     if type(hx) not in (tuple, list) or len(hx) != 2:
         return None
     h0, c0 = hx
-    return (h0, c0) if type(h0) in PLAIN_TYPES and type(c0) in PLAIN_TYPES else None
+    return (h0, c0) if are_plain(hx) else None
 
 
 def train_layer(

@@ -24,14 +24,14 @@ from torch.nn.utils.rnn import PackedSequence
 from . import direct, ops
 from .backends.pieces import Pieces
 from .cells import Cell
+from .direct import States
 from .native import cpu_library_error
 from .problem import NO_NOISE, Masks
 
-# Up to so many floats, 1 MiB, the copy that a batch-first input needs is kept for backward. The
+# Up to so many floats, 1 MiB, the copy that input in another order needs is kept for backward. The
 # general way makes it anew there, which is less memory, and no time beside what more rows take.
 _KEPT_COPY = 1 << 18
 
-_States = tuple[Tensor | None, Tensor | None]  # h0 and c0
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
@@ -48,13 +48,18 @@ def layers(
         return None
     if not 0 <= dropout <= 1 or module.recompute:
         return None
-    # What is parametrized or was replaced by a plain attribute is not among the parameters.
-    weights = list(map(module._parameters.get, module._flat_weights_names))
     x, batch_sizes, order, original_order = input, None, None, None
     if is_packed := type(input) is PackedSequence:
         x, batch_sizes, order, original_order = input
-    states = _states_of_ordinary(cell, x, weights, hx)
-    if states is None or x.dim() != (2 if is_packed else 3):
+    states = _states_of_ordinary(cell, x, hx)
+    if states is None:
+        return None
+    if x.dim() == 2 and not is_packed and lengths is None and resets is None:
+        return _unbatched(module, x, states)
+    if x.dim() != (2 if is_packed else 3):
+        return None
+    weights = direct.layer_weights(module)
+    if not direct.are_plain(weights):
         return None
     dropout = dropout if module.training and num_layers > 1 else 0.0
     batch_first = module.batch_first and not is_packed
@@ -66,8 +71,8 @@ def layers(
             return None
         leading, x = x.shape[:2], _gather(x.flatten(0, 1), pieces.index)
         batch_sizes = pieces.batch_sizes
-    elif batch_first:
-        x = _time_first(x)
+    elif not is_packed:
+        x = _in_memory_order(x, batch_first)
     if order is not None and states[0] is not None:
         states = _in_order(states, order)
     if x is None or states is None:
@@ -93,40 +98,77 @@ def layers(
     return y, tuple(final) if cell.has_c else final[0]
 
 
+def _unbatched(module: torch.nn.RNNBase, input: Tensor, states: States) -> tuple[Any, Any] | None:
+    """As `layers` for [T, I] and states [L*D, H]: a batch of one."""
+    if input.is_nested or input.layout != torch.strided:
+        return None
+    if any(s is not None and s.dim() != 2 for s in states):
+        return None
+    place = 0 if module.batch_first else 1
+    h0, c0 = (s if s is None else s.unsqueeze(1) for s in states)
+    result = layers(module, input.unsqueeze(place), h0 if c0 is None else (h0, c0))
+    if result is None:
+        return None
+    y, final = result
+    if type(final) is tuple:
+        return y.squeeze(place), tuple(s.squeeze(1) for s in final)
+    return y.squeeze(place), final.squeeze(1)
+
+
 def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
-    weights = direct.cell_weights(module)
-    states = _states_of_ordinary(cell, input, weights, hx)
-    if states is None or input.dim() != 2 or weights[1].shape[-1] != module.hidden_size:
+    states = _states_of_ordinary(cell, input, hx)
+    if states is None or input.dim() not in (1, 2):
         return None
-    result = _run(cell, input, states, weights, 1)
+    if is_row := input.dim() == 1:
+        if any(s is not None and s.dim() != 1 for s in states):
+            return None
+        input, *states = (t if t is None else t.unsqueeze(0) for t in (input, *states))
+    weights = direct.cell_weights(module)
+    if not direct.are_plain(weights) or weights[1].shape[-1] != module.hidden_size:
+        return None
+    # Usually a timestep of a batch, and of a batch-first one no two rows lie together.
+    if (x := _in_memory_order(input)) is None:
+        return None
+    result = _run(cell, x, states, weights, 1)
+    if result is not None and is_row:
+        result = tuple(state.squeeze(0) for state in result)
     return result if result is None or cell.has_c else result[0]
 
 
-def _states_of_ordinary(cell: Cell, input: Any, weights: list[Any], hx: Any) -> _States | None:
+def _states_of_ordinary(cell: Cell, input: Any, hx: Any) -> States | None:
     """hx as (h0, c0), or None: the call is not for here."""
-    if not direct.PLAIN_TYPES.issuperset(map(type, (input, *weights))):
+    if not direct.are_plain((input,)):
         return None
     if direct.is_watched() or forward_ad._current_level >= 0:
         return None
     if input.dtype != torch.float32 or not input.is_cpu:
         return None
-    return direct.given_states(cell, hx)
+    states = direct.given_states(cell, hx)
+    if states is None:
+        return None
+    given = [state for state in states if state is not None]
+    dense = [_in_memory_order(state) for state in given]
+    if any(state is None for state in dense):
+        return None
+    h0, c0 = (*dense, None, None)[:2]
+    return h0, c0
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _time_first(input: Tensor) -> Tensor | None:
-    """[T, B, I] of [B, T, I] in the order of its memory; or None: not for here."""
-    if input.is_nested or input.layout != torch.strided:
+def _in_memory_order(x: Tensor, batch_first: bool = False) -> Tensor | None:
+    """x, or [T, B, I] of [B, T, I], as the library takes it: in the order of its memory. None: not
+    for here."""
+    if x.is_nested or x.layout != torch.strided:
         return None
-    x = input.transpose(0, 1)
+    x = x.transpose(0, 1) if batch_first else x
     return x if x.is_contiguous() or x.numel() > _KEPT_COPY else x.contiguous()
 
 
-def _in_order(states: _States, order: Tensor) -> _States | None:
+def _in_order(states: States, order: Tensor) -> States | None:
     """Of the rows of a PackedSequence; or None: they are not as many."""
     if not _have_rows(states, order.shape[0]):
         return None
@@ -134,7 +176,7 @@ def _in_order(states: _States, order: Tensor) -> _States | None:
     return h0, c0
 
 
-def _have_rows(states: _States, count: int) -> bool:
+def _have_rows(states: States, count: int) -> bool:
     """Whether they are of so many batch rows; the library looks at the rest."""
     return all(s is None or (s.dim() == 3 and s.shape[1] == count) for s in states)
 
@@ -142,7 +184,7 @@ def _have_rows(states: _States, count: int) -> bool:
 def _run_stack(
     cell: Cell,
     x: Tensor,
-    states: _States,
+    states: States,
     weights: list[Tensor],
     directions: int,
     batch_sizes: Tensor | None,
@@ -174,7 +216,7 @@ def _run_stack(
 def _run(
     cell: Cell,
     x: Tensor,  # [T, B, I], [N, I] with `batch_sizes`, or of a cell's timestep [B, I]
-    states: _States,  # [D, B, P] and [D, B, H], or [B, H]; or None for zeros
+    states: States,  # [D, B, P] and [D, B, H], or [B, H]; or None for zeros
     weights: list[Tensor],  # as in `ops.layer`
     directions: int,
     batch_sizes: Tensor | None = None,
@@ -202,7 +244,7 @@ def _run(
 def _cut(x: Tensor, lengths: Any, resets: Any, batch_first: bool) -> Pieces | None:
     """None: not for here, or no step is left."""
     masks = [mask for mask in (lengths, resets) if mask is not None]
-    if cpu_library_error() is not None or not direct.PLAIN_TYPES.issuperset(map(type, masks)):
+    if cpu_library_error() is not None or not direct.are_plain(masks):
         return None
     if any(t.is_nested or t.layout != torch.strided or not t.is_cpu for t in (x, *masks)):
         return None

@@ -118,11 +118,76 @@ def test_odd_tensors_are_left_to_the_operators(odd):
     x, h = torch.randn(1, 2, 4), torch.randn(1, 2, 6)
     with torch.no_grad():
         assert calls.infer_layers(2, x, weights, h, 1, 1, True) is not None
-        assert calls.infer_layers(2, ODD[odd](x), weights, h, 1, 1, True) is None
-        if odd != "none":
+        if odd != "strided":  # which is taken
+            assert calls.infer_layers(2, ODD[odd](x), weights, h, 1, 1, True) is None
+        if odd not in ("none", "strided"):
             assert calls.infer_layers(2, x, weights, ODD[odd](h), 1, 1, True) is None
         changed = [weights[0], ODD[odd](weights[1].detach()), *weights[2:]]
         assert calls.infer_layers(2, x, changed, h, 1, 1, True) is None
+
+
+# Of a tensor with any number of dimensions, the same numbers in another order of memory.
+LAID_OUT = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "reversed": lambda x: (
+        x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+    ),
+    "every other": lambda x: torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0],
+    "part of wider": lambda x: torch.cat((x, torch.full_like(x, torch.nan)), -1)[
+        ..., : x.shape[-1]
+    ],
+    "part of longer": lambda x: torch.cat((torch.full_like(x, torch.nan), x))[x.shape[0] :],
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "expanded elements": lambda x: x[..., :1].expand(x.shape),
+    "real part": lambda x: torch.complex(x, torch.full_like(x, torch.nan)).real,
+}
+
+
+@pytest.mark.parametrize("layout", LAID_OUT)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+def test_input_may_lie_in_any_order(layout, cell, operators_only, asked):
+    torch_class = {"rnn_tanh": torch.nn.RNN, "lstm": torch.nn.LSTM}[cell]
+    for batch_first in (False, True):
+        module = make_module(cell, 5, 17, num_layers=2, batch_first=batch_first)
+        expected_of = torch_class(5, 17, num_layers=2, batch_first=batch_first)
+        expected_of.load_state_dict(module.state_dict())
+        for shape in ((7, 3, 5), (1, 3, 5), (3, 1, 5), (1, 1, 5), (60, 4, 5), (6, 5), (1, 5)):
+            x = LAID_OUT[layout](torch.randn(shape))
+            with torch.no_grad():
+                actual, dense = flat(module(x)), flat(module(x.contiguous()))
+                by_operator, expected = flat(operators_only(module, x)), flat(expected_of(x))
+            assert len(asked) == 2 and all(answer is not None for answer in asked)
+            asked.clear()
+            for a, d, o, e in zip(actual, dense, by_operator, expected, strict=True):
+                assert torch.equal(a, d) and torch.equal(a, o) and a.shape == e.shape
+                torch.testing.assert_close(a, e)
+                # As far as strides matter, those of torch.nn.
+                for size, stride, wanted in zip(a.shape, a.stride(), e.stride(), strict=True):
+                    assert size == 1 or stride == wanted
+
+
+@pytest.mark.parametrize("layout", LAID_OUT)
+def test_input_of_a_cell_may_lie_in_any_order(layout, operators_only, asked):
+    module = fused_rnn.GRUCell(5, 9)
+    for shape in ((3, 5), (1, 5), (5,)):
+        if layout == "transposed" and len(shape) == 1:
+            continue
+        x = LAID_OUT[layout](torch.randn(shape))
+        with torch.no_grad():
+            actual = module(x)
+            assert asked.pop() is not None and not asked
+            assert torch.equal(actual, operators_only(module, x))
+            assert torch.equal(actual, module(x.contiguous()))
+        asked.clear()
+
+
+def test_long_input_is_put_in_order_by_all_threads(asked):
+    module = fused_rnn.RNN(40, 3, batch_first=True)
+    x = torch.randn(9, 1000, 40)
+    with torch.no_grad():
+        actual, _ = module(x)
+        expected, _ = module(x.transpose(0, 1).contiguous().transpose(0, 1))
+    assert all(answer is not None for answer in asked) and torch.equal(actual, expected)
 
 
 def test_arguments_that_do_not_fit_get_none_and_no_error():

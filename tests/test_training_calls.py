@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from test_direct_calls import LAID_OUT
 from test_streaming import (
     ALL,
     LAYERS,
@@ -24,6 +25,7 @@ from test_streaming import (
     make,
     states,
     weight_changes,
+    weights_that_are_no_parameters,
 )
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -280,6 +282,73 @@ def test_unusual_weights_take_the_general_way(cell, suffix, change, which, ways)
 
 
 @every_module
+@pytest.mark.parametrize("change", weights_that_are_no_parameters(), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("which", ["weight_hh", "bias_ih"])
+def test_weights_need_not_be_parameters(cell, suffix, change, which, ways):
+    ours, _ = make(cell, suffix, 8, 8)
+    change(ours, which if suffix else f"{which}_l0")
+    assert_both_ways(ways, ours, *plain_args(cell, suffix))
+
+
+@every_module
+@pytest.mark.parametrize("layout", LAID_OUT)
+def test_arguments_may_lie_in_any_order(cell, suffix, layout, ways):
+    ours, _ = make(cell, suffix, 8, 8)
+    x = torch.randn(3, 8) if suffix else torch.randn(5, 3, 8)
+    hx = states(cell, *(x.shape if suffix else (1, 3, 8)))
+
+    def laid_out(value):
+        if isinstance(value, tuple):
+            return tuple(map(laid_out, value))
+        return value if value is None else LAID_OUT[layout](value)
+
+    def call(x, hx):
+        return ours(laid_out(x), laid_out(hx))
+
+    call.parameters = ours.parameters
+    assert_both_ways(ways, call, x, hx)
+    if not suffix:
+        ours.batch_first = True
+        assert_both_ways(ways, call, x, None)
+
+
+@every_layer
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_sequences_without_a_batch(cell, batch_first, ways):
+    for options in ({}, {"num_layers": 2, "bidirectional": True}):
+        ours, theirs = make(cell, "", 4, 6, batch_first=batch_first, **options)
+        parts = len(ours._flat_weights) // 4
+        for hx in (None, states(cell, parts, 6)):
+            x = torch.randn(5, 4)
+            actual = run(ours, x, hx)
+            assert ways.general == 0
+            assert_same_bits(actual, ways.call_generally(lambda: run(ours, x, hx)))  # noqa: B023
+            ways.general = 0
+            for a, e in zip(actual, run(theirs, x, hx), strict=True):
+                assert a.shape == e.shape
+                torch.testing.assert_close(a, e)
+        for wrong in (states(cell, parts, 1, 6), states(cell, parts, 7)):
+            assert_general(ways, ours, torch.randn(5, 4), wrong)
+            ways.general = 0
+
+
+@every_layer
+def test_a_timestep_without_a_batch(cell, ways):
+    ours, theirs = make(cell, "Cell", 4, 6)
+    for hx in (None, states(cell, 6)):
+        x = torch.randn(4)
+        actual = run(ours, x, hx)
+        assert ways.general == 0
+        assert_same_bits(actual, ways.call_generally(lambda: run(ours, x, hx)))  # noqa: B023
+        ways.general = 0
+        for a, e in zip(actual, run(theirs, x, hx), strict=True):
+            assert a.shape == e.shape
+            torch.testing.assert_close(a, e)
+    for wrong in (states(cell, 1, 6), states(cell, 7)):
+        assert_general(ways, ours, torch.randn(4), wrong)
+
+
+@every_module
 def test_one_bias_alone_takes_the_general_way(cell, suffix, ways):
     ours, _ = make(cell, suffix, 8, 8)
     setattr(ours, "bias_hh" if suffix else "bias_hh_l0", None)
@@ -295,7 +364,7 @@ def test_unusual_inputs_take_the_general_way(cell, suffix, kind, ways, monkeypat
         pytest.skip("layers take it")
     ours, _ = make(cell, suffix, 8, 8)
     assert_general(ways, ours, dict(bad_inputs())[kind](suffix))
-    if not suffix and kind != "strided":
+    if not suffix:
         ours.batch_first = True
         assert_general(ways, ours, dict(bad_inputs())[kind](suffix))
 

@@ -81,20 +81,26 @@ Threads torch_threads() {
 }
 
 // Not scalar_type() and layout(), which throw for kinds they do not know.
-Array array_of(const Tensor& tensor) {
+Array strided_array_of(const Tensor& tensor) {
   int32_t dtype = 0, layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
   if (dtype != aoti_torch_dtype_float32() || layout != aoti_torch_layout_strided() ||
-      !tensor.is_cpu() || !tensor.is_contiguous() || !has_memory(tensor)) {
+      !tensor.is_cpu() || !has_memory(tensor)) {
     return {};
   }
-  return {tensor.const_data_ptr<float>(), tensor.dim(), tensor.sizes().data()};
+  return {tensor.const_data_ptr<float>(), tensor.dim(), tensor.sizes().data(),
+          tensor.is_contiguous() ? nullptr : tensor.strides().data()};
 }
 
-Tensor empty(const int64_t* sizes, int64_t dimensions, int32_t dtype) {
-  int64_t strides[3] = {1, 1, 1};
-  for (int64_t i = dimensions - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes[i];
+Array array_of(const Tensor& tensor) {
+  const Array array = strided_array_of(tensor);
+  return array.is_plain() ? array : Array{};
+}
+
+Tensor empty(const int64_t* sizes, int64_t dimensions, int32_t dtype, bool swapped) {
+  int64_t strides[3];
+  set_strides(sizes, dimensions, swapped, strides);
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides, dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));

@@ -23,8 +23,9 @@ void forget_kernels();
 
 Threads torch_threads();
 
-// Lives no longer than the tensor.
+// Live no longer than the tensor. One that is not dense has no data, or is strided.
 Array array_of(const Tensor& tensor);
+Array strided_array_of(const Tensor& tensor);
 
 inline std::vector<Array> arrays_of(const std::vector<Tensor>& tensors) {
   std::vector<Array> arrays;
@@ -34,7 +35,8 @@ inline std::vector<Array> arrays_of(const std::vector<Tensor>& tensors) {
 }
 
 // torch.empty past the dispatcher, which has nothing to choose here.
-Tensor empty(const int64_t* sizes, int64_t dimensions, int32_t dtype = aoti_torch_dtype_float32());
+Tensor empty(const int64_t* sizes, int64_t dimensions, int32_t dtype = aoti_torch_dtype_float32(),
+             bool swapped = false);
 inline Tensor empty(std::initializer_list<int64_t> shape,
                     int32_t dtype = aoti_torch_dtype_float32()) {
   return empty(shape.begin(), static_cast<int64_t>(shape.size()), dtype);
@@ -49,8 +51,8 @@ int64_t find_offsets(const int64_t* batch_sizes, int64_t timesteps, int64_t batc
 class StateArrays {
  public:
   StateArrays(const std::optional<Tensor>& h, const std::optional<Tensor>& c) {
-    if (h) h_ = array_of(*h);
-    if (c) c_ = array_of(*c);
+    if (h) h_ = strided_array_of(*h);
+    if (c) c_ = strided_array_of(*c);
   }
   States given() const { return {h_ ? &*h_ : nullptr, c_ ? &*c_ : nullptr}; }
 
@@ -69,8 +71,9 @@ class NewTensors {
   std::vector<Tensor> take() { return std::move(tensors_); }
 
  private:
-  static float* allocate(void* context, const int64_t* sizes, int64_t dimensions) {
-    return static_cast<NewTensors*>(context)->add(empty(sizes, dimensions));
+  static float* allocate(void* context, const int64_t* sizes, int64_t dimensions, bool swapped) {
+    const int32_t dtype = aoti_torch_dtype_float32();
+    return static_cast<NewTensors*>(context)->add(empty(sizes, dimensions, dtype, swapped));
   }
 
   std::vector<Tensor> tensors_;

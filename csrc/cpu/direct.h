@@ -8,35 +8,53 @@
 
 namespace fused_rnn {
 
-// A dense float32 array on the CPU; anything else has no data.
+// A float32 array on the CPU; anything else has no data.
 struct Array {
   const float* data;
   int64_t dimensions;
   const int64_t* sizes;
+  const int64_t* strides;  // null where it is dense
 
-  bool is_plain() const { return data != nullptr; }
-  bool is_plain(std::initializer_list<int64_t> shape) const {
-    return is_plain() && dimensions == static_cast<int64_t>(shape.size()) &&
+  bool is_plain() const { return data != nullptr && strides == nullptr; }
+  bool has_shape(std::initializer_list<int64_t> shape) const {
+    return data != nullptr && dimensions == static_cast<int64_t>(shape.size()) &&
            std::equal(shape.begin(), shape.end(), sizes);
   }
-};
-
-// Memory for the next output, of that shape, in the order y, h, c. It is the caller's.
-struct Allocator {
-  float* (*allocate)(void* context, const int64_t* sizes, int64_t dimensions);
-  void* context;
-
-  float* operator()(std::initializer_list<int64_t> shape) const {
-    return allocate(context, shape.begin(), static_cast<int64_t>(shape.size()));
+  bool is_plain(std::initializer_list<int64_t> shape) const {
+    return is_plain() && has_shape(shape);
   }
 };
+
+// Memory for the next output, of that shape, in the order y, h, c. It is the caller's. Swapped, it
+// is dense with the first two of three dimensions in each other's place.
+struct Allocator {
+  float* (*allocate)(void* context, const int64_t* sizes, int64_t dimensions, bool swapped);
+  void* context;
+
+  float* operator()(std::initializer_list<int64_t> shape, bool swapped = false) const {
+    return allocate(context, shape.begin(), static_cast<int64_t>(shape.size()), swapped);
+  }
+};
+
+// The strides of memory that it gives.
+inline void set_strides(const int64_t* sizes, int64_t dimensions, bool swapped, int64_t* strides) {
+  for (int64_t i = dimensions - 1, stride = 1; i >= 0; i--) {
+    strides[i] = stride;
+    stride *= sizes[i];
+  }
+  if (swapped) {
+    strides[0] = sizes[2];
+    strides[1] = sizes[0] * sizes[2];
+  }
+}
 
 struct States {
   const Array* h;  // null for zeros
   const Array* c;  // beside h where the cell has one, else null
 };
 
-// The arguments as torch.nn's modules take them; `weights` as in ForwardCallOf, layer after layer.
+// The arguments as torch.nn's modules take them; x and states may be strided; `weights` as in
+// ForwardCallOf, layer after layer.
 struct InferCall {
   int64_t cell;
   Array x;

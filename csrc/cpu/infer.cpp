@@ -4,6 +4,7 @@
 
 #include "border.h"
 #include "calls.h"
+#include "dense.h"
 #include "weights.h"
 
 namespace fused_rnn {
@@ -54,14 +55,21 @@ std::vector<ForwardCallOf<float>> stack_calls(const LayerShape& first, int64_t l
 
 namespace {
 
-// y may be null.
-void run_stack(std::vector<ForwardCallOf<float>>& calls, const InferCall& given, float* y,
-               float* h_n, float* c_n) {
+struct Inputs {
+  const float *x, *h0, *c0;  // states are null for zeros
+};
+
+struct Results {
+  float *y, *h_n, *c_n;  // y may be null, and c_n is where there is no c
+};
+
+void run_stack(std::vector<ForwardCallOf<float>>& calls, const Inputs& given,
+               const Results& results) {
   const LayerShape& first = calls[0].shape;
   const int64_t rows = first.directions * first.rows.batch;
   const int64_t h_size = rows * first.output, c_size = rows * first.hidden;  // of a layer
   Memory zeros;
-  if (given.states.h == nullptr) {
+  if (given.h0 == nullptr) {
     zeros = memory(c_size);
     std::fill_n(zeros.get(), c_size, 0.0f);
   }
@@ -72,17 +80,17 @@ void run_stack(std::vector<ForwardCallOf<float>>& calls, const InferCall& given,
     const auto layer = static_cast<int64_t>(i);
     ForwardCallOf<float>& call = calls[i];
     Memory output;
-    call.x = i == 0 ? given.x.data : input.get();
-    call.y = y;
-    if (y == nullptr || i + 1 < calls.size()) {
+    call.x = i == 0 ? given.x : input.get();
+    call.y = results.y;
+    if (results.y == nullptr || i + 1 < calls.size()) {
       output = memory(first.count * first.directions * first.output);
       call.y = output.get();
     }
-    call.h0 = zeros ? zeros.get() : given.states.h->data + layer * h_size;
-    call.h_n = h_n + layer * h_size;
-    if (c_n) {
-      call.c0 = zeros ? zeros.get() : given.states.c->data + layer * c_size;
-      call.c_n = c_n + layer * c_size;
+    call.h0 = zeros ? zeros.get() : given.h0 + layer * h_size;
+    call.h_n = results.h_n + layer * h_size;
+    if (results.c_n) {
+      call.c0 = zeros ? zeros.get() : given.c0 + layer * c_size;
+      call.c_n = results.c_n + layer * c_size;
     }
     layer_forward(isa, call, threads);
     input = std::move(output);
@@ -90,19 +98,20 @@ void run_stack(std::vector<ForwardCallOf<float>>& calls, const InferCall& given,
 }
 
 // y_shape is empty where y is not wanted.
-bool infer(const LayerShape& first, int64_t layers, const InferCall& call, Shape y_shape,
-           Shape h_shape, Shape c_shape, const Allocator& allocate) {
+bool infer(const LayerShape& first, int64_t layers, const InferCall& call, bool time_first,
+           Shape y_shape, Shape h_shape, Shape c_shape, const Allocator& allocate) {
   const bool has_c = cell_sizes(first.cell).has_c;
   const Array *h = call.states.h, *c = call.states.c;
-  const bool states_fit = (!h || h->is_plain(h_shape)) && (!c || c->is_plain(c_shape)) &&
+  const bool states_fit = (!h || h->has_shape(h_shape)) && (!c || c->has_shape(c_shape)) &&
                           (c != nullptr) == (has_c && h != nullptr);
   if (!states_fit) return false;
   std::vector<ForwardCallOf<float>> calls = stack_calls(first, layers, call);
   if (calls.empty()) return false;
-  float* y = y_shape.size() > 0 ? allocate(y_shape) : nullptr;
+  const Dense x(&call.x, !time_first), h0(h), c0(c);
+  float* y = y_shape.size() > 0 ? allocate(y_shape, !time_first) : nullptr;
   float* h_n = allocate(h_shape);
   float* c_n = has_c ? allocate(c_shape) : nullptr;
-  run_stack(calls, call, y, h_n, c_n);
+  run_stack(calls, {x.data(), h0.data(), c0.data()}, {y, h_n, c_n});
   return true;
 }
 
@@ -110,32 +119,30 @@ bool infer(const LayerShape& first, int64_t layers, const InferCall& call, Shape
 
 bool infer_layers(const LayersCall& call, const Allocator& allocate) {
   const Array& x = call.x;
-  if (!x.is_plain() || x.dimensions < 2 || x.dimensions > 3) return false;
+  if (x.data == nullptr || x.dimensions < 2 || x.dimensions > 3) return false;
   // No more layers than weights, so that no product of theirs overflows.
   if (call.layers < 1 || call.layers > call.weight_count) return false;
   if (call.directions < 1 || call.directions > 2) return false;
-  const bool batched = x.dimensions == 3;
-  const int64_t timesteps = x.sizes[batched && !call.time_first ? 1 : 0];
-  const int64_t batch = batched ? x.sizes[call.time_first ? 1 : 0] : 1;
-  // Rows must lie in the order of time.
-  if (!call.time_first && timesteps > 1 && batch > 1) return false;
+  const bool batched = x.dimensions == 3, time_first = call.time_first || !batched;
+  const int64_t timesteps = x.sizes[time_first ? 0 : 1];
+  const int64_t batch = batched ? x.sizes[time_first ? 1 : 0] : 1;
   const LayerShape s = stack_shape(call, call.directions, timesteps, batch);
   const int64_t parts = call.layers * call.directions, width = call.directions * s.output;
-  return batched ? infer(s, call.layers, call, {x.sizes[0], x.sizes[1], width},
+  return batched ? infer(s, call.layers, call, time_first, {x.sizes[0], x.sizes[1], width},
                          {parts, batch, s.output}, {parts, batch, s.hidden}, allocate)
-                 : infer(s, call.layers, call, {timesteps, width}, {parts, s.output},
+                 : infer(s, call.layers, call, true, {timesteps, width}, {parts, s.output},
                          {parts, s.hidden}, allocate);
 }
 
 bool infer_cell(const CellCall& call, const Allocator& allocate) {
   const Array& x = call.x;
-  if (!x.is_plain() || x.dimensions < 1 || x.dimensions > 2) return false;
+  if (x.data == nullptr || x.dimensions < 1 || x.dimensions > 2) return false;
   const bool batched = x.dimensions == 2;
   const int64_t batch = batched ? x.sizes[0] : 1;
   const LayerShape s = stack_shape(call, 1, 1, batch);
   if (s.output != call.hidden_size || projected(s)) return false;
-  return batched ? infer(s, 1, call, {}, {batch, s.output}, {batch, s.hidden}, allocate)
-                 : infer(s, 1, call, {}, {s.output}, {s.hidden}, allocate);
+  return batched ? infer(s, 1, call, true, {}, {batch, s.output}, {batch, s.hidden}, allocate)
+                 : infer(s, 1, call, true, {}, {s.output}, {s.hidden}, allocate);
 }
 
 }  // namespace fused_rnn

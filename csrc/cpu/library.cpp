@@ -353,12 +353,12 @@ std::vector<Tensor> infer_layers_op(int64_t cell, const Tensor& x, std::vector<T
   const std::vector<Array> arrays = arrays_of(weights);
   const StateArrays states(h0, c0);
   NewTensors outputs;
-  infer_layers(
-      {{cell, array_of(x), arrays.data(), static_cast<int64_t>(arrays.size()), states.given()},
-       layers,
-       directions,
-       time_first},
-      outputs.allocator());
+  infer_layers({{cell, strided_array_of(x), arrays.data(), static_cast<int64_t>(arrays.size()),
+                 states.given()},
+                layers,
+                directions,
+                time_first},
+               outputs.allocator());
   return outputs.take();
 }
 
@@ -368,10 +368,10 @@ std::vector<Tensor> infer_cell_op(int64_t cell, const Tensor& x, std::vector<Ten
   const std::vector<Array> arrays = arrays_of(weights);
   const StateArrays states(h0, c0);
   NewTensors outputs;
-  infer_cell(
-      {{cell, array_of(x), arrays.data(), static_cast<int64_t>(arrays.size()), states.given()},
-       hidden_size},
-      outputs.allocator());
+  infer_cell({{cell, strided_array_of(x), arrays.data(), static_cast<int64_t>(arrays.size()),
+               states.given()},
+              hidden_size},
+             outputs.allocator());
   return outputs.take();
 }
 

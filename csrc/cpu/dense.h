@@ -1,0 +1,68 @@
+// Arrays in the order of their memory, which kernels take.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "border.h"
+
+namespace fused_rnn {
+
+// The numbers of an array of one to three dimensions, or of three with the first two swapped: where
+// they lie, or a copy.
+class Dense {
+ public:
+  // Null for no array.
+  explicit Dense(const Array* array, bool swapped = false) {
+    if (array == nullptr) return;
+    data_ = array->data;
+    if (array->is_plain() && !swapped) return;
+    const int64_t missing = 3 - array->dimensions;
+    int64_t sizes[] = {1, 1, 1}, strides[3], dense[3];
+    std::copy_n(array->sizes, array->dimensions, sizes + missing);
+    set_strides(sizes, 3, false, strides);
+    if (array->strides) std::copy_n(array->strides, array->dimensions, strides + missing);
+    if (swapped) {
+      std::swap(sizes[0], sizes[1]);
+      std::swap(strides[0], strides[1]);
+    }
+    set_strides(sizes, 3, false, dense);
+    bool is_dense = true;
+    for (int i = 0; i < 3; i++) is_dense = is_dense && (sizes[i] == 1 || strides[i] == dense[i]);
+    if (!is_dense) copy(sizes, strides);
+  }
+
+  const float* data() const { return data_; }
+
+ private:
+  // Fewer are copied by one thread. No call that keeps Python's lock (direct_calls.cpp) has as
+  // many.
+  static constexpr int64_t kSerialFloats = 1 << 18;
+
+  void copy(const int64_t* sizes, const int64_t* strides) {
+    const int64_t count = sizes[0] * sizes[1], second = sizes[1], width = sizes[2];
+    copy_ = memory(count * width);
+    const auto rows = [=, from = data_, to = copy_.get()](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) {
+        const float* row = from + n / second * strides[0] + n % second * strides[1];
+        if (strides[2] == 1) {
+          std::copy_n(row, width, to + n * width);
+        } else {
+          for (int64_t i = 0; i < width; i++) to[n * width + i] = row[i * strides[2]];
+        }
+      }
+    };
+    if (count * width < kSerialFloats) {
+      rows(0, count);
+    } else {
+      torch_threads().run(count, ceil_div(kSerialFloats, width), rows);
+    }
+    data_ = copy_.get();
+  }
+
+  const float* data_ = nullptr;
+  Memory copy_;
+};
+
+}  // namespace fused_rnn
