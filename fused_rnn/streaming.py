@@ -226,9 +226,10 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
         can be called from several threads, copied and pickled.
 
     float32 on the CPU runs from packed weights, in one operator call for all layers, and gives bit
-    for bit what the module gives for a sequence of two steps or more. Every other dtype and device,
-    `reset_after=False`, subclasses, and a backend other than the CPU's chosen by
-    `FUSED_RNN_BACKEND` or `backend`, run through a copy of the module: slower.
+    for bit what the module gives for a sequence, but where that sums in another order: in calls of
+    up to 48 rows, and with AMX of 512 or more. Every other dtype and device, `reset_after=False`,
+    subclasses, and a backend other than the CPU's chosen by `FUSED_RNN_BACKEND` or `backend`, run
+    through a copy of the module: slower.
 
     Raises:
         TypeError: `module` is not a recurrent module.

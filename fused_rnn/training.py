@@ -248,6 +248,8 @@ def _cut(x: Tensor, lengths: Any, resets: Any, batch_first: bool) -> Pieces | No
         return None
     if any(t.is_nested or t.layout != torch.strided or not t.is_cpu for t in (x, *masks)):
         return None
+    if any(t._is_zerotensor() for t in (x, *masks)):
+        return None
     timesteps, batch_size = x.shape[1::-1] if batch_first else x.shape[:2]
     if lengths is not None:
         if lengths.dtype not in _INTEGERS or lengths.shape != (batch_size,) or batch_size == 0:
@@ -308,6 +310,9 @@ class _Spread(torch.autograd.Function):
 def _are_plain(grads: list[Tensor | None]) -> bool:
     """Whether gradients may go past autograd: nobody differentiates them, batches or watches."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or direct.is_watched():
+        return False
+    # Zeros without memory, as the backward of torch.sgn gives, stay so when made contiguous.
+    if any(grad is not None and grad._is_zerotensor() for grad in grads):
         return False
     return not ops.are_batched(grads)
 

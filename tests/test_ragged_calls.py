@@ -246,6 +246,31 @@ def test_a_batch_of_gradients_at_once(ways):
         torch.testing.assert_close(torch.autograd.grad(y, x, grad, retain_graph=True)[0], expected)
 
 
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("return_states", [False, True])
+def test_outputs_may_be_changed_in_place(return_states, masks, ways):
+    module = fused_rnn.LSTM(INPUTS, HIDDEN)
+    masked = Masked(module, **masks_of(masks, False), return_states=return_states)
+    x = torch.randn(STEPS, 5, INPUTS)
+    for call in (masked, lambda x: ways.call_generally(masked, x)):
+        outputs = flat(call(x))
+        assert len(outputs) == (5 if return_states else 3)
+        for output in outputs:
+            output.add_(1)
+
+
+def test_zeros_without_memory(ways):
+    """torch.sgn's backward gives them, and no `contiguous` makes memory of them."""
+    x = torch.randn(STEPS, 5, INPUTS, requires_grad=True)
+    for layers in (1, 2):
+        masked = Masked(fused_rnn.GRU(INPUTS, HIDDEN, layers), **masks_of("both", False))
+        assert_short(ways, lambda m: torch.autograd.grad(m(x)[0].sgn().sum(), x), masked)
+        assert_general(ways, masked, torch._efficientzerotensor(x.shape))
+    for name, mask in masks_of("both", False).items():
+        masks = {name: torch._efficientzerotensor(mask.shape, dtype=mask.dtype)}
+        assert_general(ways, Masked(masked.module, **masks), x)
+
+
 def test_a_stateful_module_goes_on(ways):
     module = fused_rnn.GRU(INPUTS, HIDDEN, stateful=True)
     masked, x = (

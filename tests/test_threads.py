@@ -11,6 +11,7 @@ import faulthandler
 import functools
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -423,17 +424,45 @@ def _in_threads_without_memory() -> None:
         layer(x)[0].sum().backward()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="replaces a function of the C library")
-def test_without_memory_nobody_waits(tmp_path, monkeypatch):
+_WITHOUT_ANY_MEMORY = """
+#include <stddef.h>
+void *__libc_malloc(size_t size);
+int without_memory = 0;
+void *malloc(size_t size) { return without_memory ? 0 : __libc_malloc(size); }
+"""
+
+
+def _free_saved_gates_without_memory() -> None:
+    assert native.cpu_library_error() is None
+    weights = [p.detach() for p in fused_rnn.GRU(4, 128).parameters()]
+    x = torch.randn(17000, 1, 4)  # 33 MiB of gates
+    with torch.no_grad():
+        outputs = torch.ops.fused_rnn_cpu.train_layer(2, x, weights, None, None, None, 1)
+    assert outputs[-1].nbytes > 32 << 20
+    without_memory = ctypes.c_int.in_dll(ctypes.CDLL(None), "without_memory")
+    without_memory.value = 1
+    outputs.pop()
+    without_memory.value = 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="replaces functions of glibc")
+@pytest.mark.parametrize(
+    ("replacement", "function"),
+    [
+        pytest.param(_WITHOUT_MEMORY, _in_threads_without_memory, id="nobody waits"),
+        pytest.param(_WITHOUT_ANY_MEMORY, _free_saved_gates_without_memory, id="tensors go"),
+    ],
+)
+def test_without_memory(replacement, function, tmp_path, monkeypatch):
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         pytest.skip("no C compiler")
     source, library = tmp_path / "memory.c", tmp_path / "memory.so"
-    source.write_text(_WITHOUT_MEMORY)
+    source.write_text(replacement)
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
     before = os.environ.get("LD_PRELOAD", "").split()
     monkeypatch.setenv("LD_PRELOAD", " ".join([*before, str(library)]))
-    _run_in_process("spawn", _in_threads_without_memory)
+    _run_in_process("spawn", function)
 
 
 @pytest.mark.parametrize(

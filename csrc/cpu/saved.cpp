@@ -25,6 +25,10 @@ class IdleBlocks {
     return *blocks;
   }
 
+  // Room for all that are kept and the one that comes: where a tensor goes nothing may be thrown,
+  // not for want of memory either.
+  IdleBlocks() { blocks_.reserve(kKeep / kOwnMapping + 1); }
+
   // The smallest that holds so much and is at most twice as large; or null.
   Block take(size_t bytes) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);

@@ -1,5 +1,6 @@
 // A timestep of a few rows from weights that were packed in advance. The sums are those of the
-// forward scan, in the same order: a stepper gives bit for bit what a sequence gives.
+// forward scan without parts, in the same order: a stepper gives bit for bit what a sequence gives,
+// unless that is short enough to be computed from unpacked weights.
 
 #if defined(FUSED_RNN_BFLOAT16)
 

@@ -9,7 +9,7 @@ know lengths and resets: all of this is for the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -80,7 +80,7 @@ class Pieces:
         if initial is None:
             initial = states.new_zeros((states.shape[0], self.batch_size, *states.shape[2:]))
         both = torch.cat((states, initial), 1)
-        return torch.stack([s[i] for s, i in zip(both, self._finals, strict=False)])
+        return _by_direction(s[i] for s, i in zip(both, self._finals, strict=False))
 
     def final_grads(self, grads: Tensor) -> tuple[Tensor, Tensor]:
         """Backward of `final`: gradients of the pieces' states and of the initial ones."""
@@ -157,7 +157,7 @@ def forward_in_pieces(
         h_n=pieces.final(out.h_n, h0),
         c_n=h0.new_empty((*h0.shape[:2], 0)) if c0 is None else pieces.final(out.c_n, c0),
         gates=_stretched(out.gates, count),
-        cells=torch.stack([_spread(c, index, count) for c in out.cells])
+        cells=_by_direction(_spread(c, index, count) for c in out.cells)
         if problem.states
         else _stretched(out.cells, count),
     )
@@ -244,6 +244,12 @@ def _packed_rows(pieces: Pieces, room: int, noise: Noise) -> Rows:
     noise = noise._replace(h_factor=pieces.of_rows(noise.h_factor), kept_h=kept_h, kept_c=kept_c)
     sizes = pieces.batch_sizes
     return Rows(len(sizes), pieces.count, sizes, len(pieces.index), room=room, noise=noise)
+
+
+def _by_direction(parts: Iterable[Tensor]) -> Tensor:
+    """torch.stack, which gives a view: what autograd's functions return may not be changed in place
+    then."""
+    return torch.cat([part.unsqueeze(0) for part in parts])
 
 
 def _spread(packed: Tensor, index: Tensor, count: int) -> Tensor:
