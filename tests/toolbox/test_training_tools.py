@@ -239,3 +239,17 @@ def test_profiler_sees_a_layer(dtype):
     general = {"fused_rnn::layer_forward", "fused_rnn::layer_backward"}
     of_library = {"fused_rnn_cpu::train_layer", "fused_rnn_cpu::train_layer_backward"}
     assert general <= names or (dtype == torch.float32 and of_library <= names)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell", "stepper"])
+def test_profiler_sees_inference(kind):
+    """Though short calls go past the dispatcher where nobody looks."""
+    from torch.profiler import ProfilerActivity, profile
+
+    module = getattr(fused_rnn, "GRU" if kind == "stepper" else kind)(3, 5)
+    call = fused_rnn.stepper(module) if kind == "stepper" else module
+    x = torch.randn(*([] if kind == "stepper" or "Cell" in kind else [6]), 7, 3)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        call(x)
+    names = {event.key for event in seen.key_averages()}
+    assert any(name.startswith(("fused_rnn::", "fused_rnn_cpu::")) for name in names), names
