@@ -56,8 +56,9 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
             self.recompute = True
         if stateful:
             self.stateful = True
-            self.register_buffer("state_h", None, persistent=False)
-            self.register_buffer("state_c", None, persistent=False)
+            # No buffers: DistributedDataParallel gives every process those of the first, and
+            # averages of models pair the buffers of two.
+            self.state_h = self.state_c = None
 
     def extra_repr(self) -> str:
         options = ("recompute", "stateful")
@@ -66,6 +67,13 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
 
     def flatten_parameters(self) -> None:
         """Does nothing: weights are read where they lie. Here because torch.nn has it."""
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self.stateful:
+            states = self.state_h, self.state_c
+            self.state_h, self.state_c = (None if s is None else fn(s) for s in states)
+        return self
 
     def reset_states(self) -> None:
         """Forgets the states that a stateful module carries from call to call."""
@@ -292,7 +300,7 @@ class RNN(_RecurrentLayers):
         recompute: whether backward computes again what forward would otherwise have to keep
             for it: less memory, more time.
         stateful: whether a call without hx goes on where the call before it ended. The states
-            are kept detached, in buffers that move with the module and are not saved with it;
+            are kept detached; they move with the module and are not in its state_dict.
             `reset_states()` forgets them.
         recurrent_dropout: probability p, in training, of dropping a unit of h from the product
             W_hh h: W_hh (m * h_{t-1}), m 0 or 1/(1-p), drawn once a call for each row of the

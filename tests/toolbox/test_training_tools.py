@@ -138,6 +138,17 @@ def test_copy_by_hand_as_an_exponential_average(make):
     near(module(x), after)
 
 
+def test_averages_do_not_pair_states_with_buffers():
+    """The average, which is called at other times, has others."""
+    model = nn.Sequential(fused_rnn.GRU(3, 5, stateful=True), nn.Module())
+    model[1].register_buffer("mean", torch.ones(2))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    model[0](torch.randn(6, 7, 3))
+    for _ in range(2):
+        average.update_parameters(model)
+    assert torch.equal(average.module[1].mean, torch.ones(2))
+
+
 def test_safetensors(variant, make, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     module, theirs = make.pair(variant)
