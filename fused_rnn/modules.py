@@ -61,8 +61,8 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
             self.state_h = self.state_c = None
 
     def extra_repr(self) -> str:
-        options = ("recompute", "stateful")
-        extras = [f"{name}=True" for name in options if getattr(self, name)]
+        options = {"recompute": self.recompute, "stateful": self._carries()}
+        extras = [f"{name}=True" for name, given in options.items() if given]
         return ", ".join([super().extra_repr(), *extras, *self._regularisation.given()])
 
     def flatten_parameters(self) -> None:
@@ -70,14 +70,14 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        if self.stateful:
+        if self._carries():
             states = self.state_h, self.state_c
             self.state_h, self.state_c = (None if s is None else fn(s) for s in states)
         return self
 
     def reset_states(self) -> None:
         """Forgets the states that a stateful module carries from call to call."""
-        if not self.stateful:
+        if not self._carries():
             raise RuntimeError(f"{self._get_name()}: reset_states needs stateful=True")
         self.state_h = self.state_c = None
 
@@ -91,7 +91,8 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         reset_hx: Any = None,
         return_states: bool = False,
     ):
-        if self.stateful:
+        carries = self.stateful and self._carries()
+        if carries:
             self._check_carries()
             hx = self._carried(input) if hx is None else hx
         plain = reset_hx is None and not return_states
@@ -101,7 +102,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         if result is None:
             masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
             result = self._forward(input, hx, masks, return_states)
-        if self.stateful and not symbolic.is_proxy(result):
+        if carries and not symbolic.is_proxy(result):
             self._carry(result[1])
         return result
 
@@ -215,6 +216,11 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
 
     def _cell(self) -> Cell:
         return CELLS[self.mode.lower()]
+
+    def _carries(self) -> bool:
+        """Whether states go from call to call: an attribute `stateful` alone may have been there
+        before `replace`."""
+        return self.stateful and "state_h" in self.__dict__
 
     def _check_carries(self) -> None:
         """States go from call to call here.
