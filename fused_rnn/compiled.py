@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import direct, functional, onnx, ops
+from . import direct, flops, functional, onnx, ops
 from .cells import CELLS
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
@@ -100,3 +100,4 @@ def _infer_fake(x, h0, c0, weights, cell, num_layers, bidirectional):
 
 _library.impl("infer_layers", _infer_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_rnn::infer_layers", _infer_fake, lib=_library)
+flops.register(torch.ops.fused_rnn.infer_layers, flops.layer_forward)

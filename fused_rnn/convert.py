@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from . import modules
+from .cells import CELLS
 from .regularised import PLAIN
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
@@ -196,9 +197,12 @@ def _refusals(
 def option_of_ours(module: torch.nn.Module, besides: tuple[str, ...] = ()) -> str:
     """What makes our module compute something no module of torch.nn does, or "". The options
     named in `besides` do not count."""
-    for option, plain in (("reset_after", True), ("stateful", False)):
-        if option not in besides and getattr(module, option, plain) != plain:
-            return f"{option}={not plain}"
+    if isinstance(module, modules._RecurrentLayers):
+        # Not by the attributes, which may have been there before `replace`.
+        if module.mode == CELLS["gru_reset_before"].torch_mode and "reset_after" not in besides:
+            return "reset_after=False"
+        if module._carries() and "stateful" not in besides:
+            return "stateful=True"
     return ", ".join(getattr(module, "_regularisation", PLAIN).changes())
 
 

@@ -43,6 +43,8 @@ _STEP_GUARDS = (
 )
 # or elsewhere, or in another dtype, which a stepper's weights do not change to.
 _GUARDS = (*_STEP_GUARDS, torch._C._is_any_autocast_enabled, *dispatch.redirections())
+# A profiler sees operators only, and for it they are enough.
+_CALL_GUARDS = (torch._C._autograd._profiler_enabled, *_GUARDS)
 
 
 def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
@@ -212,5 +214,6 @@ def calls() -> Any:
     address.restype = ctypes.c_void_p
     types = Tensor, torch.nn.Parameter
     cells = {mode: cell.index for mode, cell in CELL_OF.items()}
-    connected = connect(address(), exchange, *types, _GUARDS, len(_STEP_GUARDS), cells)
+    guards = _CALL_GUARDS, 1 + len(_STEP_GUARDS)
+    connected = connect(address(), exchange, *types, *guards, cells)
     return _C if connected else _NoCalls

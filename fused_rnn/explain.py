@@ -99,7 +99,7 @@ def explain(module: torch.nn.Module, *args, **kwargs) -> Explanation:
                 child.register_forward_pre_hook(lambda *_, name=name: calls.append((name, []))),
                 child.register_forward_hook(lambda *_: calls.append((_FUNCTION, []))),
             )
-        if isinstance(child, _RecurrentLayers) and child.stateful:
+        if isinstance(child, _RecurrentLayers) and child._carries():
             carried.append((child, child.state_h, child.state_c))
 
     def record(problem: Problem, chosen: dispatch.Backend, forced: bool) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, ops
+from . import dispatch, flops, ops
 from .cells import CELLS, state_dtype
 from .native import cpu_library_error
 from .once import once
@@ -147,7 +147,7 @@ def _library_call(*arguments):
     wanted = call.x.dtype == torch.float32 and not unlike
     if not wanted or dispatch.BACKENDS["cpu"].unsupported(problem) is not None:
         return NotImplemented
-    _register_fake()
+    _describe_operator()
     y, h_n, c_n = torch.ops.fused_rnn_cpu.layer(
         CELLS[call.cell].index,
         call.x.flatten(0, 1).contiguous(),
@@ -160,7 +160,9 @@ def _library_call(*arguments):
 
 
 @once
-def _register_fake() -> None:
+def _describe_operator() -> None:
+    flops.register(torch.ops.fused_rnn_cpu.layer, flops.library_layer)
+
     @torch.library.register_fake("fused_rnn_cpu::layer")
     def _(cell, x, weights, h0, c0):
         directions, batch, out = h0.shape

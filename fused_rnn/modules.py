@@ -56,20 +56,28 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
             self.recompute = True
         if stateful:
             self.stateful = True
-            self.register_buffer("state_h", None, persistent=False)
-            self.register_buffer("state_c", None, persistent=False)
+            # No buffers: DistributedDataParallel gives every process those of the first, and
+            # averages of models pair the buffers of two.
+            self.state_h = self.state_c = None
 
     def extra_repr(self) -> str:
-        options = ("recompute", "stateful")
-        extras = [f"{name}=True" for name in options if getattr(self, name)]
+        options = {"recompute": self.recompute, "stateful": self._carries()}
+        extras = [f"{name}=True" for name, given in options.items() if given]
         return ", ".join([super().extra_repr(), *extras, *self._regularisation.given()])
 
     def flatten_parameters(self) -> None:
         """Does nothing: weights are read where they lie. Here because torch.nn has it."""
 
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self._carries():
+            states = self.state_h, self.state_c
+            self.state_h, self.state_c = (None if s is None else fn(s) for s in states)
+        return self
+
     def reset_states(self) -> None:
         """Forgets the states that a stateful module carries from call to call."""
-        if not self.stateful:
+        if not self._carries():
             raise RuntimeError(f"{self._get_name()}: reset_states needs stateful=True")
         self.state_h = self.state_c = None
 
@@ -83,7 +91,8 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         reset_hx: Any = None,
         return_states: bool = False,
     ):
-        if self.stateful:
+        carries = self.stateful and self._carries()
+        if carries:
             self._check_carries()
             hx = self._carried(input) if hx is None else hx
         plain = reset_hx is None and not return_states
@@ -93,7 +102,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         if result is None:
             masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
             result = self._forward(input, hx, masks, return_states)
-        if self.stateful and not symbolic.is_proxy(result):
+        if carries and not symbolic.is_proxy(result):
             self._carry(result[1])
         return result
 
@@ -208,6 +217,11 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
     def _cell(self) -> Cell:
         return CELLS[self.mode.lower()]
 
+    def _carries(self) -> bool:
+        """Whether states go from call to call: an attribute `stateful` alone may have been there
+        before `replace`."""
+        return self.stateful and "state_h" in self.__dict__
+
     def _check_carries(self) -> None:
         """States go from call to call here.
 
@@ -292,7 +306,7 @@ class RNN(_RecurrentLayers):
         recompute: whether backward computes again what forward would otherwise have to keep
             for it: less memory, more time.
         stateful: whether a call without hx goes on where the call before it ended. The states
-            are kept detached, in buffers that move with the module and are not saved with it;
+            are kept detached; they move with the module and are not in its state_dict.
             `reset_states()` forgets them.
         recurrent_dropout: probability p, in training, of dropping a unit of h from the product
             W_hh h: W_hh (m * h_{t-1}), m 0 or 1/(1-p), drawn once a call for each row of the

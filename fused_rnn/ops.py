@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from . import direct, dispatch, onnx
+from . import direct, dispatch, flops, onnx
 from .backends.base import Backend, LayerOutput, Needs, OutputGrads
 from .cells import CELLS, Cell, DirectionWeights, state_dtype
 from .oracle import Recurrence, plain_recurrence
@@ -586,3 +586,5 @@ _library.impl("layer_forward", _layer_autograd, "Autograd")
 _library.impl("layer_backward", _backward_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_rnn::layer_forward", _forward_fake, lib=_library)
 torch.library.register_fake("fused_rnn::layer_backward", _backward_fake, lib=_library)
+flops.register(torch.ops.fused_rnn.layer_forward, flops.layer_forward)
+flops.register(torch.ops.fused_rnn.layer_backward, flops.layer_backward)

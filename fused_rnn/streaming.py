@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import checks, direct, dispatch, modules
+from . import checks, direct, dispatch, flops, modules
 from .cells import CELLS, Cell
 from .convert import from_torch, option_of_ours
 from .native import cpu_library_error
@@ -322,14 +322,16 @@ def _padded(bias: Tensor) -> Tensor:
 
 def _operator(has_c: bool) -> Callable[..., Any]:
     """Of the library, which is there."""
-    _register_fakes()
+    _describe_operators()
     ops = torch.ops.fused_rnn_cpu
     return (ops.step_lstm if has_c else ops.step).default
 
 
 @once
-def _register_fakes() -> None:
-    """Some versions of torch, 2.12 among them, take no second registration."""
+def _describe_operators() -> None:
+    """Some versions of torch, 2.12 among them, take no second registration of a fake."""
+    flops.register(torch.ops.fused_rnn_cpu.step, flops.step)
+    flops.register(torch.ops.fused_rnn_cpu.step_lstm, flops.step_lstm)
 
     @torch.library.register_fake("fused_rnn_cpu::step")
     def _step(packed, cell, layers, input, hidden, output, bias, half, x, h):

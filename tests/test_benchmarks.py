@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import fused_rnn
 from fused_rnn import native
 
 ROOT = Path(__file__).parent.parent
@@ -266,6 +268,9 @@ def test_bound_is_the_largest_of_three(modules):
 def test_flops_and_bytes_of_a_small_layer(modules):
     case = modules.cases.Case("gru", 2, 3, 5, 4)
     assert case.flops(6) == 2 * 6 * 3 * 4 * (5 + 4)
+    with FlopCounterMode(display=False) as counter:  # which asks fused_rnn.flops
+        fused_rnn.GRU(5, 4)(torch.randn(2, 3, 5))
+    assert case.flops(6) == counter.get_total_flops()
     assert case.bytes(6) == 4 * (6 * 5 + 3 * 4 * (5 + 4) + 6 * 4)
     assert replace(case, heads=2).flops(6) == 2 * 6 * 3 * 4 * (5 + 2)
 

@@ -312,6 +312,22 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
+@pytest.mark.parametrize("attribute", ["stateful", "reset_after", "zoneout", "layer_norm"])
+def test_attributes_called_as_options_of_ours_are_their_owners(attribute):
+    """Keras' names, for one, mean something to those who write them on a layer of torch.nn."""
+    layer, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    value = attribute != "reset_after"
+    setattr(layer, attribute, value)
+    expected, original = layer(x)[0], repr(layer)
+    replace(layer)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x)[0], expected)
+    assert repr(layer.double().float()) == original
+    assert fused_rnn.explain(layer, x).layers
+    assert getattr(layer, attribute) is value
+    assert type(restore(layer)) is nn.LSTM
+
+
 @pytest.mark.parametrize("weight", ["weight_hh_l0", "bias_ih_l1"])
 def test_parametrized_module(weight):
     model, args = make("sequential")

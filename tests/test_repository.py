@@ -24,7 +24,7 @@ PACKAGE = ROOT / "fused_rnn"
 LAYERS = [
     {"_C"},
     {"cells", "native", "once", "symbolic", "torchscript"},
-    {"problem", "checks", "onnx"},
+    {"problem", "checks", "flops", "onnx"},
     {"oracle"},
     {"recurrences"},
     {"backends"},

@@ -169,14 +169,37 @@ def fsdp_job(rank, library):
     return results
 
 
-JOBS = {"ddp": ddp_job, "fsdp": fsdp_job}
+class Stateful(nn.Module):
+    """Beside a buffer: where there is one, DistributedDataParallel sends all that it finds."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = fused_rnn.LSTM(3, 4, stateful=True)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+def stateful_job(rank, library):
+    """Two windows of a text of its own."""
+    model = DistributedDataParallel(Stateful())
+    return [model(x).detach() for x in text_of(rank)]
+
+
+def text_of(rank: int) -> torch.Tensor:
+    return torch.randn(2, 5, 1 + rank, 3, generator=torch.Generator().manual_seed(rank))
+
+
+JOBS = {"ddp": ddp_job, "fsdp": fsdp_job, "stateful": stateful_job}
 
 
 def in_one_process(accumulate: int, library) -> dict:
     return train(make_model(library), batch_of, accumulate)
 
 
-@pytest.mark.parametrize("kind", JOBS)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_losses_of_two_processes_are_those_of_one(kind, library):
     """The same global batch: the same losses and parameters, with and without accumulation."""
     ranks = run_everywhere(kind, library)
@@ -192,6 +215,13 @@ def test_losses_of_two_processes_are_those_of_one(kind, library):
                     results["resumed"]["parameters"], results["2"]["parameters"], strict=True
                 )
             )
+
+
+def test_each_process_carries_states_of_its_own():
+    for rank, results in enumerate(run_everywhere("stateful", fused_rnn)):
+        model = Stateful()
+        for window, y in zip(text_of(rank), results, strict=True):
+            torch.testing.assert_close(y, model(window))
 
 
 def test_ddp_model_still_says_what_runs():

@@ -138,6 +138,17 @@ def test_copy_by_hand_as_an_exponential_average(make):
     near(module(x), after)
 
 
+def test_averages_do_not_pair_states_with_buffers():
+    """The average, which is called at other times, has others."""
+    model = nn.Sequential(fused_rnn.GRU(3, 5, stateful=True), nn.Module())
+    model[1].register_buffer("mean", torch.ones(2))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    model[0](torch.randn(6, 7, 3))
+    for _ in range(2):
+        average.update_parameters(model)
+    assert torch.equal(average.module[1].mean, torch.ones(2))
+
+
 def test_safetensors(variant, make, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     module, theirs = make.pair(variant)
@@ -239,3 +250,17 @@ def test_profiler_sees_a_layer(dtype):
     general = {"fused_rnn::layer_forward", "fused_rnn::layer_backward"}
     of_library = {"fused_rnn_cpu::train_layer", "fused_rnn_cpu::train_layer_backward"}
     assert general <= names or (dtype == torch.float32 and of_library <= names)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell", "stepper"])
+def test_profiler_sees_inference(kind):
+    """Though short calls go past the dispatcher where nobody looks."""
+    from torch.profiler import ProfilerActivity, profile
+
+    module = getattr(fused_rnn, "GRU" if kind == "stepper" else kind)(3, 5)
+    call = fused_rnn.stepper(module) if kind == "stepper" else module
+    x = torch.randn(*([] if kind == "stepper" or "Cell" in kind else [6]), 7, 3)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        call(x)
+    names = {event.key for event in seen.key_averages()}
+    assert any(name.startswith(("fused_rnn::", "fused_rnn_cpu::")) for name in names), names
