@@ -33,8 +33,11 @@ template <class E>
 class LayerCall {
  public:
   LayerCall(const KernelsOf<E>& isa, const LayerShape& shape, int64_t rows_of_l3,
-            const Threads& threads)
-      : isa_(isa), shape_(shape), threads_(threads), plan_(shape, sizeof(E), rows_of_l3, threads) {}
+            double serial_flops, const Threads& threads)
+      : isa_(isa),
+        shape_(shape),
+        threads_(threads),
+        plan_(shape, sizeof(E), rows_of_l3, serial_flops, threads) {}
 
   const LayerPlan& plan() const { return plan_; }
   float* take(int64_t count) { return workspace_.take(count); }

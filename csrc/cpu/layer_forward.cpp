@@ -121,13 +121,17 @@ void run_packed(LayerCall<E>& work, const KernelsOf<E>& isa, const ForwardCallOf
 template <class E>
 void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const Threads& threads) {
   const LayerShape& s = call.shape;
-  LayerCall<E> work(isa, s, kForwardRowsOfL3<E>, threads);
   const bool plain = !s.normed && !projected(s) && !call.h_factor && !call.zoneout_h.any() &&
                      !call.zoneout_c.any() && !call.weights[0].peephole;
-  if (plain && s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= step_rows(s)) {
+  const bool is_step =
+      plain && s.rows.timesteps == 1 && s.count == s.rows.batch && s.count <= step_rows(s);
+  const bool are_few = plain && s.rows.timesteps > 0 && !s.rows.batch_sizes &&
+                       s.rows.batch <= kFewRows && s.count <= few_rows<E>(s) && !reset_before(s);
+  const double serial_flops = is_step || are_few ? kSerialFlops : kForwardSerialFlops;
+  LayerCall<E> work(isa, s, kForwardRowsOfL3<E>, serial_flops, threads);
+  if (is_step) {
     run_step(work, isa, call);
-  } else if (plain && s.rows.timesteps > 0 && !s.rows.batch_sizes && s.rows.batch <= kFewRows &&
-             s.count <= few_rows<E>(s) && !reset_before(s)) {
+  } else if (are_few) {
     run_few_steps(work, isa, call);
   } else {
     run_packed(work, isa, call);
