@@ -411,3 +411,17 @@ def test_regularised_program(tmp_path, part):
     assert {one["way"] for one in lstm["ms"]} == ways | {"peepholes"}
     assert {one["backend"] for one in lstm["ms"]} == {"cpu", "reference"}
     assert all(one["ms"] > 0 for one in (*gru["ms"], *lstm["ms"]))
+
+
+@measures_the_library
+def test_usage_program(tmp_path):
+    path = tmp_path / "usage.json"
+    options = ("--cell", "lstm", "--shape", "3,2,4,5", "--seconds", 0.01)
+    result = run("usage.py", *options, "--json", path)
+    assert result.returncode == 0, result.stderr
+    assert "cell, x[:, t]" in result.stdout
+    rows = json.loads(path.read_text())
+    ways = {row["way"] for row in rows}
+    assert len(rows) == 2 * len(ways) == 18
+    assert {row["part"] for row in rows} == {"inference", "training"}
+    assert all(row["ms"] > 0 and row["nn_ms"] > 0 for row in rows)

@@ -13,13 +13,15 @@ namespace {
 // B = 8 and 16 H=128 1.2 to 1.4 and 2.0 to 2.4, B = 8 and 32 H=512 2.4 and 1.4, H=1024 2.1 to 2.8
 // and 1.4 to 1.6; B=4, T = 2 and 8 H=128 1.3 and 1.0, H=512 2.2 and 1.4; B=1, T = 4 and 16 H=128
 // 1.4 and 1.1, H=512 2.6 and 1.4. At these limits it is 1.0 to 1.2, of one thread and with AVX2 as
-// well. In bfloat16, which AMX multiplies faster, 1.1 to 1.2 at 8 rows and 0.8 to 1.1 at 16.
+// well; of one timestep of 24 and 32 rows at H=128 0.85 to 1.0 and, of two threads, 1.4 to 1.6. In
+// bfloat16, which AMX multiplies faster, 1.1 to 1.2 at 8 rows and 0.8 to 1.1 at 16.
 template <class E>
 int64_t few_rows(const LayerShape& s) {
   const int64_t weights = recurrent_weights(s);
   if (weights < 1 << 12) return 4;
   if (weights < 1 << 14 || !std::is_same_v<E, float>) return 8;
-  return weights < 1 << 17 ? 16 : 48;
+  if (weights < 1 << 17) return s.rows.timesteps == 1 && weights >= 1 << 15 ? 32 : 16;
+  return 48;
 }
 
 // Of those, so many of one timestep take both products at once, row after row: faster where weights

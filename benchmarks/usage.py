@@ -1,0 +1,191 @@
+"""Times small layers and cells in the ways they are called, ours and torch.nn's.
+
+python benchmarks/usage.py                               all ways, all cells, both parts
+python benchmarks/usage.py --way "batch first" --cell gru --shape 24,1024,8,64 --json usage.json
+
+A small layer takes tens of microseconds, and so does what a call has to look at before it: input
+whose rows do not lie in the order of time, states that are expanded, weights that are computed, a
+loop over a cell. All ways take turns. Shown is how many times as long torch.nn takes, from medians.
+Both are compared first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from torch.nn.utils.parametrizations import weight_norm
+
+import fused_rnn
+
+CELLS = ("RNN", "GRU", "LSTM")
+PARTS = ("inference", "training")
+SHAPE = "20,16,16,32"
+
+
+def states(cell: str, h: Tensor) -> Any:
+    return (h, h) if cell == "LSTM" else h
+
+
+def loop(cell: torch.nn.RNNCellBase, steps: tuple[Tensor, ...]) -> tuple[Tensor]:
+    state, outputs = None, []
+    for x in steps:
+        state = cell(x, state)
+        outputs.append(state[0] if isinstance(state, tuple) else state)
+    return (torch.stack(outputs),)
+
+
+# Each makes the options of a module and the call of one.
+WAYS: dict[str, Callable[[str, int, int, int, int], tuple[dict[str, Any], Callable]]] = {}
+
+
+def way(name: str) -> Callable:
+    def add(make: Callable) -> Callable:
+        WAYS[name] = make
+        return make
+
+    return add
+
+
+@way("time first")
+def _(cell, t, b, i, h):
+    x = torch.randn(t, b, i)
+    return {}, lambda module: module(x)
+
+
+@way("batch first")
+def _(cell, t, b, i, h):
+    x = torch.randn(b, t, i)
+    return {"batch_first": True}, lambda module: module(x)
+
+
+@way("transposed")
+def _(cell, t, b, i, h):
+    x = torch.randn(b, t, i).transpose(0, 1)
+    return {}, lambda module: module(x)
+
+
+@way("one sequence")
+def _(cell, t, b, i, h):
+    x = torch.randn(t, i)
+    return {}, lambda module: module(x)
+
+
+@way("one timestep")
+def _(cell, t, b, i, h):
+    x, hx = torch.randn(1, b, i), states(cell, torch.randn(1, b, h))
+    return {}, lambda module: module(x, hx)
+
+
+@way("state expanded")
+def _(cell, t, b, i, h):
+    x, hx = torch.randn(t, b, i), states(cell, torch.randn(1, 1, h).expand(1, b, h))
+    return {}, lambda module: module(x, hx)
+
+
+@way("weight_norm")
+def _(cell, t, b, i, h):
+    x = torch.randn(t, b, i)
+    return {}, lambda module: module(x)
+
+
+@way("cell, x[t]")
+def _(cell, t, b, i, h):
+    steps = torch.randn(t, b, i).unbind(0)
+    return {}, lambda module: loop(module, steps)
+
+
+@way("cell, x[:, t]")
+def _(cell, t, b, i, h):
+    steps = torch.randn(b, t, i).unbind(1)
+    return {}, lambda module: loop(module, steps)
+
+
+def calls(name: str, cell: str, sizes: tuple[int, ...], training: bool) -> list[Callable]:
+    """torch.nn's and ours."""
+    options, call = WAYS[name](cell, *sizes)
+    suffix = "Cell" if name.startswith("cell") else ""
+    modules = []
+    for library in (torch.nn, fused_rnn):
+        module = getattr(library, cell + suffix)(*sizes[2:], **options).train(training)
+        if modules:
+            module.load_state_dict(modules[0].state_dict())
+        modules.append(module)
+    if name == "weight_norm":
+        for module in modules:
+            weight_norm(module, "weight_hh_l0")
+
+    def run(module: torch.nn.Module) -> Tensor:
+        with torch.set_grad_enabled(training):
+            y = call(module)[0]
+            if training:
+                module.zero_grad()
+                y.sum().backward()
+        return y.detach()
+
+    theirs, ours = map(run, modules)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    return [lambda module=module: run(module) for module in modules]
+
+
+def measure(functions: list[Callable], seconds: float) -> list[float]:
+    """The median of each function's milliseconds, taking turns."""
+    turns: list[list[float]] = [[] for _ in functions]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(turns[0]) < 3:
+        for times, function in zip(turns, functions, strict=True):
+            start = time.perf_counter()
+            function()
+            times.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(times) for times in turns]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--way", action="append", choices=WAYS, help="may be given again")
+    add("--cell", action="append", choices=[c.lower() for c in CELLS], help="may be given again")
+    add("--part", action="append", choices=PARTS, help="may be given again")
+    add("--shape", default=SHAPE, help="T,B,I,H")
+    add("--seconds", type=float, default=0.5, help="of each way of a cell")
+    add("--json", type=Path, help="write what was measured to this file")
+    args = parser.parse_args()
+    columns = [
+        (cell, part)
+        for part in args.part or PARTS
+        for cell in CELLS
+        if not args.cell or cell.lower() in args.cell
+    ]
+    threads = torch.get_num_threads()
+    title = f"torch.nn's time over ours, (T, B, I, H) = ({args.shape}), {threads} thread(s)"
+    table = Table("way", title=title)
+    for cell, part in columns:
+        table.add_column(f"{cell}, {part}", justify="right")
+    rows, sizes = [], tuple(map(int, args.shape.split(",")))
+    for name in args.way or WAYS:
+        shown = []
+        for cell, part in columns:
+            found = calls(name, cell, sizes, part == "training")
+            theirs, ours = measure(found, args.seconds)
+            rows.append({"way": name, "cell": cell, "part": part, "nn_ms": theirs, "ms": ours})
+            shown.append(f"{theirs / ours:.2f}")
+        table.add_row(escape(name), *shown)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
