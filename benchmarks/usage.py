@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.nn.utils.parametrizations import weight_norm
 
 import fused_rnn
+from fused_rnn.bench import in_turns
 
 CELLS = ("RNN", "GRU", "LSTM")
 PARTS = ("inference", "training")
@@ -57,6 +57,7 @@ def way(name: str) -> Callable:
     return add
 
 
+@way("weight_norm")
 @way("time first")
 def _(cell, t, b, i, h):
     x = torch.randn(t, b, i)
@@ -91,12 +92,6 @@ def _(cell, t, b, i, h):
 def _(cell, t, b, i, h):
     x, hx = torch.randn(t, b, i), states(cell, torch.randn(1, 1, h).expand(1, b, h))
     return {}, lambda module: module(x, hx)
-
-
-@way("weight_norm")
-def _(cell, t, b, i, h):
-    x = torch.randn(t, b, i)
-    return {}, lambda module: module(x)
 
 
 @way("cell, x[t]")
@@ -138,18 +133,6 @@ def calls(name: str, cell: str, sizes: tuple[int, ...], training: bool) -> list[
     return [lambda module=module: run(module) for module in modules]
 
 
-def measure(functions: list[Callable], seconds: float) -> list[float]:
-    """The median of each function's milliseconds, taking turns."""
-    turns: list[list[float]] = [[] for _ in functions]
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(turns[0]) < 3:
-        for times, function in zip(turns, functions, strict=True):
-            start = time.perf_counter()
-            function()
-            times.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(times) for times in turns]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -178,7 +161,7 @@ def main() -> None:
         shown = []
         for cell, part in columns:
             found = calls(name, cell, sizes, part == "training")
-            theirs, ours = measure(found, args.seconds)
+            theirs, ours = (statistics.median(s) * 1e3 for s in in_turns(found, args.seconds))
             rows.append({"way": name, "cell": cell, "part": part, "nn_ms": theirs, "ms": ours})
             shown.append(f"{theirs / ours:.2f}")
         table.add_row(escape(name), *shown)

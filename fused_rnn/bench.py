@@ -80,7 +80,7 @@ def time_module(
         choices = explain(after, *args).layers
     gpu = any(t.is_cuda for t in (*module.parameters(), *_tensors(args)))
     with torch.inference_mode() if mode == "inference" else nullcontext():
-        samples = _in_turns(calls, seconds, gpu)
+        samples = in_turns(calls, seconds, gpu)
     medians = [statistics.median(each) for each in samples]
     return Timing(
         mode,
@@ -129,7 +129,9 @@ def _first_tensor(output: object) -> Tensor:
     raise ValueError(f"module: expected floating-point tensors in its output; got {type(output)}")
 
 
-def _in_turns(calls: list[Callable[[], object]], seconds: float, gpu: bool) -> list[list[float]]:
+def in_turns(
+    calls: list[Callable[[], object]], seconds: float, gpu: bool = False
+) -> list[list[float]]:
     """Seconds per call, a list for each of `calls`; what a turn begins with does not count."""
     wait = torch.cuda.synchronize if gpu else lambda: None
 

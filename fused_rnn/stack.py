@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, ops
+from . import direct, dispatch, ops
 from .backends.base import Dropout, Needs, OutputGrads, StackOutput
 from .cells import CELLS
 from .problem import Problem
-
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # a subclass may have a meaning of its own
 
 
 def layers(
@@ -48,7 +46,7 @@ def layers(
         return None
     if ops.needs_oracle(x) or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
         return None
-    if any(type(t) not in _PLAIN_TYPES for t in (x, *states, *weights)):
+    if not direct.are_plain((x, *states, *weights)):
         return None
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights))
     h0, c0 = states if CELLS[cell].has_c else (states[0], None)

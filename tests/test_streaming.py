@@ -239,6 +239,17 @@ def test_dropout_counts_in_training_only(cell, ways):
         assert_general(ways, ours, x)
 
 
+def plain_input(suffix):
+    return torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+
+
+def changed(cell, suffix, change, which):
+    """A module, one of whose weights was changed."""
+    ours, _ = make(cell, suffix, 8, 8)
+    change(ours, which if suffix else f"{which}_l0")
+    return ours
+
+
 def weight_changes():
     def set_wrong(module, name):
         parameter = getattr(module, name)
@@ -293,9 +304,8 @@ def weights_that_are_no_parameters():
 @pytest.mark.parametrize("change", weight_changes(), ids=lambda f: f.__name__)
 @pytest.mark.parametrize("which", ["weight_ih", "weight_hh"])
 def test_unusual_weights_take_the_general_way(cell, suffix, change, which, ways):
-    ours, _ = make(cell, suffix, 8, 8)
-    change(ours, which if suffix else f"{which}_l0")
-    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    ours = changed(cell, suffix, change, which)
+    x = plain_input(suffix)
     with torch.no_grad():
         assert_general(ways, ours, x)
 
@@ -304,9 +314,8 @@ def test_unusual_weights_take_the_general_way(cell, suffix, change, which, ways)
 @pytest.mark.parametrize("change", weights_that_are_no_parameters(), ids=lambda f: f.__name__)
 @pytest.mark.parametrize("which", ["weight_ih", "bias_hh"])
 def test_weights_need_not_be_parameters(cell, suffix, change, which, ways):
-    ours, _ = make(cell, suffix, 8, 8)
-    change(ours, which if suffix else f"{which}_l0")
-    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    ours = changed(cell, suffix, change, which)
+    x = plain_input(suffix)
     with torch.no_grad():
         actual, expected = flat(ours(x)), flat(ways.call_generally(ours, x))
     assert ways.direct == 1 and all(map(torch.equal, actual, expected))
@@ -317,13 +326,13 @@ def test_one_bias_alone_takes_the_general_way(cell, suffix, ways):
     ours, _ = make(cell, suffix, 8, 8)
     setattr(ours, "bias_hh" if suffix else "bias_hh_l0", None)
     with torch.no_grad():
-        assert_general(ways, ours, torch.randn(2, 8) if suffix else torch.randn(1, 2, 8))
+        assert_general(ways, ours, plain_input(suffix))
 
 
 @every_module
 def test_functional_call_is_honoured(cell, suffix, ways):
     ours, theirs = make(cell, suffix, 8, 8)
-    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    x = plain_input(suffix)
     weights = {name: torch.randn_like(p) for name, p in ours.named_parameters()}
     theirs.load_state_dict(weights)
     with torch.no_grad():
@@ -395,7 +404,7 @@ class Named(torch.Tensor):
 @pytest.mark.parametrize("kind", dict(bad_states()))
 def test_unusual_states_take_the_general_way(cell, suffix, kind, ways):
     ours, _ = make(cell, suffix, 8, 8)
-    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    x = plain_input(suffix)
     with torch.no_grad():
         assert_general(ways, ours, x, dict(bad_states())[kind](states(cell, *x.shape)))
 
@@ -404,7 +413,7 @@ def test_unusual_states_take_the_general_way(cell, suffix, kind, ways):
 def test_changed_sizes_take_the_general_way(cell, suffix, ways):
     """A cell holds its states to hidden_size, whatever its weights are."""
     ours, _ = make(cell, suffix, 8, 8)
-    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    x = plain_input(suffix)
     if suffix:
         ours.hidden_size = 9
     else:
@@ -435,7 +444,7 @@ def test_a_subclass_as_input_takes_the_general_way(ways):
 @every_module
 def test_negative_bit_is_resolved(cell, suffix):
     ours, _ = make(cell, suffix, 8, 8)
-    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    x = plain_input(suffix)
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             for a, e in zip(flat(ours(torch._neg_view(x))), flat(ours(-x)), strict=True):
@@ -445,7 +454,7 @@ def test_negative_bit_is_resolved(cell, suffix):
 @every_module
 def test_gradients_take_another_way(cell, suffix, ways):
     ours, theirs = make(cell, suffix, 8, 8)
-    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    x = plain_input(suffix)
     for module in (ours, theirs):
         sum(t.sum() for t in flat(module(x))).backward()
     for a, e in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -481,7 +490,7 @@ class NothingBelow(torch.utils._python_dispatch.TorchDispatchMode):
 def test_contexts_take_the_general_way(cell, suffix, context, ways, monkeypatch):
     monkeypatch.delenv("FUSED_RNN_BACKEND")
     ours, _ = make(cell, suffix, 8, 8)
-    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    x = plain_input(suffix)
     with torch.no_grad(), context():
         assert_general(ways, ours, x)
     with torch.no_grad():
@@ -505,7 +514,7 @@ def test_vmap_takes_the_general_way(cell, suffix, ways):
 @every_module
 def test_forward_mode_takes_the_general_way(cell, suffix, ways):
     ours, theirs = make(cell, suffix, 8, 8)
-    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    x = plain_input(suffix)
     tangents = []
     for module in (ours, theirs):
         # torch.nn's LSTM through oneDNN has no forward mode.
@@ -554,7 +563,7 @@ def test_capability_is_checked(cell, suffix, ways, set_capability):
     set_capability("nonsense")
     ours, _ = make(cell, suffix, 8, 8)
     with torch.no_grad(), pytest.raises(RuntimeError, match="FUSED_RNN_CPU_CAPABILITY"):
-        ours(torch.randn(2, 8) if suffix else torch.randn(1, 2, 8))
+        ours(plain_input(suffix))
 
 
 @every_module
@@ -562,7 +571,7 @@ def test_explain_sees_every_layer(cell, suffix, ways, monkeypatch):
     monkeypatch.delenv("FUSED_RNN_BACKEND")
     ours, _ = make(cell, suffix, 8, 8)
     with torch.no_grad():
-        told = fused_rnn.explain(ours, torch.randn(2, 8) if suffix else torch.randn(1, 2, 8))
+        told = fused_rnn.explain(ours, plain_input(suffix))
     assert told.backend == "cpu" and len(told.layers) == 1 and ways.direct == 0
 
 
@@ -581,14 +590,14 @@ def test_hooks_run(cell, suffix, ways):
     ours.register_forward_pre_hook(lambda module, args: seen.append("before"))
     ours.register_forward_hook(lambda module, args, result: seen.append("after"))
     with torch.no_grad():
-        ours(torch.randn(2, 8) if suffix else torch.randn(1, 2, 8))
+        ours(plain_input(suffix))
     assert seen == ["before", "after"] and ways.direct == 1
 
 
 @every_module
 def test_copies_work(cell, suffix, ways):
     ours, _ = make(cell, suffix, 8, 8)
-    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    x = plain_input(suffix)
     with torch.no_grad():
         expected = flat(ours(x))
         for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
@@ -601,7 +610,7 @@ def test_copies_work(cell, suffix, ways):
 def test_traced_and_exported_graphs_have_the_layer(cell, suffix):
     """What sees the calls of operators sees one that it knows: a node per layer, or per stack."""
     ours, _ = make(cell, suffix, 8, 8)
-    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    x = plain_input(suffix)
     targets = []
 
     def backend(graph, inputs):

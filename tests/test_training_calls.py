@@ -19,10 +19,12 @@ from test_streaming import (
     assert_general,
     bad_inputs,
     bad_states,
+    changed,
     every_layer,
     every_module,
     flat,
     make,
+    plain_input,
     states,
     weight_changes,
     weights_that_are_no_parameters,
@@ -268,7 +270,7 @@ def test_gradients_of_odd_layouts(cell, suffix, ways):
 
 
 def plain_args(cell, suffix):
-    x = torch.randn(2, 8) if suffix else torch.randn(1, 2, 8)
+    x = plain_input(suffix)
     return x, states(cell, *x.shape)
 
 
@@ -276,8 +278,7 @@ def plain_args(cell, suffix):
 @pytest.mark.parametrize("change", weight_changes(), ids=lambda f: f.__name__)
 @pytest.mark.parametrize("which", ["weight_ih", "weight_hh"])
 def test_unusual_weights_take_the_general_way(cell, suffix, change, which, ways):
-    ours, _ = make(cell, suffix, 8, 8)
-    change(ours, which if suffix else f"{which}_l0")
+    ours = changed(cell, suffix, change, which)
     assert_general(ways, ours, plain_args(cell, suffix)[0])
 
 
@@ -285,8 +286,7 @@ def test_unusual_weights_take_the_general_way(cell, suffix, change, which, ways)
 @pytest.mark.parametrize("change", weights_that_are_no_parameters(), ids=lambda f: f.__name__)
 @pytest.mark.parametrize("which", ["weight_hh", "bias_ih"])
 def test_weights_need_not_be_parameters(cell, suffix, change, which, ways):
-    ours, _ = make(cell, suffix, 8, 8)
-    change(ours, which if suffix else f"{which}_l0")
+    ours = changed(cell, suffix, change, which)
     assert_both_ways(ways, ours, *plain_args(cell, suffix))
 
 
@@ -312,6 +312,17 @@ def test_arguments_may_lie_in_any_order(cell, suffix, layout, ways):
         assert_both_ways(ways, call, x, None)
 
 
+def assert_without_batch(ways, ours, theirs, x, hx):
+    """The short way, which asks itself once more, and torch.nn's shapes."""
+    actual = run(ours, x, hx)
+    assert ways.general == 0
+    assert_same_bits(actual, ways.call_generally(lambda: run(ours, x, hx)))
+    ways.general = 0
+    for a, e in zip(actual, run(theirs, x, hx), strict=True):
+        assert a.shape == e.shape
+        torch.testing.assert_close(a, e)
+
+
 @every_layer
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_sequences_without_a_batch(cell, batch_first, ways):
@@ -319,14 +330,7 @@ def test_sequences_without_a_batch(cell, batch_first, ways):
         ours, theirs = make(cell, "", 4, 6, batch_first=batch_first, **options)
         parts = len(ours._flat_weights) // 4
         for hx in (None, states(cell, parts, 6)):
-            x = torch.randn(5, 4)
-            actual = run(ours, x, hx)
-            assert ways.general == 0
-            assert_same_bits(actual, ways.call_generally(lambda: run(ours, x, hx)))  # noqa: B023
-            ways.general = 0
-            for a, e in zip(actual, run(theirs, x, hx), strict=True):
-                assert a.shape == e.shape
-                torch.testing.assert_close(a, e)
+            assert_without_batch(ways, ours, theirs, torch.randn(5, 4), hx)
         for wrong in (states(cell, parts, 1, 6), states(cell, parts, 7)):
             assert_general(ways, ours, torch.randn(5, 4), wrong)
             ways.general = 0
@@ -336,14 +340,7 @@ def test_sequences_without_a_batch(cell, batch_first, ways):
 def test_a_timestep_without_a_batch(cell, ways):
     ours, theirs = make(cell, "Cell", 4, 6)
     for hx in (None, states(cell, 6)):
-        x = torch.randn(4)
-        actual = run(ours, x, hx)
-        assert ways.general == 0
-        assert_same_bits(actual, ways.call_generally(lambda: run(ours, x, hx)))  # noqa: B023
-        ways.general = 0
-        for a, e in zip(actual, run(theirs, x, hx), strict=True):
-            assert a.shape == e.shape
-            torch.testing.assert_close(a, e)
+        assert_without_batch(ways, ours, theirs, torch.randn(4), hx)
     for wrong in (states(cell, 1, 6), states(cell, 7)):
         assert_general(ways, ours, torch.randn(4), wrong)
 
