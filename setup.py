@@ -125,7 +125,7 @@ def architecture_flags() -> list[str]:
 
 def library_sources() -> list[str]:
     kernels = list(ISA_FLAGS) if X86 else ["csrc/cpu/kernels_portable.cpp"]
-    operators = ("library", "border", "infer", "train", "saved", "stepper", "pieces")
+    operators = ("library", "border", "infer", "infer_half", "train", "saved", "stepper", "pieces")
     names = (*operators, "direct", "layer_forward", "layer_backward", "team")
     return [*(f"csrc/cpu/{name}.cpp" for name in names), *kernels]
 

@@ -43,8 +43,20 @@ struct {
   // that matter to a step of packed weights too.
   PyObject* guards;
   Py_ssize_t step_guards;
-  PyObject* cells;  // from torch.nn's modes to the cells' numbers
+  PyObject* cells;         // from torch.nn's modes to the cells' numbers
+  PyObject* any_autocast;  // whether it is on for any device
+  // The place in kNumberTypes of what it makes CPU tensors, 0 for nothing; -1 for another type.
+  PyObject* autocast_type;
 } connected;
+
+DLDataType dtype_of(NumberType type) {
+  const auto code = static_cast<uint8_t>(type == NumberType::bfloat16 ? kDLBfloat : kDLFloat);
+  return {code, static_cast<uint8_t>(type == NumberType::float32 ? 32 : 16), 1};
+}
+
+bool operator==(const DLDataType& a, const DLDataType& b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
 
 // An output and, behind it, its memory. torch's own way from a shape to a Python object takes twice
 // as long.
@@ -54,10 +66,11 @@ struct Owned {
 
   static constexpr size_t kLine = 64;
 
-  static Owned* make(const int64_t* sizes, int64_t dimensions, bool swapped) {
+  static Owned* make(NumberType type, const int64_t* sizes, int64_t dimensions, bool swapped) {
+    const DLDataType dtype = dtype_of(type);
     int64_t count = 1;
     for (int64_t i = 0; i < dimensions; i++) count *= sizes[i];
-    const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+    const size_t bytes = static_cast<size_t>(count) * (dtype.bits / 8);
     // Its blocks of the sizes that were just freed cost a tenth of aligned ones.
     void* memory = std::malloc(sizeof(Owned) + kLine + bytes);
     if (memory == nullptr) throw std::bad_alloc();
@@ -70,7 +83,7 @@ struct Owned {
     const auto behind = reinterpret_cast<uintptr_t>(self + 1);
     t.data = reinterpret_cast<void*>((behind + kLine - 1) / kLine * kLine);
     t.device = {kDLCPU, 0};
-    t.dtype = {kDLFloat, 32, 1};
+    t.dtype = dtype;
     t.ndim = static_cast<int32_t>(dimensions);
     t.shape = self->sizes;
     t.strides = self->strides;
@@ -103,11 +116,12 @@ class Outputs {
   }
 
  private:
-  static float* allocate(void* context, const int64_t* sizes, int64_t dimensions, bool swapped) {
+  static void* allocate(void* context, NumberType type, const int64_t* sizes, int64_t dimensions,
+                        bool swapped) {
     auto& self = *static_cast<Outputs*>(context);
-    DLManagedTensorVersioned* tensor = &Owned::make(sizes, dimensions, swapped)->tensor;
+    DLManagedTensorVersioned* tensor = &Owned::make(type, sizes, dimensions, swapped)->tensor;
     self.tensors_[self.count_++] = tensor;
-    return static_cast<float*>(tensor->dl_tensor.data);
+    return tensor->dl_tensor.data;
   }
 
   std::array<DLManagedTensorVersioned*, 3> tensors_{};
@@ -132,10 +146,10 @@ Array strided_array_of(PyObject* object) {
     PyErr_Clear();  // has no memory: sparse, fake, or what a transform wraps
     return {};
   }
-  if (tensor.device.device_type != kDLCPU || tensor.dtype.code != kDLFloat ||
-      tensor.dtype.bits != 32 || tensor.dtype.lanes != 1) {
-    return {};
-  }
+  const NumberType* number =
+      std::find_if(std::begin(kNumberTypes), std::end(kNumberTypes),
+                   [&](NumberType candidate) { return tensor.dtype == dtype_of(candidate); });
+  if (tensor.device.device_type != kDLCPU || number == std::end(kNumberTypes)) return {};
   bool dense = true;
   int64_t stride = 1;
   for (int32_t i = tensor.ndim - 1; i >= 0; i--) {
@@ -145,13 +159,13 @@ Array strided_array_of(PyObject* object) {
   }
   if (is_negated(object)) return {};
   const char* data = static_cast<const char*>(tensor.data) + tensor.byte_offset;
-  return {tensor.data ? reinterpret_cast<const float*>(data) : nullptr, tensor.ndim, tensor.shape,
-          dense ? nullptr : tensor.strides};
+  return Array::of(tensor.data ? data : nullptr, *number, tensor.ndim, tensor.shape,
+                   dense ? nullptr : tensor.strides);
 }
 
 Array array_of(PyObject* object) {
   const Array array = strided_array_of(object);
-  return array.is_plain() ? array : Array{};
+  return array.is_dense() ? array : Array{};
 }
 
 // hx as torch.nn takes it: None, a tensor, or (h, c).
@@ -165,7 +179,7 @@ struct GivenStates {
     pair = PyTuple_CheckExact(hx) && PyTuple_GET_SIZE(hx) == 2;
     h = strided_array_of(pair ? PyTuple_GET_ITEM(hx, 0) : hx);
     if (pair) c = strided_array_of(PyTuple_GET_ITEM(hx, 1));
-    fits = h.data != nullptr && (!pair || c.data != nullptr);
+    fits = h.exists() && (!pair || c.exists());
   }
 
   States given() const { return {any ? &h : nullptr, pair ? &c : nullptr}; }
@@ -210,6 +224,19 @@ bool cpu_is_welcome() {
   const char* name = std::getenv("FUSED_RNN_BACKEND");
   return name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0 ||
          std::strcmp(name, "cpu") == 0;
+}
+
+// Whether autocast leaves CPU tensors alone or makes them a type that there is here.
+bool read_autocast(InferCall& call) {
+  const py::object enabled = owned(PyObject_CallNoArgs(connected.any_autocast));
+  if (enabled.ptr() == Py_False) return true;
+  const py::object type = owned(PyObject_CallNoArgs(connected.autocast_type));
+  int64_t number = 0;
+  if (!type || !read(type.ptr(), number)) return false;
+  if (number < 0 || number >= static_cast<int64_t>(std::size(kNumberTypes))) return false;
+  call.type = kNumberTypes[number];
+  call.autocast = call.type != NumberType::float32;
+  return true;
 }
 
 // Takes both references; null where one is.
@@ -282,7 +309,7 @@ bool read_weights(PyObject* weights, std::vector<Array>& arrays) {
   arrays.reserve(static_cast<size_t>(count));
   for (Py_ssize_t i = 0; i < count; i++) {
     arrays.push_back(array_of(PyList_GET_ITEM(weights, i)));
-    if (!arrays.back().is_plain()) return false;
+    if (!arrays.back().exists()) return false;
   }
   return true;
 }
@@ -298,11 +325,12 @@ PyObject* infer(bool (*function)(const Call&, const Allocator&), Call& call, PyO
   }
   const int time = is_time(PyTuple_GET_SIZE(connected.guards));
   if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
-  if (!cpu_is_welcome()) Py_RETURN_NONE;
+  if (!cpu_is_welcome() || !read_autocast(call)) Py_RETURN_NONE;
   call.x = strided_array_of(args[1]);
+  if (!call.autocast) call.type = call.x.type;
   std::vector<Array> arrays;
   const GivenStates states(args[3]);
-  if (call.x.data == nullptr || !states.fits || !read_weights(args[2], arrays)) Py_RETURN_NONE;
+  if (!call.x.exists() || !states.fits || !read_weights(args[2], arrays)) Py_RETURN_NONE;
   call.weights = arrays.data();
   call.weight_count = static_cast<int64_t>(arrays.size());
   call.states = states.given();
@@ -401,10 +429,11 @@ PyObject* prepare_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* connect(PyObject*, PyObject* args) {
   unsigned long long address = 0;
   PyObject *exchange = nullptr, *tensor = nullptr, *parameter = nullptr, *guards = nullptr;
-  PyObject* cells = nullptr;
+  PyObject *cells = nullptr, *any_autocast = nullptr, *autocast_type = nullptr;
   Py_ssize_t step_guards = 0;
-  if (!PyArg_ParseTuple(args, "KOOOO!nO!", &address, &exchange, &tensor, &parameter, &PyTuple_Type,
-                        &guards, &step_guards, &PyDict_Type, &cells)) {
+  if (!PyArg_ParseTuple(args, "KOOOO!nO!OO", &address, &exchange, &tensor, &parameter,
+                        &PyTuple_Type, &guards, &step_guards, &PyDict_Type, &cells, &any_autocast,
+                        &autocast_type)) {
     return nullptr;
   }
   void* found = PyCapsule_GetPointer(exchange, "dlpack_exchange_api");
@@ -422,6 +451,8 @@ PyObject* connect(PyObject*, PyObject* args) {
   connected.tensor_types[1] = Py_NewRef(parameter);
   connected.guards = Py_NewRef(guards);
   connected.cells = Py_NewRef(cells);
+  connected.any_autocast = Py_NewRef(any_autocast);
+  connected.autocast_type = Py_NewRef(autocast_type);
   connected.step_guards = std::min(step_guards, PyTuple_GET_SIZE(guards));
   connected.calls = reinterpret_cast<const DirectCalls*>(static_cast<uintptr_t>(address));
   Py_RETURN_TRUE;
@@ -432,8 +463,9 @@ PyObject* cpu_is_welcome(PyObject*, PyObject*) { return PyBool_FromLong(cpu_is_w
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS,
      "connect(address of the library's calls, torch's exchange API, Tensor, Parameter, guards, how "
-     "many of them matter to a step, the cells' numbers by torch.nn's modes): whether the calls "
-     "work from now on."},
+     "many of them matter to a step, the cells' numbers by torch.nn's modes, "
+     "torch._C._is_any_autocast_enabled, direct.autocast_type): whether the calls work from now "
+     "on."},
     {"infer_module", method(infer_module), METH_FASTCALL,
      "infer_module(module, input, hx): infer_layers of a torch.nn.RNNBase's weights and sizes"},
     {"infer_layers", method(infer_layers), METH_FASTCALL,

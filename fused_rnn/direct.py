@@ -43,8 +43,10 @@ _STEP_GUARDS = (
 )
 # or elsewhere, or in another dtype, which a stepper's weights do not change to.
 _GUARDS = (*_STEP_GUARDS, torch._C._is_any_autocast_enabled, *dispatch.redirections())
-# A profiler sees operators only, and for it they are enough.
-_CALL_GUARDS = (torch._C._autograd._profiler_enabled, *_GUARDS)
+# A profiler sees operators only, and for it they are enough. Autocast is another question.
+_CALL_GUARDS = (torch._C._autograd._profiler_enabled, *_STEP_GUARDS, *dispatch.redirections())
+# As in csrc/cpu/direct.h.
+_NUMBER_TYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
@@ -109,6 +111,15 @@ def _attributes(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:
 def is_watched() -> bool:
     """Whether a call is to do more than compute numbers, or elsewhere."""
     return any(guard() for guard in _GUARDS) or not calls().cpu_is_welcome()
+
+
+def autocast_type() -> int:
+    """The place in _NUMBER_TYPES of what autocast makes CPU tensors, 0 for nothing; -1 for another
+    type."""
+    if not torch.is_autocast_enabled("cpu"):
+        return 0
+    dtype = torch.get_autocast_dtype("cpu")
+    return _NUMBER_TYPES.index(dtype) if dtype in _NUMBER_TYPES[1:] else -1
 
 
 def _call_operator(
@@ -215,5 +226,6 @@ def calls() -> Any:
     types = Tensor, torch.nn.Parameter
     cells = {mode: cell.index for mode, cell in CELL_OF.items()}
     guards = _CALL_GUARDS, 1 + len(_STEP_GUARDS)
-    connected = connect(address(), exchange, *types, *guards, cells)
+    autocast = torch._C._is_any_autocast_enabled, autocast_type
+    connected = connect(address(), exchange, *types, *guards, cells, *autocast)
     return _C if connected else _NoCalls

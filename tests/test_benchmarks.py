@@ -422,6 +422,8 @@ def test_usage_program(tmp_path):
     assert "cell, x[:, t]" in result.stdout
     rows = json.loads(path.read_text())
     ways = {row["way"] for row in rows}
-    assert len(rows) == 2 * len(ways) == 18
+    # torch.nn's LSTM cannot in float16 on every CPU.
+    assert len({name for name in ways if "float16" not in name}) == 11
+    assert {"bfloat16", "bfloat16, one timestep", "autocast to bfloat16"} <= ways
     assert {row["part"] for row in rows} == {"inference", "training"}
     assert all(row["ms"] > 0 and row["nn_ms"] > 0 for row in rows)

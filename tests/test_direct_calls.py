@@ -299,8 +299,10 @@ def test_a_module_heeds_autocast():
     module, x = fused_rnn.GRU(4, 6), torch.randn(1, 2, 4)
     weights = list(module.parameters())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert direct.calls().infer_layers(2, x, weights, None, 1, 1, True) is None
-        assert module(x)[0].dtype == torch.bfloat16
+        y, _ = direct.calls().infer_layers(2, x, weights, None, 1, 1, True)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, module(x)[0])
+    with torch.no_grad():
+        assert direct.calls().infer_layers(2, x, weights, None, 1, 1, True)[0].dtype == x.dtype
 
 
 def test_weights_outlive_what_they_were_prepared_from():

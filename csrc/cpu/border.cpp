@@ -74,10 +74,29 @@ const KernelsOf<float>& kernels() {
   return found;
 }
 
+const KernelsOf<BFloat16>* bfloat16_kernels() {
+#if defined(FUSED_RNN_X86)
+  if (&kernels() == &amx_kernels) return &amxbf16_kernels;
+  if (&kernels() == &avx512_kernels && cpu_has_avx512bf16()) return &avx512bf16_kernels;
+#endif
+  return nullptr;
+}
+
 void forget_kernels() { known_kernels.store(nullptr, std::memory_order_relaxed); }
 
 Threads torch_threads() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()), run_in_parallel};
+}
+
+int32_t dtype_of(NumberType type) {
+  switch (type) {
+    case NumberType::bfloat16:
+      return aoti_torch_dtype_bfloat16();
+    case NumberType::float16:
+      return aoti_torch_dtype_float16();
+    default:
+      return aoti_torch_dtype_float32();
+  }
 }
 
 // Not scalar_type() and layout(), which throw for kinds they do not know.
@@ -85,17 +104,18 @@ Array strided_array_of(const Tensor& tensor) {
   int32_t dtype = 0, layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
-  if (dtype != aoti_torch_dtype_float32() || layout != aoti_torch_layout_strided() ||
-      !tensor.is_cpu() || !has_memory(tensor)) {
-    return {};
+  const bool fits = layout == aoti_torch_layout_strided() && tensor.is_cpu() && has_memory(tensor);
+  for (NumberType type : kNumberTypes) {
+    if (!fits || dtype != dtype_of(type)) continue;
+    return Array::of(tensor.const_data_ptr(), type, tensor.dim(), tensor.sizes().data(),
+                     tensor.is_contiguous() ? nullptr : tensor.strides().data());
   }
-  return {tensor.const_data_ptr<float>(), tensor.dim(), tensor.sizes().data(),
-          tensor.is_contiguous() ? nullptr : tensor.strides().data()};
+  return {};
 }
 
 Array array_of(const Tensor& tensor) {
   const Array array = strided_array_of(tensor);
-  return array.is_plain() ? array : Array{};
+  return array.is_dense() ? array : Array{};
 }
 
 Tensor empty(const int64_t* sizes, int64_t dimensions, int32_t dtype, bool swapped) {

@@ -18,6 +18,8 @@ using torch::stable::Tensor;
 
 // Of the instruction set that FUSED_RNN_CPU_CAPABILITY names, or the best this CPU has.
 const KernelsOf<float>& kernels();
+// Where that has none of its own for bfloat16, null.
+const KernelsOf<BFloat16>* bfloat16_kernels();
 // The next call reads the environment anew. For tests.
 void forget_kernels();
 
@@ -33,6 +35,9 @@ inline std::vector<Array> arrays_of(const std::vector<Tensor>& tensors) {
   for (const Tensor& tensor : tensors) arrays.push_back(array_of(tensor));
   return arrays;
 }
+
+// As torch numbers them.
+int32_t dtype_of(NumberType type);
 
 // torch.empty past the dispatcher, which has nothing to choose here.
 Tensor empty(const int64_t* sizes, int64_t dimensions, int32_t dtype = aoti_torch_dtype_float32(),
@@ -71,9 +76,11 @@ class NewTensors {
   std::vector<Tensor> take() { return std::move(tensors_); }
 
  private:
-  static float* allocate(void* context, const int64_t* sizes, int64_t dimensions, bool swapped) {
-    const int32_t dtype = aoti_torch_dtype_float32();
-    return static_cast<NewTensors*>(context)->add(empty(sizes, dimensions, dtype, swapped));
+  static void* allocate(void* context, NumberType type, const int64_t* sizes, int64_t dimensions,
+                        bool swapped) {
+    auto& tensors = static_cast<NewTensors*>(context)->tensors_;
+    tensors.push_back(empty(sizes, dimensions, dtype_of(type), swapped));
+    return tensors.back().mutable_data_ptr();
   }
 
   std::vector<Tensor> tensors_;

@@ -9,8 +9,29 @@
 
 namespace fused_rnn {
 
-// The numbers of an array of one to three dimensions, or of three with the first two swapped: where
-// they lie, or a copy.
+// An array of one to three dimensions as one of three, or of three with the first two swapped.
+struct ThreeDimensions {
+  int64_t sizes[3] = {1, 1, 1}, strides[3];
+  bool is_dense = true;
+
+  ThreeDimensions(const Array& array, bool swapped) {
+    const int64_t missing = 3 - array.dimensions;
+    int64_t dense[3];
+    std::copy_n(array.sizes, array.dimensions, sizes + missing);
+    set_strides(sizes, 3, false, strides);
+    if (array.strides) std::copy_n(array.strides, array.dimensions, strides + missing);
+    if (swapped) {
+      std::swap(sizes[0], sizes[1]);
+      std::swap(strides[0], strides[1]);
+    }
+    set_strides(sizes, 3, false, dense);
+    for (int i = 0; i < 3; i++) is_dense = is_dense && (sizes[i] == 1 || strides[i] == dense[i]);
+  }
+
+  int64_t count() const { return sizes[0] * sizes[1] * sizes[2]; }
+};
+
+// The numbers of an array of float32: where they lie, or a copy.
 class Dense {
  public:
   // Null for no array.
@@ -18,19 +39,8 @@ class Dense {
     if (array == nullptr) return;
     data_ = array->data;
     if (array->is_plain() && !swapped) return;
-    const int64_t missing = 3 - array->dimensions;
-    int64_t sizes[] = {1, 1, 1}, strides[3], dense[3];
-    std::copy_n(array->sizes, array->dimensions, sizes + missing);
-    set_strides(sizes, 3, false, strides);
-    if (array->strides) std::copy_n(array->strides, array->dimensions, strides + missing);
-    if (swapped) {
-      std::swap(sizes[0], sizes[1]);
-      std::swap(strides[0], strides[1]);
-    }
-    set_strides(sizes, 3, false, dense);
-    bool is_dense = true;
-    for (int i = 0; i < 3; i++) is_dense = is_dense && (sizes[i] == 1 || strides[i] == dense[i]);
-    if (!is_dense) copy(sizes, strides);
+    const ThreeDimensions all(*array, swapped);
+    if (!all.is_dense) copy(all.sizes, all.strides);
   }
 
   const float* data() const { return data_; }

@@ -8,18 +8,39 @@
 
 namespace fused_rnn {
 
-// A float32 array on the CPU; anything else has no data.
+enum class NumberType : int8_t { float32, bfloat16, float16 };
+constexpr NumberType kNumberTypes[] = {NumberType::float32, NumberType::bfloat16,
+                                       NumberType::float16};
+
+// An array on the CPU, of float32 or of a half type; anything else has no numbers.
 struct Array {
-  const float* data;
+  const float* data;  // of float32, else null
   int64_t dimensions;
   const int64_t* sizes;
-  const int64_t* strides;  // null where it is dense
+  const int64_t* strides;            // null where it is dense
+  const uint16_t* halves = nullptr;  // of a half type, else null
+  NumberType type = NumberType::float32;
 
-  bool is_plain() const { return data != nullptr && strides == nullptr; }
+  // Array of `numbers`, which are of that type.
+  static Array of(const void* numbers, NumberType type, int64_t dimensions, const int64_t* sizes,
+                  const int64_t* strides) {
+    Array array{nullptr, dimensions, sizes, strides, nullptr, type};
+    if (type == NumberType::float32) {
+      array.data = static_cast<const float*>(numbers);
+    } else {
+      array.halves = static_cast<const uint16_t*>(numbers);
+    }
+    return array;
+  }
+
+  bool exists() const { return data != nullptr || halves != nullptr; }
+  bool is_dense() const { return exists() && strides == nullptr; }
   bool has_shape(std::initializer_list<int64_t> shape) const {
-    return data != nullptr && dimensions == static_cast<int64_t>(shape.size()) &&
+    return exists() && dimensions == static_cast<int64_t>(shape.size()) &&
            std::equal(shape.begin(), shape.end(), sizes);
   }
+  // Dense, and of float32.
+  bool is_plain() const { return data != nullptr && strides == nullptr; }
   bool is_plain(std::initializer_list<int64_t> shape) const {
     return is_plain() && has_shape(shape);
   }
@@ -28,11 +49,21 @@ struct Array {
 // Memory for the next output, of that shape, in the order y, h, c. It is the caller's. Swapped, it
 // is dense with the first two of three dimensions in each other's place.
 struct Allocator {
-  float* (*allocate)(void* context, const int64_t* sizes, int64_t dimensions, bool swapped);
+  void* (*allocate)(void* context, NumberType type, const int64_t* sizes, int64_t dimensions,
+                    bool swapped);
   void* context;
 
   float* operator()(std::initializer_list<int64_t> shape, bool swapped = false) const {
-    return allocate(context, shape.begin(), static_cast<int64_t>(shape.size()), swapped);
+    return static_cast<float*>(of_type(NumberType::float32, shape, swapped));
+  }
+  uint16_t* halves(NumberType type, std::initializer_list<int64_t> shape,
+                   bool swapped = false) const {
+    return static_cast<uint16_t*>(of_type(type, shape, swapped));
+  }
+
+ private:
+  void* of_type(NumberType type, std::initializer_list<int64_t> shape, bool swapped) const {
+    return allocate(context, type, shape.begin(), static_cast<int64_t>(shape.size()), swapped);
   }
 };
 
@@ -61,6 +92,10 @@ struct InferCall {
   const Array* weights;
   int64_t weight_count;
   States states;
+  // What is computed with and returned. It is the type of all arrays, but with autocast, which
+  // rounds those of float32 to it.
+  NumberType type;
+  bool autocast;
 };
 
 struct LayersCall : InferCall {

@@ -5,11 +5,8 @@
 #include "border.h"
 #include "calls.h"
 #include "dense.h"
-#include "weights.h"
 
 namespace fused_rnn {
-
-using Shape = std::initializer_list<int64_t>;
 
 LayerShape stack_shape(const InferCall& call, int64_t directions, int64_t timesteps,
                        int64_t batch) {
@@ -19,38 +16,27 @@ LayerShape stack_shape(const InferCall& call, int64_t directions, int64_t timest
   s.input = call.x.sizes[call.x.dimensions - 1];
   s.count = timesteps * batch;
   s.rows = {timesteps, batch, nullptr, nullptr};
-  if (call.weight_count >= 2 && call.weights[1].is_plain() && call.weights[1].dimensions == 2) {
+  if (call.weight_count >= 2 && call.weights[1].is_dense() && call.weights[1].dimensions == 2) {
     s.hidden = call.weights[1].sizes[0] / cell_sizes(s.cell).gates;
     s.output = call.weights[1].sizes[1];
   }
   return s;
 }
 
-std::vector<ForwardCallOf<float>> stack_calls(const LayerShape& first, int64_t layers,
-                                              const InferCall& call) {
+int64_t weights_per_layer(const LayerShape& first, int64_t layers, const InferCall& call) {
   const bool is_projected = projected(first);
   if (first.count < 1 || first.input < 1 || first.output < 1 || first.output > first.hidden ||
       (is_projected && !cell_sizes(first.cell).has_c)) {
-    return {};
+    return 0;
   }
   const int64_t parts = layers * first.directions, least = is_projected ? 3 : 2;
-  if (call.weight_count != least * parts && call.weight_count != (least + 2) * parts) return {};
-  const int64_t per_layer = call.weight_count / layers;
-  std::vector<ForwardCallOf<float>> calls(static_cast<size_t>(layers));
-  bool fit = true;
-  const Array* arrays = call.weights;
-  for (ForwardCallOf<float>& layer : calls) {
-    layer.shape = first;
-    if (&layer != calls.data()) layer.shape.input = first.directions * first.output;
-    for_each_weight(layer.shape, static_cast<size_t>(per_layer), "weights",
-                    [&](size_t i, size_t d, size_t which, Shape shape) {
-                      fit = fit && arrays[i].is_plain(shape);
-                      if (fit) set_weight(layer.weights[d], which, arrays[i].data);
-                    });
-    arrays += per_layer;
-  }
-  if (!fit) calls.clear();
-  return calls;
+  const bool fit = call.weight_count == least * parts || call.weight_count == (least + 2) * parts;
+  return fit ? call.weight_count / layers : 0;
+}
+
+std::vector<ForwardCallOf<float>> stack_calls(const LayerShape& first, int64_t layers,
+                                              const InferCall& call) {
+  return read_stack<float>(first, layers, call, [](const Array& a, size_t) { return a.data; });
 }
 
 namespace {
@@ -97,20 +83,23 @@ void run_stack(std::vector<ForwardCallOf<float>>& calls, const Inputs& given,
   }
 }
 
-// y_shape is empty where y is not wanted.
-bool infer(const LayerShape& first, int64_t layers, const InferCall& call, bool time_first,
-           Shape y_shape, Shape h_shape, Shape c_shape, const Allocator& allocate) {
+bool infer(const LayerShape& first, int64_t layers, const InferCall& call, bool swapped,
+           const OutputShapes& shapes, const Allocator& allocate) {
   const bool has_c = cell_sizes(first.cell).has_c;
   const Array *h = call.states.h, *c = call.states.c;
-  const bool states_fit = (!h || h->has_shape(h_shape)) && (!c || c->has_shape(c_shape)) &&
+  const bool states_fit = (!h || h->has_shape(shapes.h)) && (!c || c->has_shape(shapes.c)) &&
                           (c != nullptr) == (has_c && h != nullptr);
   if (!states_fit) return false;
+  if (call.type != NumberType::float32) {
+    return infer_half(first, layers, call, swapped, shapes, allocate);
+  }
+  if (!call.x.data || (h && !h->data) || (c && !c->data)) return false;
   std::vector<ForwardCallOf<float>> calls = stack_calls(first, layers, call);
   if (calls.empty()) return false;
-  const Dense x(&call.x, !time_first), h0(h), c0(c);
-  float* y = y_shape.size() > 0 ? allocate(y_shape, !time_first) : nullptr;
-  float* h_n = allocate(h_shape);
-  float* c_n = has_c ? allocate(c_shape) : nullptr;
+  const Dense x(&call.x, swapped), h0(h), c0(c);
+  float* y = shapes.y.size() > 0 ? allocate(shapes.y, swapped) : nullptr;
+  float* h_n = allocate(shapes.h);
+  float* c_n = has_c ? allocate(shapes.c) : nullptr;
   run_stack(calls, {x.data(), h0.data(), c0.data()}, {y, h_n, c_n});
   return true;
 }
@@ -119,7 +108,7 @@ bool infer(const LayerShape& first, int64_t layers, const InferCall& call, bool 
 
 bool infer_layers(const LayersCall& call, const Allocator& allocate) {
   const Array& x = call.x;
-  if (x.data == nullptr || x.dimensions < 2 || x.dimensions > 3) return false;
+  if (!x.exists() || x.dimensions < 2 || x.dimensions > 3) return false;
   // No more layers than weights, so that no product of theirs overflows.
   if (call.layers < 1 || call.layers > call.weight_count) return false;
   if (call.directions < 1 || call.directions > 2) return false;
@@ -128,21 +117,24 @@ bool infer_layers(const LayersCall& call, const Allocator& allocate) {
   const int64_t batch = batched ? x.sizes[time_first ? 1 : 0] : 1;
   const LayerShape s = stack_shape(call, call.directions, timesteps, batch);
   const int64_t parts = call.layers * call.directions, width = call.directions * s.output;
-  return batched ? infer(s, call.layers, call, time_first, {x.sizes[0], x.sizes[1], width},
-                         {parts, batch, s.output}, {parts, batch, s.hidden}, allocate)
-                 : infer(s, call.layers, call, true, {timesteps, width}, {parts, s.output},
-                         {parts, s.hidden}, allocate);
+  return batched ? infer(s, call.layers, call, !time_first,
+                         {{x.sizes[0], x.sizes[1], width},
+                          {parts, batch, s.output},
+                          {parts, batch, s.hidden}},
+                         allocate)
+                 : infer(s, call.layers, call, false,
+                         {{timesteps, width}, {parts, s.output}, {parts, s.hidden}}, allocate);
 }
 
 bool infer_cell(const CellCall& call, const Allocator& allocate) {
   const Array& x = call.x;
-  if (x.data == nullptr || x.dimensions < 1 || x.dimensions > 2) return false;
+  if (!x.exists() || x.dimensions < 1 || x.dimensions > 2) return false;
   const bool batched = x.dimensions == 2;
   const int64_t batch = batched ? x.sizes[0] : 1;
   const LayerShape s = stack_shape(call, 1, 1, batch);
   if (s.output != call.hidden_size || projected(s)) return false;
-  return batched ? infer(s, 1, call, true, {}, {batch, s.output}, {batch, s.hidden}, allocate)
-                 : infer(s, 1, call, true, {}, {s.output}, {s.hidden}, allocate);
+  return batched ? infer(s, 1, call, false, {{}, {batch, s.output}, {batch, s.hidden}}, allocate)
+                 : infer(s, 1, call, false, {{}, {s.output}, {s.hidden}}, allocate);
 }
 
 }  // namespace fused_rnn

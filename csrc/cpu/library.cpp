@@ -24,15 +24,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Where the chosen instruction set has none of its own for bfloat16, null.
-const KernelsOf<BFloat16>* bfloat16_kernels() {
-#if defined(FUSED_RNN_X86)
-  if (&kernels() == &amx_kernels) return &amxbf16_kernels;
-  if (&kernels() == &avx512_kernels && cpu_has_avx512bf16()) return &avx512bf16_kernels;
-#endif
-  return nullptr;
-}
-
 // The kernels for an element type.
 template <class E>
 const KernelsOf<E>& kernels_of();
@@ -352,9 +343,10 @@ std::vector<Tensor> infer_layers_op(int64_t cell, const Tensor& x, std::vector<T
                                     int64_t layers, int64_t directions, bool time_first) {
   const std::vector<Array> arrays = arrays_of(weights);
   const StateArrays states(h0, c0);
+  const Array input = strided_array_of(x);
   NewTensors outputs;
-  infer_layers({{cell, strided_array_of(x), arrays.data(), static_cast<int64_t>(arrays.size()),
-                 states.given()},
+  infer_layers({{cell, input, arrays.data(), static_cast<int64_t>(arrays.size()), states.given(),
+                 input.type, false},
                 layers,
                 directions,
                 time_first},
@@ -367,9 +359,10 @@ std::vector<Tensor> infer_cell_op(int64_t cell, const Tensor& x, std::vector<Ten
                                   int64_t hidden_size) {
   const std::vector<Array> arrays = arrays_of(weights);
   const StateArrays states(h0, c0);
+  const Array input = strided_array_of(x);
   NewTensors outputs;
-  infer_cell({{cell, strided_array_of(x), arrays.data(), static_cast<int64_t>(arrays.size()),
-               states.given()},
+  infer_cell({{cell, input, arrays.data(), static_cast<int64_t>(arrays.size()), states.given(),
+               input.type, false},
               hidden_size},
              outputs.allocator());
   return outputs.take();

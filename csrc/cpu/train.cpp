@@ -172,7 +172,8 @@ class Gradients {
   }
   float* next(const Array& like) {
     if (!next_is_wanted()) return nullptr;
-    return allocator_.allocate(allocator_.context, like.sizes, like.dimensions, false);
+    return static_cast<float*>(allocator_.allocate(allocator_.context, NumberType::float32,
+                                                   like.sizes, like.dimensions, false));
   }
   // What kernels write in any case.
   float* next_or_scratch(const Shape& shape) {
