@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch
+from . import dispatch, handover
 from .cells import CELLS, Cell
 from .native import cpu_library_error, library_path
 from .once import once
@@ -64,7 +64,8 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
     if is_watched() or (states := given_states(cell, hx)) is None:
         return None
     sizes = num_layers, 2 if module.bidirectional else 1, not module.batch_first
-    outputs = _call_operator("infer_layers", cell, input, layer_weights(module), states, *sizes)
+    weights = layer_weights(module)
+    outputs = _by_operator_or_torch("layers", cell, input, weights, states, *sizes)
     if not outputs:
         return None
     return (outputs[0], (outputs[1], outputs[2])) if cell.has_c else (outputs[0], outputs[1])
@@ -80,7 +81,7 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
         return result
     if is_watched() or (states := given_states(cell, hx)) is None:
         return None
-    outputs = _call_operator("infer_cell", cell, input, weights, states, module.hidden_size)
+    outputs = _by_operator_or_torch("cell", cell, input, weights, states, module.hidden_size)
     if not outputs:
         return None
     return (outputs[0], outputs[1]) if cell.has_c else outputs[0]
@@ -122,13 +123,21 @@ def autocast_type() -> int:
     return _NUMBER_TYPES.index(dtype) if dtype in _NUMBER_TYPES[1:] else -1
 
 
-def _call_operator(
+def _by_operator_or_torch(
     name: str, cell: Cell, input: Any, weights: list[Any], states: States, *sizes: int
 ) -> list[Tensor]:
-    """What it returns; nothing where the call is not for it."""
-    if cpu_library_error() is not None or not are_plain((input, *weights)):
+    """What the operator returns, or torch's function that is handed over to; nothing where the call
+    is for neither."""
+    if not are_plain((input, *weights)):
         return []
-    operator = getattr(torch.ops.fused_rnn_cpu, name).default
+    if input.dtype is torch.float64:
+        if dispatch.requested():
+            return []
+        function = handover.layers if name == "layers" else handover.step
+        return function(cell, input, weights, *states, *sizes)
+    if cpu_library_error() is not None:
+        return []
+    operator = getattr(torch.ops.fused_rnn_cpu, f"infer_{name}").default
     try:
         return operator(cell.index, input, weights, *states, *sizes)
     except NotImplementedError:  # the dispatcher's, for the rarest kinds of tensors

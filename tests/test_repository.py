@@ -25,7 +25,7 @@ LAYERS = [
     {"_C"},
     {"cells", "native", "once", "symbolic", "torchscript"},
     {"problem", "checks", "flops", "onnx"},
-    {"oracle"},
+    {"oracle", "handover"},
     {"recurrences"},
     {"backends"},
     {"dispatch"},

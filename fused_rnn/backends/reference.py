@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import handover
 from ..cells import DirectionWeights, is_half
 from ..problem import Masks, Problem, Rows
 from .base import Backend, allocate_output
@@ -35,6 +36,8 @@ class ReferenceBackend(Backend):
         return None
 
     def describe(self, problem: Problem) -> str:
+        if handover.is_of(problem):
+            return "reference, or torch's own layer in a module's call"
         return ": ".join(filter(None, (self.name, ", ".join(problem.extras))))
 
     def in_float32(self, problem: Problem) -> bool:
