@@ -131,34 +131,45 @@ struct TileProduct {
   int rows;
 };
 
-template <int PARTS, int COLUMNS, int HALVES>
-static void multiply_columns(const TileProduct& p, int column, int columns, Vector* tile) {
+// The first block of `column` and those beside it, whose sums are zero from here on.
+template <int COLUMNS, int HALVES>
+FUSED_RNN_INLINE TileBlock begin_columns(const TileProduct& p, int column) {
   for_each_number<COLUMNS * HALVES>(
       [](auto sum) __attribute__((always_inline)) { tile_zero<decltype(sum)::value>(); });
-  constexpr int64_t kTileBytes = 4 * kTileWords;
   TileBlock block = p.block;
   block.b += column * block.next_column;
-  for (int64_t i = 0; i < p.blocks; i++) {
-    if constexpr (PARTS == 1) {
-      multiply_block<COLUMNS, HALVES>(block);
-    } else {
-      // The smallest products first, each with a factor of the one before.
-      const auto at = [&](int a, int b) __attribute__((always_inline)) {
-        TileBlock parts = block;
-        parts.a += a * p.part;
-        parts.b += b * kTileBytes;
-        return parts;
-      };
-      multiply_block<COLUMNS, HALVES>(at(0, 2));
-      multiply_block<COLUMNS, HALVES, false, true>(at(0, 1));
-      multiply_block<COLUMNS, HALVES, true, false>(at(1, 1));
-      multiply_block<COLUMNS, HALVES, false, true>(at(1, 0));
-      multiply_block<COLUMNS, HALVES, true, false>(at(2, 0));
-      multiply_block<COLUMNS, HALVES, true, false>(at(0, 0));
-    }
-    block.a += kTileRowBytes;
-    block.b += PARTS * kTileBytes;
+  return block;
+}
+
+// Adds the product of a block and goes on to the next.
+template <int PARTS, int COLUMNS, int HALVES>
+FUSED_RNN_INLINE void add_block(const TileProduct& p, TileBlock& block) {
+  constexpr int64_t kTileBytes = 4 * kTileWords;
+  if constexpr (PARTS == 1) {
+    multiply_block<COLUMNS, HALVES>(block);
+  } else {
+    // The smallest products first, each with a factor of the one before.
+    const auto at = [&](int a, int b) __attribute__((always_inline)) {
+      TileBlock parts = block;
+      parts.a += a * p.part;
+      parts.b += b * kTileBytes;
+      return parts;
+    };
+    multiply_block<COLUMNS, HALVES>(at(0, 2));
+    multiply_block<COLUMNS, HALVES, false, true>(at(0, 1));
+    multiply_block<COLUMNS, HALVES, true, false>(at(1, 1));
+    multiply_block<COLUMNS, HALVES, false, true>(at(1, 0));
+    multiply_block<COLUMNS, HALVES, true, false>(at(2, 0));
+    multiply_block<COLUMNS, HALVES, true, false>(at(0, 0));
   }
+  block.a += kTileRowBytes;
+  block.b += PARTS * kTileBytes;
+}
+
+// Adds what is left after the last whole block, and stores the sums.
+template <int COLUMNS, int HALVES>
+FUSED_RNN_INLINE void end_columns(const TileProduct& p, TileBlock block, int column, int columns,
+                                  Vector* tile) {
   if (p.rest) {
     block.a = p.rest;
     block.a_stride = kTileRowBytes;
@@ -176,6 +187,13 @@ static void multiply_columns(const TileProduct& p, int column, int columns, Vect
   });
 }
 
+template <int PARTS, int COLUMNS, int HALVES>
+static void multiply_columns(const TileProduct& p, int column, int columns, Vector* tile) {
+  TileBlock block = begin_columns<COLUMNS, HALVES>(p, column);
+  for (int64_t i = 0; i < p.blocks; i++) add_block<PARTS, COLUMNS, HALVES>(p, block);
+  end_columns<COLUMNS, HALVES>(p, block, column, columns, tile);
+}
+
 // A product waits 52 cycles for the one before it in a sum, and a core starts one every 16. What
 // hides that is several sums at a time, or over a short depth those of the next columns, which a
 // core begins before these end; then one column at a time is the faster, as less has to stay in L1.
@@ -187,11 +205,14 @@ constexpr int64_t kShortDepth = 256;
 // tile [rows, columns] = a [rows, depth] times a panel of `columns` vectors, both in PARTS parts,
 // over depth [begin, end); the parts of `a` are `part` elements apart, and zero up to the next tile
 // where there are several.
+// Of BFloat16 that a product copies, for the depth that does not fill a tile. Parts are zero there.
 template <int PARTS>
-static void multiply_tiles(int columns, int rows, int64_t depth, int64_t begin, int64_t end,
-                           const BFloat16* a, int64_t a_stride, int64_t part, const float* panel,
-                           Vector* tile) {
-  BFloat16 rest[PARTS == 1 ? kTileRows * kTileDepth : 1];
+constexpr int kRest = PARTS == 1 ? kTileRows * kTileDepth : 1;
+
+template <int PARTS>
+FUSED_RNN_INLINE TileProduct tile_product(int rows, int64_t depth, int64_t begin, int64_t end,
+                                          const BFloat16* a, int64_t a_stride, int64_t part,
+                                          const float* panel, BFloat16 (&rest)[kRest<PARTS>]) {
   const int64_t a_bytes = 2 * a_stride;
   const float* first_tile = panel + tile_words_before(depth, 0, begin, 0, PARTS);
   TileProduct p{{(const char*)(a + begin), a_bytes, (rows - 16) * a_bytes, (const char*)first_tile,
@@ -200,22 +221,36 @@ static void multiply_tiles(int columns, int rows, int64_t depth, int64_t begin, 
                 PARTS == 1 ? (end - begin) / kTileDepth : ceil_div(end - begin, kTileDepth),
                 nullptr,
                 rows};
-  if constexpr (PARTS == 1) {
-    const int64_t left = (end - begin) % kTileDepth;
-    if (left > 0) {
-      const __mmask32 lanes = (__mmask32)((1u << left) - 1);
-      const BFloat16* from = a + end - left;
-      for (int row = 0; row < rows; row++) {
-        _mm512_storeu_si512(rest + row * kTileDepth,
-                            _mm512_maskz_loadu_epi16(lanes, from + row * a_stride));
-      }
-      p.rest = (const char*)rest;
+  const int64_t left = (end - begin) % kTileDepth;
+  if (PARTS == 1 && left > 0) {
+    const __mmask32 lanes = (__mmask32)((1u << left) - 1);
+    const BFloat16* from = a + end - left;
+    for (int row = 0; row < rows; row++) {
+      _mm512_storeu_si512(rest + row * kTileDepth,
+                          _mm512_maskz_loadu_epi16(lanes, from + row * a_stride));
     }
+    p.rest = (const char*)rest;
   }
+  return p;
+}
+
+// How many columns at a time a product takes.
+template <int PARTS>
+FUSED_RNN_INLINE int columns_at_a_time(int rows, int64_t depth) {
+  return PARTS > 1 && rows > 16 && depth <= kShortDepth ? 1 : kColumnsAtATime;
+}
+
+template <int PARTS>
+static void multiply_tiles(int columns, int rows, int64_t depth, int64_t begin, int64_t end,
+                           const BFloat16* a, int64_t a_stride, int64_t part, const float* panel,
+                           Vector* tile) {
+  BFloat16 rest[kRest<PARTS>];
+  const TileProduct p =
+      tile_product<PARTS>(rows, depth, begin, end, a, a_stride, part, panel, rest);
   tile_rows_now.set(rows < 16 ? rows : 16);
   // The halves of 17 to 31 rows have some in common, which come out the same twice.
   const bool halves = rows > 16;
-  const int at_a_time = PARTS > 1 && halves && end - begin <= kShortDepth ? 1 : kColumnsAtATime;
+  const int at_a_time = columns_at_a_time<PARTS>(rows, end - begin);
   for (int column = 0; column < columns; column += at_a_time) {
     const bool two = at_a_time == 2 && column + 1 < columns;
     if (halves) {
@@ -227,6 +262,59 @@ static void multiply_tiles(int columns, int rows, int64_t depth, int64_t begin, 
     }
   }
 }
+
+// The same product, a block of depth at a time, for other work to come between: a core goes on with
+// that while the tiles multiply. The sums stay in their tiles meanwhile.
+template <int PARTS>
+class PausedProduct {
+ public:
+  // advance() called `pauses` times completes it.
+  void start(int columns, int rows, int64_t depth, int64_t begin, int64_t end, const BFloat16* a,
+             int64_t a_stride, int64_t part, const float* panel, Vector* tile, int64_t pauses) {
+    product_ = tile_product<PARTS>(rows, depth, begin, end, a, a_stride, part, panel, rest_);
+    at_a_time_ = columns_at_a_time<PARTS>(rows, end - begin);
+    tile_ = tile;
+    column_ = 0;
+    columns_ = columns;
+    done_ = 0;
+    credit_ = 0;
+    pauses_ = pauses;
+    of_columns_ = product_.blocks + (product_.rest ? 1 : 0);
+    blocks_ = ceil_div(columns, at_a_time_) * of_columns_;
+    tile_rows_now.set(rows < 16 ? rows : 16);
+  }
+
+  FUSED_RNN_INLINE_METHOD void advance() {
+    for (credit_ += blocks_; credit_ >= pauses_; credit_ -= pauses_) add_next();
+  }
+
+ private:
+  void add_next() {
+    const bool two = at_a_time_ == 2 && column_ + 1 < columns_;
+    if (product_.rows > 16) {
+      two ? add<2, 2>() : add<1, 2>();
+    } else {
+      two ? add<2, 1>() : add<1, 1>();
+    }
+  }
+
+  template <int COLUMNS, int HALVES>
+  FUSED_RNN_INLINE_METHOD void add() {
+    if (done_ == 0) block_ = begin_columns<COLUMNS, HALVES>(product_, column_);
+    if (done_ < product_.blocks) add_block<PARTS, COLUMNS, HALVES>(product_, block_);
+    if (++done_ < of_columns_) return;
+    end_columns<COLUMNS, HALVES>(product_, block_, column_, columns_, tile_);
+    column_ += COLUMNS;
+    done_ = 0;
+  }
+
+  TileProduct product_;
+  TileBlock block_;
+  Vector* tile_;
+  int columns_, column_, at_a_time_;
+  int64_t done_, of_columns_, blocks_, credit_, pauses_;
+  BFloat16 rest_[kRest<PARTS>];
+};
 
 #else
 

@@ -17,33 +17,26 @@ FUSED_RNN_INLINE void backward_cell(const BackwardRows& r, int64_t unit, int64_t
 // `weights` [depth, H] makes the gradient of the cell's output from grad_next: W_hh, or where h is
 // projected W_hr, grad_next being the gradient of h then and the other sources null. MORE: see
 // forward_units.
-template <class Cell, bool MORE>
-static void backward_tile(const BackwardRows& r, const Operand& grad_next, int64_t first, int rows,
-                          const Panel& panel, const PackedMatrix& weights) {
+template <class Cell, bool MORE, class Pause>
+__attribute__((noinline)) static void backward_tile(const Tile<BackwardRows>& tile,
+                                                    const PackedMatrix& weights,
+                                                    const Pause& pause) {
+  const BackwardRows& r = tile.from;
+  const Panel& panel = tile.panel;
   const int64_t hidden = weights.columns;
-  Vector tile[kMaxRows * kMaxColumns];
-  if (r.grad_next.base) {
-    const auto ask = [&](auto from, int64_t column) {
-      if (from.base) prefetch(from[first] + column, from.stride, rows, panel.vectors);
-    };
-    for (int i = 0; i < Cell::kSavedGates; i++) ask(r.gates, i * hidden + panel.column);
-    ask(r.grad_y, panel.column);
-    if (Cell::kHasC) ask(r.c_prev, panel.column);
-    if (!Cell::kHasC) ask(Cell::kUsesPreviousH ? r.h_prev : r.y, panel.column);
-    multiply(panel.vectors, rows, grad_next, first, panel, tile);
-  }
   // A row's own grad_h_n, once; and whatever went round W_hh.
   const bool zoned = MORE && r.zoneout_h.any();
   const bool add_grad_h = Cell::kUsesPreviousH || zoned || !r.grad_next.base;
-  for (int m = 0; m < rows; m++) {
-    const int64_t row = first + m;
+  for (int m = 0; m < tile.rows; m++) {
+    const int64_t row = tile.first + m;
     for (int v = 0; v < panel.vectors; v++) {
       const int64_t unit = panel.column + v * kWidth;
       const int valid = valid_lanes(unit, hidden);
       Vector d_h{};
       if (r.grad_next.base) {
-        d_h = through_factor(r.factor, row, unit, valid, tile[m * panel.vectors + v]);
+        d_h = through_factor(r.factor, row, unit, valid, tile.product[m * panel.vectors + v]);
       }
+      pause();
       if (add_grad_h) d_h += load(r.grad_h[row] + unit, valid);
       if (r.grad_y.base) d_h += load(r.grad_y[row] + unit, valid);
       Vector saved[4], grads[4], h{}, h_prev{}, c{}, c_prev{}, carry{}, past_h{}, past_c{};
@@ -84,6 +77,19 @@ static void backward_tile(const BackwardRows& r, const Operand& grad_next, int64
       if constexpr (Cell::kHasC) store(r.grad_c[row] + unit, MORE ? carry + past_c : carry, valid);
     }
   }
+}
+
+// Asks for what a tile's pointwise part will read.
+template <class Cell>
+FUSED_RNN_INLINE void prefetch_tile(const BackwardRows& r, int64_t first, int rows,
+                                    const Panel& panel, int64_t hidden) {
+  const auto ask = [&](auto from, int64_t column) {
+    if (from.base) prefetch(from[first] + column, from.stride, rows, panel.vectors);
+  };
+  for (int i = 0; i < Cell::kSavedGates; i++) ask(r.gates, i * hidden + panel.column);
+  ask(r.grad_y, panel.column);
+  if (Cell::kHasC) ask(r.c_prev, panel.column);
+  if (!Cell::kHasC) ask(Cell::kUsesPreviousH ? r.h_prev : r.y, panel.column);
 }
 
 // The gradient of r, and what of h_prev's comes through it, from that of n by W_hn.
@@ -313,12 +319,21 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
         normed_grad_row<Cell>(from, normed, i, hidden);
       });
     } else {
+      Tiles<BackwardRows> tiles;
+      const auto pointwise = [&](const Tile<BackwardRows>& tile, const auto& pause) {
+        more ? backward_tile<Cell, true>(tile, to_units, pause)
+             : backward_tile<Cell, false>(tile, to_units, pause);
+      };
       for_each(share, to_units, next_step,
                [&](const BackwardRows& from, const Operand& grad_next, int64_t first, int rows,
                    const Panel& panel) {
-                 const auto tile = more ? backward_tile<Cell, true> : backward_tile<Cell, false>;
-                 tile(from, grad_next, first, rows, panel, to_units);
+                 if (!from.grad_next.base) {
+                   return tiles.add_without_product(from, first, rows, panel, pointwise);
+                 }
+                 prefetch_tile<Cell>(from, first, rows, panel, hidden);
+                 tiles.add(panel.vectors, from, grad_next, first, rows, panel, pointwise);
                });
+      tiles.finish(pointwise);
     }
     if constexpr (kResetBefore<Cell>) {
       if (meeting) meeting->wait();

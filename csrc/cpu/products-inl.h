@@ -17,22 +17,22 @@ static void input_grad(const InputGradParams& p, int64_t row_begin, int64_t row_
   const int64_t input = p.w_ih.columns, depth = p.w_ih.depth, stride = p.grad_gates_stride;
   const Operand grads = operand_of(p.w_ih, {p.grad_gates + row_begin * stride, stride}, 0,
                                    row_end - row_begin, memory);
-  const auto multiply_panel = [&](const Panel& panel, bool accumulate) {
-    for_each_tile(0, row_end - row_begin, panel, panel.vectors, [&](int64_t first, int rows) {
-      Vector tile[kMaxRows * kMaxColumns];
-      multiply(panel.vectors, rows, grads, first, panel, tile);
-      for (int m = 0; m < rows; m++) {
-        for (int v = 0; v < panel.vectors; v++) {
-          const int64_t column = panel.column + v * kWidth;
-          const int valid = valid_lanes(column, input);
-          Element* to = p.grad_x + (row_begin + first + m) * input + column;
-          Vector sum = tile[m * panel.vectors + v];
-          if (accumulate) sum += load(to, valid);
-          store(to, sum, valid);
-        }
+  Tiles<bool> tiles;  // whose `from` says whether grad_x is added to
+  const auto pointwise = [&](const Tile<bool>& tile, const auto& pause) {
+    const Panel& panel = tile.panel;
+    for (int m = 0; m < tile.rows; m++) {
+      for (int v = 0; v < panel.vectors; v++) {
+        const int64_t column = panel.column + v * kWidth;
+        const int valid = valid_lanes(column, input);
+        Element* to = p.grad_x + (row_begin + tile.first + m) * input + column;
+        Vector sum = tile.product[m * panel.vectors + v];
+        if (tile.from) sum += load(to, valid);
+        pause();
+        store(to, sum, valid);
       }
-    });
+    }
   };
+  constexpr bool kOnTop[] = {false, true};
   // In parts, so much depth at a time that the rows' part stays in L2 for all panels.
   const int64_t group = p.w_ih.parts > 1 ? kDepthGroup : depth;
   for (int64_t begin = 0; begin < depth; begin += group) {
@@ -40,9 +40,13 @@ static void input_grad(const InputGradParams& p, int64_t row_begin, int64_t row_
       Panel panel(p.w_ih, j, 1);
       panel.begin = begin;
       panel.end = smaller(begin + group, depth);
-      multiply_panel(panel, p.accumulate || begin > 0);
+      for_each_tile(0, row_end - row_begin, panel, panel.vectors, [&](int64_t first, int rows) {
+        tiles.add(panel.vectors, kOnTop[p.accumulate || begin > 0], grads, first, rows, panel,
+                  pointwise);
+      });
     }
   }
+  tiles.finish(pointwise);
 }
 
 // Rows in parts are zero up to a multiple of a tile.
@@ -120,34 +124,38 @@ static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
   const int64_t row_begin = begin * kGradRows, row_end = smaller(end * kGradRows, p.rows);
   const Operand grads{p.transposed, p.stride, (const BFloat16*)p.transposed,
                       p.stride * (int64_t)(sizeof(Element) / sizeof(BFloat16))};
-  const auto multiply_panel = [&](const Panel& panel, int64_t group_begin, int64_t group_end) {
-    for_each_tile(group_begin, group_end, panel, panel.vectors, [&](int64_t first, int rows) {
-      Vector tile[kMaxRows * kMaxColumns];
-      if (p.accumulate) {
-        prefetch(p.grad + (first + p.rotate) % p.rows * columns + panel.column, columns, rows,
-                 panel.vectors);
+  Tiles<WeightGradParams> tiles;
+  const auto pointwise = [&](const Tile<WeightGradParams>& tile, const auto& pause) {
+    const Panel& panel = tile.panel;
+    for (int m = 0; m < tile.rows; m++) {
+      const int64_t turned = tile.first + m + p.rotate;
+      const int64_t row = turned < p.rows ? turned : turned - p.rows;
+      for (int v = 0; v < panel.vectors; v++) {
+        const int64_t column = panel.column + v * kWidth;
+        const int valid = valid_lanes(column, columns);
+        float* to = p.grad + row * columns + column;
+        Vector sum = tile.product[m * panel.vectors + v];
+        if (p.accumulate) sum += load(to, valid);
+        pause();
+        store(to, sum, valid);
       }
-      multiply(panel.vectors, rows, grads, first, panel, tile);
-      for (int m = 0; m < rows; m++) {
-        const int64_t row =
-            first + m + p.rotate < p.rows ? first + m + p.rotate : first + m + p.rotate - p.rows;
-        for (int v = 0; v < panel.vectors; v++) {
-          const int64_t column = panel.column + v * kWidth;
-          const int valid = valid_lanes(column, columns);
-          float* to = p.grad + row * columns + column;
-          Vector sum = tile[m * panel.vectors + v];
-          if (p.accumulate) sum += load(to, valid);
-          store(to, sum, valid);
-        }
-      }
-    });
+    }
   };
   // So many rows at a time that they stay in L2 for all panels.
   const int64_t row_bytes = p.stride * (int64_t)sizeof(Element);
   const int64_t group = ceil_div(kGroupBytes, row_bytes * kGradRows) * kGradRows;
   for (int64_t first = row_begin; first < row_end; first += group) {
     for (int64_t j = 0; j < panel_count(p.packed, kWidth); j++) {
-      multiply_panel(Panel(p.packed, j, 1), first, smaller(first + group, row_end));
+      const Panel panel(p.packed, j, 1);
+      const auto add = [&](int64_t row, int rows) {
+        if (p.accumulate) {
+          prefetch(p.grad + (row + p.rotate) % p.rows * columns + panel.column, columns, rows,
+                   panel.vectors);
+        }
+        tiles.add(panel.vectors, p, grads, row, rows, panel, pointwise);
+      };
+      for_each_tile(first, smaller(first + group, row_end), panel, panel.vectors, add);
     }
   }
+  tiles.finish(pointwise);
 }

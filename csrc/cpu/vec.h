@@ -18,7 +18,8 @@ constexpr int kWidth = FUSED_RNN_VECTOR_WIDTH;
 #else
 #define FUSED_RNN_UNROLL _Pragma("GCC unroll 16")
 #endif
-#define FUSED_RNN_INLINE static inline __attribute__((always_inline))
+#define FUSED_RNN_INLINE_METHOD __attribute__((always_inline)) inline
+#define FUSED_RNN_INLINE static FUSED_RNN_INLINE_METHOD
 
 FUSED_RNN_INLINE Vector load(const float* p) { return *(const UnalignedVector*)p; }
 
