@@ -61,7 +61,7 @@ FUSED_RNN_INLINE void project_panel(const InputRows<To, Results>& r, int64_t cou
 }
 
 template <class Cell, bool MORE, class Pause>
-__attribute__((noinline)) static void forward_tile(const Tile<ForwardRows>& tile,
+FUSED_RNN_INLINE void forward_tile(const Tile<ForwardRows>& tile,
                                                    const PackedMatrix& w_hh,
                                                    const float* hidden_bias, const Pause& pause) {
   constexpr int G = Cell::kGates;
