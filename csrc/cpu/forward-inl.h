@@ -61,9 +61,8 @@ FUSED_RNN_INLINE void project_panel(const InputRows<To, Results>& r, int64_t cou
 }
 
 template <class Cell, bool MORE, class Pause>
-FUSED_RNN_INLINE void forward_tile(const Tile<ForwardRows>& tile,
-                                                   const PackedMatrix& w_hh,
-                                                   const float* hidden_bias, const Pause& pause) {
+FUSED_RNN_INLINE void forward_tile(const Tile<ForwardRows>& tile, const PackedMatrix& w_hh,
+                                   const float* hidden_bias, const Pause& pause) {
   constexpr int G = Cell::kGates;
   const ForwardRows& r = tile.from;
   const Panel& panel = tile.panel;

@@ -1,6 +1,7 @@
 // Inference in a half type, as the general way computes it (fused_rnn/backends/cpu.py): bfloat16 by
 // kernels of its own where there are, but for relu; else in float32, what leaves a layer being
 // rounded.
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 #include <vector>
