@@ -46,7 +46,7 @@ def assert_short_way_agrees(module, *args):
     return flat(short)
 
 
-def half_states(cell, dtype, *shape):
+def states_of(dtype, cell, *shape):
     h = states(cell, *shape)
     return tuple(s.to(dtype) for s in h) if isinstance(h, tuple) else h.to(dtype)
 
@@ -61,7 +61,7 @@ def test_layers_have_the_general_ways_bits(cell, options, dtype):
     for shape in ((1, 1, 5), (7, 3, 5), (3, 60, 5), (4, 5)):
         x = torch.randn(shape, dtype=dtype)
         batch = shape[:1] if module.batch_first else shape[1:2]
-        for hx in (None, half_states(cell, dtype, parts, *batch[: len(shape) - 2], 17)):
+        for hx in (None, states_of(dtype, cell, parts, *batch[: len(shape) - 2], 17)):
             assert_short_way_agrees(module, x, hx)
 
 
@@ -91,7 +91,7 @@ def test_cells(name, dtype):
     for batch in ((), (3,)):
         x = torch.randn(*batch, 5, dtype=dtype)
         cell = module._cell().name
-        for hx in (None, half_states(cell, dtype, *batch, 9)):
+        for hx in (None, states_of(dtype, cell, *batch, 9)):
             assert_short_way_agrees(module, x, hx)
 
 
@@ -119,7 +119,7 @@ def test_autocast_is_heeded(cell, dtype):
     x = torch.randn(7, 3, 5)
     with torch.autocast("cpu", dtype):
         for given in (x, x.to(dtype)):
-            for hx in (None, states(cell, 4, 3, 17), half_states(cell, dtype, 4, 3, 17)):
+            for hx in (None, states(cell, 4, 3, 17), states_of(dtype, cell, 4, 3, 17)):
                 results = assert_short_way_agrees(module, given, hx)
                 assert all(result.dtype == dtype for result in results)
 

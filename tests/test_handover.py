@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_streaming import flat, states
+from test_half_calls import general_way, states_of
+from test_streaming import flat
 
 import fused_rnn
-from fused_rnn import dispatch, handover
+from fused_rnn import handover
 from fused_rnn.modules import make_module
 
 TORCH = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "lstm": "LSTM"}
@@ -35,15 +36,6 @@ def taken(monkeypatch):
     return results
 
 
-def doubles(value):
-    return tuple(v.double() for v in value) if isinstance(value, tuple) else value.double()
-
-
-def general_way(module, *args):
-    with dispatch.recording(lambda *choice: None):
-        return module(*args)
-
-
 @pytest.mark.parametrize("cell", TORCH)
 @pytest.mark.parametrize(
     "options", [{}, {"bias": False}, {"num_layers": 3, "bidirectional": True, "batch_first": True}]
@@ -57,7 +49,7 @@ def test_layers_are_torchs(cell, options, taken):
     for shape in ((1, 1, 5), (6, 3, 5), (4, 5)):
         x = torch.randn(shape, dtype=torch.float64)
         batch = shape[:1] if module.batch_first else shape[1:2]
-        for hx in (None, doubles(states(cell, parts, *batch[: len(shape) - 2], 7))):
+        for hx in (None, states_of(torch.float64, cell, parts, *batch[: len(shape) - 2], 7)):
             with torch.no_grad():
                 actual = flat(module(x, hx))
                 assert taken.pop() and not taken
@@ -76,7 +68,7 @@ def test_cells_are_torchs(name, taken):
         theirs.load_state_dict(module.state_dict())
         for batch in ((), (3,)):
             x = torch.randn(*batch, 5, dtype=torch.float64)
-            for hx in (None, doubles(states(module._cell().name, *batch, 7))):
+            for hx in (None, states_of(torch.float64, module._cell().name, *batch, 7)):
                 with torch.no_grad():
                     actual, expected = flat(module(x, hx)), flat(theirs(x, hx))
                     assert taken.pop() and not taken

@@ -18,8 +18,8 @@ LayerShape stack_shape(const InferCall& call, int64_t directions, int64_t timest
 // How many weights each layer has, or 0 where these cannot be a stack.
 int64_t weights_per_layer(const LayerShape& first, int64_t layers, const InferCall& call);
 
-// A call per layer with its shape and weights, which `read`(array, field of Weights) gives; or none
-// where these do not fit.
+// A call per layer with its shape and weights, which `read`(array) gives; or none where these do
+// not fit.
 template <class E, class Read>
 std::vector<ForwardCallOf<E>> read_stack(const LayerShape& first, int64_t layers,
                                          const InferCall& call, const Read& read) {
@@ -34,7 +34,7 @@ std::vector<ForwardCallOf<E>> read_stack(const LayerShape& first, int64_t layers
     for_each_weight(layer.shape, static_cast<size_t>(per_layer), "weights",
                     [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
                       fit = fit && arrays[i].is_dense() && arrays[i].has_shape(shape);
-                      const void* numbers = fit ? read(arrays[i], which) : nullptr;
+                      const void* numbers = fit ? read(arrays[i]) : nullptr;
                       fit = numbers != nullptr;
                       if (fit) set_weight(layer.weights[d], which, numbers);
                     });

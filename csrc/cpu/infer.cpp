@@ -36,7 +36,7 @@ int64_t weights_per_layer(const LayerShape& first, int64_t layers, const InferCa
 
 std::vector<ForwardCallOf<float>> stack_calls(const LayerShape& first, int64_t layers,
                                               const InferCall& call) {
-  return read_stack<float>(first, layers, call, [](const Array& a, size_t) { return a.data; });
+  return read_stack<float>(first, layers, call, [](const Array& array) { return array.data; });
 }
 
 namespace {

@@ -131,7 +131,7 @@ bool infer_elements(const KernelsOf<E>& isa, const LayerShape& first, int64_t la
   if (!fit || converted > kMostConverted) return false;
   Operands<E> operands(call.type);
   std::vector<ForwardCallOf<E>> calls =
-      read_stack<E>(first, layers, call, [&](const Array& weight, size_t) -> const void* {
+      read_stack<E>(first, layers, call, [&](const Array& weight) -> const void* {
         if (weight.dimensions == 2) return operands.elements(weight);
         return operands.floats(weight);
       });
