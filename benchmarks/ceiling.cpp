@@ -17,11 +17,11 @@ constexpr int kChains = 10;
 typedef float Vector __attribute__((vector_size(kBytes)));
 
 // Ten independent chains of float32 multiply-adds that stay in registers: ten hide a latency of 5
-// cycles on two units, and fit AVX2's 16 registers. Runs `steps` steps and returns the floating-point operations of one step. The values converge
-// to 2; `result` receives one, so that the work cannot be left out.
-extern "C" long fma_steps(long steps, float* result) {
-  const Vector factor = Vector{} + 0.5f;
-  const Vector summand = Vector{} + 1.0f;
+// cycles on two units, and fit AVX2's 16 registers. Runs `steps` steps and returns the
+// floating-point operations of one step. The caller says what is multiplied and added, which the
+// compiler thus does not know: a chain that it can tell to stay where it is it leaves out.
+// `result` receives a sum, so that the work cannot be left out.
+extern "C" long fma_steps(long steps, float factor, float summand, float* result) {
   Vector chains[kChains];
   for (int i = 0; i < kChains; ++i) chains[i] = Vector{} + static_cast<float>(i);
   for (long step = 0; step < steps; ++step) {

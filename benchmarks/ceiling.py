@@ -40,13 +40,14 @@ def _library() -> ctypes.CDLL | None:
             return None
         library = ctypes.CDLL(str(target))  # stays loaded when the file is gone
     library.fma_steps.restype = ctypes.c_long
-    library.fma_steps.argtypes = [ctypes.c_long, ctypes.POINTER(ctypes.c_float)]
+    number = ctypes.c_float
+    library.fma_steps.argtypes = [ctypes.c_long, number, number, ctypes.POINTER(number)]
     library.barrier_steps.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
     return library
 
 
 def _fma_steps(steps: int) -> int:
-    return _library().fma_steps(steps, ctypes.byref(ctypes.c_float()))
+    return _library().fma_steps(steps, 0.5, 1.0, ctypes.byref(ctypes.c_float()))
 
 
 def _fma_rate(threads: int) -> float:

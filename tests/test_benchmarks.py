@@ -1,5 +1,6 @@
 """The benchmark compares before it measures, and says what it measured and who is left out."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -263,6 +264,18 @@ def test_bound_is_the_largest_of_three(modules):
     assert (bounded.bound, bounded.bound_ms) == ("steps", pytest.approx(0.5))
     bounded = found.with_bound(replace(row, flops=3_000_000, bytes=500))
     assert (bounded.bound, bounded.bound_ms) == ("compute", pytest.approx(3.0))
+
+
+def test_peak_counts_only_chains_that_run(modules):
+    import ceiling
+
+    if (library := ceiling._library()) is None:
+        pytest.skip("no compiler for the ceilings")
+    result = ctypes.c_float()
+    flops = library.fma_steps(3, 2.0, 1.0, ctypes.byref(result))
+    # Chain i starts at i: three steps of 2 x + 1 make it 8 i + 7, whatever a compiler foresees.
+    assert result.value == sum(8 * i + 7 for i in range(10))
+    assert flops in {2 * 10 * lanes for lanes in (4, 8, 16)}
 
 
 def test_flops_and_bytes_of_a_small_layer(modules):
