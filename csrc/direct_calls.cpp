@@ -1,5 +1,6 @@
-// Inference from Python past torch's dispatcher, which takes longer than a small step does: tensors
-// come and go by DLPack's exchange of C structs, so that nothing here depends on a torch version.
+// Inference, and the two passes of training, from Python past torch's dispatcher, which takes longer
+// than a small step does: tensors come and go by DLPack's exchange of C structs, so that nothing here
+// depends on a torch version.
 //
 // Every function returns None to a call that is out of the ordinary; then the operator of the same
 // arguments is to be called, which may take it or says what is wrong.
@@ -124,7 +125,8 @@ class Outputs {
     return tensor->dl_tensor.data;
   }
 
-  std::array<DLManagedTensorVersioned*, 3> tensors_{};
+  // The most are gradients: of x, two states and, in two directions, five weights.
+  std::array<DLManagedTensorVersioned*, 13> tensors_{};
   size_t count_ = 0, taken_ = 0;
 };
 
@@ -288,17 +290,20 @@ double flops_of(const StepCall& call) {
 // threads of Python may wait: giving its lock away and getting it back takes a tenth of a
 // microsecond. A parallel region's threads might want that lock.
 template <class Call>
-PyObject* run(bool (*function)(const Call&, const Allocator&), const Call& call) {
-  Outputs outputs;
+bool run(bool (*function)(const Call&, const Allocator&), const Call& call, Outputs& outputs) {
+  if (flops_of(call) < kSerialFlops) return function(call, outputs.allocator());
   bool done = false;
-  if (flops_of(call) < kSerialFlops) {
-    done = function(call, outputs.allocator());
-  } else {
-    Py_BEGIN_ALLOW_THREADS;
-    done = function(call, outputs.allocator());
-    Py_END_ALLOW_THREADS;
-  }
-  if (!done) Py_RETURN_NONE;
+  Py_BEGIN_ALLOW_THREADS;
+  done = function(call, outputs.allocator());
+  Py_END_ALLOW_THREADS;
+  return done;
+}
+
+// What an inference call returns.
+template <class Call>
+PyObject* infer(bool (*function)(const Call&, const Allocator&), const Call& call) {
+  Outputs outputs;
+  if (!run(function, call, outputs)) Py_RETURN_NONE;
   return results(outputs, call.cell == kLstm);
 }
 
@@ -334,7 +339,7 @@ PyObject* infer(bool (*function)(const Call&, const Allocator&), Call& call, PyO
   call.weights = arrays.data();
   call.weight_count = static_cast<int64_t>(arrays.size());
   call.states = states.given();
-  return run(function, call);
+  return infer(function, call);
 }
 
 PyObject* infer_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -370,6 +375,145 @@ PyObject* infer_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
                call.hidden_size);
 }
 
+// Larger calls of training are the operators': a few microseconds are nothing to them, and memory to
+// be saved is kept for the next step there (csrc/cpu/saved.h).
+constexpr int64_t kMostSaved = 1 << 20;  // floats of all gates
+
+// Floats of all gates, about.
+int64_t gates_of(const InferCall& call) {
+  const int64_t width = call.x.sizes[call.x.dimensions - 1];
+  return width > 0 ? count_of(call.x) / width * call.weights[1].sizes[0] : kMostSaved;
+}
+
+// An argument that may be None, dense or strided.
+struct GivenArray {
+  Array array{};
+  bool given = false, fits = true;
+
+  GivenArray() = default;
+  explicit GivenArray(PyObject* object) {
+    if (object == Py_None) return;
+    given = true;
+    array = strided_array_of(object);
+    fits = array.exists();
+  }
+  const Array* get() const { return given ? &array : nullptr; }
+};
+
+// What both passes of training are called with, dense and of float32: x, h0, c0 and, one after the
+// other, the weights.
+struct TrainedArrays {
+  GivenArray h0, c0;
+  std::vector<Array> weights;
+
+  // Whether they are in order.
+  bool read(PyObject* const* args, Py_ssize_t count, TrainCall& call) {
+    constexpr Py_ssize_t kWeights = 3;
+    call.x = array_of(args[0]);
+    h0 = GivenArray(args[1]);
+    c0 = GivenArray(args[2]);
+    if (!call.x.is_plain() || call.x.dimensions < 2 || !h0.fits || !c0.fits) return false;
+    weights.reserve(static_cast<size_t>(count));
+    for (Py_ssize_t i = kWeights; i < count; i++) {
+      weights.push_back(array_of(args[i]));
+      if (!weights.back().is_plain()) return false;
+    }
+    call.weights = weights.data();
+    call.weight_count = static_cast<int64_t>(weights.size());
+    call.states = {h0.get(), c0.get()};
+    return call.weight_count >= 2 && weights[1].dimensions == 2 && gates_of(call) <= kMostSaved;
+  }
+};
+
+// Whether training is for here now: 1, 0, or -1 with an error set.
+int is_time_to_train() {
+  const int time = is_time(PyTuple_GET_SIZE(connected.guards));
+  if (time <= 0) return time;
+  const py::object autocast = owned(PyObject_CallNoArgs(connected.any_autocast));
+  if (!autocast) return -1;
+  return autocast.ptr() == Py_False && cpu_is_welcome() ? 1 : 0;
+}
+
+// A list of all outputs.
+PyObject* take_all(Outputs& outputs) {
+  py::object list = owned(PyList_New(static_cast<Py_ssize_t>(outputs.count())));
+  for (size_t i = 0; list && i < outputs.count(); i++) {
+    PyObject* output = outputs.take();
+    if (output == nullptr) return nullptr;
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), output);
+  }
+  return list.release().ptr();
+}
+
+PyObject* train_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  TrainCall call{};
+  constexpr Py_ssize_t kShared = 3;
+  if (connected.calls == nullptr || count < kShared + 5 ||
+      !read_all(args, call.cell, call.directions, call.save)) {
+    Py_RETURN_NONE;
+  }
+  const int time = is_time_to_train();
+  if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
+  TrainedArrays arrays;
+  Outputs outputs;
+  if (!arrays.read(args + kShared, count - kShared, call) ||
+      !run(connected.calls->train_layer, call, outputs)) {
+    Py_RETURN_NONE;
+  }
+  return take_all(outputs);
+}
+
+// A tuple of booleans as bits, -1 where it is another thing.
+int64_t read_needs(PyObject* needs) {
+  constexpr Py_ssize_t kBits = 62;
+  if (!PyTuple_CheckExact(needs) || PyTuple_GET_SIZE(needs) > kBits) return -1;
+  int64_t bits = 0;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(needs); i++) {
+    bool need = false;
+    if (!read(PyTuple_GET_ITEM(needs, i), need)) return -1;
+    bits |= int64_t{need} << i;
+  }
+  return bits;
+}
+
+PyObject* train_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  TrainBackwardCall call{};
+  constexpr Py_ssize_t kSaved = 6;
+  if (connected.calls == nullptr || count != kSaved + 1 || !read_all(args, call.cell) ||
+      !read(args[1], call.directions) || (call.needs = read_needs(args[2])) < 0 ||
+      !PyTuple_CheckExact(args[kSaved]) || PyTuple_GET_SIZE(args[kSaved]) < 9) {
+    Py_RETURN_NONE;
+  }
+  const int time = is_time_to_train();
+  if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
+  std::vector<PyObject*> saved;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[kSaved]); i++) {
+    saved.push_back(PyTuple_GET_ITEM(args[kSaved], i));
+  }
+  TrainedArrays arrays;
+  constexpr Py_ssize_t kTrained = 4;  // batch_sizes, y, gates and cells come first
+  if (saved[0] != Py_None ||
+      !arrays.read(saved.data() + kTrained, static_cast<Py_ssize_t>(saved.size()) - kTrained,
+                   call)) {
+    Py_RETURN_NONE;
+  }
+  const GivenArray others[] = {GivenArray(args[3]),  GivenArray(args[4]),  GivenArray(args[5]),
+                               GivenArray(saved[1]), GivenArray(saved[2]), GivenArray(saved[3])};
+  if (!std::all_of(std::begin(others), std::end(others),
+                   [](const GivenArray& other) { return other.fits; })) {
+    Py_RETURN_NONE;
+  }
+  call.grad_y = others[0].get();
+  call.grad_h_n = others[1].get();
+  call.grad_c_n = others[2].get();
+  call.y = others[3].get();
+  call.gates = others[4].get();
+  call.cells = others[5].get();
+  Outputs outputs;
+  if (!run(connected.calls->train_layer_backward, call, outputs)) Py_RETURN_NONE;
+  return take_all(outputs);
+}
+
 // A step's weights and sizes; the capsule's context is the packed tensor, which it owns.
 constexpr char kPreparedStep[] = "fused_rnn.prepared_step";
 
@@ -385,7 +529,7 @@ PyObject* step(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
   const GivenStates states(args[1]);
   if (!states.fits) Py_RETURN_NONE;
   call.states = states.given();
-  return run(connected.calls->step, call);
+  return infer(connected.calls->step, call);
 }
 
 template <class Function>
@@ -472,6 +616,11 @@ PyMethodDef methods[] = {
      "infer_layers(cell, input, weights, hx, layers, directions, time_first)"},
     {"infer_cell", method(infer_cell), METH_FASTCALL,
      "infer_cell(cell, input, weights, hx, hidden_size)"},
+    {"train_layer", method(train_layer), METH_FASTCALL,
+     "train_layer(cell, directions, save, x, h0, c0, *weights): a list, see csrc/cpu/direct.h"},
+    {"train_layer_backward", method(train_layer_backward), METH_FASTCALL,
+     "train_layer_backward(cell, directions, needs, grad_y, grad_h_n, grad_c_n, saved): a list of "
+     "the gradients needed of x, h0, c0 and the weights, from what fused_rnn/training.py saved"},
     {"cpu_is_welcome", cpu_is_welcome, METH_NOARGS,
      "cpu_is_welcome(): whether FUSED_RNN_BACKEND leaves the choice open, or asks for the CPU's."},
     {"prepare_step", method(prepare_step), METH_FASTCALL,

@@ -215,6 +215,7 @@ class _NoCalls:
     """Where the extension module cannot be used."""
 
     infer_module = infer_layers = infer_cell = prepare_step = staticmethod(no_answer)
+    train_layer = train_layer_backward = staticmethod(no_answer)
     cpu_is_welcome = staticmethod(dispatch.cpu_is_welcome)
 
 

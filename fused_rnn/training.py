@@ -117,6 +117,12 @@ def _unbatched(module: torch.nn.RNNBase, input: Tensor, states: States) -> tuple
 
 def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
+    weights = direct.cell_weights(module)
+    states = direct.given_states(cell, hx)
+    if states is not None and type(input) is Tensor and input.dim() == 2:
+        result = _run_directly(cell, input, states, weights, 1)
+        if result is not None and weights[1].shape[1] == module.hidden_size:
+            return result if cell.has_c else result[0]
     states = _states_of_ordinary(cell, input, hx)
     if states is None or input.dim() not in (1, 2):
         return None
@@ -124,7 +130,6 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
         if any(s is not None and s.dim() != 1 for s in states):
             return None
         input, *states = (t if t is None else t.unsqueeze(0) for t in (input, *states))
-    weights = direct.cell_weights(module)
     if not direct.are_plain(weights) or weights[1].shape[-1] != module.hidden_size:
         return None
     # Usually a timestep of a batch, and of a batch-first one no two rows lie together.
@@ -228,17 +233,40 @@ def _run(
         if not _have_rows(states, pieces.batch_size):
             return None
         states = tuple(None if s is None else pieces.initial(s, None) for s in states)
-    save = _wants_gradients(x, *states, *weights)
-    with torch._C._AutoDispatchBelowAutograd():
-        outputs = direct.train_layer(cell, x, *states, weights, batch_sizes, directions, save)
-    if not outputs:
-        return None
-    if save:
-        outputs = _Layer.apply(cell, directions, batch_sizes, outputs, x, *states, *weights)
+    outputs = None
+    if batch_sizes is None:
+        outputs = _run_directly(cell, x, states, weights, directions)
+    if outputs is None:
+        save = _wants_gradients(*weights, x, *states)
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = direct.train_layer(cell, x, *states, weights, batch_sizes, directions, save)
+        if not outputs:
+            return None
+        if save:
+            outputs = _apply(cell, directions, batch_sizes, outputs, x, *states, *weights)
     if pieces is None:
         return tuple(outputs)
     y, *final = outputs
     return y, *(pieces.final(s, of_row) for s, of_row in zip(final, of_rows, strict=False))
+
+
+def _run_directly(
+    cell: Cell, x: Tensor, states: States, weights: list[Any], directions: int
+) -> tuple[Tensor, ...] | None:
+    """As `_run` of padded rows, of any arguments: past torch's dispatcher, with which a small layer
+    takes longer. Asks by itself whether somebody watches."""
+    if forward_ad._current_level >= 0:
+        return None
+    try:
+        save = _wants_gradients(*weights, x, *states)
+    except AttributeError:  # not all weights are tensors
+        return None
+    outputs = direct.calls().train_layer(cell.index, directions, save, x, *states, *weights)
+    if outputs is None:
+        return None
+    if not save:
+        return tuple(outputs)
+    return _apply(cell, directions, None, outputs, x, *states, *weights)
 
 
 def _cut(x: Tensor, lengths: Any, resets: Any, batch_first: bool) -> Pieces | None:
@@ -346,17 +374,29 @@ class _Layer(torch.autograd.Function):
         return (None, None, None, None, *results)
 
 
+# `_Layer.apply` without what it asks first, 3 us: arguments that the library has read are neither
+# transforms' nor left over from one, and a forward of this form needs no signature.
+_apply = super(torch.autograd.Function, _Layer).apply
+
+
 # Both give the gradients of x, h0, c0 and the weights, from those of y, h_n and c_n.
 
 
 def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
     """None: not for here."""
-    if not _are_plain(grads):
-        return None
-    batch_sizes, y, gates, cells, x, h0, c0, *weights = saved
-    results = direct.train_layer_backward(
-        ctx.cell, grads, x, h0, c0, weights, batch_sizes, (y, gates, cells), ctx.directions, needs
-    )
+    results = None
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        results = direct.calls().train_layer_backward(
+            ctx.cell.index, ctx.directions, needs, *grads, saved
+        )
+    if results is None:
+        if not _are_plain(grads):
+            return None
+        batch_sizes, y, gates, cells, x, h0, c0, *weights = saved
+        results = direct.train_layer_backward(
+            ctx.cell, grads, x, h0, c0, weights, batch_sizes, (y, gates, cells), ctx.directions,
+            needs,
+        )  # fmt: skip
     given = iter(results)
     return [next(given) if need else None for need in needs] if results else None
 

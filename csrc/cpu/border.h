@@ -11,6 +11,7 @@
 
 #include "direct.h"
 #include "layer.h"
+#include "saved.h"
 
 namespace fused_rnn {
 
@@ -68,11 +69,7 @@ class StateArrays {
 // The outputs of a call, as tensors.
 class NewTensors {
  public:
-  Allocator allocator() { return {allocate, this}; }
-  float* add(Tensor tensor) {
-    tensors_.push_back(std::move(tensor));
-    return tensors_.back().mutable_data_ptr<float>();
-  }
+  Allocator allocator() { return {allocate, this, allocate_saved}; }
   std::vector<Tensor> take() { return std::move(tensors_); }
 
  private:
@@ -80,6 +77,12 @@ class NewTensors {
                         bool swapped) {
     auto& tensors = static_cast<NewTensors*>(context)->tensors_;
     tensors.push_back(empty(sizes, dimensions, dtype_of(type), swapped));
+    return tensors.back().mutable_data_ptr();
+  }
+
+  static void* allocate_saved(void* context, const int64_t* sizes) {
+    auto& tensors = static_cast<NewTensors*>(context)->tensors_;
+    tensors.push_back(empty_saved(sizes[0], sizes[1], sizes[2]));
     return tensors.back().mutable_data_ptr();
   }
 

@@ -34,6 +34,7 @@ struct ThreeDimensions {
 // The numbers of an array of float32: where they lie, or a copy.
 class Dense {
  public:
+  Dense() = default;
   // Null for no array.
   explicit Dense(const Array* array, bool swapped = false) {
     if (array == nullptr) return;

@@ -22,7 +22,8 @@ bool quietly(const Call& call, const Allocator& allocate) {
 }
 
 constexpr DirectCalls kCalls = {quietly<infer_layers, LayersCall>, quietly<infer_cell, CellCall>,
-                                quietly<step, StepCall>};
+                                quietly<step, StepCall>, quietly<train_layer, TrainCall>,
+                                quietly<train_layer_backward, TrainBackwardCall>};
 
 }  // namespace
 }  // namespace fused_rnn

@@ -1,5 +1,5 @@
-// Inference in one call: what the library's operators and the direct calls of Python
-// (csrc/direct_calls.cpp) share. Plain, so that the border to Python needs nothing of torch.
+// Inference in one call, and a layer's training in two: what the library's operators and the direct
+// calls of Python (csrc/direct_calls.cpp) share. Plain, so that the border to Python needs nothing of torch.
 #pragma once
 
 #include <algorithm>
@@ -52,6 +52,9 @@ struct Allocator {
   void* (*allocate)(void* context, NumberType type, const int64_t* sizes, int64_t dimensions,
                     bool swapped);
   void* context;
+  // For [D, N, width] of float32 that only a backward call will see; null where that is an output
+  // like any other.
+  void* (*allocate_saved)(void* context, const int64_t* sizes) = nullptr;
 
   float* operator()(std::initializer_list<int64_t> shape, bool swapped = false) const {
     return static_cast<float*>(of_type(NumberType::float32, shape, swapped));
@@ -59,6 +62,12 @@ struct Allocator {
   uint16_t* halves(NumberType type, std::initializer_list<int64_t> shape,
                    bool swapped = false) const {
     return static_cast<uint16_t*>(of_type(type, shape, swapped));
+  }
+  float* saved(int64_t directions, int64_t count, int64_t width) const {
+    const int64_t sizes[] = {directions, count, width};
+    return static_cast<float*>(allocate_saved
+                                   ? allocate_saved(context, sizes)
+                                   : allocate(context, NumberType::float32, sizes, 3, false));
   }
 
  private:
@@ -116,10 +125,28 @@ struct StepCall {
   States states;    // [L, B, P], [L, B, H]
 };
 
+// A layer in training, or a cell's timestep (csrc/cpu/train.cpp).
+struct TrainCall : InferCall {
+  int64_t directions;
+  const int64_t* batch_sizes;  // [timesteps] of packed rows, else null
+  int64_t timesteps;
+  bool save;  // whether there will be a backward call
+};
+
+struct TrainBackwardCall : TrainCall {
+  const Array *grad_y, *grad_h_n, *grad_c_n;  // null: zero
+  const Array *y, *gates, *cells;             // as saved; null where the cell has none
+  int64_t needs;                              // a bit for x, h0, c0 and each of the weights
+};
+
 // Each gives y (but for infer_cell), h_n and, where the cell has it, c_n.
 // False, and nothing was allocated: the call is out of the ordinary, and not for here.
 bool infer_layers(const LayersCall& call, const Allocator& allocate);
 bool infer_cell(const CellCall& call, const Allocator& allocate);
+// Gives y, h_n (not of a timestep), c_n and, to be saved, gates and cells, those that the cell has.
+bool train_layer(const TrainCall& call, const Allocator& allocate);
+// Gives the gradients that are needed.
+bool train_layer_backward(const TrainBackwardCall& call, const Allocator& allocate);
 // Raises where an argument does not fit.
 void step(const StepCall& call, const Allocator& allocate);
 
@@ -128,6 +155,8 @@ struct DirectCalls {
   bool (*infer_layers)(const LayersCall&, const Allocator&);
   bool (*infer_cell)(const CellCall&, const Allocator&);
   bool (*step)(const StepCall&, const Allocator&);
+  bool (*train_layer)(const TrainCall&, const Allocator&);
+  bool (*train_layer_backward)(const TrainBackwardCall&, const Allocator&);
 };
 
 }  // namespace fused_rnn
