@@ -1,5 +1,5 @@
-// Ceilings of the machine it runs on. Compiled by ceiling.py for the very CPU (-march=native), never
-// installed.
+// Ceilings of the machine it runs on. Compiled by ceiling.py for the very CPU (-march=native),
+// never installed.
 
 #include <sched.h>
 

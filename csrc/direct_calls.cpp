@@ -1,6 +1,6 @@
-// Inference, and the two passes of training, from Python past torch's dispatcher, which takes longer
-// than a small step does: tensors come and go by DLPack's exchange of C structs, so that nothing here
-// depends on a torch version.
+// Inference, and the two passes of training, from Python past torch's dispatcher, which takes
+// longer than a small step does: tensors come and go by DLPack's exchange of C structs, so that
+// nothing here depends on a torch version.
 //
 // Every function returns None to a call that is out of the ordinary; then the operator of the same
 // arguments is to be called, which may take it or says what is wrong.
@@ -375,8 +375,8 @@ PyObject* infer_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
                call.hidden_size);
 }
 
-// Larger calls of training are the operators': a few microseconds are nothing to them, and memory to
-// be saved is kept for the next step there (csrc/cpu/saved.h).
+// Larger calls of training are the operators': a few microseconds are nothing to them, and memory
+// to be saved is kept for the next step there (csrc/cpu/saved.h).
 constexpr int64_t kMostSaved = 1 << 20;  // floats of all gates
 
 // Floats of all gates, about.
@@ -400,8 +400,8 @@ struct GivenArray {
   const Array* get() const { return given ? &array : nullptr; }
 };
 
-// What both passes of training are called with, dense and of float32: x, h0, c0 and, one after the
-// other, the weights.
+// What both passes of training are called with: x, h0, c0 and, one after the other, the weights,
+// which are dense.
 struct TrainedArrays {
   GivenArray h0, c0;
   std::vector<Array> weights;
@@ -412,11 +412,12 @@ struct TrainedArrays {
     call.x = array_of(args[0]);
     h0 = GivenArray(args[1]);
     c0 = GivenArray(args[2]);
-    if (!call.x.is_plain() || call.x.dimensions < 2 || !h0.fits || !c0.fits) return false;
+    if (!call.x.exists() || call.x.dimensions < 2 || !h0.fits || !c0.fits) return false;
+    call.type = call.x.type;
     weights.reserve(static_cast<size_t>(count));
     for (Py_ssize_t i = kWeights; i < count; i++) {
       weights.push_back(array_of(args[i]));
-      if (!weights.back().is_plain()) return false;
+      if (!weights.back().exists()) return false;
     }
     call.weights = weights.data();
     call.weight_count = static_cast<int64_t>(weights.size());
@@ -492,9 +493,8 @@ PyObject* train_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t coun
   }
   TrainedArrays arrays;
   constexpr Py_ssize_t kTrained = 4;  // batch_sizes, y, gates and cells come first
-  if (saved[0] != Py_None ||
-      !arrays.read(saved.data() + kTrained, static_cast<Py_ssize_t>(saved.size()) - kTrained,
-                   call)) {
+  if (saved[0] != Py_None || !arrays.read(saved.data() + kTrained,
+                                          static_cast<Py_ssize_t>(saved.size()) - kTrained, call)) {
     Py_RETURN_NONE;
   }
   const GivenArray others[] = {GivenArray(args[3]),  GivenArray(args[4]),  GivenArray(args[5]),

@@ -7,10 +7,9 @@ general way would have run, the cpu backend on arguments that fit each other: th
 that somebody watches or redirects, the answer is None: the general way alone knows error messages
 and choices. No library takes small float64 calls, but torch's own functions (handover.py).
 
-In inference, which is with gradients off and no compiler at work, it is a call of the extension
-module (csrc/direct_calls.cpp) or, where that is absent or says None, an operator, which takes a few
-more kinds of tensors and some microseconds longer. In training, and where rows end early or start
-afresh, they are operators (csrc/cpu/train.cpp), for `fused_rnn.training` and for graphs.
+It is a call of the extension module (csrc/direct_calls.cpp) or, where that is absent or says None,
+an operator, which takes a few more kinds of tensors and some microseconds longer. Those of training
+(csrc/cpu/train.cpp) are for `fused_rnn.training` and for graphs.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _GUARDS = (*_STEP_GUARDS, torch._C._is_any_autocast_enabled, *dispatch.redirecti
 # A profiler sees operators only, and for it they are enough. Autocast is another question.
 _CALL_GUARDS = (torch._C._autograd._profiler_enabled, *_STEP_GUARDS, *dispatch.redirections())
 # As in csrc/cpu/direct.h.
-_NUMBER_TYPES = torch.float32, torch.bfloat16, torch.float16
+NUMBER_TYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
@@ -115,12 +114,12 @@ def is_watched() -> bool:
 
 
 def autocast_type() -> int:
-    """The place in _NUMBER_TYPES of what autocast makes CPU tensors, 0 for nothing; -1 for another
+    """The place in NUMBER_TYPES of what autocast makes CPU tensors, 0 for nothing; -1 for another
     type."""
     if not torch.is_autocast_enabled("cpu"):
         return 0
     dtype = torch.get_autocast_dtype("cpu")
-    return _NUMBER_TYPES.index(dtype) if dtype in _NUMBER_TYPES[1:] else -1
+    return NUMBER_TYPES.index(dtype) if dtype in NUMBER_TYPES[1:] else -1
 
 
 def _by_operator_or_torch(

@@ -4,7 +4,9 @@ What `direct.py` is to inference: of a small layer the kernels take tens of micr
 general way's checks, its choice of a backend and its operators written in Python some hundreds. So
 modules ask here first where gradients are wanted, or where rows are packed, or a padded batch has
 lengths or resets. What runs is what the general way would have run: the library
-(csrc/cpu/train.cpp) looks at every tensor. To a call that is wrong or out of the ordinary, or that
+(csrc/cpu/train.cpp) looks at every tensor. The extension module (csrc/direct_calls.cpp) calls it,
+or operators do where that says None: of packed rows, and of large layers, to which a few
+microseconds are nothing. To a call that is wrong or out of the ordinary, or that
 somebody watches or redirects, the answer is None.
 
 Padded rows that end early or start afresh are packed, see `backends/pieces.py`: here once for all
@@ -48,11 +50,16 @@ def layers(
         return None
     if not 0 <= dropout <= 1 or module.recompute:
         return None
+    is_plain = num_layers == 1 and lengths is None and resets is None and not module.batch_first
+    if is_plain and (result := _one_layer(module, cell, input, hx)) is not None:
+        return result
     x, batch_sizes, order, original_order = input, None, None, None
     if is_packed := type(input) is PackedSequence:
         x, batch_sizes, order, original_order = input
     states = _states_of_ordinary(cell, x, hx)
     if states is None:
+        return None
+    if x.dtype != torch.float32 and (is_packed or lengths is not None or resets is not None):
         return None
     if x.dim() == 2 and not is_packed and lengths is None and resets is None:
         return _unbatched(module, x, states)
@@ -96,6 +103,20 @@ def layers(
     elif batch_first:
         y = y.transpose(0, 1)
     return y, tuple(final) if cell.has_c else final[0]
+
+
+def _one_layer(
+    module: torch.nn.RNNBase, cell: Cell, input: Any, hx: Any
+) -> tuple[Tensor, Any] | None:
+    """As `layers` for [T, B, I], with nothing asked that the library's call asks by itself."""
+    states = direct.given_states(cell, hx)
+    if states is None or type(input) is not Tensor or input.dim() != 3:
+        return None
+    directions = 2 if module.bidirectional else 1
+    result = _run_directly(cell, input, states, direct.layer_weights(module), directions)
+    if result is None:
+        return None
+    return result[0], result[1:] if cell.has_c else result[1]
 
 
 def _unbatched(module: torch.nn.RNNBase, input: Tensor, states: States) -> tuple[Any, Any] | None:
@@ -147,7 +168,7 @@ def _states_of_ordinary(cell: Cell, input: Any, hx: Any) -> States | None:
         return None
     if direct.is_watched() or forward_ad._current_level >= 0:
         return None
-    if input.dtype != torch.float32 or not input.is_cpu:
+    if input.dtype not in direct.NUMBER_TYPES or not input.is_cpu:
         return None
     states = direct.given_states(cell, hx)
     if states is None:

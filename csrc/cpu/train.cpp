@@ -1,6 +1,6 @@
 // A layer in training: a forward call with memory for what its backward needs, and that backward.
-// For float32 that fits, padded or packed, as infer.cpp: every other call gets no outputs, and
-// Python takes the general way (fused_rnn/ops.py).
+// For what fits, padded or packed, of float32 and, if small, of a half type: every other call gets
+// no outputs, and Python takes the general way (fused_rnn/ops.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <iterator>
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -15,6 +16,7 @@
 #include "border.h"
 #include "calls.h"
 #include "dense.h"
+#include "operands.h"
 #include "weights.h"
 
 namespace fused_rnn {
@@ -24,16 +26,93 @@ namespace {
 // [B, width], which have no leading dimension.
 struct Shape {
   bool is_flat;
-  int64_t leading, batch, width;
+  int64_t all[3];
 
+  int64_t dimensions() const { return is_flat ? 2 : 3; }
+  const int64_t* sizes() const { return is_flat ? all + 1 : all; }
+  int64_t count() const { return (is_flat ? 1 : all[0]) * all[1] * all[2]; }
   bool fits(const Array& array) const {
-    return is_flat ? array.has_shape({batch, width}) : array.has_shape({leading, batch, width});
+    return array.exists() && array.dimensions == dimensions() &&
+           std::equal(sizes(), sizes() + dimensions(), array.sizes);
   }
-  bool is_of(const Array& array) const { return array.is_plain() && fits(array); }
-  float* allocate(const Allocator& allocate) const {
-    return is_flat ? allocate({batch, width}) : allocate({leading, batch, width});
+};
+
+// A call's arrays as kernels over elements of E take them, and memory for its results. Those of a
+// half type are computed in E and in floats, what is not E being rounded by `finish`.
+template <class E>
+class Border {
+ public:
+  Border(NumberType type, const Allocator& allocate)
+      : type_(type), allocate_(allocate), operands_(type) {}
+
+  // Whether an array is not given, or has that shape and the call's type, and lies together where
+  // it may not be strided; then `to` are its numbers, or null.
+  template <class To>
+  bool read(const Array* array, const Shape& shape, const To*& to, bool strided = false) {
+    if (array == nullptr) return true;
+    if (!takes(*array) || !shape.fits(*array) || (array->strides && !strided)) return false;
+    to = numbers<To>(*array);
+    return true;
   }
-  int64_t count() const { return (is_flat ? 1 : leading) * batch * width; }
+
+  bool takes(const Array& array) const { return array.exists() && array.type == type_; }
+
+  template <class To>
+  const To* numbers(const Array& array) {
+    if constexpr (std::is_same_v<To, float>) {
+      if (type_ != NumberType::float32) return operands_.floats(array);
+      if (array.is_plain()) return array.data;
+      dense_.emplace_back(&array);
+      return dense_.back().data();
+    } else {
+      return operands_.elements(array);
+    }
+  }
+
+  template <class To>
+  To* result(const int64_t* sizes, int64_t dimensions) {
+    void* output = allocate_.allocate(allocate_.context, type_, sizes, dimensions, false);
+    if (type_ == NumberType::float32 || !std::is_same_v<To, float>) return static_cast<To*>(output);
+    int64_t count = 1;
+    for (int64_t i = 0; i < dimensions; i++) count *= sizes[i];
+    return reinterpret_cast<To*>(rounded(count, static_cast<uint16_t*>(output)));
+  }
+  template <class To>
+  To* result(const Shape& shape) {
+    return result<To>(shape.sizes(), shape.dimensions());
+  }
+
+  // [D, N, width] for backward.
+  E* saved(int64_t directions, int64_t count, int64_t width) {
+    const int64_t sizes[] = {directions, count, width};
+    if constexpr (std::is_same_v<E, float>) {
+      if (type_ == NumberType::float32) return allocate_.saved(directions, count, width);
+    }
+    return result<E>(sizes, 3);
+  }
+
+  // To be called when the kernels are done.
+  void finish() const {
+    for (const Rounded& r : rounded_) narrow(type_, r.from.get(), r.count, r.to);
+  }
+
+ private:
+  struct Rounded {
+    Memory from;
+    int64_t count;
+    uint16_t* to;
+  };
+
+  float* rounded(int64_t count, uint16_t* to) {
+    rounded_.push_back({memory(count), count, to});
+    return rounded_.back().from.get();
+  }
+
+  const NumberType type_;
+  const Allocator& allocate_;
+  Operands<E> operands_;
+  std::vector<Dense> dense_;
+  std::vector<Rounded> rounded_;
 };
 
 struct Shapes {
@@ -41,16 +120,14 @@ struct Shapes {
 };
 
 // What both passes need of the arguments.
+template <class E>
 struct Layer {
-  ForwardCallOf<float> call;
+  ForwardCallOf<E> call;  // shape, weights, x, h0 and c0
   CellSizes sizes;
   Shapes shapes;
   bool is_step;
   Memory zeros;                  // in the place of initial states that are not given
   std::vector<int64_t> offsets;  // of packed rows
-
-  const float* h0(const States& given) const { return zeros ? zeros.get() : given.h->data; }
-  const float* c0(const States& given) const { return zeros ? zeros.get() : given.c->data; }
 };
 
 // Or nothing where the call's sizes of steps are not the layout of so many rows.
@@ -65,12 +142,13 @@ std::optional<RowLayout> read_packed(const TrainCall& given, int64_t count,
 }
 
 // Or nothing where the arguments do not fit each other.
-std::optional<Layer> read_layer(const TrainCall& given) {
+template <class E>
+std::optional<Layer<E>> read_layer(const TrainCall& given, Border<E>& border) {
   const Array& x = given.x;
   const int64_t directions = given.directions;
   const bool is_packed = given.batch_sizes != nullptr;
   const bool is_flat = x.dimensions == 2, is_step = is_flat && !is_packed;
-  if (!x.is_plain() || x.dimensions != (is_packed || is_step ? 2 : 3)) return {};
+  if (x.dimensions != (is_packed || is_step ? 2 : 3)) return {};
   if (directions < 1 || directions > (is_step ? 1 : 2)) return {};
   RowLayout rows{is_step ? 1 : x.sizes[0], x.sizes[is_step ? 0 : 1], nullptr, nullptr};
   int64_t count = rows.timesteps * rows.batch;
@@ -84,30 +162,68 @@ std::optional<Layer> read_layer(const TrainCall& given) {
   LayerShape s = stack_shape(given, directions, rows.timesteps, rows.batch);
   s.count = count;
   s.rows = rows;
-  const std::vector<ForwardCallOf<float>> calls = stack_calls(s, 1, given);
+  const std::vector<ForwardCallOf<E>> calls =
+      read_stack<E>(s, 1, given, [&](const Array& weight) -> const void* {
+        if (!border.takes(weight)) return nullptr;
+        if (weight.dimensions == 1) return border.template numbers<float>(weight);
+        return border.template numbers<E>(weight);
+      });
   if (calls.empty()) return {};
-  Layer layer{calls[0], cell_sizes(s.cell), {}, is_step, nullptr, std::move(offsets)};
+  Layer<E> layer{calls[0], cell_sizes(s.cell), {}, is_step, nullptr, std::move(offsets)};
   const int64_t of_step = is_packed ? count : rows.batch;
-  layer.shapes = {{is_flat, rows.timesteps, of_step, s.input},
-                  {is_flat, rows.timesteps, of_step, directions * s.output},
-                  {is_step, directions, rows.batch, s.output},
-                  {is_step, directions, rows.batch, s.hidden}};
+  layer.shapes = {{is_flat, {rows.timesteps, of_step, s.input}},
+                  {is_flat, {rows.timesteps, of_step, directions * s.output}},
+                  {is_step, {directions, rows.batch, s.output}},
+                  {is_step, {directions, rows.batch, s.hidden}}};
   const Array *h = given.states.h, *c = given.states.c;
-  if ((h && !layer.shapes.h.is_of(*h)) || (c && !layer.shapes.c.is_of(*c)) ||
+  ForwardCallOf<E>& call = layer.call;
+  if (!border.read(&x, layer.shapes.x, call.x) || !border.read(h, layer.shapes.h, call.h0) ||
+      !border.read(c, layer.shapes.c, call.c0) ||
       (c != nullptr) != (layer.sizes.has_c && h != nullptr)) {
     return {};
   }
   if (h == nullptr) {
     layer.zeros = memory(layer.shapes.c.count());
     std::fill_n(layer.zeros.get(), layer.shapes.c.count(), 0.0f);
+    call.h0 = reinterpret_cast<const E*>(layer.zeros.get());
+    if (layer.sizes.has_c) call.c0 = layer.zeros.get();
   }
   return layer;
 }
 
+template <class E>
+bool forward(const KernelsOf<E>& isa, const TrainCall& given, const Allocator& allocate) {
+  Border<E> border(given.type, allocate);
+  std::optional<Layer<E>> layer = read_layer(given, border);
+  if (!layer) return false;
+  ForwardCallOf<E>& call = layer->call;
+  const Shapes& shapes = layer->shapes;
+  const LayerShape& s = call.shape;
+  Memory h_n;
+  call.y = border.template result<E>(shapes.y);
+  if (layer->is_step) {
+    h_n = memory(shapes.h.count());  // y once more
+    call.h_n = h_n.get();
+  } else {
+    call.h_n = border.template result<float>(shapes.h);
+  }
+  if (layer->sizes.has_c) call.c_n = border.template result<float>(shapes.c);
+  if (const int64_t width = layer->sizes.saved_gates * s.hidden; given.save && width > 0) {
+    call.gates = border.saved(s.directions, s.count, width);
+  }
+  if (given.save && layer->sizes.has_c) {
+    call.cells = allocate.saved(s.directions, s.count, s.hidden);
+  }
+  layer_forward(isa, call, torch_threads());
+  border.finish();
+  return true;
+}
+
 // Memory for gradients: those that are wanted become outputs, in the order of the bits of `needs`.
+template <class E>
 class Gradients {
  public:
-  Gradients(int64_t needs, const Allocator& allocate) : needs_(needs), allocate_(allocate) {}
+  Gradients(int64_t needs, Border<E>& border) : needs_(needs), border_(border) {}
 
   bool next_is_wanted() {
     const bool wanted = (needs_ & 1) != 0;
@@ -115,105 +231,59 @@ class Gradients {
     return wanted;
   }
   // Null where it is not wanted.
-  float* next(const Shape& shape) {
-    return next_is_wanted() ? shape.allocate(allocate_) : nullptr;
+  E* next_elements(const Shape& shape) {
+    return next_is_wanted() ? border_.template result<E>(shape) : nullptr;
   }
   float* next(const Array& like) {
     if (!next_is_wanted()) return nullptr;
-    return static_cast<float*>(allocate_.allocate(allocate_.context, NumberType::float32,
-                                                  like.sizes, like.dimensions, false));
+    return border_.template result<float>(like.sizes, like.dimensions);
   }
   // What kernels write in any case.
   float* next_or_scratch(const Shape& shape) {
-    if (float* wanted = next(shape)) return wanted;
+    if (next_is_wanted()) return border_.template result<float>(shape);
     scratch_.push_back(memory(shape.count()));
     return scratch_.back().get();
   }
 
  private:
   int64_t needs_;
-  const Allocator& allocate_;
+  Border<E>& border_;
   std::vector<Memory> scratch_;
 };
 
-// Whether an array is not given, or has that shape; then `data` are its numbers, or null.
-bool read(const Array* array, const Shape& shape, const float*& data) {
-  if (array == nullptr) return true;
-  data = array->data;
-  return shape.is_of(*array);
-}
-
-// As `read`, of numbers that may lie anywhere: `dense` keeps the copy then.
-bool read_strided(const Array* array, const Shape& shape, Dense& dense, const float*& data) {
-  if (array == nullptr) return true;
-  if (array->data == nullptr || !shape.fits(*array)) return false;
-  dense = Dense(array);
-  data = dense.data();
-  return true;
-}
-
-}  // namespace
-
-bool train_layer(const TrainCall& given, const Allocator& allocate) {
-  std::optional<Layer> layer = read_layer(given);
-  if (!layer) return false;
-  ForwardCallOf<float>& call = layer->call;
-  const Shapes& shapes = layer->shapes;
-  const LayerShape& s = call.shape;
-  Memory h_n;
-  call.x = given.x.data;
-  call.h0 = layer->h0(given.states);
-  call.y = shapes.y.allocate(allocate);
-  if (layer->is_step) {
-    h_n = memory(shapes.h.count());  // y once more
-    call.h_n = h_n.get();
-  } else {
-    call.h_n = shapes.h.allocate(allocate);
-  }
-  if (layer->sizes.has_c) {
-    call.c0 = layer->c0(given.states);
-    call.c_n = shapes.c.allocate(allocate);
-  }
-  if (const int64_t width = layer->sizes.saved_gates * s.hidden; given.save && width > 0) {
-    call.gates = allocate.saved(s.directions, s.count, width);
-  }
-  if (given.save && layer->sizes.has_c) {
-    call.cells = allocate.saved(s.directions, s.count, s.hidden);
-  }
-  layer_forward(kernels(), call, torch_threads());
-  return true;
-}
-
-bool train_layer_backward(const TrainBackwardCall& given, const Allocator& allocate) {
-  const std::optional<Layer> layer = read_layer(given);
+template <class E>
+bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const Allocator& allocate) {
+  Border<E> border(given.type, allocate);
+  const std::optional<Layer<E>> layer = read_layer(given, border);
   if (!layer) return false;
   const Shapes& shapes = layer->shapes;
   const CellSizes sizes = layer->sizes;
-  BackwardCallOf<float> call{};
+  BackwardCallOf<E> call{};
   LayerShape& s = call.shape;
   s = layer->call.shape;
   std::copy_n(layer->call.weights, 2, call.weights);
-  const Shape gates_shape{false, s.directions, s.count, sizes.saved_gates * s.hidden};
-  const Shape cells_shape{false, s.directions, s.count, s.hidden};
-  Dense grad_y, grad_h_n, grad_c_n;
-  if (!read_strided(given.grad_y, shapes.y, grad_y, call.grad_y) ||
-      !read_strided(given.grad_h_n, shapes.h, grad_h_n, call.grad_h_n) ||
-      !read_strided(given.grad_c_n, shapes.c, grad_c_n, call.grad_c_n) || !read(given.y, shapes.y, call.y) ||
-      !read(given.gates, gates_shape, call.gates) || !read(given.cells, cells_shape, call.cells) ||
-      (call.gates != nullptr) != (sizes.saved_gates > 0) ||
-      (call.cells != nullptr) != sizes.has_c || call.y == nullptr) {
+  const Shape gates_shape{false, {s.directions, s.count, sizes.saved_gates * s.hidden}};
+  const Shape cells_shape{false, {s.directions, s.count, s.hidden}};
+  const Array* cells = given.cells;
+  if (!border.read(given.grad_y, shapes.y, call.grad_y, true) ||
+      !border.read(given.grad_h_n, shapes.h, call.grad_h_n, true) ||
+      !border.read(given.grad_c_n, shapes.c, call.grad_c_n, true) ||
+      !border.read(given.y, shapes.y, call.y) ||
+      !border.read(given.gates, gates_shape, call.gates) ||
+      (call.gates != nullptr) != (sizes.saved_gates > 0) || (cells != nullptr) != sizes.has_c ||
+      (cells && !(cells->is_plain() && cells_shape.fits(*cells))) || call.y == nullptr) {
     return false;
   }
-  // What else may be wanted there is not.
   constexpr int64_t kOfC0 = 4;
   if (!sizes.has_c && (given.needs & kOfC0) != 0) return false;
-  Gradients grads(given.needs, allocate);
-  call.x = given.x.data;
-  call.h0 = layer->h0(given.states);
-  call.grad_x = grads.next(shapes.x);
+  Gradients<E> grads(given.needs, border);
+  if (cells) call.cells = cells->data;
+  call.x = layer->call.x;
+  call.h0 = layer->call.h0;
+  call.c0 = layer->call.c0;
+  call.grad_x = grads.next_elements(shapes.x);
   call.grad_h0 = grads.next_or_scratch(shapes.h);
   if (sizes.has_c) {
-    call.c0 = layer->c0(given.states);
     call.grad_c0 = grads.next_or_scratch(shapes.c);
   } else {
     grads.next_is_wanted();
@@ -226,8 +296,44 @@ bool train_layer_backward(const TrainBackwardCall& given, const Allocator& alloc
     const bool is_projection = projected(s) && which == per_direction - 1;
     *fields[is_projection ? kProjection : which] = grads.next(given.weights[i]);
   }
-  layer_backward(kernels(), call, torch_threads());
+  layer_backward(isa, call, torch_threads());
+  border.finish();
   return true;
+}
+
+int64_t count_of(const Array& array) {
+  int64_t count = 1;
+  for (int64_t i = 0; i < array.dimensions; i++) count *= array.sizes[i];
+  return count;
+}
+
+// Whether so much of a half type would become floats, or be made of them, that torch does it better.
+bool is_much(const TrainCall& given) {
+  const Array& x = given.x;
+  const int64_t width = std::max<int64_t>(1, x.sizes[x.dimensions - 1]);
+  const int64_t gates = given.weight_count > 1 ? given.weights[1].sizes[0] : 1;
+  int64_t converted = count_of(x) + count_of(x) / width * gates;
+  for (int64_t i = 0; i < given.weight_count; i++) converted += count_of(given.weights[i]);
+  return converted > kMostConverted;
+}
+
+// Calls function(kernels) with those for the call's type, or says that it is not for here.
+template <class Function>
+bool with_kernels(const TrainCall& given, const Function& function) {
+  if (given.type == NumberType::float32) return function(kernels());
+  if (is_much(given)) return false;
+  const auto* native = kernels_of_half(given.type, cell_kind(given.cell));
+  return native ? function(*native) : function(kernels());
+}
+
+}  // namespace
+
+bool train_layer(const TrainCall& given, const Allocator& allocate) {
+  return with_kernels(given, [&](const auto& isa) { return forward(isa, given, allocate); });
+}
+
+bool train_layer_backward(const TrainBackwardCall& given, const Allocator& allocate) {
+  return with_kernels(given, [&](const auto& isa) { return backward(isa, given, allocate); });
 }
 
 namespace {
