@@ -413,7 +413,6 @@ struct TrainedArrays {
     h0 = GivenArray(args[1]);
     c0 = GivenArray(args[2]);
     if (!call.x.exists() || call.x.dimensions < 2 || !h0.fits || !c0.fits) return false;
-    call.type = call.x.type;
     weights.reserve(static_cast<size_t>(count));
     for (Py_ssize_t i = kWeights; i < count; i++) {
       weights.push_back(array_of(args[i]));
@@ -425,15 +424,6 @@ struct TrainedArrays {
     return call.weight_count >= 2 && weights[1].dimensions == 2 && gates_of(call) <= kMostSaved;
   }
 };
-
-// Whether training is for here now: 1, 0, or -1 with an error set.
-int is_time_to_train() {
-  const int time = is_time(PyTuple_GET_SIZE(connected.guards));
-  if (time <= 0) return time;
-  const py::object autocast = owned(PyObject_CallNoArgs(connected.any_autocast));
-  if (!autocast) return -1;
-  return autocast.ptr() == Py_False && cpu_is_welcome() ? 1 : 0;
-}
 
 // A list of all outputs.
 PyObject* take_all(Outputs& outputs) {
@@ -453,14 +443,16 @@ PyObject* train_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
       !read_all(args, call.cell, call.directions, call.save)) {
     Py_RETURN_NONE;
   }
-  const int time = is_time_to_train();
+  const int time = is_time(PyTuple_GET_SIZE(connected.guards));
   if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
   TrainedArrays arrays;
-  Outputs outputs;
-  if (!arrays.read(args + kShared, count - kShared, call) ||
-      !run(connected.calls->train_layer, call, outputs)) {
+  if (!cpu_is_welcome() || !read_autocast(call) ||
+      !arrays.read(args + kShared, count - kShared, call)) {
     Py_RETURN_NONE;
   }
+  if (!call.autocast) call.type = call.x.type;
+  Outputs outputs;
+  if (!run(connected.calls->train_layer, call, outputs)) Py_RETURN_NONE;
   return take_all(outputs);
 }
 
@@ -485,8 +477,9 @@ PyObject* train_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t coun
       !PyTuple_CheckExact(args[kSaved]) || PyTuple_GET_SIZE(args[kSaved]) < 9) {
     Py_RETURN_NONE;
   }
-  const int time = is_time_to_train();
+  const int time = is_time(PyTuple_GET_SIZE(connected.guards));
   if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
+  if (!cpu_is_welcome()) Py_RETURN_NONE;
   std::vector<PyObject*> saved;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[kSaved]); i++) {
     saved.push_back(PyTuple_GET_ITEM(args[kSaved], i));
@@ -507,6 +500,10 @@ PyObject* train_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t coun
   call.grad_h_n = others[1].get();
   call.grad_c_n = others[2].get();
   call.y = others[3].get();
+  // It is what autocast made of the others, if it did; whether it is on now says nothing.
+  if (!call.y) Py_RETURN_NONE;
+  call.type = call.y->type;
+  call.autocast = call.type != NumberType::float32;
   call.gates = others[4].get();
   call.cells = others[5].get();
   Outputs outputs;

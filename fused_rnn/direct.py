@@ -40,10 +40,12 @@ _STEP_GUARDS = (
     torch._C._get_tracing_state,
     torch._C._functorch.peek_interpreter_stack,
 )
-# or elsewhere, or in another dtype, which a stepper's weights do not change to.
-_GUARDS = (*_STEP_GUARDS, torch._C._is_any_autocast_enabled, *dispatch.redirections())
+# or elsewhere,
+_ELSEWHERE_GUARDS = (*_STEP_GUARDS, *dispatch.redirections())
+# or in another dtype, which a stepper's weights do not change to.
+_GUARDS = (*_ELSEWHERE_GUARDS, torch._C._is_any_autocast_enabled)
 # A profiler sees operators only, and for it they are enough. Autocast is another question.
-_CALL_GUARDS = (torch._C._autograd._profiler_enabled, *_STEP_GUARDS, *dispatch.redirections())
+_CALL_GUARDS = (torch._C._autograd._profiler_enabled, *_ELSEWHERE_GUARDS)
 # As in csrc/cpu/direct.h.
 NUMBER_TYPES = torch.float32, torch.bfloat16, torch.float16
 
@@ -108,9 +110,10 @@ def _attributes(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:
         return [getattr(module, name) for name in names]
 
 
-def is_watched() -> bool:
-    """Whether a call is to do more than compute numbers, or elsewhere."""
-    return any(guard() for guard in _GUARDS) or not calls().cpu_is_welcome()
+def is_watched(or_autocast: bool = True) -> bool:
+    """Whether a call is to do more than compute numbers, or elsewhere, or in another dtype."""
+    guards = _GUARDS if or_autocast else _ELSEWHERE_GUARDS
+    return any(guard() for guard in guards) or not calls().cpu_is_welcome()
 
 
 def autocast_type() -> int:

@@ -59,7 +59,7 @@ def layers(
     states = _states_of_ordinary(cell, x, hx)
     if states is None:
         return None
-    if x.dtype != torch.float32 and (is_packed or lengths is not None or resets is not None):
+    if (is_packed or lengths is not None or resets is not None) and not _is_float32(x):
         return None
     if x.dim() == 2 and not is_packed and lengths is None and resets is None:
         return _unbatched(module, x, states)
@@ -166,7 +166,7 @@ def _states_of_ordinary(cell: Cell, input: Any, hx: Any) -> States | None:
     """hx as (h0, c0), or None: the call is not for here."""
     if not direct.are_plain((input,)):
         return None
-    if direct.is_watched() or forward_ad._current_level >= 0:
+    if direct.is_watched(or_autocast=False) or forward_ad._current_level >= 0:
         return None
     if input.dtype not in direct.NUMBER_TYPES or not input.is_cpu:
         return None
@@ -179,6 +179,11 @@ def _states_of_ordinary(cell: Cell, input: Any, hx: Any) -> States | None:
         return None
     h0, c0 = (*dense, None, None)[:2]
     return h0, c0
+
+
+def _is_float32(x: Tensor) -> bool:
+    """Whether a layer computes in float32: half types and autocast are the extension module's."""
+    return x.dtype == torch.float32 and not torch._C._is_any_autocast_enabled()
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
@@ -258,6 +263,8 @@ def _run(
     if batch_sizes is None:
         outputs = _run_directly(cell, x, states, weights, directions)
     if outputs is None:
+        if not _is_float32(x):
+            return None
         save = _wants_gradients(*weights, x, *states)
         with torch._C._AutoDispatchBelowAutograd():
             outputs = direct.train_layer(cell, x, *states, weights, batch_sizes, directions, save)
@@ -424,7 +431,9 @@ def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
 
 def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
     """Differentiable ones where grad mode is on."""
-    batch_sizes, y, gates, cells, x, h0, c0, *weights = saved
+    batch_sizes, y, gates, cells, *given = saved
+    # What autocast had made of them.
+    x, h0, c0, *weights = (t if t is None else t.to(y.dtype) for t in given)
     if ctx.is_step:
         x, h0, c0, y, *grads = (
             None if t is None else t.unsqueeze(0) for t in (x, h0, c0, y, *grads)
@@ -445,4 +454,5 @@ def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
         (*needs[:3], False, False, *needs[3:]),
     )
     states = [g.squeeze(0) if ctx.is_step and g is not None else g for g in results[:3]]
-    return [*states, *results[5:]]
+    results = zip([*states, *results[5:]], given, strict=True)
+    return [g if g is None or t is None else g.to(t.dtype) for g, t in results]

@@ -38,12 +38,13 @@ struct Shape {
 };
 
 // A call's arrays as kernels over elements of E take them, and memory for its results. Those of a
-// half type are computed in E and in floats, what is not E being rounded by `finish`.
+// half type are computed in E and in floats, and `finish` makes of these what is returned: with
+// autocast, gradients are of the type of what they belong to, rounded to the call's.
 template <class E>
 class Border {
  public:
-  Border(NumberType type, const Allocator& allocate)
-      : type_(type), allocate_(allocate), operands_(type) {}
+  Border(const TrainCall& call, const Allocator& allocate)
+      : type_(call.type), autocast_(call.autocast), allocate_(allocate), operands_(call.type) {}
 
   // Whether an array is not given, or has that shape and the call's type, and lies together where
   // it may not be strided; then `to` are its numbers, or null.
@@ -55,7 +56,10 @@ class Border {
     return true;
   }
 
-  bool takes(const Array& array) const { return array.exists() && array.type == type_; }
+  bool takes(const Array& array) const {
+    return array.exists() &&
+           (array.type == type_ || (autocast_ && array.type == NumberType::float32));
+  }
 
   template <class To>
   const To* numbers(const Array& array) {
@@ -69,17 +73,25 @@ class Border {
     }
   }
 
+  // Of the call's type, or of another that is one of its arrays'.
   template <class To>
-  To* result(const int64_t* sizes, int64_t dimensions) {
-    void* output = allocate_.allocate(allocate_.context, type_, sizes, dimensions, false);
-    if (type_ == NumberType::float32 || !std::is_same_v<To, float>) return static_cast<To*>(output);
+  To* result(const int64_t* sizes, int64_t dimensions, NumberType of) {
+    void* output = allocate_.allocate(allocate_.context, of, sizes, dimensions, false);
+    constexpr bool kElements = !std::is_same_v<To, float>;
+    if (type_ == NumberType::float32 || (kElements && of == type_)) return static_cast<To*>(output);
     int64_t count = 1;
     for (int64_t i = 0; i < dimensions; i++) count *= sizes[i];
-    return reinterpret_cast<To*>(rounded(count, static_cast<uint16_t*>(output)));
+    unfinished_.push_back({memory(count), count, output, kElements, of != type_});
+    return reinterpret_cast<To*>(unfinished_.back().from.get());
   }
   template <class To>
   To* result(const Shape& shape) {
-    return result<To>(shape.sizes(), shape.dimensions());
+    return result<To>(shape.sizes(), shape.dimensions(), type_);
+  }
+  // The gradient of an array.
+  template <class To>
+  To* result_for(const Array& array) {
+    return result<To>(array.sizes, array.dimensions, array.type);
   }
 
   // [D, N, width] for backward.
@@ -88,31 +100,42 @@ class Border {
     if constexpr (std::is_same_v<E, float>) {
       if (type_ == NumberType::float32) return allocate_.saved(directions, count, width);
     }
-    return result<E>(sizes, 3);
+    return result<E>(sizes, 3, type_);
   }
 
   // To be called when the kernels are done.
   void finish() const {
-    for (const Rounded& r : rounded_) narrow(type_, r.from.get(), r.count, r.to);
+    for (const Unfinished& u : unfinished_) {
+      if (u.is_wide) {
+        const auto* halves = reinterpret_cast<const uint16_t*>(u.from.get());
+        Memory narrowed;
+        if (!u.elements) {
+          narrowed = memory((u.count + 1) / 2);
+          narrow(type_, u.from.get(), u.count, reinterpret_cast<uint16_t*>(narrowed.get()));
+          halves = reinterpret_cast<const uint16_t*>(narrowed.get());
+        }
+        widen(type_, halves, u.count, static_cast<float*>(u.to));
+      } else {
+        narrow(type_, u.from.get(), u.count, static_cast<uint16_t*>(u.to));
+      }
+    }
   }
 
  private:
-  struct Rounded {
+  struct Unfinished {
     Memory from;
     int64_t count;
-    uint16_t* to;
+    void* to;
+    bool elements;  // whether `from` has elements, else floats
+    bool is_wide;   // whether `to` is of float32
   };
 
-  float* rounded(int64_t count, uint16_t* to) {
-    rounded_.push_back({memory(count), count, to});
-    return rounded_.back().from.get();
-  }
-
   const NumberType type_;
+  const bool autocast_;
   const Allocator& allocate_;
   Operands<E> operands_;
   std::vector<Dense> dense_;
-  std::vector<Rounded> rounded_;
+  std::vector<Unfinished> unfinished_;
 };
 
 struct Shapes {
@@ -193,7 +216,7 @@ std::optional<Layer<E>> read_layer(const TrainCall& given, Border<E>& border) {
 
 template <class E>
 bool forward(const KernelsOf<E>& isa, const TrainCall& given, const Allocator& allocate) {
-  Border<E> border(given.type, allocate);
+  Border<E> border(given, allocate);
   std::optional<Layer<E>> layer = read_layer(given, border);
   if (!layer) return false;
   ForwardCallOf<E>& call = layer->call;
@@ -231,16 +254,16 @@ class Gradients {
     return wanted;
   }
   // Null where it is not wanted.
-  E* next_elements(const Shape& shape) {
-    return next_is_wanted() ? border_.template result<E>(shape) : nullptr;
+  template <class To>
+  To* next(const Array& like) {
+    return next_is_wanted() ? border_.template result_for<To>(like) : nullptr;
   }
-  float* next(const Array& like) {
-    if (!next_is_wanted()) return nullptr;
-    return border_.template result<float>(like.sizes, like.dimensions);
-  }
-  // What kernels write in any case.
-  float* next_or_scratch(const Shape& shape) {
-    if (next_is_wanted()) return border_.template result<float>(shape);
+  // What kernels write in any case, of an initial state that may not be given.
+  float* next_or_scratch(const Array* like, const Shape& shape) {
+    if (next_is_wanted()) {
+      return like ? border_.template result_for<float>(*like)
+                  : border_.template result<float>(shape);
+    }
     scratch_.push_back(memory(shape.count()));
     return scratch_.back().get();
   }
@@ -253,7 +276,7 @@ class Gradients {
 
 template <class E>
 bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const Allocator& allocate) {
-  Border<E> border(given.type, allocate);
+  Border<E> border(given, allocate);
   const std::optional<Layer<E>> layer = read_layer(given, border);
   if (!layer) return false;
   const Shapes& shapes = layer->shapes;
@@ -281,10 +304,10 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
   call.x = layer->call.x;
   call.h0 = layer->call.h0;
   call.c0 = layer->call.c0;
-  call.grad_x = grads.next_elements(shapes.x);
-  call.grad_h0 = grads.next_or_scratch(shapes.h);
+  call.grad_x = grads.template next<E>(given.x);
+  call.grad_h0 = grads.next_or_scratch(given.states.h, shapes.h);
   if (sizes.has_c) {
-    call.grad_c0 = grads.next_or_scratch(shapes.c);
+    call.grad_c0 = grads.next_or_scratch(given.states.c, shapes.c);
   } else {
     grads.next_is_wanted();
   }
@@ -294,7 +317,7 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
     float** fields[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr};
     const int64_t which = i % per_direction;
     const bool is_projection = projected(s) && which == per_direction - 1;
-    *fields[is_projection ? kProjection : which] = grads.next(given.weights[i]);
+    *fields[is_projection ? kProjection : which] = grads.template next<float>(given.weights[i]);
   }
   layer_backward(isa, call, torch_threads());
   border.finish();
@@ -307,7 +330,8 @@ int64_t count_of(const Array& array) {
   return count;
 }
 
-// Whether so much of a half type would become floats, or be made of them, that torch does it better.
+// Whether so much of a half type would become floats, or be made of them, that torch does it
+// better.
 bool is_much(const TrainCall& given) {
   const Array& x = given.x;
   const int64_t width = std::max<int64_t>(1, x.sizes[x.dimensions - 1]);
