@@ -177,8 +177,10 @@ def test_who_watches_or_redirects_gets_none(monkeypatch):
         return forward(arguments), backward(arguments, saved, ALL_NEEDS, grads)
 
     assert None not in answers()
-    with torch.autocast("cpu"):
-        assert answers() == (None, None)
+    with torch.autocast("cpu"):  # is heeded, by forward alone
+        y, *_ = forward(arguments)
+        (grad, *_) = backward(arguments, saved, ALL_NEEDS, grads)
+    assert (y.dtype, grad.dtype) == (torch.bfloat16, torch.float32)
     with torch.profiler.profile():
         assert answers() == (None, None)
     with torch.overrides.BaseTorchFunctionMode():

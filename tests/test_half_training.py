@@ -1,0 +1,182 @@
+"""Training in a half type, or under autocast, by the library (csrc/cpu/train.cpp): the general
+way's bits, with gradients in the type of what they belong to."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from test_direct_calls import LAID_OUT
+from test_half_calls import HALVES, LAYERS, states_of
+from test_streaming import Ways, states
+from test_training_calls import assert_both_ways, run
+
+import fused_rnn
+from fused_rnn import direct, native, training
+from fused_rnn.cells import CELLS
+from fused_rnn.modules import make_module
+from fused_rnn.testing import cpu_capability
+
+pytestmark = [
+    pytest.mark.usefixtures("cpu_backend"),
+    pytest.mark.skipif(
+        direct.calls() is direct._NoCalls,
+        reason=native.cpu_library_error()
+        or "no extension module, or torch has no exchange of tensors",
+    ),
+]
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    return Ways(monkeypatch, training)
+
+
+@pytest.fixture(params=HALVES, ids=str)
+def dtype(request):
+    return request.param
+
+
+OPTIONS = [{}, {"bias": False, "batch_first": True}, {"num_layers": 3, "bidirectional": True}]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", OPTIONS, ids=len)
+def test_layers_have_the_general_ways_bits(cell, options, dtype, ways):
+    module = make_module(cell, 5, 17, **options).to(dtype)
+    parts = len(module._all_weights)
+    for timesteps, batch in ((1, 1), (7, 3), (3, 60)):
+        sizes = (batch, timesteps) if module.batch_first else (timesteps, batch)
+        x = torch.randn(*sizes, 5, dtype=dtype)
+        for hx in (None, states_of(dtype, cell, parts, batch, 17)):
+            assert_both_ways(ways, module, x, hx)
+
+
+@pytest.mark.parametrize("capability", ["amx", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("cell", LAYERS)
+def test_of_every_instruction_set(capability, cell, dtype, ways):
+    with cpu_capability(capability):
+        try:
+            native.cpu_capability()
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        for sizes in ((3, 1), (20, 33)):
+            module = make_module(cell, *sizes).to(dtype)
+            assert_both_ways(ways, module, torch.randn(4, 9, sizes[0], dtype=dtype))
+            with torch.autocast("cpu", dtype):
+                module = make_module(cell, *sizes)
+                assert_both_ways(ways, module, torch.randn(4, 9, sizes[0]))
+
+
+def test_projected_layers(dtype, ways):
+    module = fused_rnn.LSTM(5, 19, 2, proj_size=4, bidirectional=True).to(dtype)
+    hx = torch.randn(4, 3, 4, dtype=dtype), torch.randn(4, 3, 19, dtype=dtype)
+    for given in (None, hx):
+        assert_both_ways(ways, module, torch.randn(6, 3, 5, dtype=dtype), given)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_cells(name, autocast, dtype, ways):
+    module = getattr(fused_rnn, name)(5, 9).to(torch.float32 if autocast else dtype)
+    cell = {"RNNCell": "rnn_tanh", "GRUCell": "gru", "LSTMCell": "lstm"}[name]
+    with torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext():
+        for shape in ((3, 5), (1, 5), (5,)):
+            x = torch.randn(shape, dtype=module.weight_ih.dtype)
+            for hx in (None, states_of(x.dtype, cell, *shape[:-1], 9)):
+                assert_both_ways(ways, module, x, hx)
+
+
+# There are no complex numbers of bfloat16.
+@pytest.mark.parametrize("layout", sorted(LAID_OUT.keys() - {"real part"}))
+def test_input_may_lie_in_any_order(layout, dtype, ways):
+    module = fused_rnn.GRU(5, 17).to(dtype)
+    x = LAID_OUT[layout](torch.randn(4, 3, 5, dtype=dtype))
+    y, _ = module(x)
+    assert ways.direct == 1
+    expected, _ = module(x.contiguous())
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=len)
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast_is_heeded(cell, options, dtype, ways):
+    module = make_module(cell, 5, 17, **options)
+    parts, sizes = len(module._all_weights), (3, 7) if module.batch_first else (7, 3)
+    x = torch.randn(*sizes, 5)
+    with torch.autocast("cpu", dtype):
+        for given in (x, x.to(dtype)):
+            for hx in (None, states(cell, parts, 3, 17), states_of(dtype, cell, parts, 3, 17)):
+                assert_both_ways(ways, module, given, hx)
+        assert module(x)[0].dtype == dtype
+    assert all(g.dtype == torch.float32 for g in run(module, x))
+
+
+def test_gradients_are_in_the_type_of_what_they_belong_to(dtype):
+    module = fused_rnn.LSTM(5, 6)
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    h0 = torch.randn(1, 3, 6, dtype=dtype, requires_grad=True)
+    c0 = torch.randn(1, 3, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y, _ = module(x, (h0, c0))
+    y.float().square().sum().backward()
+    for t in (x, h0, c0, *module.parameters()):
+        assert t.grad.dtype == t.dtype and t.grad.count_nonzero() > 0
+
+
+def test_gradients_of_gradients_under_autocast(dtype, ways):
+    module, x = fused_rnn.GRU(4, 6), torch.randn(5, 3, 4, requires_grad=True)
+
+    def twice():
+        with torch.autocast("cpu", dtype):
+            y, _ = module(x)
+        (grad,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+        return [grad, *torch.autograd.grad(grad.square().sum(), [x, *module.parameters()])]
+
+    actual = twice()
+    assert ways.direct == 1
+    # Sums over timesteps are rounded in other places.
+    for a, e in zip(actual, ways.call_generally(twice), strict=True):
+        assert a.dtype == e.dtype and (a - e).norm() <= 0.02 * e.norm()
+
+
+def test_backward_does_not_ask_for_autocast(dtype):
+    module, x = fused_rnn.LSTM(4, 6), torch.randn(5, 3, 4)
+    grads = []
+    for inside in (False, True):
+        with torch.autocast("cpu", dtype):
+            y, _ = module(x)
+            loss = y.float().square().sum()
+            if inside:
+                grads.append(torch.autograd.grad(loss, list(module.parameters())))
+        if not inside:
+            grads.append(torch.autograd.grad(loss, list(module.parameters())))
+    assert all(map(torch.equal, *grads))
+
+
+def test_much_to_convert_is_the_general_ways(dtype, ways):
+    module = fused_rnn.GRU(8, 300).to(dtype)
+    run(module, torch.randn(2, 2, 8, dtype=dtype))
+    assert (ways.direct, ways.general) == (0, 1)
+
+
+@pytest.mark.parametrize("ragged", ["lengths", "resets", "packed"])
+def test_ragged_rows_are_the_general_ways(ragged, dtype, ways):
+    module = fused_rnn.GRU(5, 6).to(dtype)
+    x = torch.randn(4, 3, 5, dtype=dtype)
+    if ragged == "packed":
+        module(torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2, 1])))
+    elif ragged == "lengths":
+        module(x, lengths=torch.tensor([4, 2, 1]))
+    else:
+        module(x, resets=torch.zeros(4, 3, dtype=torch.bool))
+    assert (ways.direct, ways.general) == (0, 1)
+
+
+def test_types_that_differ_are_the_general_ways_to_name(dtype):
+    module = fused_rnn.GRU(5, 6).to(dtype)
+    with pytest.raises(ValueError, match="input dtype"):
+        module(torch.randn(4, 3, 5))
+    with pytest.raises(RuntimeError, match="hx: expected dtype"):
+        module(torch.randn(4, 3, 5, dtype=dtype), torch.randn(1, 3, 6))
