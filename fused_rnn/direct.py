@@ -76,7 +76,11 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
     if forward_ad._current_level >= 0:
         return None
-    weights = cell_weights(module)
+    own = own_parameters(module, CELL_WEIGHTS)
+    # Those that are computed are looked at once: a spectral norm takes a step at each look.
+    if own is None and is_watched():
+        return None
+    weights = cell_weights(module) if own is None else those_given(own)
     result = calls().infer_cell(cell.index, input, weights, hx, module.hidden_size)
     if result is not None:
         return result
@@ -95,19 +99,26 @@ def layer_weights(module: torch.nn.RNNBase) -> list[Any]:
 
 def cell_weights(module: torch.nn.RNNCellBase) -> list[Any]:
     """w_ih, w_hh and the biases there are, whatever `module.bias` says, as torch.nn takes them."""
-    weights = _attributes(module, CELL_WEIGHTS)
-    # A cell without biases has an entry for each, which is None.
-    if weights[2] is weights[3] is None:
-        del weights[2:]
-    return weights
+    return those_given(_attributes(module, CELL_WEIGHTS))
 
 
-def _attributes(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:
+def those_given(weights: list[Any]) -> list[Any]:
+    """A cell without biases has an entry for each, which is None."""
+    return weights[:2] if weights[2] is weights[3] is None else weights
+
+
+def own_parameters(module: torch.nn.Module, names: Iterable[str]) -> list[Any] | None:
+    """None where one is computed, which looking at it may change, or is a plain attribute."""
     parameters = module._parameters
     try:
         return [parameters[name] for name in names]
-    except KeyError:  # parametrized, or replaced by a plain attribute
-        return [getattr(module, name) for name in names]
+    except KeyError:
+        return None
+
+
+def _attributes(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:
+    own = own_parameters(module, names)
+    return [getattr(module, name) for name in names] if own is None else own
 
 
 def is_watched(or_autocast: bool = True) -> bool:

@@ -65,6 +65,8 @@ def layers(
         return _unbatched(module, x, states)
     if x.dim() != (2 if is_packed else 3):
         return None
+    if _would_look_twice(module, module._flat_weights_names, x):
+        return None
     weights = direct.layer_weights(module)
     if not direct.are_plain(weights):
         return None
@@ -110,10 +112,10 @@ def _one_layer(
 ) -> tuple[Tensor, Any] | None:
     """As `layers` for [T, B, I], with nothing asked that the library's call asks by itself."""
     states = direct.given_states(cell, hx)
-    if states is None or type(input) is not Tensor or input.dim() != 3:
+    weights = direct.own_parameters(module, module._flat_weights_names)
+    if states is None or weights is None or type(input) is not Tensor or input.dim() != 3:
         return None
-    directions = 2 if module.bidirectional else 1
-    result = _run_directly(cell, input, states, direct.layer_weights(module), directions)
+    result = _run_directly(cell, input, states, weights, 2 if module.bidirectional else 1)
     if result is None:
         return None
     return result[0], result[1:] if cell.has_c else result[1]
@@ -138,9 +140,11 @@ def _unbatched(module: torch.nn.RNNBase, input: Tensor, states: States) -> tuple
 
 def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
-    weights = direct.cell_weights(module)
+    weights = direct.own_parameters(module, direct.CELL_WEIGHTS)
     states = direct.given_states(cell, hx)
-    if states is not None and type(input) is Tensor and input.dim() == 2:
+    is_plain = weights is not None and states is not None and type(input) is Tensor
+    if is_plain and input.dim() == 2:
+        weights = direct.those_given(weights)
         result = _run_directly(cell, input, states, weights, 1)
         if result is not None and weights[1].shape[1] == module.hidden_size:
             return result if cell.has_c else result[0]
@@ -151,6 +155,9 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
         if any(s is not None and s.dim() != 1 for s in states):
             return None
         input, *states = (t if t is None else t.unsqueeze(0) for t in (input, *states))
+    if _would_look_twice(module, direct.CELL_WEIGHTS, input):
+        return None
+    weights = direct.cell_weights(module)
     if not direct.are_plain(weights) or weights[1].shape[-1] != module.hidden_size:
         return None
     # Usually a timestep of a batch, and of a batch-first one no two rows lie together.
@@ -184,6 +191,12 @@ def _states_of_ordinary(cell: Cell, input: Any, hx: Any) -> States | None:
 def _is_float32(x: Tensor) -> bool:
     """Whether a layer computes in float32: half types and autocast are the extension module's."""
     return x.dtype == torch.float32 and not torch._C._is_any_autocast_enabled()
+
+
+def _would_look_twice(module: torch.nn.Module, names: Any, x: Tensor) -> bool:
+    """Whether weights are computed, as for a spectral norm that takes a step at each look, and the
+    extension module may decline them: the general way would look again."""
+    return not _is_float32(x) and direct.own_parameters(module, names) is None
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:

@@ -631,14 +631,27 @@ def test_reparametrized_weights(variant, kind):
     assert not torch.equal(ours(*args)[0], stepped)
 
 
-def test_spectral_norm_takes_one_step_a_call():
-    _, ours = pair("lstm", dtype=torch.float64)
-    parametrizations.spectral_norm(ours, "weight_hh_l0")
-    twin = copy.deepcopy(ours)
-    ours(make_input("padded"))
-    assert twin.weight_hh_l0 is not None
-    found, expected = (m.parametrizations.weight_hh_l0[0]._u for m in (ours, twin))
-    assert torch.equal(found, expected)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 300])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_spectral_norm_takes_one_step_a_call(gradients, width, dtype, autocast, backend):
+    for ours, name in (
+        (fused_rnn.LSTM(4, width), "weight_hh_l0"),
+        (fused_rnn.GRU(4, width, batch_first=True), "weight_hh_l0"),
+        (fused_rnn.GRUCell(4, width), "weight_hh"),
+    ):
+        parametrizations.spectral_norm(ours.to(dtype), name)
+        twin = copy.deepcopy(ours)
+        shape = (3, 4) if isinstance(ours, nn.RNNCellBase) else (5, 3, 4)
+        heeded = torch.autocast("cpu", torch.float16, enabled=autocast), fused_rnn.backend(backend)
+        with torch.set_grad_enabled(gradients):
+            with heeded[0], heeded[1]:
+                ours(torch.randn(shape, dtype=dtype))
+            assert getattr(twin, name) is not None
+        found, expected = (m.parametrizations[name][0]._u for m in (ours, twin))
+        assert torch.equal(found, expected)
 
 
 def test_removed_reparametrizations():
