@@ -69,8 +69,7 @@ struct Owned {
 
   static Owned* make(NumberType type, const int64_t* sizes, int64_t dimensions, bool swapped) {
     const DLDataType dtype = dtype_of(type);
-    int64_t count = 1;
-    for (int64_t i = 0; i < dimensions; i++) count *= sizes[i];
+    const int64_t count = count_of(sizes, dimensions);
     const size_t bytes = static_cast<size_t>(count) * (dtype.bits / 8);
     // Its blocks of the sizes that were just freed cost a tenth of aligned ones.
     void* memory = std::malloc(sizeof(Owned) + kLine + bytes);
@@ -266,24 +265,18 @@ PyObject* results(Outputs& outputs, bool has_c) {
 
 constexpr int64_t kLstm = 3;
 
-int64_t count_of(const Array& array) {
-  int64_t count = 1;
-  for (int64_t i = 0; i < array.dimensions; i++) count *= array.sizes[i];
-  return count;
-}
-
 // Floating-point operations, about: every weight meets every row.
 double flops_of(const InferCall& call) {
   int64_t weights = 0;
-  for (int64_t i = 0; i < call.weight_count; i++) weights += count_of(call.weights[i]);
+  for (int64_t i = 0; i < call.weight_count; i++) weights += call.weights[i].count();
   const int64_t width = call.x.dimensions > 0 ? call.x.sizes[call.x.dimensions - 1] : 0;
-  const int64_t rows = width > 0 ? count_of(call.x) / width : 1;
+  const int64_t rows = width > 0 ? call.x.count() / width : 1;
   return 2.0 * static_cast<double>(weights) * static_cast<double>(rows);
 }
 
 double flops_of(const StepCall& call) {
   const int64_t rows = call.x.dimensions == 2 ? call.x.sizes[0] : 1;
-  return 2.0 * static_cast<double>(count_of(call.packed)) * static_cast<double>(rows);
+  return 2.0 * static_cast<double>(call.packed.count()) * static_cast<double>(rows);
 }
 
 // The arguments keep all arrays alive. Where one thread does all, which takes some 10 us, other
@@ -307,16 +300,20 @@ PyObject* infer(bool (*function)(const Call&, const Allocator&), const Call& cal
   return results(outputs, call.cell == kLstm);
 }
 
-// Of a list that is the caller's own: no other thread changes it meanwhile.
-bool read_weights(PyObject* weights, std::vector<Array>& arrays) {
-  if (!PyList_CheckExact(weights)) return false;
-  const Py_ssize_t count = PyList_GET_SIZE(weights);
+// Whether all are arrays, and dense.
+bool read_weights(PyObject* const* objects, Py_ssize_t count, std::vector<Array>& arrays) {
   arrays.reserve(static_cast<size_t>(count));
   for (Py_ssize_t i = 0; i < count; i++) {
-    arrays.push_back(array_of(PyList_GET_ITEM(weights, i)));
+    arrays.push_back(array_of(objects[i]));
     if (!arrays.back().exists()) return false;
   }
   return true;
+}
+
+// Of a list that is the caller's own: no other thread changes it meanwhile.
+bool read_weights(PyObject* list, std::vector<Array>& arrays) {
+  return PyList_CheckExact(list) &&
+         read_weights(PySequence_Fast_ITEMS(list), PyList_GET_SIZE(list), arrays);
 }
 
 // What infer_layers and infer_cell have in common: cell, input, weights, hx.
@@ -379,12 +376,6 @@ PyObject* infer_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // to be saved is kept for the next step there (csrc/cpu/saved.h).
 constexpr int64_t kMostSaved = 1 << 20;  // floats of all gates
 
-// Floats of all gates, about.
-int64_t gates_of(const InferCall& call) {
-  const int64_t width = call.x.sizes[call.x.dimensions - 1];
-  return width > 0 ? count_of(call.x) / width * call.weights[1].sizes[0] : kMostSaved;
-}
-
 // An argument that may be None, dense or strided.
 struct GivenArray {
   Array array{};
@@ -413,15 +404,11 @@ struct TrainedArrays {
     h0 = GivenArray(args[1]);
     c0 = GivenArray(args[2]);
     if (!call.x.exists() || call.x.dimensions < 2 || !h0.fits || !c0.fits) return false;
-    weights.reserve(static_cast<size_t>(count));
-    for (Py_ssize_t i = kWeights; i < count; i++) {
-      weights.push_back(array_of(args[i]));
-      if (!weights.back().exists()) return false;
-    }
+    if (!read_weights(args + kWeights, count - kWeights, weights)) return false;
     call.weights = weights.data();
     call.weight_count = static_cast<int64_t>(weights.size());
     call.states = {h0.get(), c0.get()};
-    return call.weight_count >= 2 && weights[1].dimensions == 2 && gates_of(call) <= kMostSaved;
+    return call.weight_count >= 2 && weights[1].dimensions == 2 && call.gates() <= kMostSaved;
   }
 };
 

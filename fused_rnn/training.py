@@ -276,17 +276,9 @@ def _run(
     if batch_sizes is None:
         outputs = _run_directly(cell, x, states, weights, directions)
     if outputs is None:
-        if not _is_float32(x):
-            return None
-        save = _wants_gradients(*weights, x, *states)
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = direct.train_layer(cell, x, *states, weights, batch_sizes, directions, save)
-        if not outputs:
-            return None
-        if save:
-            outputs = _apply(cell, directions, batch_sizes, outputs, x, *states, *weights)
-    if pieces is None:
-        return tuple(outputs)
+        outputs = _run_by_operators(cell, x, states, weights, directions, batch_sizes)
+    if outputs is None or pieces is None:
+        return outputs
     y, *final = outputs
     return y, *(pieces.final(s, of_row) for s, of_row in zip(final, of_rows, strict=False))
 
@@ -303,11 +295,28 @@ def _run_directly(
     except AttributeError:  # not all weights are tensors
         return None
     outputs = direct.calls().train_layer(cell.index, directions, save, x, *states, *weights)
-    if outputs is None:
-        return None
-    if not save:
-        return tuple(outputs)
+    if outputs is None or not save:
+        return outputs if outputs is None else tuple(outputs)
     return _apply(cell, directions, None, outputs, x, *states, *weights)
+
+
+def _run_by_operators(
+    cell: Cell,
+    x: Tensor,
+    states: States,
+    weights: list[Tensor],
+    directions: int,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, ...] | None:
+    """As `_run`, in float32."""
+    if not _is_float32(x):
+        return None
+    save = _wants_gradients(*weights, x, *states)
+    with torch._C._AutoDispatchBelowAutograd():
+        outputs = direct.train_layer(cell, x, *states, weights, batch_sizes, directions, save)
+    if not outputs or not save:
+        return tuple(outputs) or None
+    return _apply(cell, directions, batch_sizes, outputs, x, *states, *weights)
 
 
 def _cut(x: Tensor, lengths: Any, resets: Any, batch_first: bool) -> Pieces | None:

@@ -15,10 +15,11 @@ from fused_rnn import direct, native
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
-pytestmark = pytest.mark.skipif(
+has_direct_calls = pytest.mark.skipif(
     direct.calls() is direct._NoCalls,
     reason=native.cpu_library_error() or "no extension module, or torch has no exchange of tensors",
 )
+pytestmark = has_direct_calls
 LAYERS = list(CELLS)
 
 

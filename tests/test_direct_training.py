@@ -7,23 +7,16 @@ import sys
 
 import pytest
 import torch
-from test_direct_calls import asked, operators_only  # noqa: F401, fixtures
+from test_direct_calls import asked, has_direct_calls, operators_only  # noqa: F401, fixtures
 from test_streaming import flat
 from test_training_calls import MISFITS, operator_arguments, run
 
 import fused_rnn
-from fused_rnn import direct, native
+from fused_rnn import direct
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
-pytestmark = [
-    pytest.mark.usefixtures("cpu_backend"),
-    pytest.mark.skipif(
-        direct.calls() is direct._NoCalls,
-        reason=native.cpu_library_error()
-        or "no extension module, or torch has no exchange of tensors",
-    ),
-]
+pytestmark = [pytest.mark.usefixtures("cpu_backend"), has_direct_calls]
 
 
 def forward(arguments, save=True, calls=None):

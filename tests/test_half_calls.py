@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_direct_calls import LAID_OUT
+from test_direct_calls import LAID_OUT, has_direct_calls
 from test_streaming import flat, states
 
 import fused_rnn
-from fused_rnn import direct, dispatch, native
+from fused_rnn import direct, dispatch
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
-from fused_rnn.testing import cpu_capability
 
-pytestmark = pytest.mark.skipif(
-    direct.calls() is direct._NoCalls,
-    reason=native.cpu_library_error() or "no extension module, or torch has no exchange of tensors",
-)
+pytestmark = has_direct_calls
 HALVES = [torch.bfloat16, torch.float16]
 LAYERS = ["rnn_tanh", "rnn_relu", "gru", "lstm"]
 
@@ -65,17 +61,11 @@ def test_layers_have_the_general_ways_bits(cell, options, dtype):
             assert_short_way_agrees(module, x, hx)
 
 
-@pytest.mark.parametrize("capability", ["amx", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("cell", LAYERS)
-def test_of_every_instruction_set(capability, cell, dtype):
-    with cpu_capability(capability):
-        try:
-            native.cpu_capability()
-        except RuntimeError as error:
-            pytest.skip(str(error))
-        for sizes in ((3, 1), (33, 100)):
-            module = make_module(cell, *sizes, num_layers=2).to(dtype)
-            assert_short_way_agrees(module, torch.randn(4, 3, sizes[0], dtype=dtype), None)
+def test_of_every_instruction_set(instruction_set, cell, dtype):
+    for sizes in ((3, 1), (33, 100)):
+        module = make_module(cell, *sizes, num_layers=2).to(dtype)
+        assert_short_way_agrees(module, torch.randn(4, 3, sizes[0], dtype=dtype), None)
 
 
 def test_projected_layers(dtype):

@@ -7,25 +7,17 @@ import contextlib
 
 import pytest
 import torch
-from test_direct_calls import LAID_OUT
+from test_direct_calls import LAID_OUT, has_direct_calls
 from test_half_calls import HALVES, LAYERS, states_of
 from test_streaming import Ways, states
 from test_training_calls import assert_both_ways, run
 
 import fused_rnn
-from fused_rnn import direct, native, training
+from fused_rnn import training
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
-from fused_rnn.testing import cpu_capability
 
-pytestmark = [
-    pytest.mark.usefixtures("cpu_backend"),
-    pytest.mark.skipif(
-        direct.calls() is direct._NoCalls,
-        reason=native.cpu_library_error()
-        or "no extension module, or torch has no exchange of tensors",
-    ),
-]
+pytestmark = [pytest.mark.usefixtures("cpu_backend"), has_direct_calls]
 
 
 @pytest.fixture
@@ -53,20 +45,14 @@ def test_layers_have_the_general_ways_bits(cell, options, dtype, ways):
             assert_both_ways(ways, module, x, hx)
 
 
-@pytest.mark.parametrize("capability", ["amx", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("cell", LAYERS)
-def test_of_every_instruction_set(capability, cell, dtype, ways):
-    with cpu_capability(capability):
-        try:
-            native.cpu_capability()
-        except RuntimeError as error:
-            pytest.skip(str(error))
-        for sizes in ((3, 1), (20, 33)):
-            module = make_module(cell, *sizes).to(dtype)
-            assert_both_ways(ways, module, torch.randn(4, 9, sizes[0], dtype=dtype))
-            with torch.autocast("cpu", dtype):
-                module = make_module(cell, *sizes)
-                assert_both_ways(ways, module, torch.randn(4, 9, sizes[0]))
+def test_of_every_instruction_set(instruction_set, cell, dtype, ways):
+    for sizes in ((3, 1), (20, 33)):
+        module = make_module(cell, *sizes).to(dtype)
+        assert_both_ways(ways, module, torch.randn(4, 9, sizes[0], dtype=dtype))
+        with torch.autocast("cpu", dtype):
+            module = make_module(cell, *sizes)
+            assert_both_ways(ways, module, torch.randn(4, 9, sizes[0]))
 
 
 def test_projected_layers(dtype, ways):

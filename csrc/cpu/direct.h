@@ -13,6 +13,12 @@ enum class NumberType : int8_t { float32, bfloat16, float16 };
 constexpr NumberType kNumberTypes[] = {NumberType::float32, NumberType::bfloat16,
                                        NumberType::float16};
 
+inline int64_t count_of(const int64_t* sizes, int64_t dimensions) {
+  int64_t count = 1;
+  for (int64_t i = 0; i < dimensions; i++) count *= sizes[i];
+  return count;
+}
+
 // An array on the CPU, of float32 or of a half type; anything else has no numbers.
 struct Array {
   const float* data;  // of float32, else null
@@ -34,6 +40,7 @@ struct Array {
     return array;
   }
 
+  int64_t count() const { return count_of(sizes, dimensions); }
   bool exists() const { return data != nullptr || halves != nullptr; }
   bool is_dense() const { return exists() && strides == nullptr; }
   bool has_shape(std::initializer_list<int64_t> shape) const {
@@ -106,6 +113,12 @@ struct InferCall {
   // rounds those of float32 to it.
   NumberType type;
   bool autocast;
+
+  // Numbers of all gates of a layer's rows, about.
+  int64_t gates() const {
+    const int64_t width = std::max<int64_t>(1, x.sizes[x.dimensions - 1]);
+    return x.count() / width * weights[1].sizes[0];
+  }
 };
 
 struct LayersCall : InferCall {

@@ -79,8 +79,7 @@ class Border {
     void* output = allocate_.allocate(allocate_.context, of, sizes, dimensions, false);
     constexpr bool kElements = !std::is_same_v<To, float>;
     if (type_ == NumberType::float32 || (kElements && of == type_)) return static_cast<To*>(output);
-    int64_t count = 1;
-    for (int64_t i = 0; i < dimensions; i++) count *= sizes[i];
+    const int64_t count = count_of(sizes, dimensions);
     unfinished_.push_back({memory(count), count, output, kElements, of != type_});
     return reinterpret_cast<To*>(unfinished_.back().from.get());
   }
@@ -324,20 +323,11 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
   return true;
 }
 
-int64_t count_of(const Array& array) {
-  int64_t count = 1;
-  for (int64_t i = 0; i < array.dimensions; i++) count *= array.sizes[i];
-  return count;
-}
-
 // Whether so much of a half type would become floats, or be made of them, that torch does it
 // better.
 bool is_much(const TrainCall& given) {
-  const Array& x = given.x;
-  const int64_t width = std::max<int64_t>(1, x.sizes[x.dimensions - 1]);
-  const int64_t gates = given.weight_count > 1 ? given.weights[1].sizes[0] : 1;
-  int64_t converted = count_of(x) + count_of(x) / width * gates;
-  for (int64_t i = 0; i < given.weight_count; i++) converted += count_of(given.weights[i]);
+  int64_t converted = given.x.count() + given.gates();
+  for (int64_t i = 0; i < given.weight_count; i++) converted += given.weights[i].count();
   return converted > kMostConverted;
 }
 
