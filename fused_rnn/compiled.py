@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import direct, flops, functional, onnx, ops
+from . import direct, flops, functional, looks, onnx, ops
 from .cells import CELLS
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
@@ -33,7 +33,9 @@ _library.define(
 )
 
 
-def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
+def layers(
+    module: torch.nn.RNNBase, looked: list[Any], input: Any, hx: Any
+) -> tuple[Tensor, Any] | None:
     """What `module.forward(input, hx)` has to return, or None: take the general way. To be called
     while a compiler traces."""
     if torch.is_grad_enabled() or torch.compiler.is_exporting() or onnx.is_exporting():
@@ -45,7 +47,7 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
         return None
     if dropout != 0 and (module.training or not 0 <= dropout <= 1):
         return None
-    weights = module._weights()
+    weights = looks.attributes(module, module._flat_weights_names, looked)
     h0, c0 = hx if has_c and _is_pair(hx) else (hx, None)
     given = [input] if hx is None else [input, h0, c0] if has_c else [input, h0]
     if not all(_is_plain(tensor, 3) for tensor in given):

@@ -24,11 +24,11 @@ from torch.autograd import forward_ad
 
 from . import dispatch, handover
 from .cells import CELLS, Cell
+from .looks import cell_weights, layer_weights
 from .native import cpu_library_error, library_path
 from .once import once
 
 CELL_OF = {cell.torch_mode: cell for cell in CELLS.values()}
-CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 States = tuple[Tensor | None, Tensor | None]  # h0 and c0
 
@@ -50,7 +50,9 @@ _CALL_GUARDS = (torch._C._autograd._profiler_enabled, *_ELSEWHERE_GUARDS)
 NUMBER_TYPES = torch.float32, torch.bfloat16, torch.float16
 
 
-def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
+def layers(
+    module: torch.nn.RNNBase, looked: list[Any], input: Any, hx: Any
+) -> tuple[Tensor, Any] | None:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
     if forward_ad._current_level >= 0:
         return None
@@ -65,22 +67,18 @@ def layers(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Tensor, Any] 
     if is_watched() or (states := given_states(cell, hx)) is None:
         return None
     sizes = num_layers, 2 if module.bidirectional else 1, not module.batch_first
-    weights = layer_weights(module)
+    weights = layer_weights(module, looked)
     outputs = _by_operator_or_torch("layers", cell, input, weights, states, *sizes)
     if not outputs:
         return None
     return (outputs[0], (outputs[1], outputs[2])) if cell.has_c else (outputs[0], outputs[1])
 
 
-def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
+def step(module: torch.nn.RNNCellBase, looked: list[Any], cell: Cell, input: Any, hx: Any) -> Any:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
     if forward_ad._current_level >= 0:
         return None
-    own = own_parameters(module, CELL_WEIGHTS)
-    # Those that are computed are looked at once: a spectral norm takes a step at each look.
-    if own is None and is_watched():
-        return None
-    weights = cell_weights(module) if own is None else those_given(own)
+    weights = cell_weights(module, looked)
     result = calls().infer_cell(cell.index, input, weights, hx, module.hidden_size)
     if result is not None:
         return result
@@ -90,35 +88,6 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
     if not outputs:
         return None
     return (outputs[0], outputs[1]) if cell.has_c else outputs[0]
-
-
-def layer_weights(module: torch.nn.RNNBase) -> list[Any]:
-    """As in `functional`, whatever they are."""
-    return _attributes(module, module._flat_weights_names)
-
-
-def cell_weights(module: torch.nn.RNNCellBase) -> list[Any]:
-    """w_ih, w_hh and the biases there are, whatever `module.bias` says, as torch.nn takes them."""
-    return those_given(_attributes(module, CELL_WEIGHTS))
-
-
-def those_given(weights: list[Any]) -> list[Any]:
-    """A cell without biases has an entry for each, which is None."""
-    return weights[:2] if weights[2] is weights[3] is None else weights
-
-
-def own_parameters(module: torch.nn.Module, names: Iterable[str]) -> list[Any] | None:
-    """None where one is computed, which looking at it may change, or is a plain attribute."""
-    parameters = module._parameters
-    try:
-        return [parameters[name] for name in names]
-    except KeyError:
-        return None
-
-
-def _attributes(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:
-    own = own_parameters(module, names)
-    return [getattr(module, name) for name in names] if own is None else own
 
 
 def is_watched(or_autocast: bool = True) -> bool:

@@ -99,8 +99,9 @@ class GeneralScan:
     def _with_extras(weights: list[Tensor], extras: Sequence[Extras]) -> list[Tensor]:
         """The flat list that `ops.layer` takes, with a direction's extras behind its weights."""
         count, together = len(weights) // len(extras), []
+        dtype = state_dtype(weights[0].dtype)  # autocast joins no half types but its own
         for d, extra in enumerate(extras):
-            together += weights[d * count : (d + 1) * count] + extra.flat()
+            together += weights[d * count : (d + 1) * count] + extra.to(dtype).flat()
         return together
 
     def _draw(

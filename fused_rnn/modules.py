@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
-from . import checks, compiled, direct, functional, ops, symbolic, torchscript, training
+from . import checks, compiled, direct, functional, looks, ops, symbolic, torchscript, training
 from .cells import CELLS, Cell
 from .problem import is_batched
 from .regularised import (
@@ -98,25 +98,26 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         plain = reset_hx is None and not return_states
         options = self._regularisation
         plain = plain and (options is PLAIN or options.is_idle(self.training))
-        result = self._shortest(input, hx, lengths, resets) if plain else None
+        looked = []  # see `looks`
+        result = self._shortest(looked, input, hx, lengths, resets) if plain else None
         if result is None:
             masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
-            result = self._forward(input, hx, masks, return_states)
+            result = self._forward(looked, input, hx, masks, return_states)
         if carries and not symbolic.is_proxy(result):
             self._carry(result[1])
         return result
 
-    def _shortest(self, input, hx, lengths, resets):
+    def _shortest(self, looked, input, hx, lengths, resets):
         """A call with nothing beyond torch.nn's arguments in the way but lengths and resets that is
         for it, or None."""
         ragged = lengths is not None or resets is not None
         if torch.compiler.is_compiling():
-            return None if ragged else compiled.layers(self, input, hx)
+            return None if ragged else compiled.layers(self, looked, input, hx)
         if ragged or torch.is_grad_enabled() or type(input) is PackedSequence:
-            return training.layers(self, input, hx, lengths, resets)
-        return direct.layers(self, input, hx)
+            return training.layers(self, looked, input, hx, lengths, resets)
+        return direct.layers(self, looked, input, hx)
 
-    def _traced(self, input, hx, masks: dict[str, Any], return_states: bool):
+    def _traced(self, looked, input, hx, masks: dict[str, Any], return_states: bool):
         own = return_states or any(mask is not None for mask in masks.values())
         regularised = not self._regularisation.is_idle(self.training)
         if own or regularised or self._cell().name == "gru_reset_before":
@@ -127,31 +128,29 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
                 "does not have; use torch.export"
             )
         names = self._flat_weights_names
-        return torchscript.traced(self, self._torch_class, names, input, hx)
+        values = dict(zip(names, looks.attributes(self, names, looked), strict=True))
+        return torchscript.traced(self, self._torch_class, values, input, hx)
 
-    def _forward(self, input, hx, masks: dict[str, Any], return_states: bool):
+    def _forward(self, looked, input, hx, masks: dict[str, Any], return_states: bool):
         """Any call, the general way."""
         if symbolic.is_proxy(input):
             given = {"hx": hx, **masks, "return_states": return_states or None}
             return symbolic.node(self, input, given)
         cell = self._cell()
         if torch.jit.is_tracing():
-            return self._traced(input, hx, masks, return_states)
+            return self._traced(looked, input, hx, masks, return_states)
         checks.layer_input(input, self._get_name())
         packed = isinstance(input, PackedSequence)
         batched = packed or input.dim() == 3
         if hx is not None:
             hx = checks.states(hx, cell.has_c)
             checks.state_dimensions(hx, batched)
-        if packed:
-            output, states, *histories = self._run_packed(cell, input, hx, masks, return_states)
-        elif batched:
-            output, states, *histories = self._run(cell, input, hx, masks, return_states)
-        else:
-            output, states, *histories = self._run_unbatched(cell, input, hx, masks, return_states)
+        run_batched = self._run_packed if packed else self._run
+        run = run_batched if batched else self._run_unbatched
+        output, states, *histories = run(cell, looked, input, hx, masks, return_states)
         return output, states if cell.has_c else states[0], *histories
 
-    def _run_unbatched(self, cell, input, hx, masks, return_states):
+    def _run_unbatched(self, cell, looked, input, hx, masks, return_states):
         batch_dim = 0 if self.batch_first else 1
         if masks["lengths"] is not None:
             raise ValueError("lengths: expected none with unbatched input, which has one sequence")
@@ -165,7 +164,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
             masks["reset_hx"] = given if cell.has_c else given[0]
         hx = None if hx is None else tuple(state.unsqueeze(1) for state in hx)
         output, states, *histories = self._run(
-            cell, input.unsqueeze(batch_dim), hx, masks, return_states
+            cell, looked, input.unsqueeze(batch_dim), hx, masks, return_states
         )
         return (
             output.squeeze(batch_dim),
@@ -173,14 +172,16 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
             *(tuple(h.squeeze(1 + batch_dim) for h in history) for history in histories),
         )
 
-    def _run_packed(self, cell, input: PackedSequence, hx, masks, return_states):
+    def _run_packed(self, cell, looked, input: PackedSequence, hx, masks, return_states):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is not None and sorted_indices is not None:
             checks.permutable(hx, sorted_indices)
             hx = tuple(state.index_select(1, sorted_indices) for state in hx)
         elif hx is None and sorted_indices is not None and torch.compiler.is_compiling():
             hx = self._zero_states(cell, data, sorted_indices.shape[0])
-        output, states, *histories = self._run(cell, data, hx, masks, return_states, batch_sizes)
+        output, states, *histories = self._run(
+            cell, looked, data, hx, masks, return_states, batch_sizes
+        )
         if unsorted_indices is not None:
             states = tuple(state.index_select(1, unsorted_indices) for state in states)
         output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -193,14 +194,14 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         widths = (self.proj_size or self.hidden_size, self.hidden_size)
         return tuple(data.new_zeros((layers, batch_size, w)) for w in widths[: 1 + cell.has_c])
 
-    def _run(self, cell, input, hx, masks, return_states, batch_sizes=None):
+    def _run(self, cell, looked, input, hx, masks, return_states, batch_sizes=None):
         if hx is not None and not cell.has_c:
             hx = hx[0]
         output, states, *histories = functional.recurrent(
             cell.name,
             input,
             hx,
-            self._weights(),
+            self._weights(looked),
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             dropout=self.dropout,
@@ -209,7 +210,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
             batch_sizes=batch_sizes,
             return_states=return_states,
             recompute=self.recompute,
-            general=self._general_scan(),
+            general=self._general_scan(looked),
             **masks,
         )
         return output, states if cell.has_c else (states,), *histories
@@ -555,20 +556,20 @@ class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
     _torch_class: type[torch.nn.RNNCellBase]
 
     def forward(self, input: Tensor, hx: Any = None):
-        cell = self._cell()
+        cell, looked = self._cell(), []  # see `looks`
         if not torch.compiler.is_compiling():
             shortest = training if torch.is_grad_enabled() else direct
-            if (result := shortest.step(self, cell, input, hx)) is not None:
+            if (result := shortest.step(self, looked, cell, input, hx)) is not None:
                 return result
-        if torch.jit.is_tracing():
-            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            return torchscript.traced(self, self._torch_class, names, input, hx)
         if symbolic.is_proxy(input):
             return symbolic.node(self, input, {"hx": hx})
-        states = checks.cell_arguments(
-            self._get_name(), cell, input, hx, self.weight_ih, self.hidden_size
-        )
-        weights = [self.weight_ih, self.weight_hh, *self._biases()]
+        weights = looks.attributes(self, looks.CELL_WEIGHTS, looked)
+        if torch.jit.is_tracing():
+            values = dict(zip(looks.CELL_WEIGHTS, weights, strict=True))
+            return torchscript.traced(self, self._torch_class, values, input, hx)
+        w_ih, w_hh, *biases = weights
+        states = checks.cell_arguments(self._get_name(), cell, input, hx, w_ih, self.hidden_size)
+        weights = [w_ih, w_hh, *_biases(biases)]
         batched = input.dim() == 2
         if not batched:
             input = input.unsqueeze(0)
@@ -583,14 +584,14 @@ class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
         )
         return finals if cell.has_c else finals[0]
 
-    def _biases(self) -> list[Tensor]:
-        given = [self.bias_ih, self.bias_hh]
-        present = [bias for bias in given if bias is not None]
-        # As torch.nn does, with one of them taken away the other still counts.
-        return [torch.zeros_like(present[0]) if b is None else b for b in given] if present else []
-
     def _cell(self) -> Cell:
         return CELLS[self._cell_name]
+
+
+def _biases(given: list[Tensor | None]) -> list[Tensor]:
+    present = [bias for bias in given if bias is not None]
+    # As torch.nn does, with one of them taken away the other still counts.
+    return [torch.zeros_like(present[0]) if b is None else b for b in given] if present else []
 
 
 class RNNCell(_RecurrentCell):

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, looks
 from .cells import Cell, state_dtype
 from .general_scan import Extras, GeneralScan
 
@@ -261,38 +261,42 @@ class RegularisedLayers:
                 # LAPACK has no half types.
                 gate.copy_(draw(torch.empty_like(gate, dtype=state_dtype(gate.dtype))))
 
-    def _weights(self) -> list[Tensor]:
+    def _weights(self, looked: list[Tensor]) -> list[Tensor]:
         """torch.nn's weights, with weight dropout, one mask for each W_hh in the order of layers
         and directions."""
         names = self._flat_weights_names
         # By name, not from _flat_weights: a parametrization or functional_call may be in place.
-        weights = [getattr(self, name) for name in names]
+        weights = looks.attributes(self, names, looked)
         p = self._regularisation.weight_dropout
         if not (p and self.training):
             return weights
         pairs = zip(names, weights, strict=True)
         return [F.dropout(w, p) if name.startswith("weight_hh") else w for name, w in pairs]
 
-    def _general_scan(self) -> GeneralScan | None:
+    def _general_scan(self, looked: list[Tensor]) -> GeneralScan | None:
         """The recurrence, where it is not the cell's own."""
         options = self._regularisation
         if options is PLAIN or not (names := options.scanned(self.training)):
             return None
         zoneout = options.zoneout
         return GeneralScan(
-            [self._extras(suffix) for suffix in self._suffixes()],
+            self._extras(looked),
             options.recurrent_dropout if self.training else 0.0,
             zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout),
             self.training,
             names,
         )
 
-    def _extras(self, suffix: str) -> Extras:
-        weight = getattr(self, "weight_hh" + suffix)
-        found = {}
-        for name, width in self._extra_widths().items():
-            parameter = checks.is_dense_tensor(getattr(self, name + suffix), name + suffix)
-            checks.parameter(parameter, name + suffix, (width,), weight)
-            found[name] = parameter
+    def _extras(self, looked: list[Tensor]) -> list[Extras]:
+        """Of each layer and direction."""
+        weights = dict(zip(self._flat_weights_names, looked, strict=True))
         names = ("weight_peephole", "ln_ih_weight", "ln_hh_weight", "ln_c_weight", "ln_c_bias")
-        return Extras(*map(found.get, names))
+        extras = []
+        for suffix in self._suffixes():
+            found = {}
+            for name, width in self._extra_widths().items():
+                parameter = checks.is_dense_tensor(getattr(self, name + suffix), name + suffix)
+                checks.parameter(parameter, name + suffix, (width,), weights["weight_hh" + suffix])
+                found[name] = parameter
+            extras.append(Extras(*map(found.get, names)))
+        return extras

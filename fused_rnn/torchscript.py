@@ -7,19 +7,17 @@ changing the user's model, is refused with the way out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 
 def traced(
-    module: torch.nn.Module, torch_class: type[torch.nn.Module], names: Sequence[str], *args: Any
+    module: torch.nn.Module, torch_class: type[torch.nn.Module], values: dict[str, Any], *args: Any
 ) -> Any:
-    """What `torch_class.forward` gives for the options of `module` and its parameters `names`."""
+    """What `torch_class.forward` gives for the options of `module` and its parameters by name, of
+    this call: a parametrization, which the twin does not have, may make them."""
     twin = torch_class.__new__(torch_class)
-    # The values of this call: a parametrization, which the twin does not have, may make them.
-    values = {name: getattr(module, name) for name in names}
     object.__setattr__(twin, "__dict__", vars(module) | values)
     return torch_class.forward(twin, *args)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from . import direct, ops
+from . import direct, looks, ops
 from .backends.pieces import Pieces
 from .cells import Cell
 from .direct import States
@@ -39,6 +39,7 @@ _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 def layers(
     module: torch.nn.RNNBase,
+    looked: list[Any],
     input: Any,
     hx: Any,
     lengths: Any = None,
@@ -62,12 +63,10 @@ def layers(
     if (is_packed or lengths is not None or resets is not None) and not _is_float32(x):
         return None
     if x.dim() == 2 and not is_packed and lengths is None and resets is None:
-        return _unbatched(module, x, states)
+        return _unbatched(module, looked, x, states)
     if x.dim() != (2 if is_packed else 3):
         return None
-    if _would_look_twice(module, module._flat_weights_names, x):
-        return None
-    weights = direct.layer_weights(module)
+    weights = looks.layer_weights(module, looked)
     if not direct.are_plain(weights):
         return None
     dropout = dropout if module.training and num_layers > 1 else 0.0
@@ -112,7 +111,7 @@ def _one_layer(
 ) -> tuple[Tensor, Any] | None:
     """As `layers` for [T, B, I], with nothing asked that the library's call asks by itself."""
     states = direct.given_states(cell, hx)
-    weights = direct.own_parameters(module, module._flat_weights_names)
+    weights = looks.own_parameters(module, module._flat_weights_names)
     if states is None or weights is None or type(input) is not Tensor or input.dim() != 3:
         return None
     result = _run_directly(cell, input, states, weights, 2 if module.bidirectional else 1)
@@ -121,7 +120,9 @@ def _one_layer(
     return result[0], result[1:] if cell.has_c else result[1]
 
 
-def _unbatched(module: torch.nn.RNNBase, input: Tensor, states: States) -> tuple[Any, Any] | None:
+def _unbatched(
+    module: torch.nn.RNNBase, looked: list[Any], input: Tensor, states: States
+) -> tuple[Any, Any] | None:
     """As `layers` for [T, I] and states [L*D, H]: a batch of one."""
     if input.is_nested or input.layout != torch.strided:
         return None
@@ -129,7 +130,7 @@ def _unbatched(module: torch.nn.RNNBase, input: Tensor, states: States) -> tuple
         return None
     place = 0 if module.batch_first else 1
     h0, c0 = (s if s is None else s.unsqueeze(1) for s in states)
-    result = layers(module, input.unsqueeze(place), h0 if c0 is None else (h0, c0))
+    result = layers(module, looked, input.unsqueeze(place), h0 if c0 is None else (h0, c0))
     if result is None:
         return None
     y, final = result
@@ -138,13 +139,13 @@ def _unbatched(module: torch.nn.RNNBase, input: Tensor, states: States) -> tuple
     return y.squeeze(place), final.squeeze(1)
 
 
-def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
+def step(module: torch.nn.RNNCellBase, looked: list[Any], cell: Cell, input: Any, hx: Any) -> Any:
     """What `module.forward(input, hx)` has to return, or None: take the general way."""
-    weights = direct.own_parameters(module, direct.CELL_WEIGHTS)
+    weights = looks.own_parameters(module, looks.CELL_WEIGHTS)
     states = direct.given_states(cell, hx)
     is_plain = weights is not None and states is not None and type(input) is Tensor
     if is_plain and input.dim() == 2:
-        weights = direct.those_given(weights)
+        weights = looks.those_given(weights)
         result = _run_directly(cell, input, states, weights, 1)
         if result is not None and weights[1].shape[1] == module.hidden_size:
             return result if cell.has_c else result[0]
@@ -155,9 +156,7 @@ def step(module: torch.nn.RNNCellBase, cell: Cell, input: Any, hx: Any) -> Any:
         if any(s is not None and s.dim() != 1 for s in states):
             return None
         input, *states = (t if t is None else t.unsqueeze(0) for t in (input, *states))
-    if _would_look_twice(module, direct.CELL_WEIGHTS, input):
-        return None
-    weights = direct.cell_weights(module)
+    weights = looks.cell_weights(module, looked)
     if not direct.are_plain(weights) or weights[1].shape[-1] != module.hidden_size:
         return None
     # Usually a timestep of a batch, and of a batch-first one no two rows lie together.
@@ -191,12 +190,6 @@ def _states_of_ordinary(cell: Cell, input: Any, hx: Any) -> States | None:
 def _is_float32(x: Tensor) -> bool:
     """Whether a layer computes in float32: half types and autocast are the extension module's."""
     return x.dtype == torch.float32 and not torch._C._is_any_autocast_enabled()
-
-
-def _would_look_twice(module: torch.nn.Module, names: Any, x: Tensor) -> bool:
-    """Whether weights are computed, as for a spectral norm that takes a step at each look, and the
-    extension module may decline them: the general way would look again."""
-    return not _is_float32(x) and direct.own_parameters(module, names) is None
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:

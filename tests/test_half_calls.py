@@ -31,9 +31,9 @@ def general_way(module, *args):
 def assert_short_way_agrees(module, *args):
     with torch.no_grad():
         if isinstance(module, torch.nn.RNNBase):
-            short = direct.layers(module, *args)
+            short = direct.layers(module, [], *args)
         else:
-            short = direct.step(module, module._cell(), *args)
+            short = direct.step(module, [], module._cell(), *args)
         assert short is not None
         expected = flat(general_way(module, *args))
     for a, e in zip(flat(short), expected, strict=True):
@@ -130,17 +130,17 @@ def test_mixed_types_are_not_for_the_short_way(dtype):
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
     hx = torch.randn(1, 2, 7, dtype=dtype), torch.randn(1, 2, 7, dtype=dtype)
     with torch.no_grad():
-        assert direct.layers(module, x, hx) is not None
+        assert direct.layers(module, [], x, hx) is not None
         for wrong in (torch.float32, torch.float64, other):
-            assert direct.layers(module, x.to(wrong), hx) is None
-            assert direct.layers(module, x, (hx[0].to(wrong), hx[1])) is None
-            assert direct.layers(module, x, (hx[0], hx[1].to(wrong))) is None
-            assert direct.layers(module.to(wrong), x, hx) is None
+            assert direct.layers(module, [], x.to(wrong), hx) is None
+            assert direct.layers(module, [], x, (hx[0].to(wrong), hx[1])) is None
+            assert direct.layers(module, [], x, (hx[0], hx[1].to(wrong))) is None
+            assert direct.layers(module.to(wrong), [], x, hx) is None
             with pytest.raises((RuntimeError, ValueError)):
                 module(x, hx)
             module.to(dtype)
         with torch.autocast("cpu", other):
-            assert direct.layers(module, x, hx) is None
+            assert direct.layers(module, [], x, hx) is None
 
 
 def test_extreme_numbers(dtype):
@@ -160,7 +160,7 @@ def test_what_would_take_long_to_convert_is_left_to_torchs_threads(dtype):
     for timesteps, short in ((50, True), (1000, False)):
         x = torch.randn(timesteps, 1, 300, dtype=dtype)
         with torch.no_grad():
-            assert (direct.layers(module, x, None) is not None) == short
+            assert (direct.layers(module, [], x, None) is not None) == short
             assert torch.equal(module(x)[0], general_way(module, x)[0])
 
 

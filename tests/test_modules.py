@@ -633,13 +633,14 @@ def test_reparametrized_weights(variant, kind):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [8, 300])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_spectral_norm_takes_one_step_a_call(gradients, width, dtype, autocast, backend):
     for ours, name in (
         (fused_rnn.LSTM(4, width), "weight_hh_l0"),
         (fused_rnn.GRU(4, width, batch_first=True), "weight_hh_l0"),
+        (fused_rnn.GRU(4, width, zoneout=0.5, layer_norm=True), "weight_hh_l0"),
         (fused_rnn.GRUCell(4, width), "weight_hh"),
     ):
         parametrizations.spectral_norm(ours.to(dtype), name)

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "fused_rnn"
 # where that is a package (backends).
 LAYERS = [
     {"_C"},
-    {"cells", "native", "once", "symbolic", "torchscript"},
+    {"cells", "looks", "native", "once", "symbolic", "torchscript"},
     {"problem", "checks", "flops", "onnx"},
     {"oracle", "handover"},
     {"recurrences"},

@@ -1,0 +1,51 @@
+"""A module's weights, looked at once a call.
+
+Where a weight is computed, as by a parametrization, a look may change it: a spectral norm in
+training takes a step at each. But several ways may read a call's weights one after the other until
+one of them takes the call. So whoever looks leaves what he saw in the call's list, `looked`, which
+is empty before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+
+
+def own_parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any] | None:
+    """Those that lie in the module, and None where one does not: it is computed, or is a plain
+    attribute. No look."""
+    parameters = module._parameters
+    try:
+        return [parameters[name] for name in names]
+    except KeyError:
+        return None
+
+
+def attributes(module: torch.nn.Module, names: Sequence[str], looked: list[Any]) -> list[Any]:
+    """Whatever they are."""
+    if not looked:
+        looked.extend([getattr(module, name) for name in names])
+    return looked
+
+
+def layer_weights(module: torch.nn.RNNBase, looked: list[Any]) -> list[Any]:
+    """As in `functional`, whatever they are."""
+    names = module._flat_weights_names
+    own = own_parameters(module, names)
+    return attributes(module, names, looked) if own is None else own
+
+
+def cell_weights(module: torch.nn.RNNCellBase, looked: list[Any]) -> list[Any]:
+    """w_ih, w_hh and the biases there are, whatever `module.bias` says, as torch.nn takes them."""
+    own = own_parameters(module, CELL_WEIGHTS)
+    return those_given(attributes(module, CELL_WEIGHTS, looked) if own is None else own)
+
+
+def those_given(weights: list[Any]) -> list[Any]:
+    """A cell without biases has an entry for each, which is None."""
+    return weights[:2] if weights[2] is weights[3] is None else weights
