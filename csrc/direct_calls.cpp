@@ -376,6 +376,27 @@ PyObject* infer_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // to be saved is kept for the next step there (csrc/cpu/saved.h).
 constexpr int64_t kMostSaved = 1 << 20;  // floats of all gates
 
+// The sizes of packed rows' steps, or None; false where it is another thing.
+bool read_sizes(PyObject* object, TrainCall& call) {
+  if (object == Py_None) return true;
+  DLTensor tensor;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != connected.tensor_types[0]) return false;
+  if (connected.torch->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  constexpr DLDataType kInt64 = {kDLInt, 64, 1};
+  if (tensor.device.device_type != kDLCPU || !(tensor.dtype == kInt64) || tensor.ndim != 1 ||
+      tensor.shape[0] < 1 || tensor.data == nullptr ||
+      (tensor.strides && tensor.strides[0] != 1 && tensor.shape[0] > 1)) {
+    return false;
+  }
+  const char* data = static_cast<const char*>(tensor.data) + tensor.byte_offset;
+  call.batch_sizes = reinterpret_cast<const int64_t*>(data);
+  call.timesteps = tensor.shape[0];
+  return true;
+}
+
 // An argument that may be None, dense or strided.
 struct GivenArray {
   Array array{};
@@ -391,18 +412,19 @@ struct GivenArray {
   const Array* get() const { return given ? &array : nullptr; }
 };
 
-// What both passes of training are called with: x, h0, c0 and, one after the other, the weights,
-// which are dense.
+// What both passes of training are called with: the sizes of steps, x, h0, c0 and, one after the
+// other, the weights, which are dense.
 struct TrainedArrays {
   GivenArray h0, c0;
   std::vector<Array> weights;
 
   // Whether they are in order.
   bool read(PyObject* const* args, Py_ssize_t count, TrainCall& call) {
-    constexpr Py_ssize_t kWeights = 3;
-    call.x = array_of(args[0]);
-    h0 = GivenArray(args[1]);
-    c0 = GivenArray(args[2]);
+    constexpr Py_ssize_t kWeights = 4;
+    if (!read_sizes(args[0], call)) return false;
+    call.x = array_of(args[1]);
+    h0 = GivenArray(args[2]);
+    c0 = GivenArray(args[3]);
     if (!call.x.exists() || call.x.dimensions < 2 || !h0.fits || !c0.fits) return false;
     if (!read_weights(args + kWeights, count - kWeights, weights)) return false;
     call.weights = weights.data();
@@ -426,7 +448,7 @@ PyObject* take_all(Outputs& outputs) {
 PyObject* train_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
   TrainCall call{};
   constexpr Py_ssize_t kShared = 3;
-  if (connected.calls == nullptr || count < kShared + 5 ||
+  if (connected.calls == nullptr || count < kShared + 6 ||
       !read_all(args, call.cell, call.directions, call.save)) {
     Py_RETURN_NONE;
   }
@@ -472,13 +494,13 @@ PyObject* train_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t coun
     saved.push_back(PyTuple_GET_ITEM(args[kSaved], i));
   }
   TrainedArrays arrays;
-  constexpr Py_ssize_t kTrained = 4;  // batch_sizes, y, gates and cells come first
-  if (saved[0] != Py_None || !arrays.read(saved.data() + kTrained,
-                                          static_cast<Py_ssize_t>(saved.size()) - kTrained, call)) {
+  constexpr Py_ssize_t kTrained = 3;  // y, gates and cells come first
+  if (!arrays.read(saved.data() + kTrained, static_cast<Py_ssize_t>(saved.size()) - kTrained,
+                   call)) {
     Py_RETURN_NONE;
   }
   const GivenArray others[] = {GivenArray(args[3]),  GivenArray(args[4]),  GivenArray(args[5]),
-                               GivenArray(saved[1]), GivenArray(saved[2]), GivenArray(saved[3])};
+                               GivenArray(saved[0]), GivenArray(saved[1]), GivenArray(saved[2])};
   if (!std::all_of(std::begin(others), std::end(others),
                    [](const GivenArray& other) { return other.fits; })) {
     Py_RETURN_NONE;
@@ -601,7 +623,8 @@ PyMethodDef methods[] = {
     {"infer_cell", method(infer_cell), METH_FASTCALL,
      "infer_cell(cell, input, weights, hx, hidden_size)"},
     {"train_layer", method(train_layer), METH_FASTCALL,
-     "train_layer(cell, directions, save, x, h0, c0, *weights): a list, see csrc/cpu/direct.h"},
+     "train_layer(cell, directions, save, batch_sizes, x, h0, c0, *weights): a list, see "
+     "csrc/cpu/direct.h"},
     {"train_layer_backward", method(train_layer_backward), METH_FASTCALL,
      "train_layer_backward(cell, directions, needs, grad_y, grad_h_n, grad_c_n, saved): a list of "
      "the gradients needed of x, h0, c0 and the weights, from what fused_rnn/training.py saved"},

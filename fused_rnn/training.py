@@ -5,9 +5,9 @@ general way's checks, its choice of a backend and its operators written in Pytho
 modules ask here first where gradients are wanted, or where rows are packed, or a padded batch has
 lengths or resets. What runs is what the general way would have run: the library
 (csrc/cpu/train.cpp) looks at every tensor. The extension module (csrc/direct_calls.cpp) calls it,
-or operators do where that says None: of packed rows, and of large layers, to which a few
-microseconds are nothing. To a call that is wrong or out of the ordinary, or that
-somebody watches or redirects, the answer is None.
+or operators do where that says None: of large layers, to which a few microseconds are nothing. To a
+call that is wrong or out of the ordinary, or that somebody watches or redirects, the answer is
+None.
 
 Padded rows that end early or start afresh are packed, see `backends/pieces.py`: here once for all
 layers, and packed they stay for backward.
@@ -60,7 +60,7 @@ def layers(
     states = _states_of_ordinary(cell, x, hx)
     if states is None:
         return None
-    if (is_packed or lengths is not None or resets is not None) and not _is_float32(x):
+    if (lengths is not None or resets is not None) and not _is_float32(x):
         return None
     if x.dim() == 2 and not is_packed and lengths is None and resets is None:
         return _unbatched(module, looked, x, states)
@@ -95,10 +95,8 @@ def layers(
     if result is None:
         return None
     y, *final = result
-    if original_order is not None:
-        final = [state.index_select(1, original_order) for state in final]
     if is_packed:
-        y = PackedSequence(y, *input[1:])
+        y, final = PackedSequence(y, *input[1:]), _in_original_order(final, original_order)
     elif pieces is not None:
         y = _spread(y, pieces.index, leading.numel()).view(*leading, -1)
     elif batch_first:
@@ -109,15 +107,30 @@ def layers(
 def _one_layer(
     module: torch.nn.RNNBase, cell: Cell, input: Any, hx: Any
 ) -> tuple[Tensor, Any] | None:
-    """As `layers` for [T, B, I], with nothing asked that the library's call asks by itself."""
+    """As `layers` for [T, B, I] or packed rows, with nothing asked that the library's call asks by
+    itself."""
     states = direct.given_states(cell, hx)
     weights = looks.own_parameters(module, module._flat_weights_names)
-    if states is None or weights is None or type(input) is not Tensor or input.dim() != 3:
+    if states is None or weights is None:
         return None
-    result = _run_directly(cell, input, states, weights, 2 if module.bidirectional else 1)
-    if result is None:
+    directions = 2 if module.bidirectional else 1
+    if type(input) is PackedSequence:
+        x, batch_sizes, order, original_order = input
+        if order is not None and hx is not None:
+            return None
+        result = _run_directly(cell, x, states, weights, directions, batch_sizes)
+        if result is None:
+            return None
+        y, *final = result
+        y, final = PackedSequence(y, *input[1:]), _in_original_order(final, original_order)
+    elif type(input) is Tensor and input.dim() == 3:
+        result = _run_directly(cell, input, states, weights, directions)
+        if result is None:
+            return None
+        y, *final = result
+    else:
         return None
-    return result[0], result[1:] if cell.has_c else result[1]
+    return y, tuple(final) if cell.has_c else final[0]
 
 
 def _unbatched(
@@ -213,6 +226,10 @@ def _in_order(states: States, order: Tensor) -> States | None:
     return h0, c0
 
 
+def _in_original_order(final: list[Tensor], order: Tensor | None) -> list[Tensor]:
+    return final if order is None else [state.index_select(1, order) for state in final]
+
+
 def _have_rows(states: States, count: int) -> bool:
     """Whether they are of so many batch rows; the library looks at the rest."""
     return all(s is None or (s.dim() == 3 and s.shape[1] == count) for s in states)
@@ -265,9 +282,7 @@ def _run(
         if not _have_rows(states, pieces.batch_size):
             return None
         states = tuple(None if s is None else pieces.initial(s, None) for s in states)
-    outputs = None
-    if batch_sizes is None:
-        outputs = _run_directly(cell, x, states, weights, directions)
+    outputs = _run_directly(cell, x, states, weights, directions, batch_sizes)
     if outputs is None:
         outputs = _run_by_operators(cell, x, states, weights, directions, batch_sizes)
     if outputs is None or pieces is None:
@@ -277,20 +292,27 @@ def _run(
 
 
 def _run_directly(
-    cell: Cell, x: Tensor, states: States, weights: list[Any], directions: int
+    cell: Cell,
+    x: Tensor,
+    states: States,
+    weights: list[Any],
+    directions: int,
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, ...] | None:
-    """As `_run` of padded rows, of any arguments: past torch's dispatcher, with which a small layer
-    takes longer. Asks by itself whether somebody watches."""
+    """As `_run`, of any arguments: past torch's dispatcher, with which a small layer takes longer.
+    Asks by itself whether somebody watches."""
     if forward_ad._current_level >= 0:
         return None
     try:
         save = _wants_gradients(*weights, x, *states)
     except AttributeError:  # not all weights are tensors
         return None
-    outputs = direct.calls().train_layer(cell.index, directions, save, x, *states, *weights)
+    outputs = direct.calls().train_layer(
+        cell.index, directions, save, batch_sizes, x, *states, *weights
+    )
     if outputs is None or not save:
         return outputs if outputs is None else tuple(outputs)
-    return _apply(cell, directions, None, outputs, x, *states, *weights)
+    return _apply(cell, directions, batch_sizes, outputs, x, *states, *weights)
 
 
 def _run_by_operators(
@@ -397,7 +419,7 @@ class _Layer(torch.autograd.Function):
         given = (1 if ctx.is_step else 2) + cell.has_c  # what follows them is saved only
         gates = outputs[given] if cell.saved_gates else None
         cells = outputs[given + 1] if cell.has_c else None
-        ctx.save_for_backward(batch_sizes, outputs[0], gates, cells, x, h0, c0, *weights)
+        ctx.save_for_backward(outputs[0], gates, cells, batch_sizes, x, h0, c0, *weights)
         ctx.cell, ctx.directions = cell, directions
         ctx.set_materialize_grads(False)
         return tuple(outputs[:given])
@@ -435,7 +457,7 @@ def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
     if results is None:
         if not _are_plain(grads):
             return None
-        batch_sizes, y, gates, cells, x, h0, c0, *weights = saved
+        y, gates, cells, batch_sizes, x, h0, c0, *weights = saved
         results = direct.train_layer_backward(
             ctx.cell, grads, x, h0, c0, weights, batch_sizes, (y, gates, cells), ctx.directions,
             needs,
@@ -446,7 +468,7 @@ def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
 
 def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
     """Differentiable ones where grad mode is on."""
-    batch_sizes, y, gates, cells, *given = saved
+    y, gates, cells, batch_sizes, *given = saved
     # What autocast had made of them.
     x, h0, c0, *weights = (t if t is None else t.to(y.dtype) for t in given)
     if ctx.is_step:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_direct_calls import asked, has_direct_calls, operators_only  # noqa: F401, fixtures
 from test_streaming import flat
-from test_training_calls import MISFITS, operator_arguments, run
+from test_training_calls import MISFITS, SIZES_THAT_DO_NOT_FIT, operator_arguments, run
+from torch.nn.utils.rnn import pack_sequence
 
 import fused_rnn
 from fused_rnn import direct
@@ -22,13 +23,14 @@ pytestmark = [pytest.mark.usefixtures("cpu_backend"), has_direct_calls]
 def forward(arguments, save=True, calls=None):
     a = arguments
     call = (calls or direct.calls()).train_layer
-    return call(a["cell"], a["directions"], save, a["x"], a["h0"], a["c0"], *a["weights"])
+    tensors = a["batch_sizes"], a["x"], a["h0"], a["c0"], *a["weights"]
+    return call(a["cell"], a["directions"], save, *tensors)
 
 
 def backward(arguments, saved, needs, grads, calls=None):
     """saved: y, gates and cells."""
     a = arguments
-    saved = (a["batch_sizes"], *saved, a["x"], a["h0"], a["c0"], *a["weights"])
+    saved = (*saved, a["batch_sizes"], a["x"], a["h0"], a["c0"], *a["weights"])
     call = (calls or direct.calls()).train_layer_backward
     return call(a["cell"], a["directions"], needs, *grads, saved)
 
@@ -51,16 +53,28 @@ def every_module(cell):
     yield make_module(cell, 5, 17, num_layers=2, bidirectional=True, bias=False)
     if cell == "lstm":
         yield make_module(cell, 5, 17, proj_size=3)
+
+
+def every_cell_module(cell):
     if CELLS[cell].torch_mode in ("RNN_TANH", "GRU", "LSTM"):
         name = {"RNN_TANH": "RNNCell", "GRU": "GRUCell", "LSTM": "LSTMCell"}
         yield getattr(fused_rnn, name[CELLS[cell].torch_mode])(5, 17)
 
 
+def inputs_of(cell):
+    """Modules of that cell, each with its inputs."""
+    for module in every_module(cell):
+        yield module, torch.randn(7, 3, 5)
+        for lengths in ((7, 4, 1), (2, 7, 1), (3,)):
+            rows = [torch.randn(length, 5) for length in lengths]
+            yield module, pack_sequence(rows, enforce_sorted=list(lengths) == sorted(lengths)[::-1])
+    for module in every_cell_module(cell):
+        yield module, torch.randn(3, 5)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_modules_have_the_operators_bits(cell, operators_only, asked):  # noqa: F811
-    for module in every_module(cell):
-        shape = (3, 5) if isinstance(module, torch.nn.RNNCellBase) else (7, 3, 5)
-        x = torch.randn(shape)
+    for module, x in inputs_of(cell):
         del asked[:]
         actual = run(module, x)
         layers = getattr(module, "num_layers", 1)
@@ -101,7 +115,7 @@ def test_only_what_is_wanted_is_saved():
     assert all(map(torch.equal, forward(arguments), forward(arguments, False)))
 
 
-@pytest.mark.parametrize("name", [name for name in MISFITS if name != "batch_sizes"])
+@pytest.mark.parametrize("name", MISFITS)
 def test_what_does_not_fit_gets_none(name):
     arguments = operator_arguments()
     saved, grads = saved_and_grads(arguments)
@@ -134,8 +148,38 @@ def test_arguments_of_other_kinds_get_none_and_no_error():
     assert backward(arguments, saved, (1,) * 7, grads) is None
     assert calls.train_layer_backward(3, 1, ALL_NEEDS, *grads, list(saved)) is None
     assert calls.train_layer_backward(3, 1, ALL_NEEDS, *grads, saved) is None
-    packed = arguments | {"batch_sizes": torch.tensor([2] * 5)}
-    assert backward(packed, saved, ALL_NEEDS, grads) is None
+
+
+def packed_arguments():
+    return operator_arguments() | {"x": torch.randn(5, 4), "batch_sizes": torch.tensor([2, 2, 1])}
+
+
+def test_packed_rows_have_the_operators_bits():
+    arguments = packed_arguments()
+    saved, grads = saved_and_grads(arguments)
+    operators = torch.ops.fused_rnn_cpu
+    expected = operators.train_layer(**arguments)
+    assert all(map(torch.equal, forward(arguments), expected)) and expected[0].shape == (5, 6)
+    names = "grad_y", "grad_h_n", "grad_c_n", "y", "gates", "cells"
+    given = arguments | dict(zip(names, (*grads, *saved), strict=True))
+    expected = operators.train_layer_backward(**given, needs=0b1111111)
+    found = backward(arguments, saved, ALL_NEEDS, grads)
+    assert len(found) == 7 and all(map(torch.equal, found, expected))
+    # Whatever lies between them.
+    sizes = torch.tensor([[2, 9], [2, 9], [1, 9]])[:, 0].clone()
+    assert all(map(torch.equal, forward(arguments | {"batch_sizes": sizes}), forward(arguments)))
+
+
+@pytest.mark.parametrize("sizes", SIZES_THAT_DO_NOT_FIT, ids=str)
+def test_sizes_of_steps_that_do_not_fit_get_none(sizes):
+    arguments = packed_arguments()
+    saved, grads = saved_and_grads(arguments)
+    good = arguments["batch_sizes"]
+    others = [good.int(), good.to("meta"), good.to_sparse(), torch.nn.Parameter(good, False)]
+    others += [torch.stack([good, good], 1)[:, 0], good.tolist(), tuple(good), 3]
+    for odd in (torch.tensor(sizes), *others):
+        assert forward(arguments | {"batch_sizes": odd}) is None
+        assert backward(arguments | {"batch_sizes": odd}, saved, ALL_NEEDS, grads) is None
 
 
 @pytest.mark.parametrize("kind", ["negated", "sparse", "zero", "meta", "subclass"])
@@ -185,7 +229,9 @@ def test_who_watches_or_redirects_gets_none(monkeypatch):
 def test_large_layers_are_the_operators(asked):  # noqa: F811
     for timesteps, is_direct in ((256, True), (600, False)):
         del asked[:]
-        run(fused_rnn.GRU(8, 64), torch.randn(timesteps, 10, 8))
+        x = torch.randn(timesteps, 10, 8)
+        for given in (x, pack_sequence(list(x.unbind(1)))):
+            run(fused_rnn.GRU(8, 64), given)
         assert set(taken(asked)) == {is_direct}
 
 

@@ -11,6 +11,7 @@ from test_direct_calls import LAID_OUT, has_direct_calls
 from test_half_calls import HALVES, LAYERS, states_of
 from test_streaming import Ways, states
 from test_training_calls import assert_both_ways, run
+from torch.nn.utils.rnn import pack_sequence
 
 import fused_rnn
 from fused_rnn import training
@@ -147,13 +148,25 @@ def test_much_to_convert_is_the_general_ways(dtype, ways):
     assert (ways.direct, ways.general) == (0, 1)
 
 
-@pytest.mark.parametrize("ragged", ["lengths", "resets", "packed"])
-def test_ragged_rows_are_the_general_ways(ragged, dtype, ways):
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", OPTIONS, ids=len)
+def test_packed_rows(cell, options, autocast, dtype, ways):
+    module = make_module(cell, 5, 17, **options).to(torch.float32 if autocast else dtype)
+    own, parts = module.weight_ih_l0.dtype, len(module._all_weights)
+    with torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext():
+        for lengths in ((7, 4, 1), (2, 7, 1), (3,)):
+            rows = [torch.randn(length, 5, dtype=own) for length in lengths]
+            x = pack_sequence(rows, enforce_sorted=False)
+            for hx in (None, states_of(own, cell, parts, len(lengths), 17)):
+                assert_both_ways(ways, module, x, hx)
+
+
+@pytest.mark.parametrize("ragged", ["lengths", "resets"])
+def test_padded_ragged_rows_are_the_general_ways(ragged, dtype, ways):
     module = fused_rnn.GRU(5, 6).to(dtype)
     x = torch.randn(4, 3, 5, dtype=dtype)
-    if ragged == "packed":
-        module(torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2, 1])))
-    elif ragged == "lengths":
+    if ragged == "lengths":
         module(x, lengths=torch.tensor([4, 2, 1]))
     else:
         module(x, resets=torch.zeros(4, 3, dtype=torch.bool))

@@ -645,11 +645,13 @@ def test_operators_return_nothing_to_what_does_not_fit(name):
         assert call_operator("train_layer_backward", backward | {name: value}) == []
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [[], [3, 2], [2, 2, 1, 0], [2, 3], [1, 1, 1, 1, 1], [2, 2, 2], [2, 2, 1, -1, 1], [[2, 2, 1]],
-     [5], 5, [2.0, 2.0, 1.0], [2**62, 2**62, 2**62, 2**62, 5]],
-)  # fmt: skip
+SIZES_THAT_DO_NOT_FIT = [
+    [], [3, 2], [2, 2, 1, 0], [2, 3], [1, 1, 1, 1, 1], [2, 2, 2], [2, 2, 1, -1, 1], [[2, 2, 1]],
+    [5], 5, [2.0, 2.0, 1.0], [2**62, 2**62, 2**62, 2**62, 5],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", SIZES_THAT_DO_NOT_FIT, ids=str)
 def test_operators_return_nothing_to_sizes_of_steps_that_do_not_fit(sizes):
     arguments = operator_arguments() | {"x": torch.randn(5, 4)}
     good = arguments | {"batch_sizes": torch.tensor([2, 2, 1])}
