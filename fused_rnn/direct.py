@@ -5,7 +5,8 @@ operators written in Python take a hundred. So modules ask here first. What runs
 general way would have run, the cpu backend on arguments that fit each other: the library
 (csrc/cpu/infer.cpp) looks at every tensor. To a call that is wrong or out of the ordinary, or
 that somebody watches or redirects, the answer is None: the general way alone knows error messages
-and choices. No library takes small float64 calls, but torch's own functions (handover.py).
+and choices. No library takes small float64 calls, but torch's own functions (handover.py), which
+know gradients too.
 
 It is a call of the extension module (csrc/direct_calls.cpp) or, where that is absent or says None,
 an operator, which takes a few more kinds of tensors and some microseconds longer. Those of training

@@ -54,6 +54,8 @@ def layers(
     is_plain = num_layers == 1 and lengths is None and resets is None and not module.batch_first
     if is_plain and (result := _one_layer(module, cell, input, hx)) is not None:
         return result
+    if _is_float64(input) and lengths is None and resets is None:
+        return direct.layers(module, looked, input, hx)
     x, batch_sizes, order, original_order = input, None, None, None
     if is_packed := type(input) is PackedSequence:
         x, batch_sizes, order, original_order = input
@@ -162,6 +164,8 @@ def step(module: torch.nn.RNNCellBase, looked: list[Any], cell: Cell, input: Any
         result = _run_directly(cell, input, states, weights, 1)
         if result is not None and weights[1].shape[1] == module.hidden_size:
             return result if cell.has_c else result[0]
+    if _is_float64(input):
+        return direct.step(module, looked, cell, input, hx)
     states = _states_of_ordinary(cell, input, hx)
     if states is None or input.dim() not in (1, 2):
         return None
@@ -198,6 +202,11 @@ def _states_of_ordinary(cell: Cell, input: Any, hx: Any) -> States | None:
         return None
     h0, c0 = (*dense, None, None)[:2]
     return h0, c0
+
+
+def _is_float64(input: Any) -> bool:
+    """Whether it may be handed over to torch."""
+    return type(input) is Tensor and input.dtype is torch.float64
 
 
 def _is_float32(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""float64 inference on the CPU: torch's own layers where the reference is slower."""
+"""float64 on the CPU: torch's own layers where the reference is slower."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from fused_rnn import handover
 from fused_rnn.modules import make_module
 
 TORCH = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "lstm": "LSTM"}
+
+
+@pytest.fixture
+def nothing_is_handed_over():
+    """Here it is."""
 
 
 @pytest.fixture(autouse=True)
@@ -88,15 +93,72 @@ def test_projected_layers_are_torchs(taken):
     assert taken.pop() and not taken
 
 
-def test_gradients_stay_with_the_reference(taken):
-    module, x = fused_rnn.GRU(5, 7).double(), torch.randn(6, 3, 5, dtype=torch.float64)
+def trained(module, *args):
+    """Outputs and gradients, of gradients too."""
+    args = [a.detach().requires_grad_() for a in args]
+    outputs = flat(module(*args))
+    inputs = [*args, *module.parameters()]
+    loss = sum(o.square().sum() for o in outputs)
+    grads = torch.autograd.grad(loss, inputs, create_graph=True)
+    twice = torch.autograd.grad(sum(g.square().sum() for g in grads), inputs, allow_unused=True)
+    return [*outputs, *grads, *(g for g in twice if g is not None)]
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=len)
+def test_a_few_timesteps_in_training_are_torchs(cell, options, taken):
+    theirs = getattr(torch.nn, cell)(5, 7, **options).double()
+    module = fused_rnn.from_torch(theirs)
+    for shape in ((1, 3, 5), (12, 3, 5), (4, 5)):
+        x = torch.randn(shape, dtype=torch.float64)
+        actual, expected = trained(module, x), trained(theirs, x)
+        assert taken.pop() and not taken
+        assert all(map(torch.equal, actual, expected))
+        general = general_way(trained, module, x)
+        assert not taken and len(general) == len(actual)
+        for a, g in zip(actual, general, strict=True):
+            torch.testing.assert_close(a, g, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_cells_in_training_are_torchs(cell, taken):
+    theirs = getattr(torch.nn, cell)(5, 7).double()
+    module = fused_rnn.from_torch(theirs)
+    for shape in ((3, 5), (5,)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert all(map(torch.equal, trained(module, x), trained(theirs, x)))
+        assert taken.pop() and not taken
+
+
+def test_gradients_over_more_timesteps_stay_with_the_reference(taken):
+    module, x = fused_rnn.GRU(5, 7).double(), torch.randn(13, 3, 5, dtype=torch.float64)
     module(x)[0].sum().backward()
-    assert not taken
-    explained = str(fused_rnn.explain(module, x))
-    assert "runs on reference\n" in explained
+    assert not any(taken)
+    handed = "runs on reference, or torch's own layer in a module's call\n"
+    assert "runs on reference\n" in str(fused_rnn.explain(module, x))
+    assert handed in str(fused_rnn.explain(module, x[:12]))
     with torch.no_grad():
-        explained = str(fused_rnn.explain(module, x))
-        assert "runs on reference, or torch's own layer in a module's call\n" in explained
+        assert handed in str(fused_rnn.explain(module, x))
+    taken.clear()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    module(x)
+    assert taken.pop() and not taken
+
+
+def test_dropout_between_layers_is_ours(taken):
+    module = fused_rnn.GRU(5, 7, 2, dropout=0.5).double()
+    module(torch.randn(4, 3, 5, dtype=torch.float64))
+    assert not any(taken)
+    module.eval()(torch.randn(4, 3, 5, dtype=torch.float64))
+    assert taken.pop() and not taken
+
+
+def test_forward_mode_is_ours(taken):
+    module, x = fused_rnn.GRU(5, 7).double(), torch.randn(4, 3, 5, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        module(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    assert not any(taken)
 
 
 def test_what_torch_does_not_have_stays_with_the_reference(taken):
