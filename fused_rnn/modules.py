@@ -407,7 +407,7 @@ class GRU(_RecurrentLayers):
             W_hh h likewise, r and z together, n by itself. LN(v) = g * (v - mean) / sqrt(var +
             1e-5) over the units, with gains g of its own for each; biases come after it. The
             gains are the parameters ln_ih_weight_l0 and ln_hh_weight_l0 [3*H], and so on. Runs on
-            the CPU kernels.
+            the CPU and Triton kernels.
 
     z_t keeps the old state, here as in torch.nn. Where a text has h_t = z_t * n_t +
     (1 - z_t) * h_{t-1}, the rows of its z, of both weights and biases, change their sign.

@@ -155,7 +155,7 @@ def test_arguments_of_the_kernels(cell, form):
     )  # fmt: skip
     with Asynchronous():
         cuda_arguments.row_tensors(rows, like, torch.float32)
-        launch._row_arguments(problem, rows, like.device)
+        launch.row_arguments(problem, rows, like.device)
 
 
 @pytest.mark.gpu

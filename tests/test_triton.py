@@ -1,5 +1,6 @@
 """The Triton backend as the rest of the package sees it; its kernels in processes of their own."""
 
+import copy
 import functools
 import json
 import os
@@ -149,6 +150,22 @@ def test_every_row_of_the_table_compiles(target):
     _check_compiled(target)
 
 
+@needs_triton
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+@pytest.mark.parametrize("cell", ["gru", "gru_reset_before", "lstm"])
+def test_steps_that_normalise_compile(target, cell):
+    """Without and with all that may be in the recurrence."""
+    sizes = (64, 300, 2048) if target == "cuda:90" else (300,)
+    done = _python(HERE / "triton_ahead.py", "--normed", target, cell, *sizes)
+    assert done.returncode == 0, done.stderr[-4000:]
+    version, *reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(reports) == len(sizes) * 2 * (4 if cell == "gru_reset_before" else 2)
+    for report in reports:
+        assert report["floating_point_atomics"] == 0, report
+        if version == _bounds()["triton"]:
+            assert report["spills"] == 0, report
+
+
 def test_no_bound_allows_a_spill():
     for target in SHARED_MEMORY:
         assert not [row for row, bound in _bounds()[target].items() if bound["spills"]]
@@ -208,6 +225,7 @@ def as_on_a_gpu(monkeypatch):
         ({"hidden_size": 0}, "needs at least one hidden unit"),
         ({"device_type": "mps"}, "needs tensors on a GPU, got mps"),
         ({"cell_name": "rnn_tanh", "averaged": True}, "has no backward of zoneout's expectation"),
+        ({"extras": ("layer_norm",), "hidden_size": 4097}, "normalises up to 4096 hidden units"),
     ],
 )
 def test_reasons(as_on_a_gpu, changes, reason):
@@ -240,6 +258,8 @@ def test_a_regime_that_does_not_fit(as_on_a_gpu, monkeypatch):
 def test_what_explain_prints(as_on_a_gpu):
     assert as_on_a_gpu.describe(_problem()).startswith("triton scan (a: tiles 16x64")
     assert "in float32" in as_on_a_gpu.describe(_problem(cell_name="rnn_relu"))
+    normed = as_on_a_gpu.describe(_problem(extras=("layer_norm",)))
+    assert normed.startswith("triton step by step in float32 (layer normalisation")
 
 
 @needs_triton
@@ -315,6 +335,43 @@ def test_accuracy_on_a_gpu(regime, case, on_the_gpu, monkeypatch, poisoned):
         pytest.skip(reason)
     actual = testing.results_of_draws(testing.run_layer, case)
     testing.assert_draws_accurate(actual, case)
+
+
+def normed_layer(cell, hidden):
+    return testing.make_module(cell, 9, hidden, bidirectional=True, layer_norm=True, device="cuda")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("hidden", [1, 17, 256, 1000])
+@pytest.mark.parametrize("cell", ["gru", "gru_reset_before", "lstm"])
+def test_layers_that_normalise_on_a_gpu(cell, hidden, on_the_gpu, poisoned):
+    layer = normed_layer(cell, hidden)
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(12, 33, 9, dtype=torch.float64, device="cuda")
+    masks = {"lengths": torch.randint(13, (33,)), "resets": torch.rand(12, 33) < 0.1}
+    results = []
+    for module, name in ((layer, "triton"), (exact, "reference")):
+        rows = x.to(module.weight_ih_l0.dtype).requires_grad_()
+        with fused_rnn.backend(name):
+            y, _ = module(rows, **masks)
+        grads = torch.autograd.grad(y.square().sum(), [rows, *module.parameters()])
+        results.append((y, *grads))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
+
+
+@pytest.mark.gpu
+@gpu
+def test_the_host_never_waits_for_a_layer_that_normalises(on_the_gpu):
+    layer, x = normed_layer("lstm", 100), torch.randn(9, 5, 9, device="cuda")
+    layer(x)[0].sum().backward()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @pytest.mark.gpu

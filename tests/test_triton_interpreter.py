@@ -140,39 +140,117 @@ def _noise_params():
     ],
 )
 def test_more_in_the_recurrence(cell, options, training, regime, hidden, form, monkeypatch):
-    """By the kernels and, in float64 and with the same masks, by the scan in torch operations."""
     monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", regime)
     layer = testing.make_module(cell, 3, hidden, bidirectional=True, **options).train(training)
+    no_backward = not training and cell.startswith("rnn_")
+    assert_as_in_torch_operations(layer, form, no_backward=no_backward)
+
+
+def assert_as_in_torch_operations(layer, form, no_backward=False, **given):
+    """By the kernels and, in float64 and with the same masks, by the scan in torch operations."""
     exact = copy.deepcopy(layer).double()
     if form == "bfloat16":
         layer = layer.bfloat16()
         exact = copy.deepcopy(layer).double()
     dtype = next(layer.parameters()).dtype
     x, lengths = torch.randn(4, 3, 3).to(dtype), torch.tensor([4, 2, 1])
-    masks = {}
+    masks = given
     if form == "masked":
-        masks = {"lengths": torch.tensor([2, 0, 4]), "resets": torch.rand(4, 3) < 0.4}
-    no_backward = not training and cell.startswith("rnn_")
+        masks |= {"lengths": torch.tensor([2, 0, 4]), "resets": torch.rand(4, 3) < 0.4}
+        x[2:, 0] = x[:, 1] = float("nan")  # padding
     results = []
     for module, backend in ((layer, "triton"), (exact, "reference")):
         rows = x.to(next(module.parameters())).requires_grad_(not no_backward)
         input = pack_padded_sequence(rows, lengths) if form == "packed" else rows
         torch.manual_seed(3)
         with fused_rnn.backend(backend), torch.set_grad_enabled(not no_backward):
-            y, final = module(input, **masks)
+            leaf = {k: v.to(rows) if v.is_floating_point() else v for k, v in masks.items()}
+            leaf = {k: v.requires_grad_(v.is_floating_point()) for k, v in leaf.items()}
+            y, final, *histories = module(input, **leaf, return_states=form == "padded")
         finals = final if isinstance(final, tuple) else (final,)
-        outputs = (y.data if form == "packed" else y, *finals)
+        outputs = (y.data if form == "packed" else y, *finals, *(h for hs in histories for h in hs))
         grads = ()
         if not no_backward:
             loss = sum(
                 (o * torch.linspace(1, 2, o.numel()).view_as(o).to(o)).sum() for o in outputs
             )
-            grads = torch.autograd.grad(loss, [rows, *module.parameters()])
+            inputs = [v for v in leaf.values() if v.requires_grad]
+            grads = torch.autograd.grad(loss, [rows, *inputs, *module.parameters()])
         results.append((*outputs, *grads))
     tolerance = 0.05 if form == "bfloat16" else 1e-4
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == dtype
-        assert (ours.double() - theirs).norm() <= tolerance * theirs.norm() + 1e-6
+        ours, theirs = ours.double(), theirs.double()
+        assert not ours.isnan().any() and not theirs.isnan().any()
+        assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-6
+
+
+NORMED = {
+    "alone": ({}, True),
+    "without biases": ({"bias": False}, True),
+    "dropped": ({"recurrent_dropout": 0.4}, True),
+    "zoned out": ({"recurrent_dropout": 0.4, "zoneout": 0.3}, True),
+    "expected": ({"zoneout": 0.3}, False),
+}
+NORMED_OF_LSTM = {
+    "all": ({"recurrent_dropout": 0.4, "zoneout": (0.2, 0.4), "peepholes": True}, True),
+    "all, expected": ({"zoneout": (0.2, 0.4), "peepholes": True}, False),
+}
+
+
+def _normed_params():
+    return [
+        pytest.param(cell, *options, id=f"{cell}-{name}")
+        for cell in KERNELS
+        if not cell.startswith("rnn_")
+        for name, options in (NORMED | (NORMED_OF_LSTM if cell == "lstm" else {})).items()
+    ]
+
+
+@pytest.mark.parametrize(("cell", "options", "training"), _normed_params())
+@pytest.mark.parametrize(
+    ("hidden", "form"),
+    [(1, "padded"), (17, "padded"), (7, "packed"), (18, "masked"), (20, "bfloat16")],
+)
+def test_layer_normalisation(cell, options, training, hidden, form):
+    layer = testing.make_module(cell, 3, hidden, bidirectional=True, layer_norm=True, **options)
+    with torch.no_grad():  # gains of 1 and biases of 0 would hide what is left out
+        for parameter in layer.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    given = {}
+    if form == "masked" and cell != "lstm":
+        given["reset_hx"] = torch.randn(2, 3, hidden)
+    assert_as_in_torch_operations(layer.train(training), form, **given)
+
+
+def test_the_states_that_an_lstm_starts_afresh_from():
+    layer = fused_rnn.LSTM(3, 9, bidirectional=True, layer_norm=True)
+    exact = copy.deepcopy(layer).double()
+    states = [torch.randn(2, 3, 9, dtype=torch.float64) for _ in range(4)]
+    x, resets = torch.randn(5, 3, 3, dtype=torch.float64), torch.rand(5, 3) < 0.5
+    resets[0, 0] = resets[0, 1] = True
+    lengths, results = torch.tensor([5, 0, 3]), []
+    for module, backend in ((layer, "triton"), (exact, "reference")):
+        dtype = module.weight_ih_l0.dtype
+        leaves = [t.to(dtype).requires_grad_() for t in (x, *states)]
+        masks = {"resets": resets, "lengths": lengths, "reset_hx": tuple(leaves[3:])}
+        with fused_rnn.backend(backend):
+            y, (h_n, c_n) = module(leaves[0], tuple(leaves[1:3]), **masks)
+        loss = y.square().sum() + h_n.sum() + (2 * c_n).sum()
+        grads = torch.autograd.grad(loss, [*leaves, *module.parameters()])
+        results.append((y, h_n, c_n, *grads))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours.double() - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
+
+
+def test_no_rows_to_normalise():
+    layer = fused_rnn.LSTM(3, 9, layer_norm=True)
+    x = torch.randn(4, 0, 3, requires_grad=True)
+    with fused_rnn.backend("triton"):
+        y, (h_n, c_n) = layer(x)
+        y.sum().backward()
+    assert (y.shape, h_n.shape, c_n.shape) == ((4, 0, 9), (1, 0, 9), (1, 0, 9))
+    assert all(p.grad.count_nonzero() == 0 for p in layer.parameters())
 
 
 def test_zoneouts_expectation_of_an_rnn_has_no_backward():

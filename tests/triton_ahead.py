@@ -7,16 +7,19 @@ may take the process with it:
     python tests/triton_ahead.py cuda:90 0 5     # the rows 0 and 5 of the table, a report per line
     python tests/triton_ahead.py cuda:90         # every row that sm_90 uses
     python tests/triton_ahead.py --noise cuda:90 0 5    # with recurrent dropout, zoneout, peepholes
+    python tests/triton_ahead.py --normed cuda:90 lstm 256    # a layer that normalises
     python tests/triton_ahead.py --write         # every row and target: tests/triton_bounds.json
     python tests/triton_ahead.py --write cuda:80 # of one target
 """
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,8 +30,8 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fused_rnn.backends.bundles import LayerOutput, OutputGrads
-from fused_rnn.backends.triton import launch
+from fused_rnn.backends.bundles import LayerOutput, Needs, OutputGrads
+from fused_rnn.backends.triton import launch, normed
 from fused_rnn.backends.triton.plan import PassPlan, Plan, Row, _shipped_rows
 from fused_rnn.cells import DirectionWeights
 from fused_rnn.problem import NO_NOISE, Noise, Problem, Rows
@@ -94,7 +97,10 @@ def recording(target):
         return made
 
     before, JITFunction.create_binder = JITFunction.create_binder, create_binder
-    kernels = (launch.scan.scan_forward, launch.scan.scan_backward)
+    kernels = (
+        launch.scan.scan_forward, launch.scan.scan_backward,
+        normed.normed_forward, normed.normed_backward,
+    )  # fmt: skip
     for kernel in kernels:
         kernel.device_caches.default_factory = kernel.create_binder
         kernel.device_caches.clear()
@@ -143,6 +149,36 @@ def run(problem, plan, precision, which, noise=NO_NOISE):
     )
     grads = OutputGrads(tensor(n, d * h), None, None)
     launch.backward(problem, plan, precision, grads, weights, h0, c0, rows, saved)
+
+
+def run_normed(problem: Problem, noisy: bool) -> None:
+    """Both passes of a layer that normalises."""
+    d, h, cell = problem.directions, problem.hidden_size, problem.cell
+    n = problem.timesteps * problem.batch_size
+    x, states = torch.zeros(n, problem.input_size), torch.zeros(d, problem.batch_size, h)
+    gates = cell.gates * h
+    gains = 2 * gates + 2 * h * cell.has_c
+    weights = [
+        DirectionWeights(
+            torch.zeros(gates, problem.input_size), torch.zeros(gates, h), torch.zeros(gates),
+            torch.zeros(gates), None, torch.zeros(3 * h) if noisy and cell.has_c else None,
+            torch.zeros(gains),
+        )
+        for _ in range(d)
+    ]  # fmt: skip
+    noise = noise_of(problem) if noisy else NO_NOISE
+    rows = Rows(problem.timesteps, problem.batch_size, None, n, noise=noise)
+    out = normed.forward(problem, x, weights, states, states, rows, True)
+    grads = OutputGrads(torch.zeros_like(out.y), None, None)
+    needs = Needs(True, True, True, False, False, [True] * sum(w is not None for w in weights[0]))
+    normed.backward(problem, grads, x, weights, states, states, rows, out, needs)
+
+
+def normed_compilations(target: str, cell: str, hidden: int, noisy: bool) -> list[Compilation]:
+    problem = Problem(cell, 2, 1, 1, hidden, 0, 1, True, False, True, torch.float32, "cuda")
+    with recording(target) as compilations:
+        run_normed(replace(problem, extras=("layer_norm",)), noisy)
+    return compilations
 
 
 def problem_of(row: Row) -> Problem:
@@ -234,6 +270,15 @@ def main(arguments):
         write_bounds(arguments[1:] or TARGETS)
         return
     print(json.dumps(triton.__version__), flush=True)
+    if arguments[0] == "--normed":
+        target, cell, *sizes = arguments[1:]
+        for hidden, noisy in itertools.product(map(int, sizes), (False, True)):
+            for made in normed_compilations(target, cell, hidden, noisy):
+                kernel = made.compile()
+                facts = {"kernel": made.source.fn.__name__, "hidden": hidden, "noisy": noisy}
+                facts["floating_point_atomics"] = kernel.asm["ttir"].count("atomic_rmw fadd")
+                print(json.dumps(facts | report([kernel])), flush=True)
+        return
     noisy = arguments[0] == "--noise"
     target, *numbers = arguments[noisy:]
     rows = _shipped_rows()

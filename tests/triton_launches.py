@@ -75,6 +75,21 @@ def check_precision(which):
     assert given == ["ieee", "tf32", "ieee"], given
 
 
+def check_one_compilation_of_normed_steps():
+    sizes = [(1, 1), (1, 16), (7, 9), (64, 16), (33, 3)]
+    for cell, expected in (("lstm", 2), ("gru", 2)):
+        with triton_ahead.recording("cuda:90") as found:
+            for timesteps, batch in sizes:
+                problem = replace(
+                    PROBLEM, cell_name=cell, timesteps=timesteps, batch_size=batch,
+                    dtype=torch.float32, extras=("layer_norm",),
+                )  # fmt: skip
+                triton_ahead.run_normed(problem, False)
+        assert len(found) == expected, f"{cell}: {len(found)} compilations"
+        assert all(len(one.launches) == sum(t for t, _ in sizes) for one in found)
+
+
+check_one_compilation_of_normed_steps()
 for which in planner.PASSES:
     check_one_compilation(which)
     check_precision(which)

@@ -1,7 +1,8 @@
 """The Triton backend: scans as Triton kernels, for any GPU that Triton compiles for.
 
 `plan.py` chooses among three regimes, `scan.py` has the two kernels, `cells.py` their pointwise
-parts, `launch.py` runs them. triton is imported when a layer first runs here.
+parts, `launch.py` runs them. Layers that normalise go step by step, by `normed.py` and the kernels
+of `normed_step.py`. triton is imported when a layer first runs here.
 
 With TRITON_INTERPRET=1 in the environment before that, Triton's interpreter runs the kernels on
 CPU tensors: slow, for tests.
@@ -22,17 +23,19 @@ from torch import Tensor
 from ...cells import DirectionWeights, is_half
 from ...problem import Problem, Rows
 from ..base import Backend, float32_precision, is_relu_of_half
-from ..bundles import LayerOutput, OutputGrads, ScanGrads
+from ..bundles import InputGrads, LayerOutput, OutputGrads, ScanGrads
 from .plan import Device, Plan, UnfitError, make_plan, requested_regime
 
 # Devices whose driver has refused to run all programs of a launch at once.
 _uncooperative: set[int] = set()
 _INTERPRETER = Device("interpreter", 1 << 20, 1 << 40, True)
+# More would leave a program's threads with more numbers than registers.
+_MOST_NORMED_UNITS = 4096
 
 
 class TritonBackend(Backend):
     name = "triton"
-    extras = frozenset({"recurrent_dropout", "zoneout", "peepholes"})
+    extras = frozenset({"recurrent_dropout", "zoneout", "layer_norm", "peepholes"})
 
     @property
     def device_type(self) -> str | None:
@@ -65,6 +68,13 @@ class TritonBackend(Backend):
             )
         if problem.device_type == "cuda" and (reason := _device_refusal()):
             return reason
+        if _normalises(problem):
+            if problem.hidden_size > _MOST_NORMED_UNITS:
+                return (
+                    f"normalises up to {_MOST_NORMED_UNITS} hidden units in a program, got "
+                    f"hidden_size={problem.hidden_size}"
+                )
+            return None
         try:
             self._plan(problem)
         except UnfitError as error:
@@ -81,10 +91,29 @@ class TritonBackend(Backend):
 
     def describe(self, problem: Problem) -> str:
         through = " in float32" if self.in_float32(problem) else ""
+        if _normalises(problem):
+            return (
+                f"triton step by step{through} (layer normalisation: a product and a launch each)"
+            )
         return f"triton scan{through} ({self._plan(problem)})"
 
     def in_float32(self, problem: Problem) -> bool:
-        return is_relu_of_half(problem)
+        # Normalised values are wanted as exact as the sums that they come from.
+        return is_relu_of_half(problem) or (_normalises(problem) and is_half(problem.dtype))
+
+    def layer_forward(self, problem: Problem, *args) -> LayerOutput:
+        if not _normalises(problem):
+            return super().layer_forward(problem, *args)
+        from . import normed
+
+        return normed.forward(problem, *args)
+
+    def layer_backward(self, problem: Problem, *args) -> InputGrads:
+        if not _normalises(problem):
+            return super().layer_backward(problem, *args)
+        from . import normed
+
+        return normed.backward(problem, *args)
 
     def scan_forward(
         self,
@@ -140,6 +169,10 @@ class TritonBackend(Backend):
         if self.in_float32(problem):
             problem = replace(problem, dtype=torch.float32)
         return make_plan(problem, device, float32_precision(), requested_regime())
+
+
+def _normalises(problem: Problem) -> bool:
+    return "layer_norm" in problem.extras
 
 
 @cache

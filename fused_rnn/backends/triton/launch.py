@@ -49,7 +49,7 @@ def forward(
         "b_hn": _hidden_bias(problem, weights),
         "peephole": _peepholes(weights),
         "h0": h0.contiguous(),
-        **_row_arguments(problem, rows, gx.device),
+        **row_arguments(problem, rows, gx.device),
         "y": out.y,
         "h": h,
         "c": c,
@@ -61,7 +61,7 @@ def forward(
         "CELL": FUNCTIONS[cell.name].forward,
         "G": cell.gates,
         "S": cell.saved_gates,
-        "COLUMNS": 2 if _resets_before(problem) else cell.saved_gates or 1,
+        "COLUMNS": 2 if resets_before(problem) else cell.saved_gates or 1,
     }
     _run(
         scan.scan_forward, problem, plan.forward, precision, arguments, constants,
@@ -85,8 +85,8 @@ def backward(
     cell, hidden = problem.cell, problem.hidden_size
     count = saved.y.shape[0]
     grad_gates = saved.y.new_empty((problem.directions, count, cell.grad_gates * hidden))
-    grad_h = _state_gradient(grads.h_n, h0)
-    grad_c = _state_gradient(grads.c_n, h0) if cell.has_c else None
+    grad_h = state_gradient(grads.h_n, h0)
+    grad_c = state_gradient(grads.c_n, h0) if cell.has_c else None
     masks = rows.masks or Masks()
     grad_reset_h = None if masks.reset_h is None else torch.zeros_like(grad_h)
     grad_reset_c = None if masks.reset_c is None else torch.zeros_like(grad_h)
@@ -100,7 +100,7 @@ def backward(
         "c0": _contiguous(c0, torch.float32) if cell.has_c else None,
         "grad_y": None if grads.y is None else grads.y.contiguous(),
         "grad_cells": None if grads.cells is None else grads.cells.contiguous(),
-        **_row_arguments(problem, rows, h0.device),
+        **row_arguments(problem, rows, h0.device),
         "grad_gates": grad_gates,
         "grad_h": grad_h,
         "grad_c": grad_c,
@@ -112,7 +112,7 @@ def backward(
         "G": cell.gates,
         "S": cell.saved_gates,
         "Q": cell.grad_gates,
-        "COLUMNS": 2 if _resets_before(problem) else cell.grad_gates,
+        "COLUMNS": 2 if resets_before(problem) else cell.grad_gates,
         # The gradients of GRU's gates face W_hh in the order n, r, z.
         "ROTATE": 2 if cell.name == "gru" else 0,
     }
@@ -151,7 +151,7 @@ def _run(
         "BLOCK_B": config.block_b,
         "BLOCK_H": config.block_h,
         "BLOCK_K": config.block_k,
-        "RESET_BEFORE": _resets_before(problem),
+        "RESET_BEFORE": resets_before(problem),
         "CHUNKS": -(-problem.hidden_size // config.block_k),
         "PRECISION": precision if problem.dtype == torch.float32 else "ieee",
         "SOFT": soft_type(problem.dtype),
@@ -167,7 +167,7 @@ def _run(
         ranges = _ranges(steps, exchange, kernel is scan.scan_backward)
         firsts = range(0, plan.batch_tiles, plan.tiles_per_launch)
         halves = ("",)
-        if exchange == "launch" and _resets_before(problem):
+        if exchange == "launch" and resets_before(problem):
             halves = ("first", "second")
         for (s0, s1), half in itertools.product(ranges, halves):
             for launch, first in enumerate(firsts):
@@ -208,14 +208,14 @@ def _exchange(plan: PassPlan) -> str:
     return "registers" if config.block_k == config.block_h and config.resident else "program"
 
 
-def _resets_before(problem: Problem) -> bool:
+def resets_before(problem: Problem) -> bool:
     return products_of_step(problem) == 2
 
 
 def _between_products(problem: Problem, plan: PassPlan, like: Tensor) -> dict[str, Tensor | None]:
     """What is kept from the first product of a step forward to the second."""
     shape = problem.directions, problem.batch_size, problem.hidden_size
-    exchange = _exchange(plan) if _resets_before(problem) else "registers"
+    exchange = _exchange(plan) if resets_before(problem) else "registers"
     launches = exchange == "launch"
     return {
         "gated_h": None if exchange == "registers" else like.new_empty(shape),
@@ -251,7 +251,7 @@ def _ranges(steps: range, exchange: str, backwards: bool) -> Iterator[tuple[int,
         yield s, s + 1
 
 
-def _row_arguments(problem: Problem, rows: Rows, device: torch.device) -> dict[str, Tensor | None]:
+def row_arguments(problem: Problem, rows: Rows, device: torch.device) -> dict[str, Tensor | None]:
     """How rows lie in memory and where they end or restart."""
     offsets = None
     if rows.packed:
@@ -307,7 +307,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0].contiguous().unsqueeze(0)
 
 
-def _state_gradient(grad: Tensor | None, like: Tensor) -> Tensor:
+def state_gradient(grad: Tensor | None, like: Tensor) -> Tensor:
     """[D, B, H] float32 in memory of its own: the gradient of the last state, zero for None."""
     if grad is None:
         return torch.zeros(like.shape, dtype=torch.float32, device=like.device)

@@ -1,0 +1,379 @@
+"""Layers that normalise: torch's products and one kernel between two of them (`normed_step.py`).
+
+The input side of all steps is normalised at once. What backward wants of a call lies in `gates`
+[D, N, problem.saved_columns], one kind after the other, see `_Saved`.
+All in float32.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...cells import Cell, DirectionWeights
+from ...problem import Masks, Problem, Rows
+from ...recurrences import EPS, Extras
+from ..base import input_side, peephole_grad
+from ..bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
+from . import launch
+from .normed_step import normed_backward, normed_forward
+
+_SCALES = 5  # of a row: of two groups of W_ih x, of two of W_hh h, of c
+
+
+class _Saved(NamedTuple):
+    # Those that kernels read in vectors come first, where they are aligned for any N.
+    gates: Tensor  # [D, N, S*H] as without normalisation
+    hidden_side: Tensor  # [D, N, G*H] W_hh h with mean 0 and variance 1
+    c: Tensor  # [D, N, H] the same of an LSTM's c, else [D, N, 0]
+    input_side: Tensor  # [D, N, G*H] the same of W_ih x
+    scales: Tensor  # [D, N, 5] the factors that made the variances so
+
+    @classmethod
+    def within(cls, problem: Problem, memory: Tensor) -> _Saved:
+        cell, hidden = problem.cell, problem.hidden_size
+        sides = cell.gates * hidden
+        widths = cell.saved_gates * hidden, sides, cell.has_c * hidden, sides, _SCALES
+        directions, count, _ = memory.shape
+        parts = memory.flatten().split([directions * count * width for width in widths])
+        return cls(*(p.view(directions, count, w) for p, w in zip(parts, widths, strict=True)))
+
+
+def _groups(cell: Cell, hidden: int) -> list[slice]:
+    """The columns that are normalised together: GRU's r and z, then n; all of an LSTM's."""
+    bounds = (0, 2, 3) if cell.gates == 3 else (0, cell.gates)
+    return [slice(a * hidden, b * hidden) for a, b in pairwise(bounds)]
+
+
+def _all_extras(cell: Cell, weights: list[DirectionWeights]) -> dict[str, Tensor | None]:
+    """Those of all directions, [D, ...]."""
+    extras = [Extras.of_weights(cell, w) for w in weights]
+    stacked = {
+        name: None if extras[0]._asdict()[name] is None else
+        torch.stack([e._asdict()[name] for e in extras])
+        for name in Extras._fields
+    }  # fmt: skip
+    return stacked
+
+
+def _constants(problem: Problem) -> dict[str, int]:
+    hidden, cell = problem.hidden_size, problem.cell
+    block = triton.next_power_of_2(hidden)
+    return {
+        "H": hidden,
+        "D": problem.directions,
+        "G": cell.gates,
+        "S": cell.saved_gates,
+        "BLOCK_H": block,
+        # Four numbers of a tile to a thread: one load.
+        **({} if launch.INTERPRETED else {"num_warps": min(max(block // 128, 1), 16)}),
+    }
+
+
+class _Products:
+    """v times the weights of each direction, for v [D, B, K]."""
+
+    def __init__(self, weights: Tensor, like: Tensor):
+        """`weights` [D, K, C], possibly a view."""
+        self.weights, width = weights, weights.shape[2]
+        self.result = like.new_empty((*like.shape[:2], width))
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return torch.bmm(v, self.weights, out=self.result)
+
+
+def forward(
+    problem: Problem,
+    x: Tensor,  # [N, I]
+    weights: list[DirectionWeights],
+    h0: Tensor,
+    c0: Tensor | None,
+    rows: Rows,
+    save: bool,
+) -> LayerOutput:
+    cell, hidden, directions = problem.cell, problem.hidden_size, problem.directions
+    count = x.shape[0]
+    out = LayerOutput(
+        y=x.new_empty((count, directions * hidden)),
+        h_n=h0.clone(memory_format=torch.contiguous_format),
+        c_n=c0.clone(memory_format=torch.contiguous_format)
+        if cell.has_c
+        else x.new_empty((directions, problem.batch_size, 0)),
+        gates=x.new_empty((directions, count, problem.saved_columns * save)),
+        cells=x.new_empty((directions, count, hidden * problem.keeps_cells(save))),
+    )
+    saved = _Saved.within(problem, out.gates) if save else None
+    gx = _input_side(problem, _without_padding(x, rows), weights, saved)
+    if problem.batch_size == 0:
+        return out
+    extras = _all_extras(cell, weights)
+    h, c = out.h_n, out.c_n if cell.has_c else None
+    row_arguments = launch.row_arguments(problem, rows, x.device)
+    _restart(rows.masks, h, c)
+    operand = torch.empty_like(h)
+    if rows.noise.h_factor is None:
+        operand.copy_(h)
+    else:
+        torch.mul(h, row_arguments["h_factor"], out=operand)
+    w = torch.stack([each.w_hh for each in weights]).transpose(1, 2)
+    resets_before = launch.resets_before(problem)
+    arguments = {
+        "gx": gx,
+        "gains": extras["norm_hh"],
+        "bias": None if weights[0].b_hh is None else torch.stack([w.b_hh for w in weights]),
+        "gains_c": extras["norm_c"],
+        "bias_c": extras["norm_c_bias"],
+        "peephole": extras["peephole"],
+        **row_arguments,
+        "y": out.y,
+        "h": h,
+        "c": c,
+        "operand": operand,
+        "z_state": torch.empty_like(h) if resets_before else None,
+        "gates": saved and saved.gates,
+        "normed_hh": saved and saved.hidden_side,
+        "normed_c": saved and saved.c,
+        "scales": saved and saved.scales,
+        "cells": out.cells if problem.keeps_cells(save) else None,
+        "T": problem.timesteps,
+        "B": problem.batch_size,
+        "N": count,
+        "EPS": EPS,
+        **_constants(problem),
+    }
+    halves = {"": _Products(w, h)}
+    if resets_before:
+        halves = {
+            "first": _Products(w[:, :, : 2 * hidden], h),
+            "second": _Products(w[:, :, 2 * hidden :], h),
+        }
+    grid = problem.batch_size, directions
+    with torch.cuda.device_of(x):
+        for s in range(problem.timesteps):
+            for half, product in halves.items():
+                normed_forward[grid](sums=product(operand), s=s, HALF=half, **arguments)
+    return out
+
+
+def backward(
+    problem: Problem,
+    grads: OutputGrads,
+    x: Tensor,
+    weights: list[DirectionWeights],
+    h0: Tensor,
+    c0: Tensor | None,
+    rows: Rows,
+    out: LayerOutput,
+    needs: Needs,
+) -> InputGrads:
+    cell, hidden, directions = problem.cell, problem.hidden_size, problem.directions
+    count = x.shape[0]
+    saved = _Saved.within(problem, out.gates)
+    x = _without_padding(x, rows)
+    extras = _all_extras(cell, weights)
+    masks = rows.masks or Masks()
+    grad_h = launch.state_gradient(grads.h_n, h0)
+    grad_c = launch.state_gradient(grads.c_n, h0) if cell.has_c else None
+    grad_reset_h = None if masks.reset_h is None else torch.zeros_like(grad_h)
+    grad_reset_c = None if masks.reset_c is None else torch.zeros_like(grad_h)
+    grad_sums = x.new_empty((directions, count, cell.grad_gates * hidden))
+    grad_products = x.new_empty((directions, count, cell.gates * hidden))
+    grad_seen = x.new_empty((directions, count, hidden)) if cell.has_c else None
+    row_arguments = launch.row_arguments(problem, rows, x.device)
+    arguments = {
+        "y": out.y.contiguous(),
+        "gates": saved.gates,
+        "normed_hh": saved.hidden_side,
+        "normed_c": saved.c if cell.has_c else None,
+        "scales": saved.scales,
+        "cells": out.cells if cell.has_c else None,
+        "gains": extras["norm_hh"],
+        "gains_c": extras["norm_c"],
+        "bias_c": extras["norm_c_bias"],
+        "peephole": extras["peephole"],
+        "h0": h0.contiguous(),
+        "c0": c0.contiguous() if cell.has_c else None,
+        "grad_y": None if grads.y is None else grads.y.contiguous(),
+        "grad_cells": None if grads.cells is None else grads.cells.contiguous(),
+        **row_arguments,
+        "grad_sums": grad_sums,
+        "grad_products": grad_products,
+        "grad_seen": grad_seen,
+        "grad_h": grad_h,
+        "grad_c": grad_c,
+        "grad_reset_h": grad_reset_h,
+        "grad_reset_c": grad_reset_c,
+        "T": problem.timesteps,
+        "B": problem.batch_size,
+        "N": count,
+        "Q": cell.grad_gates,
+        **_constants(problem),
+    }
+    product = torch.zeros_like(grad_h)
+    w = torch.stack([each.w_hh for each in weights])
+    halves = {"": w}
+    if launch.resets_before(problem):
+        halves = {"first": w[:, 2 * hidden :], "second": w[:, : 2 * hidden]}
+    carried = {half: h0.new_empty((*h0.shape[:2], part.shape[1])) for half, part in halves.items()}
+    grid = problem.batch_size, directions
+    if problem.batch_size > 0:
+        with torch.cuda.device_of(x):
+            for s in reversed(range(problem.timesteps)):
+                for half, part in halves.items():
+                    normed_backward[grid](
+                        carried=carried[half], product=product, s=s, HALF=half, **arguments
+                    )
+                    torch.bmm(carried[half], part, out=product)
+    if row_arguments["h_factor"] is not None:
+        product *= row_arguments["h_factor"]
+    grad_h += product
+    _restart_backward(masks, (grad_h, grad_c), (grad_reset_h, grad_reset_c))
+    scan = ScanGrads(grad_sums, grad_h, grad_c, reset_h=grad_reset_h, reset_c=grad_reset_c)
+    plain = out._replace(gates=saved.gates)
+    per_direction = len(needs.weights) // directions
+    grad_x, grad_weights = None, []
+    for d, weight in enumerate(weights):
+        need = needs.weights[d * per_direction : (d + 1) * per_direction]
+        of_input = _through_input_side(problem, scan, d, weight, saved)
+        if needs.x:
+            part = of_input @ weight.w_ih
+            grad_x = part if grad_x is None else grad_x.add_(part)
+        grad_weights += _weight_grads(
+            problem, scan, d, weight, x, h0, c0, rows, plain, saved, of_input, grad_products,
+            grad_seen, need,
+        )  # fmt: skip
+    return InputGrads(
+        grad_x,
+        grad_h if needs.h0 else None,
+        grad_c if needs.c0 else None,
+        grad_weights,
+        grad_reset_h if needs.reset_h else None,
+        grad_reset_c if needs.reset_c else None,
+    )
+
+
+def _without_padding(x: Tensor, rows: Rows) -> Tensor:
+    """x with zeros in the place of what may be NaN, which not even a gradient of zero would keep
+    out of a sum."""
+    if rows.masks is None or rows.masks.lengths is None:
+        return x
+    return torch.where(rows.masks.taken(rows.timesteps).flatten().unsqueeze(1), x, 0)
+
+
+def _input_side(
+    problem: Problem, x: Tensor, weights: list[DirectionWeights], saved: _Saved | None
+) -> Tensor:
+    """[D, N, G*H] W_ih x, normalised, with gains and biases."""
+    cell, hidden = problem.cell, problem.hidden_size
+    gx = x.new_empty((len(weights), x.shape[0], cell.gates * hidden))
+    for d, w in enumerate(weights):
+        products, gains = x @ w.w_ih.t(), Extras.of_weights(cell, w).norm_ih
+        for i, group in enumerate(_groups(cell, hidden)):
+            width = group.stop - group.start
+            of_group = products[:, group]
+            normed, _, scale = torch.native_layer_norm(of_group, [width], None, None, EPS)
+            torch.mul(normed, gains[group], out=gx[d, :, group])
+            if w.b_ih is not None:
+                gx[d, :, group] += w.b_ih[group]
+            if saved is not None:
+                saved.input_side[d, :, group] = normed
+                saved.scales[d, :, i : i + 1] = scale
+    return gx
+
+
+def _restart(masks: Masks | None, h: Tensor, c: Tensor | None) -> None:
+    """Replaces the states of rows that start afresh before the first step."""
+    first = _fresh_at_first(masks)
+    if first is None:
+        return
+    for state, fresh in ((h, masks.reset_h), (c, masks.reset_c)):
+        if state is not None:
+            state[0] = torch.where(first, 0 if fresh is None else fresh[0], state[0])
+
+
+def _restart_backward(
+    masks: Masks, grads: tuple[Tensor | None, ...], of_fresh: tuple[Tensor | None, ...]
+) -> None:
+    first = _fresh_at_first(masks)
+    if first is None:
+        return
+    for grad, fresh in zip(grads, of_fresh, strict=True):
+        if fresh is not None:
+            fresh[0] += torch.where(first, grad[0], 0)
+        if grad is not None:
+            grad[0] = torch.where(first, 0, grad[0])
+
+
+def _fresh_at_first(masks: Masks | None) -> Tensor | None:
+    """bool [B, 1]: of the first direction; in the second a reset follows the first step."""
+    if masks is None or masks.resets is None:
+        return None
+    first = masks.resets[0]
+    return (first if masks.lengths is None else first & (masks.lengths > 0)).unsqueeze(1)
+
+
+def _through_input_side(
+    problem: Problem, scan: ScanGrads, d: int, w: DirectionWeights, saved: _Saved
+) -> Tensor:
+    """[N, G*H] the gradient of W_ih x."""
+    cell = problem.cell
+    grads, gains = input_side(cell, scan.gates[d]), Extras.of_weights(cell, w).norm_ih
+    parts = []
+    for i, group in enumerate(_groups(cell, problem.hidden_size)):
+        grad, normed = grads[:, group] * gains[group], saved.input_side[d, :, group]
+        mean, shared = grad.mean(1, True), (grad * normed).mean(1, True)
+        parts.append((grad - mean - normed * shared) * saved.scales[d, :, i : i + 1])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _weight_grads(
+    problem, scan, d, w, x, h0, c0, rows, plain, saved, of_input, grad_products, grad_seen, need
+) -> list[Tensor | None]:
+    """In the order of DirectionWeights, those that there are; None where not needed."""
+    cell, hidden = problem.cell, problem.hidden_size
+    of_sums = scan.gates[d]
+    # In torch's order of the gates: GRU's gradients are hn, r, z, n.
+    of_hidden = of_sums
+    if cell.name == "gru":
+        of_hidden = torch.cat((of_sums[:, hidden : 3 * hidden], of_sums[:, :hidden]), 1)
+
+    def gains() -> Tensor:
+        found = [
+            (input_side(cell, of_sums) * saved.input_side[d]).sum(0),
+            (of_hidden * saved.hidden_side[d]).sum(0),
+        ]
+        if cell.has_c:
+            found.append((grad_seen[d] * saved.c[d]).sum(0))
+            if w.b_ih is not None:
+                found.append(grad_seen[d].sum(0))
+        return torch.cat(found)
+
+    made = [
+        lambda: of_input.t() @ x,
+        lambda: _recurrent_weight_grad(problem, grad_products[d], plain, h0, rows, d),
+    ]
+    if w.b_ih is not None:
+        made += [lambda: input_side(cell, of_sums).sum(0), lambda: of_hidden.sum(0)]
+    if w.peephole is not None:
+        made.append(lambda: peephole_grad(scan, plain, c0, rows, d))
+    made.append(gains)
+    return [make() if wanted else None for make, wanted in zip(made, need, strict=True)]
+
+
+def _recurrent_weight_grad(
+    problem: Problem, of_products: Tensor, saved: LayerOutput, h0: Tensor, rows: Rows, d: int
+) -> Tensor:
+    hidden, factor = problem.hidden_size, rows.noise.h_factor
+    reset = None if rows.masks is None or rows.masks.reset_h is None else rows.masks.reset_h[d]
+    y = saved.y[:, d * hidden : (d + 1) * hidden]
+    before = rows.shift(y, h0[d], d == 1, reset)
+    if factor is not None:
+        before = before * rows.spread(factor[d])
+    if not launch.resets_before(problem):
+        return of_products.t() @ before
+    rz, n = of_products.split((2 * hidden, hidden), 1)
+    return torch.cat((rz.t() @ before, n.t() @ (saved.gates[d, :, :hidden] * before)))
