@@ -47,6 +47,7 @@ _ELSEWHERE_GUARDS = (*_STEP_GUARDS, *dispatch.redirections())
 _GUARDS = (*_ELSEWHERE_GUARDS, torch._C._is_any_autocast_enabled)
 # A profiler sees operators only, and for it they are enough. Autocast is another question.
 _CALL_GUARDS = (torch._C._autograd._profiler_enabled, *_ELSEWHERE_GUARDS)
+SIGHT_GUARDS = (torch._C._autograd._profiler_enabled, *_STEP_GUARDS)
 # As in csrc/cpu/direct.h.
 NUMBER_TYPES = torch.float32, torch.bfloat16, torch.float16
 

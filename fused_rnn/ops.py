@@ -195,7 +195,7 @@ def oracle(
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager:
-    """Operands have autocast's dtype already, and run through time in a wider one."""
+    """Operands have autocast's dtype already, and some run through time in a wider one."""
     if torch._C._is_any_autocast_enabled() and device_type != "meta":
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
@@ -345,7 +345,38 @@ def _with_empty_outputs(cell: Cell, y: Tensor, h_n: Tensor, *rest: Tensor) -> tu
     )
 
 
-def _forward_impl(
+class _Way(NamedTuple):
+    """How a call ran."""
+
+    problem: Problem
+    backend: Backend
+
+
+def _must_be_seen(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call is to be an operator: for a mode, trace or profiler, or because a tensor is
+    more than numbers in memory. Else what it runs is called as it is, which takes the host less
+    time."""
+    if torch.compiler.is_compiling() or any(guard() for guard in direct.SIGHT_GUARDS):
+        return True
+    given = [t for t in tensors if t is not None]
+    return not direct.are_plain(given) or any(t.is_meta for t in given)
+
+
+def _run_forward(*arguments) -> tuple[tuple[Tensor, ...], _Way | None]:
+    """What `layer_forward` gives, of its arguments, and how it ran where that is not an operator's
+    own business. To be called below autograd."""
+    x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c, *_ = arguments
+    masks = lengths, resets, reset_h, reset_c
+    if _must_be_seen((x, h0, c0, *weights, batch_sizes, *masks)):
+        return torch.ops.fused_rnn.layer_forward(*arguments), None
+    return _forward(*arguments)
+
+
+def _forward_impl(*arguments):
+    return _forward(*arguments)[0]
+
+
+def _forward(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
     cell, save, states, recompute, backend, *noise,
 ):  # fmt: skip
@@ -354,16 +385,17 @@ def _forward_impl(
     if save and _is_ordinary(x, layout, states, recompute, backend):
         given = direct.train_layer(CELLS[cell], x, h0, c0, weights, batch_sizes, h0.shape[0])
         if given:
-            return _with_empty_outputs(CELLS[cell], *given)
+            return _with_empty_outputs(CELLS[cell], *given), None
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
     problem = make_problem(*inputs, save, states, noise)
     rows, by_direction = _layout(*inputs, noise)
     chosen = _select(problem, backend)
-    out = chosen.forward(
-        problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save and not recompute
-    )
+    with _no_autocast(x.device.type):
+        out = chosen.forward(
+            problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save and not recompute
+        )
     y = out.y if problem.packed else unflatten(out.y, x)
-    return y, out.h_n, out.c_n, out.gates, out.cells
+    return (y, out.h_n, out.c_n, out.gates, out.cells), _Way(problem, chosen)
 
 
 def _forward_fake(
@@ -390,11 +422,11 @@ def _forward_fake(
 def _backward_impl(
     grad_y, grad_h_n, grad_c_n, grad_cells,
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    y, gates, cells, cell, needs, states, recompute, backend, *noise,
+    y, gates, cells, cell, needs, states, recompute, backend, *noise, way=None,
 ):  # fmt: skip
     noise = Noise(*noise)
     layout = lengths, resets, noise.names or None
-    if _is_ordinary(x, layout, states, recompute, backend):
+    if way is None and _is_ordinary(x, layout, states, recompute, backend):
         spec, grads = CELLS[cell], (grad_y, grad_h_n, grad_c_n)
         saved = y, gates if spec.saved_gates else None, cells if spec.has_c else None
         given = direct.train_layer_backward(
@@ -405,24 +437,20 @@ def _backward_impl(
             wanted = iter(given)
             return [next(wanted) if need else x.new_empty(0) for need in needs]
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
-    problem = make_problem(*inputs, True, states, noise)
+    if way is None:
+        problem = make_problem(*inputs, True, states, noise)
+        chosen = _select(problem, backend)
+    else:
+        problem, chosen = way
     rows, by_direction = _layout(*inputs, noise)
     x_rows = _rows_of(x, problem.packed)
-    chosen = _select(problem, backend)
     saved = LayerOutput(_rows_of(y, problem.packed), None, None, gates, cells)
-    if recompute:
-        saved = chosen.forward(problem, x_rows, by_direction, h0, c0, rows, True)
-    result = chosen.backward(
-        problem,
-        OutputGrads(_rows_of(grad_y, problem.packed), grad_h_n, grad_c_n, grad_cells),
-        x_rows,
-        by_direction,
-        h0,
-        c0,
-        rows,
-        saved,
-        Needs(*needs[:5], needs[5:]),
-    )
+    grads = OutputGrads(_rows_of(grad_y, problem.packed), grad_h_n, grad_c_n, grad_cells)
+    given = x_rows, by_direction, h0, c0, rows
+    with _no_autocast(x.device.type):
+        if recompute:
+            saved = chosen.forward(problem, *given, True)
+        result = chosen.backward(problem, grads, *given, saved, Needs(*needs[:5], needs[5:]))
     grad_x = result.x if result.x is None or problem.packed else unflatten(result.x, x)
     grads = [grad_x, result.h0, result.c0, result.reset_h, result.reset_c, *result.weights]
     return [x.new_empty(0) if g is None else g for g in grads]
@@ -450,7 +478,7 @@ class _LayerFunction(torch.autograd.Function):
     ):  # fmt: skip
         cell, states, _, _ = options
         with torch._C._AutoDispatchBelowAutograd():
-            y, h_n, c_n, gates, cells = torch.ops.fused_rnn.layer_forward(
+            (y, h_n, c_n, gates, cells), ctx.way = _run_forward(
                 x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
                 cell, True, *options[1:], *noise,
             )  # fmt: skip
@@ -476,7 +504,7 @@ class _LayerFunction(torch.autograd.Function):
         )  # fmt: skip
         if all(grad is None for grad in grads):
             return (None,) * (5 + len(needs))
-        results = layer_gradients(ctx.options, grads, kept[:3], layout, kept[9:], needs)
+        results = layer_gradients(ctx.options, grads, kept[:3], layout, kept[9:], needs, ctx.way)
         return (None, None, None, None, None, *results)
 
 
@@ -487,6 +515,7 @@ def layer_gradients(
     layout: tuple[Any, ...],  # batch_sizes, lengths, resets, noise
     inputs: tuple[Tensor | None, ...],  # x, h0, c0, reset_h, reset_c, *weights
     needs: tuple[bool, ...],  # of these
+    way: _Way | None = None,  # how forward ran, if that is known
 ) -> list[Tensor | None]:
     """The gradients of the inputs, differentiable ones where grad mode is on."""
     if torch.is_grad_enabled() or are_batched(grads):  # create_graph, or by vmap
@@ -494,10 +523,14 @@ def layer_gradients(
     x, h0, c0, reset_h, reset_c, *weights = inputs
     batch_sizes, lengths, resets, noise = layout
     cell, *others = options
-    results = torch.ops.fused_rnn.layer_backward(
+    arguments = (
         *grads, x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
         *saved, cell, needs, *others, *noise,
     )  # fmt: skip
+    if way is None or _must_be_seen((*grads, *inputs, *saved)):
+        results = torch.ops.fused_rnn.layer_backward(*arguments)
+    else:
+        results = _backward_impl(*arguments, way=way)
     return [g if need else None for g, need in zip(results, needs, strict=True)]
 
 
@@ -559,10 +592,11 @@ def _layer_autograd(
             x, h0, c0, reset_h, reset_c, *weights,
         )  # fmt: skip
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fused_rnn.layer_forward(
+        outputs, _ = _run_forward(
             x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
             cell, save, states, recompute, backend, *noise,
         )  # fmt: skip
+        return outputs
 
 
 def is_transformed() -> bool:

@@ -11,6 +11,7 @@ Importing fused_rnn does not import this module.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -456,6 +457,23 @@ def assert_same_numbers(
         assert value.dtype == expected[name].dtype, f"{name}: {value.dtype}"
         bound = roundings * torch.finfo(value.dtype).eps
         assert_near(name, value, expected[name], bound, bound)
+
+
+def assert_float32_under_autocast(module: torch.nn.RNNBase, x: Tensor) -> None:
+    """Of a layer whose bfloat16 runs through float32: that autocast to bfloat16 rounds what goes in
+    and out and nothing between, in a backward that it surrounds neither."""
+    plain = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name.startswith(("weight_", "bias_")):
+                parameter.copy_(parameter.bfloat16())
+    parameters = list(module.parameters())
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = module(x)[0]
+        inside = torch.autograd.grad(y.float().square().sum(), parameters)
+        loss = module(x)[0].float().square().sum()
+    assert torch.equal(y, plain(x.bfloat16().float())[0].bfloat16())
+    assert all(map(torch.equal, torch.autograd.grad(loss, parameters), inside))
 
 
 @contextmanager

@@ -164,6 +164,12 @@ def test_whole_modules_run_through_it(monkeypatch):
     assert "cuda_emulated/scan H<=16 on clusters of 1, 8 rows each" in lines
 
 
+def test_autocast_ends_where_a_layer_runs_in_float32():
+    module = fused_rnn.RNN(5, 16, nonlinearity="relu", bidirectional=True)
+    with fused_rnn.backend(BACKEND):
+        testing.assert_float32_under_autocast(module, torch.randn(6, 3, 5))
+
+
 def test_only_who_asks_gets_it(monkeypatch):
     monkeypatch.delenv("FUSED_RNN_BACKEND", raising=False)
     problem = ops.make_problem(*testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)).args, True)

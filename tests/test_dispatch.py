@@ -226,8 +226,21 @@ def test_automatic_forward_and_backward_choose_alike(backends):
 
     with dispatch.recording(record):
         y, *_ = _run()
+        assert chosen == [(chosen[0][0], False)]
         y.sum().backward()
-    assert chosen == [(chosen[0][0], False)] * 2
+    assert set(chosen) == {chosen[0]}
+
+
+def test_backward_runs_where_forward_ran_whatever_has_changed(backends, monkeypatch):
+    with dispatch.recording(lambda *choice: None):  # the general way
+        y, *_ = _run()
+    monkeypatch.setattr(dispatch, "_first_backend", lambda problem: backends["spy"])
+    y.sum().backward()
+    assert backends["spy"].backwards == 0
+    with dispatch.recording(lambda *choice: None):
+        y, *_ = _run()
+        y.sum().backward()
+    assert (backends["spy"].forwards, backends["spy"].backwards) == (1, 1)
 
 
 def test_the_slow_path_on_a_gpu_is_told():

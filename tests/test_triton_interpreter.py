@@ -223,6 +223,18 @@ def test_layer_normalisation(cell, options, training, hidden, form):
     assert_as_in_torch_operations(layer.train(training), form, **given)
 
 
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}], ids=len)
+@pytest.mark.parametrize("cell", KERNELS)
+def test_autocast_ends_where_a_layer_runs_in_float32(cell, options):
+    if not cell.startswith("rnn_"):
+        options = options | {"layer_norm": True}
+    elif cell != "rnn_relu":
+        pytest.skip("runs in bfloat16")
+    testing.assert_float32_under_autocast(
+        testing.make_module(cell, 5, 20, **options), torch.randn(6, 3, 5)
+    )
+
+
 def test_the_states_that_an_lstm_starts_afresh_from():
     layer = fused_rnn.LSTM(3, 9, bidirectional=True, layer_norm=True)
     exact = copy.deepcopy(layer).double()

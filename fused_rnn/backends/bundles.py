@@ -68,7 +68,7 @@ class OutputGrads(NamedTuple):
 
 
 class ScanGrads(NamedTuple):
-    """What a backward scan gives."""
+    """What a backward scan gives; gradients of states may be in float32."""
 
     gates: Tensor  # [D, N, Q*H] gradients of the gate pre-activations
     h0: Tensor  # [D, B, P]

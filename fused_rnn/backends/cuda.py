@@ -251,6 +251,8 @@ class _Padding:
         self.extra = -hidden % _GROUP
 
     def problem(self, problem: Problem) -> Problem:
+        if not self.extra:
+            return problem
         return replace(problem, hidden_size=self.hidden + self.extra)
 
     def columns(self, values: Tensor | None, count: int) -> Tensor | None:
@@ -382,6 +384,10 @@ class _Scans(Backend):
             requested_graph(),
             current_stream(y),
         )
-        states = (grad_h0, grad_c0 if cell.has_c else None, grad_reset_h, grad_reset_c)
-        h0, c0, reset_h, reset_c = (None if s is None else s.to(problem.dtype) for s in states)
-        return ScanGrads(grad_gates, h0, c0, reset_h=reset_h, reset_c=reset_c)
+        return ScanGrads(
+            grad_gates,
+            grad_h0,
+            grad_c0 if cell.has_c else None,
+            reset_h=grad_reset_h,
+            reset_c=grad_reset_c,
+        )

@@ -57,7 +57,9 @@ def aligned(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor |
     """Dense, and where 16 bytes may be copied at a time; as `dtype` if it is given."""
     if tensor is None:
         return None
-    dense = tensor.to(dtype or tensor.dtype).contiguous()
+    dense = tensor if dtype in (None, tensor.dtype) else tensor.to(dtype)
+    if not dense.is_contiguous():
+        dense = dense.contiguous()
     return dense.clone() if dense.data_ptr() % 16 else dense
 
 

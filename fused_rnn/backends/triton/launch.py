@@ -122,10 +122,10 @@ def backward(
     )  # fmt: skip
     return ScanGrads(
         gates=grad_gates,
-        h0=grad_h.to(h0.dtype),
-        c0=grad_c.to(c0.dtype) if cell.has_c else None,
-        reset_h=None if grad_reset_h is None else grad_reset_h.to(h0.dtype),
-        reset_c=None if grad_reset_c is None else grad_reset_c.to(c0.dtype),
+        h0=grad_h,
+        c0=grad_c if cell.has_c else None,
+        reset_h=grad_reset_h,
+        reset_c=grad_reset_c,
     )
 
 
