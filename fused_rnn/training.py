@@ -51,13 +51,15 @@ def layers(
         return None
     if not 0 <= dropout <= 1 or module.recompute:
         return None
-    is_plain = num_layers == 1 and lengths is None and resets is None and not module.batch_first
+    is_packed = type(input) is PackedSequence
+    in_order = is_packed or not module.batch_first
+    is_plain = num_layers == 1 and lengths is None and resets is None and in_order
     if is_plain and (result := _one_layer(module, cell, input, hx)) is not None:
         return result
     if _is_float64(input) and lengths is None and resets is None:
         return direct.layers(module, looked, input, hx)
     x, batch_sizes, order, original_order = input, None, None, None
-    if is_packed := type(input) is PackedSequence:
+    if is_packed:
         x, batch_sizes, order, original_order = input
     states = _states_of_ordinary(cell, x, hx)
     if states is None:

@@ -7,6 +7,8 @@ All in float32.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -51,13 +53,11 @@ def _groups(cell: Cell, hidden: int) -> list[slice]:
 
 def _all_extras(cell: Cell, weights: list[DirectionWeights]) -> dict[str, Tensor | None]:
     """Those of all directions, [D, ...]."""
-    extras = [Extras.of_weights(cell, w) for w in weights]
-    stacked = {
-        name: None if extras[0]._asdict()[name] is None else
-        torch.stack([e._asdict()[name] for e in extras])
-        for name in Extras._fields
-    }  # fmt: skip
-    return stacked
+    of_each = zip(*(Extras.of_weights(cell, w) for w in weights), strict=True)
+    return {
+        name: None if tensors[0] is None else torch.stack(tensors)
+        for name, tensors in zip(Extras._fields, of_each, strict=True)
+    }
 
 
 def _constants(problem: Problem) -> dict[str, int]:
@@ -233,19 +233,16 @@ def backward(
     grad_h += product
     _restart_backward(masks, (grad_h, grad_c), (grad_reset_h, grad_reset_c))
     scan = ScanGrads(grad_sums, grad_h, grad_c, reset_h=grad_reset_h, reset_c=grad_reset_c)
-    plain = out._replace(gates=saved.gates)
+    found = _LayerGrads(problem, scan, grad_products, grad_seen, x, h0, c0, rows, out)
     per_direction = len(needs.weights) // directions
     grad_x, grad_weights = None, []
     for d, weight in enumerate(weights):
-        need = needs.weights[d * per_direction : (d + 1) * per_direction]
-        of_input = _through_input_side(problem, scan, d, weight, saved)
+        of_input = found.of_input_products(d, weight)
         if needs.x:
             part = of_input @ weight.w_ih
             grad_x = part if grad_x is None else grad_x.add_(part)
-        grad_weights += _weight_grads(
-            problem, scan, d, weight, x, h0, c0, rows, plain, saved, of_input, grad_products,
-            grad_seen, need,
-        )  # fmt: skip
+        need = needs.weights[d * per_direction : (d + 1) * per_direction]
+        grad_weights += found.of_weights(d, weight, of_input, need)
     return InputGrads(
         grad_x,
         grad_h if needs.h0 else None,
@@ -316,64 +313,78 @@ def _fresh_at_first(masks: Masks | None) -> Tensor | None:
     return (first if masks.lengths is None else first & (masks.lengths > 0)).unsqueeze(1)
 
 
-def _through_input_side(
-    problem: Problem, scan: ScanGrads, d: int, w: DirectionWeights, saved: _Saved
-) -> Tensor:
-    """[N, G*H] the gradient of W_ih x."""
-    cell = problem.cell
-    grads, gains = input_side(cell, scan.gates[d]), Extras.of_weights(cell, w).norm_ih
-    parts = []
-    for i, group in enumerate(_groups(cell, problem.hidden_size)):
-        grad, normed = grads[:, group] * gains[group], saved.input_side[d, :, group]
-        mean, shared = grad.mean(1, True), (grad * normed).mean(1, True)
-        parts.append((grad - mean - normed * shared) * saved.scales[d, :, i : i + 1])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+@dataclass(frozen=True)
+class _LayerGrads:
+    """From the scan's gradients to those of the weights, one direction at a time."""
 
+    problem: Problem
+    scan: ScanGrads  # its gates: of what the gates add up
+    products: Tensor  # [D, N, G*H] of W_hh h
+    seen: Tensor | None  # [D, N, H] of an LSTM's normalised c
+    x: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    rows: Rows
+    out: LayerOutput
 
-def _weight_grads(
-    problem, scan, d, w, x, h0, c0, rows, plain, saved, of_input, grad_products, grad_seen, need
-) -> list[Tensor | None]:
-    """In the order of DirectionWeights, those that there are; None where not needed."""
-    cell, hidden = problem.cell, problem.hidden_size
-    of_sums = scan.gates[d]
-    # In torch's order of the gates: GRU's gradients are hn, r, z, n.
-    of_hidden = of_sums
-    if cell.name == "gru":
-        of_hidden = torch.cat((of_sums[:, hidden : 3 * hidden], of_sums[:, :hidden]), 1)
+    @cached_property
+    def saved(self) -> _Saved:
+        return _Saved.within(self.problem, self.out.gates)
 
-    def gains() -> Tensor:
+    def of_input_products(self, d: int, w: DirectionWeights) -> Tensor:
+        """[N, G*H] the gradient of W_ih x."""
+        cell, saved = self.problem.cell, self.saved
+        grads, gains = input_side(cell, self.scan.gates[d]), Extras.of_weights(cell, w).norm_ih
+        parts = []
+        for i, group in enumerate(_groups(cell, self.problem.hidden_size)):
+            grad, normed = grads[:, group] * gains[group], saved.input_side[d, :, group]
+            mean, shared = grad.mean(1, True), (grad * normed).mean(1, True)
+            parts.append((grad - mean - normed * shared) * saved.scales[d, :, i : i + 1])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def of_weights(
+        self, d: int, w: DirectionWeights, of_input: Tensor, need: list[bool]
+    ) -> list[Tensor | None]:
+        """In the order of DirectionWeights, those that there are; None where not needed."""
+        of_input_side = input_side(self.problem.cell, self.scan.gates[d])
+        of_hidden_side = self._of_hidden_side(d)
+        made = [lambda: of_input.t() @ self.x, lambda: self._of_recurrent_weights(d)]
+        if w.b_ih is not None:
+            made += [lambda: of_input_side.sum(0), lambda: of_hidden_side.sum(0)]
+        if w.peephole is not None:
+            plain = self.out._replace(gates=self.saved.gates)
+            made.append(lambda: peephole_grad(self.scan, plain, self.c0, self.rows, d))
+        made.append(lambda: self._of_gains(d, of_input_side, of_hidden_side, w.b_ih is not None))
+        return [make() if wanted else None for make, wanted in zip(made, need, strict=True)]
+
+    def _of_hidden_side(self, d: int) -> Tensor:
+        """[N, G*H] in torch's order of the gates: GRU's gradients are hn, r, z, n."""
+        grads, hidden = self.scan.gates[d], self.problem.hidden_size
+        if self.problem.cell_name != "gru":
+            return grads
+        return torch.cat((grads[:, hidden : 3 * hidden], grads[:, :hidden]), 1)
+
+    def _of_gains(self, d: int, of_input: Tensor, of_hidden: Tensor, biased: bool) -> Tensor:
+        saved = self.saved
         found = [
-            (input_side(cell, of_sums) * saved.input_side[d]).sum(0),
+            (of_input * saved.input_side[d]).sum(0),
             (of_hidden * saved.hidden_side[d]).sum(0),
         ]
-        if cell.has_c:
-            found.append((grad_seen[d] * saved.c[d]).sum(0))
-            if w.b_ih is not None:
-                found.append(grad_seen[d].sum(0))
+        if self.seen is not None:
+            found.append((self.seen[d] * saved.c[d]).sum(0))
+            if biased:
+                found.append(self.seen[d].sum(0))
         return torch.cat(found)
 
-    made = [
-        lambda: of_input.t() @ x,
-        lambda: _recurrent_weight_grad(problem, grad_products[d], plain, h0, rows, d),
-    ]
-    if w.b_ih is not None:
-        made += [lambda: input_side(cell, of_sums).sum(0), lambda: of_hidden.sum(0)]
-    if w.peephole is not None:
-        made.append(lambda: peephole_grad(scan, plain, c0, rows, d))
-    made.append(gains)
-    return [make() if wanted else None for make, wanted in zip(made, need, strict=True)]
-
-
-def _recurrent_weight_grad(
-    problem: Problem, of_products: Tensor, saved: LayerOutput, h0: Tensor, rows: Rows, d: int
-) -> Tensor:
-    hidden, factor = problem.hidden_size, rows.noise.h_factor
-    reset = None if rows.masks is None or rows.masks.reset_h is None else rows.masks.reset_h[d]
-    y = saved.y[:, d * hidden : (d + 1) * hidden]
-    before = rows.shift(y, h0[d], d == 1, reset)
-    if factor is not None:
-        before = before * rows.spread(factor[d])
-    if not launch.resets_before(problem):
-        return of_products.t() @ before
-    rz, n = of_products.split((2 * hidden, hidden), 1)
-    return torch.cat((rz.t() @ before, n.t() @ (saved.gates[d, :, :hidden] * before)))
+    def _of_recurrent_weights(self, d: int) -> Tensor:
+        hidden, rows = self.problem.hidden_size, self.rows
+        reset = None if rows.masks is None else rows.masks.reset_h
+        y = self.out.y[:, d * hidden : (d + 1) * hidden]
+        before = rows.shift(y, self.h0[d], d == 1, None if reset is None else reset[d])
+        if rows.noise.h_factor is not None:
+            before = before * rows.spread(rows.noise.h_factor[d])
+        products = self.products[d]
+        if not launch.resets_before(self.problem):
+            return products.t() @ before
+        rz, n = products.split((2 * hidden, hidden), 1)
+        return torch.cat((rz.t() @ before, n.t() @ (self.saved.gates[d, :, :hidden] * before)))
