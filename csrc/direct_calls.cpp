@@ -138,19 +138,29 @@ bool is_negated(PyObject* tensor) {
   return negated;
 }
 
+// Whether a tensor has memory on the CPU, which then is told.
+bool read_tensor(PyObject* object, DLTensor& tensor) {
+  if (connected.torch->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
+    PyErr_Clear();  // is sparse, fake, or what a transform wraps
+    return false;
+  }
+  return tensor.device.device_type == kDLCPU;
+}
+
+const char* data_of(const DLTensor& tensor) {
+  return tensor.data ? static_cast<const char*>(tensor.data) + tensor.byte_offset : nullptr;
+}
+
 // Live no longer than the object.
 Array strided_array_of(PyObject* object) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (type != connected.tensor_types[0] && type != connected.tensor_types[1]) return {};
   DLTensor tensor;
-  if (connected.torch->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
-    PyErr_Clear();  // has no memory: sparse, fake, or what a transform wraps
-    return {};
-  }
+  if (!read_tensor(object, tensor)) return {};
   const NumberType* number =
       std::find_if(std::begin(kNumberTypes), std::end(kNumberTypes),
                    [&](NumberType candidate) { return tensor.dtype == dtype_of(candidate); });
-  if (tensor.device.device_type != kDLCPU || number == std::end(kNumberTypes)) return {};
+  if (number == std::end(kNumberTypes)) return {};
   bool dense = true;
   int64_t stride = 1;
   for (int32_t i = tensor.ndim - 1; i >= 0; i--) {
@@ -159,8 +169,7 @@ Array strided_array_of(PyObject* object) {
     stride *= tensor.shape[i];
   }
   if (is_negated(object)) return {};
-  const char* data = static_cast<const char*>(tensor.data) + tensor.byte_offset;
-  return Array::of(tensor.data ? data : nullptr, *number, tensor.ndim, tensor.shape,
+  return Array::of(data_of(tensor), *number, tensor.ndim, tensor.shape,
                    dense ? nullptr : tensor.strides);
 }
 
@@ -381,18 +390,13 @@ bool read_sizes(PyObject* object, TrainCall& call) {
   if (object == Py_None) return true;
   DLTensor tensor;
   if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != connected.tensor_types[0]) return false;
-  if (connected.torch->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
-    PyErr_Clear();
-    return false;
-  }
   constexpr DLDataType kInt64 = {kDLInt, 64, 1};
-  if (tensor.device.device_type != kDLCPU || !(tensor.dtype == kInt64) || tensor.ndim != 1 ||
+  if (!read_tensor(object, tensor) || !(tensor.dtype == kInt64) || tensor.ndim != 1 ||
       tensor.shape[0] < 1 || tensor.data == nullptr ||
       (tensor.strides && tensor.strides[0] != 1 && tensor.shape[0] > 1)) {
     return false;
   }
-  const char* data = static_cast<const char*>(tensor.data) + tensor.byte_offset;
-  call.batch_sizes = reinterpret_cast<const int64_t*>(data);
+  call.batch_sizes = reinterpret_cast<const int64_t*>(data_of(tensor));
   call.timesteps = tensor.shape[0];
   return true;
 }

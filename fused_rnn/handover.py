@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cells import Cell
-from .problem import Problem
+from .problem import Problem, wants_gradients
 
 # Of a timestep, rows times units: from here on the reference is as fast.
 _FEW = 1 << 13
@@ -51,7 +51,7 @@ def layers(
         input = input.unsqueeze(batch_dim)
         h0, c0 = (None if s is None else s.unsqueeze(1) for s in (h0, c0))
     batch = num_layers * directions, input.shape[batch_dim]
-    if input.shape[1 - batch_dim] > _FEW_STEPS and _want_gradients([input, h0, c0, *weights]):
+    if input.shape[1 - batch_dim] > _FEW_STEPS and wants_gradients(input, h0, c0, *weights):
         return []
     states = _states(cell, input, weights, (h0, c0), batch, num_layers, directions)
     if states is None:
@@ -94,10 +94,6 @@ def step(
     outputs = function(input, states if cell.has_c else states[0], *weights)
     outputs = outputs if cell.has_c else (outputs,)
     return [output if batched else output.squeeze(0) for output in outputs]
-
-
-def _want_gradients(tensors: list[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _states(

@@ -26,7 +26,7 @@ from .backends.base import Backend, LayerOutput, Needs, OutputGrads
 from .cells import CELLS, Cell, DirectionWeights, state_dtype
 from .oracle import Recurrence, plain_recurrence
 from .oracle import run as oracle_run
-from .problem import NO_NOISE, Masks, Noise, Problem, Rows
+from .problem import NO_NOISE, Masks, Noise, Problem, Rows, wants_gradients
 from .recurrences import Extras, general_recurrence, noise_of_steps
 
 _library = torch.library.Library("fused_rnn", "DEF")
@@ -584,9 +584,7 @@ def _layer_autograd(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
     cell, save, states, recompute, backend, *noise,
 ):  # fmt: skip
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, h0, c0, reset_h, reset_c, *weights)
-    ):
+    if wants_gradients(x, h0, c0, reset_h, reset_c, *weights):
         return _LayerFunction.apply(
             (cell, states, recompute, backend), Noise(*noise), batch_sizes, lengths, resets,
             x, h0, c0, reset_h, reset_c, *weights,

@@ -297,6 +297,11 @@ class Rows:
         return by_step.flatten(0, 1)
 
 
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether backward may follow a call with them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Whether vmap has it in hand, in whichever other transforms."""
     while _functorch.is_functorch_wrapped_tensor(tensor):

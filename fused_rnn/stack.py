@@ -20,7 +20,7 @@ from torch import Tensor
 from . import direct, dispatch, ops
 from .backends.base import Dropout, Needs, OutputGrads, StackOutput
 from .cells import CELLS
-from .problem import Problem
+from .problem import Problem, wants_gradients
 
 
 def layers(
@@ -48,7 +48,7 @@ def layers(
         return None
     if not direct.are_plain((x, *states, *weights)):
         return None
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights))
+    training = wants_gradients(x, *states, *weights)
     h0, c0 = states if CELLS[cell].has_c else (states[0], None)
     of_one = len(weights) // h0.shape[0]  # layer and direction
     first = h0[:1], None if c0 is None else c0[:1], list(weights[:of_one])

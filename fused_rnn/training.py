@@ -28,7 +28,7 @@ from .backends.pieces import Pieces
 from .cells import Cell
 from .direct import States
 from .native import cpu_library_error
-from .problem import NO_NOISE, Masks
+from .problem import NO_NOISE, Masks, wants_gradients
 
 # Up to so many floats, 1 MiB, the copy that input in another order needs is kept for backward. The
 # general way makes it anew there, which is less memory, and no time beside what more rows take.
@@ -117,23 +117,20 @@ def _one_layer(
     weights = looks.own_parameters(module, module._flat_weights_names)
     if states is None or weights is None:
         return None
-    directions = 2 if module.bidirectional else 1
-    if type(input) is PackedSequence:
+    x, batch_sizes, order, original_order = input, None, None, None
+    if is_packed := type(input) is PackedSequence:
         x, batch_sizes, order, original_order = input
-        if order is not None and hx is not None:
-            return None
-        result = _run_directly(cell, x, states, weights, directions, batch_sizes)
-        if result is None:
-            return None
-        y, *final = result
-        y, final = PackedSequence(y, *input[1:]), _in_original_order(final, original_order)
-    elif type(input) is Tensor and input.dim() == 3:
-        result = _run_directly(cell, input, states, weights, directions)
-        if result is None:
-            return None
-        y, *final = result
-    else:
+    elif type(input) is not Tensor or input.dim() != 3:
         return None
+    if order is not None and hx is not None:
+        return None
+    directions = 2 if module.bidirectional else 1
+    result = _run_directly(cell, x, states, weights, directions, batch_sizes)
+    if result is None:
+        return None
+    y, *final = result
+    if is_packed:
+        y, final = PackedSequence(y, *input[1:]), _in_original_order(final, original_order)
     return y, tuple(final) if cell.has_c else final[0]
 
 
@@ -214,10 +211,6 @@ def _is_float64(input: Any) -> bool:
 def _is_float32(x: Tensor) -> bool:
     """Whether a layer computes in float32: half types and autocast are the extension module's."""
     return x.dtype == torch.float32 and not torch._C._is_any_autocast_enabled()
-
-
-def _wants_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _in_memory_order(x: Tensor, batch_first: bool = False) -> Tensor | None:
@@ -315,7 +308,7 @@ def _run_directly(
     if forward_ad._current_level >= 0:
         return None
     try:
-        save = _wants_gradients(*weights, x, *states)
+        save = wants_gradients(*weights, x, *states)
     except AttributeError:  # not all weights are tensors
         return None
     outputs = direct.calls().train_layer(
@@ -337,7 +330,7 @@ def _run_by_operators(
     """As `_run`, in float32."""
     if not _is_float32(x):
         return None
-    save = _wants_gradients(*weights, x, *states)
+    save = wants_gradients(*weights, x, *states)
     with torch._C._AutoDispatchBelowAutograd():
         outputs = direct.train_layer(cell, x, *states, weights, batch_sizes, directions, save)
     if not outputs or not save:
@@ -373,14 +366,14 @@ def _cut(x: Tensor, lengths: Any, resets: Any, batch_first: bool) -> Pieces | No
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
     """Rows of a padded batch [N, I] in the order of an index [M]."""
-    if _wants_gradients(rows):
+    if wants_gradients(rows):
         return _Gathered.apply(rows, index)
     return torch.ops.fused_rnn_cpu.gather_rows.default(rows.contiguous(), index)
 
 
 def _spread(rows: Tensor, index: Tensor, count: int) -> Tensor:
     """Rows [M, K] where an index [M] says, among zeros [N, K]."""
-    if _wants_gradients(rows):
+    if wants_gradients(rows):
         return _Spread.apply(rows, index, count)
     return torch.ops.fused_rnn_cpu.spread_rows.default(rows, index, count)
 

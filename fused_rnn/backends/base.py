@@ -221,10 +221,7 @@ def input_grads(
 ) -> InputGrads:
     """Those of a layer, from what its backward scan gave."""
     cell, out = problem.cell, problem.output_size
-    if rows.masks is not None and rows.masks.lengths is not None:
-        # Padding may hold NaN, which not even a gradient of zero would keep out of a product.
-        taken = rows.masks.taken(rows.timesteps).flatten().unsqueeze(1)
-        x = torch.where(taken, x, 0)
+    x = without_padding(x, rows)
     grad_x = None
     grad_weights: list[Tensor | None] = []
     per_direction = len(needs.weights) // len(weights)
@@ -246,7 +243,7 @@ def input_grads(
         if w.b_ih is not None:
             need_ih, need_hh = next(need), next(need)
             sums = grad_gates.sum(0) if need_ih or need_hh else None
-            grad_weights.append(input_order(cell, sums) if need_ih else None)
+            grad_weights.append(input_side(cell, sums).clone() if need_ih else None)
             grad_weights.append(hidden_order(cell, sums) if need_hh else None)
         if w.w_hr is not None:
             if next(need):
@@ -260,16 +257,35 @@ def input_grads(
                 if next(need)
                 else None
             )
+    return collected(problem, scan, needs, grad_x, grad_weights)
+
+
+def collected(
+    problem: Problem,
+    scan: ScanGrads,
+    needs: Needs,
+    grad_x: Tensor | None,
+    grad_weights: list[Tensor | None],
+) -> InputGrads:
+    """With the gradients of states that a backward scan gave, where they are needed."""
     states = (
         (scan.h0, needs.h0),
         (scan.c0, needs.c0),
         (scan.reset_h, needs.reset_h),
         (scan.reset_c, needs.reset_c),
     )
-    h0_grad, c0_grad, *reset = (
+    h0, c0, *reset = (
         grad.to(problem.dtype) if need and grad is not None else None for grad, need in states
     )
-    return InputGrads(grad_x, h0_grad, c0_grad, grad_weights, *reset)
+    return InputGrads(grad_x, h0, c0, grad_weights, *reset)
+
+
+def without_padding(x: Tensor, rows: Rows) -> Tensor:
+    """x with zeros past the rows' lengths: there may be NaN, which not even a gradient of zero
+    would keep out of a product."""
+    if rows.masks is None or rows.masks.lengths is None:
+        return x
+    return torch.where(rows.masks.taken(rows.timesteps).flatten().unsqueeze(1), x, 0)
 
 
 def peephole_grad(
@@ -375,11 +391,6 @@ def input_side(cell: Cell, grad_gates: Tensor) -> Tensor:
     return grad_gates.narrow(-1, hidden, 3 * hidden)
 
 
-def input_order(cell: Cell, sums: Tensor) -> Tensor:
-    """[G*H] `input_side` of a vector that is nobody else's, in no more memory than it needs."""
-    return sums if cell.name != "gru" else input_side(cell, sums).clone()
-
-
 def hidden_side(cell: Cell, grad_gates: Tensor) -> Tensor:
     """[..., G*H] the columns that face W_hh and b_hh, a view; GRU in the order (n, r, z)."""
     if cell.name != "gru":
@@ -388,9 +399,9 @@ def hidden_side(cell: Cell, grad_gates: Tensor) -> Tensor:
 
 
 def hidden_order(cell: Cell, grad_gates: Tensor) -> Tensor:
-    """[G*H] `hidden_side` of a vector in torch's gate order, in memory of its own."""
+    """[..., G*H] `hidden_side` in torch's gate order: of a GRU a copy, else a view."""
     side = hidden_side(cell, grad_gates)
-    return side.roll(-(side.shape[0] // 3), 0) if cell.name == "gru" else side.clone()
+    return side.roll(-(side.shape[-1] // 3), -1) if cell.name == "gru" else side
 
 
 def recurrent_weight_grad(
@@ -402,9 +413,23 @@ def recurrent_weight_grad(
     rows: Rows,
     direction: int,
 ) -> Tensor:
-    """[G*H, P] the gradient of W_hh: grad_gates [N, G*H], transposed, times the state each row
-    started from. `gates` [N, S*H] are the saved ones, h0 is [D, B, P]."""
-    side, factor = hidden_side(cell, grad_gates), rows.noise.h_factor
+    """[G*H, P] the gradient of W_hh. `gates` [N, S*H] are the saved ones, h0 is [D, B, P]."""
+    grad = times_operands(cell, hidden_side(cell, grad_gates), y, gates, h0, rows, direction)
+    return grad.roll(-(grad.shape[0] // 3), 0) if cell.name == "gru" else grad
+
+
+def times_operands(
+    cell: Cell,
+    side: Tensor,  # [N, G*H]
+    y: Tensor,
+    gates: Tensor,
+    h0: Tensor,
+    rows: Rows,
+    direction: int,
+) -> Tensor:
+    """[G*H, P] the gradients of W_hh's products, transposed, times what these multiplied: the state
+    each row started from."""
+    factor = rows.noise.h_factor
     count, batch, reverse = side.shape[0], rows.batch_size, direction == 1
     plain = rows.masks is None and factor is None
     if rows.packed or cell.name == "gru_reset_before" or not plain:
@@ -417,11 +442,9 @@ def recurrent_weight_grad(
             hidden = before.shape[1]
             rz, n = side.split((2 * hidden, hidden), 1)
             return torch.cat((rz.t() @ before, n.t() @ (gates[:, :hidden] * before)))
-        grad = side.t() @ before
-    elif reverse:
+        return side.t() @ before
+    if reverse:
         grad = side[: count - batch].t() @ y[batch:]
-        grad.addmm_(side[count - batch :].t(), h0[direction])
-    else:
-        grad = side[batch:].t() @ y[: count - batch]
-        grad.addmm_(side[:batch].t(), h0[direction])
-    return grad.roll(-(grad.shape[0] // 3), 0) if cell.name == "gru" else grad
+        return grad.addmm_(side[count - batch :].t(), h0[direction])
+    grad = side[batch:].t() @ y[: count - batch]
+    return grad.addmm_(side[:batch].t(), h0[direction])

@@ -119,19 +119,30 @@ def lstm_forward(pre, h, c, peephole):
 
 @triton.jit
 def lstm_backward(saved, h_before, h_after, c_before, c_after, dh, dc, peephole):
-    i, f, g, o = saved[0], saved[1], saved[2], saved[3]
-    tanh_c = tanh(c_after)
+    o, tanh_c = saved[3], tanh(c_after)
     dc = dc + dh * o * (1.0 - tanh_c * tanh_c)
     if peephole is not None:
         dc += dh * tanh_c * o * (1.0 - o) * peephole[2]
-    d_i = dc * g * i * (1.0 - i)
-    d_f = dc * c_before * f * (1.0 - f)
-    d_g = dc * i * (1.0 - g * g)
+    d = lstm_gates_backward(saved, c_before, dc)
     d_o = dh * tanh_c * o * (1.0 - o)
-    dc_before = dc * f
+    dc_before = lstm_past_backward(saved, d, dc, peephole)
+    return (d[0], d[1], d[2], d_o), tl.zeros_like(dh), dc_before
+
+
+@triton.jit
+def lstm_gates_backward(saved, c_before, dc):
+    """From the whole gradient of the new c to those of the pre-activations of i, f and g."""
+    i, f, g = saved[0], saved[1], saved[2]
+    return dc * g * i * (1.0 - i), dc * c_before * f * (1.0 - f), dc * i * (1.0 - g * g)
+
+
+@triton.jit
+def lstm_past_backward(saved, d, dc, peephole):
+    """And to that of the old c; d: what `lstm_gates_backward` gave."""
+    dc_before = dc * saved[1]
     if peephole is not None:
-        dc_before += d_i * peephole[0] + d_f * peephole[1]
-    return (d_i, d_f, d_g, d_o), tl.zeros_like(dh), dc_before
+        dc_before += d[0] * peephole[0] + d[1] * peephole[1]
+    return dc_before
 
 
 class CellFunctions(NamedTuple):

@@ -45,7 +45,7 @@ def forward(
         c = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     arguments = {
         "gx": gx,
-        "w": _stacked([w.w_hh for w in weights]),
+        "w": stacked([w.w_hh for w in weights]),
         "b_hn": _hidden_bias(problem, weights),
         "peephole": _peepholes(weights),
         "h0": h0.contiguous(),
@@ -94,7 +94,7 @@ def backward(
         "y": saved.y.contiguous(),
         "gates": saved.gates if cell.saved_gates else None,
         "cells": saved.cells if cell.has_c else None,
-        "w": _stacked([w.w_hh for w in weights]),
+        "w": stacked([w.w_hh for w in weights]),
         "peephole": _peepholes(weights),
         "h0": h0.contiguous(),
         "c0": _contiguous(c0, torch.float32) if cell.has_c else None,
@@ -292,17 +292,17 @@ def _hidden_bias(problem: Problem, weights: list[DirectionWeights]) -> Tensor | 
     """[D, H] GRU's b_hn."""
     if problem.cell_name != "gru" or weights[0].b_hh is None:
         return None
-    return _stacked([w.b_hh[2 * problem.hidden_size :] for w in weights])
+    return stacked([w.b_hh[2 * problem.hidden_size :] for w in weights])
 
 
 def _peepholes(weights: list[DirectionWeights]) -> Tensor | None:
     """float32 [D, 3*H]"""
     if weights[0].peephole is None:
         return None
-    return _stacked([w.peephole.to(torch.float32) for w in weights])
+    return stacked([w.peephole.to(torch.float32) for w in weights])
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
+def stacked(tensors: list[Tensor]) -> Tensor:
     """[D, ...] contiguous, without a copy where there is one direction."""
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0].contiguous().unsqueeze(0)
 

@@ -8,7 +8,6 @@ All in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,7 +18,14 @@ from torch import Tensor
 from ...cells import Cell, DirectionWeights
 from ...problem import Masks, Problem, Rows
 from ...recurrences import EPS, Extras
-from ..base import input_side, peephole_grad
+from ..base import (
+    collected,
+    hidden_order,
+    input_side,
+    peephole_grad,
+    times_operands,
+    without_padding,
+)
 from ..bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
 from . import launch
 from .normed_step import normed_backward, normed_forward
@@ -55,7 +61,7 @@ def _all_extras(cell: Cell, weights: list[DirectionWeights]) -> dict[str, Tensor
     """Those of all directions, [D, ...]."""
     of_each = zip(*(Extras.of_weights(cell, w) for w in weights), strict=True)
     return {
-        name: None if tensors[0] is None else torch.stack(tensors)
+        name: None if tensors[0] is None else launch.stacked(tensors)
         for name, tensors in zip(Extras._fields, of_each, strict=True)
     }
 
@@ -74,16 +80,25 @@ def _constants(problem: Problem) -> dict[str, int]:
     }
 
 
-class _Products:
-    """v times the weights of each direction, for v [D, B, K]."""
+class _Half(NamedTuple):
+    """What goes with a launch, of which a step has two where a GRU resets before the product."""
 
-    def __init__(self, weights: Tensor, like: Tensor):
-        """`weights` [D, K, C], possibly a view."""
-        self.weights, width = weights, weights.shape[2]
-        self.result = like.new_empty((*like.shape[:2], width))
+    name: str  # the kernels' HALF
+    weights: Tensor  # [D, K, H] W_hh of its gates, a view
+    products: Tensor  # [D, B, K] memory for one step's, or for their gradients
 
-    def __call__(self, v: Tensor) -> Tensor:
-        return torch.bmm(v, self.weights, out=self.result)
+
+def _halves(problem: Problem, weights: list[DirectionWeights], like: Tensor) -> list[_Half]:
+    """In forward's order."""
+    w, hidden = launch.stacked([each.w_hh for each in weights]), problem.hidden_size
+    names, parts = ("",), [w]
+    if launch.resets_before(problem):
+        names, parts = ("gates", "candidate"), w.split((2 * hidden, hidden), 1)
+    shape = problem.directions, problem.batch_size
+    return [
+        _Half(name, part, like.new_empty((*shape, part.shape[1])))
+        for name, part in zip(names, parts, strict=True)
+    ]
 
 
 def forward(
@@ -107,7 +122,7 @@ def forward(
         cells=x.new_empty((directions, count, hidden * problem.keeps_cells(save))),
     )
     saved = _Saved.within(problem, out.gates) if save else None
-    gx = _input_side(problem, _without_padding(x, rows), weights, saved)
+    gx = _input_side(problem, without_padding(x, rows), weights, saved)
     if problem.batch_size == 0:
         return out
     extras = _all_extras(cell, weights)
@@ -119,12 +134,11 @@ def forward(
         operand.copy_(h)
     else:
         torch.mul(h, row_arguments["h_factor"], out=operand)
-    w = torch.stack([each.w_hh for each in weights]).transpose(1, 2)
-    resets_before = launch.resets_before(problem)
+    halves = _halves(problem, weights, h)
     arguments = {
         "gx": gx,
         "gains": extras["norm_hh"],
-        "bias": None if weights[0].b_hh is None else torch.stack([w.b_hh for w in weights]),
+        "bias": None if weights[0].b_hh is None else launch.stacked([w.b_hh for w in weights]),
         "gains_c": extras["norm_c"],
         "bias_c": extras["norm_c_bias"],
         "peephole": extras["peephole"],
@@ -133,7 +147,7 @@ def forward(
         "h": h,
         "c": c,
         "operand": operand,
-        "z_state": torch.empty_like(h) if resets_before else None,
+        "z_state": torch.empty_like(h) if len(halves) == 2 else None,
         "gates": saved and saved.gates,
         "normed_hh": saved and saved.hidden_side,
         "normed_c": saved and saved.c,
@@ -145,17 +159,12 @@ def forward(
         "EPS": EPS,
         **_constants(problem),
     }
-    halves = {"": _Products(w, h)}
-    if resets_before:
-        halves = {
-            "first": _Products(w[:, :, : 2 * hidden], h),
-            "second": _Products(w[:, :, 2 * hidden :], h),
-        }
     grid = problem.batch_size, directions
     with torch.cuda.device_of(x):
         for s in range(problem.timesteps):
-            for half, product in halves.items():
-                normed_forward[grid](sums=product(operand), s=s, HALF=half, **arguments)
+            for half in halves:
+                torch.bmm(operand, half.weights.transpose(1, 2), out=half.products)
+                normed_forward[grid](sums=half.products, s=s, HALF=half.name, **arguments)
     return out
 
 
@@ -173,7 +182,7 @@ def backward(
     cell, hidden, directions = problem.cell, problem.hidden_size, problem.directions
     count = x.shape[0]
     saved = _Saved.within(problem, out.gates)
-    x = _without_padding(x, rows)
+    x = without_padding(x, rows)
     extras = _all_extras(cell, weights)
     masks = rows.masks or Masks()
     grad_h = launch.state_gradient(grads.h_n, h0)
@@ -214,26 +223,23 @@ def backward(
         **_constants(problem),
     }
     product = torch.zeros_like(grad_h)
-    w = torch.stack([each.w_hh for each in weights])
-    halves = {"": w}
-    if launch.resets_before(problem):
-        halves = {"first": w[:, 2 * hidden :], "second": w[:, : 2 * hidden]}
-    carried = {half: h0.new_empty((*h0.shape[:2], part.shape[1])) for half, part in halves.items()}
+    halves = _halves(problem, weights, grad_h)
     grid = problem.batch_size, directions
     if problem.batch_size > 0:
         with torch.cuda.device_of(x):
             for s in reversed(range(problem.timesteps)):
-                for half, part in halves.items():
+                for half in reversed(halves):
                     normed_backward[grid](
-                        carried=carried[half], product=product, s=s, HALF=half, **arguments
+                        carried=half.products, product=product, s=s, HALF=half.name, **arguments
                     )
-                    torch.bmm(carried[half], part, out=product)
+                    torch.bmm(half.products, half.weights, out=product)
     if row_arguments["h_factor"] is not None:
         product *= row_arguments["h_factor"]
     grad_h += product
     _restart_backward(masks, (grad_h, grad_c), (grad_reset_h, grad_reset_c))
     scan = ScanGrads(grad_sums, grad_h, grad_c, reset_h=grad_reset_h, reset_c=grad_reset_c)
-    found = _LayerGrads(problem, scan, grad_products, grad_seen, x, h0, c0, rows, out)
+    plain = out._replace(gates=saved.gates)
+    found = _LayerGrads(problem, scan, grad_products, grad_seen, x, h0, c0, rows, plain, saved)
     per_direction = len(needs.weights) // directions
     grad_x, grad_weights = None, []
     for d, weight in enumerate(weights):
@@ -243,22 +249,7 @@ def backward(
             grad_x = part if grad_x is None else grad_x.add_(part)
         need = needs.weights[d * per_direction : (d + 1) * per_direction]
         grad_weights += found.of_weights(d, weight, of_input, need)
-    return InputGrads(
-        grad_x,
-        grad_h if needs.h0 else None,
-        grad_c if needs.c0 else None,
-        grad_weights,
-        grad_reset_h if needs.reset_h else None,
-        grad_reset_c if needs.reset_c else None,
-    )
-
-
-def _without_padding(x: Tensor, rows: Rows) -> Tensor:
-    """x with zeros in the place of what may be NaN, which not even a gradient of zero would keep
-    out of a sum."""
-    if rows.masks is None or rows.masks.lengths is None:
-        return x
-    return torch.where(rows.masks.taken(rows.timesteps).flatten().unsqueeze(1), x, 0)
+    return collected(problem, scan, needs, grad_x, grad_weights)
 
 
 def _input_side(
@@ -325,11 +316,8 @@ class _LayerGrads:
     h0: Tensor
     c0: Tensor | None
     rows: Rows
-    out: LayerOutput
-
-    @cached_property
-    def saved(self) -> _Saved:
-        return _Saved.within(self.problem, self.out.gates)
+    out: LayerOutput  # with gates as without normalisation
+    saved: _Saved
 
     def of_input_products(self, d: int, w: DirectionWeights) -> Tensor:
         """[N, G*H] the gradient of W_ih x."""
@@ -346,45 +334,29 @@ class _LayerGrads:
         self, d: int, w: DirectionWeights, of_input: Tensor, need: list[bool]
     ) -> list[Tensor | None]:
         """In the order of DirectionWeights, those that there are; None where not needed."""
-        of_input_side = input_side(self.problem.cell, self.scan.gates[d])
-        of_hidden_side = self._of_hidden_side(d)
+        cell, grads = self.problem.cell, self.scan.gates[d]
         made = [lambda: of_input.t() @ self.x, lambda: self._of_recurrent_weights(d)]
         if w.b_ih is not None:
-            made += [lambda: of_input_side.sum(0), lambda: of_hidden_side.sum(0)]
+            sums = grads.sum(0)
+            made += [lambda: input_side(cell, sums).clone(), lambda: hidden_order(cell, sums)]
         if w.peephole is not None:
-            plain = self.out._replace(gates=self.saved.gates)
-            made.append(lambda: peephole_grad(self.scan, plain, self.c0, self.rows, d))
-        made.append(lambda: self._of_gains(d, of_input_side, of_hidden_side, w.b_ih is not None))
+            made.append(lambda: peephole_grad(self.scan, self.out, self.c0, self.rows, d))
+        made.append(lambda: self._of_gains(d, w.b_ih is not None))
         return [make() if wanted else None for make, wanted in zip(made, need, strict=True)]
 
-    def _of_hidden_side(self, d: int) -> Tensor:
-        """[N, G*H] in torch's order of the gates: GRU's gradients are hn, r, z, n."""
-        grads, hidden = self.scan.gates[d], self.problem.hidden_size
-        if self.problem.cell_name != "gru":
-            return grads
-        return torch.cat((grads[:, hidden : 3 * hidden], grads[:, :hidden]), 1)
+    def _of_recurrent_weights(self, d: int) -> Tensor:
+        hidden, gates = self.problem.hidden_size, self.out.gates[d]
+        y = self.out.y[:, d * hidden : (d + 1) * hidden]
+        return times_operands(self.problem.cell, self.products[d], y, gates, self.h0, self.rows, d)
 
-    def _of_gains(self, d: int, of_input: Tensor, of_hidden: Tensor, biased: bool) -> Tensor:
-        saved = self.saved
+    def _of_gains(self, d: int, biased: bool) -> Tensor:
+        cell, grads, saved = self.problem.cell, self.scan.gates[d], self.saved
         found = [
-            (of_input * saved.input_side[d]).sum(0),
-            (of_hidden * saved.hidden_side[d]).sum(0),
+            (input_side(cell, grads) * saved.input_side[d]).sum(0),
+            (hidden_order(cell, grads) * saved.hidden_side[d]).sum(0),
         ]
         if self.seen is not None:
             found.append((self.seen[d] * saved.c[d]).sum(0))
             if biased:
                 found.append(self.seen[d].sum(0))
         return torch.cat(found)
-
-    def _of_recurrent_weights(self, d: int) -> Tensor:
-        hidden, rows = self.problem.hidden_size, self.rows
-        reset = None if rows.masks is None else rows.masks.reset_h
-        y = self.out.y[:, d * hidden : (d + 1) * hidden]
-        before = rows.shift(y, self.h0[d], d == 1, None if reset is None else reset[d])
-        if rows.noise.h_factor is not None:
-            before = before * rows.spread(rows.noise.h_factor[d])
-        products = self.products[d]
-        if not launch.resets_before(self.problem):
-            return products.t() @ before
-        rz, n = products.split((2 * hidden, hidden), 1)
-        return torch.cat((rz.t() @ before, n.t() @ (self.saved.gates[d, :, :hidden] * before)))

@@ -7,8 +7,8 @@ and the products of a step are torch's, each a launch of its own. A step is
     backward   this kernel: from the gradient of h to that of `sums`,    then times W_hh
 
 Step s is timestep s, or T-1-s in the second direction. A GRU that resets before the product has two
-products in a step, and both kernels two halves: forward "first" r, z and r * h, "second" n and h;
-backward "first" the gradients of n and z, "second" that of r.
+products in a step, and both kernels two halves: "gates" is about r and z, "candidate" about n. The
+first of them makes r * h of h, and backward d_r of the gradient of r * h, so it comes last there.
 
 The input side, normalised, comes in `gx` for the whole sequence. Everything is float32; row offsets
 have 64 bits. Arguments that may be None leave no code behind.
@@ -20,7 +20,17 @@ Q = grad_gates of the cell.
 import triton
 import triton.language as tl
 
-from .cells import gru_backward, gru_forward, sigmoid, tanh
+from .cells import (
+    gru_backward,
+    gru_forward,
+    gru_reset_before_backward,
+    gru_reset_before_forward,
+    lstm_forward,
+    lstm_gates_backward,
+    lstm_past_backward,
+    sigmoid,
+    tanh,
+)
 from .tiles import load_before, peepholes_of, place, restarts, zoned_out
 
 # Sizes that change from batch to batch or from step to step: no kernel is compiled anew for one.
@@ -163,7 +173,7 @@ def normed_forward(
     u = tl.arange(0, BLOCK_H)[None, :]
     unit = u < H
     present = b < B
-    width: tl.constexpr = G * H if HALF == "" else 2 * H if HALF == "first" else H
+    width: tl.constexpr = G * H if HALF == "" else 2 * H if HALF == "gates" else H
     state = (side * B + b) * H + u
     length = None
     if lengths is not None:
@@ -189,7 +199,7 @@ def normed_forward(
         p_scale = scales + at * 5 + 2
     h_own = tl.load(h + state, present & unit, 0.0)
 
-    if HALF == "first":
+    if HALF == "gates":
         from_h = hidden_side(
             p_sums, gains, bias, p_normed, p_scale, u, unit, taken, written, EPS, 0, 2, H
         )
@@ -211,31 +221,22 @@ def normed_forward(
             )
             x = load_gates(p_x, on, 0, 4, H)
             c_own = tl.load(c + state, present & unit, 0.0)
-            pre_i = x[0] + from_h[0]
-            pre_f = x[1] + from_h[1]
-            pre_o = x[3] + from_h[3]
+            peep = None
             if peephole is not None:
                 peep = peepholes_of(peephole, direction, u, unit, H)
-                pre_i += peep[0] * c_own
-                pre_f += peep[1] * c_own
-            i = sigmoid(pre_i)
-            f = sigmoid(pre_f)
-            g = tanh(x[2] + from_h[2])
-            c_new = f * c_own + i * g
-            if peephole is not None:
-                pre_o += peep[2] * c_new
-            o = sigmoid(pre_o)
+            pre = (x[0] + from_h[0], x[1] + from_h[1], x[2] + from_h[2], x[3] + from_h[3])
+            _, c_new, saved = lstm_forward(pre, h_own, c_own, peep)
             seen, factor = normalised((c_new,), unit, 1, H, EPS)
             if gates is not None:
-                store_gates(gates, (i, f, g, o), written, on, 0, 4, H)
+                store_gates(gates, saved, written, on, 0, 4, H)
                 store_gates(normed_c + at * H + u, seen, written, on, 0, 1, H)
                 tl.store(p_scale + 2, factor, taken)
             c_seen = seen[0] * tl.load(gains_c + direction * H + u, unit, 0.0)
             if bias_c is not None:
                 c_seen += tl.load(bias_c + direction * H + u, unit, 0.0)
-            h_new = o * tanh(c_seen)
+            h_new = saved[3] * tanh(c_seen)
         else:
-            if HALF == "second":
+            if HALF == "candidate":
                 z = tl.load(z_state + state, present & unit, 0.0)
             else:
                 both = hidden_side(
@@ -248,11 +249,11 @@ def normed_forward(
                 p_sums, gains, bias, p_normed, p_scale, u, unit, taken, written, EPS, 2, 1, H
             )
             x = load_gates(p_x, on, 0, 3, H)
-            if HALF == "second":
-                n = tanh(x[2] + from_h[0])
-                h_new = n + z * (h_own - n)
+            if HALF == "candidate":
+                pre = (z, z, x[2] + from_h[0])  # r is in what W_hh has multiplied
+                h_new, c_new, saved = gru_reset_before_forward(pre, h_own, c_own, None)
                 if gates is not None:
-                    store_gates(gates, (n,), written, on, 2, 1, H)
+                    store_gates(gates, (saved[2],), written, on, 2, 1, H)
             else:
                 pre = (from_h[0], x[0] + both[0], x[1] + both[1], x[2])
                 h_new, c_new, saved = gru_forward(pre, h_own, c_own, None)
@@ -374,7 +375,7 @@ def normed_backward(
     u = tl.arange(0, BLOCK_H)[None, :]
     unit = u < H
     present = b < B
-    width: tl.constexpr = G * H if HALF == "" else H if HALF == "first" else 2 * H
+    width: tl.constexpr = G * H if HALF == "" else H if HALF == "candidate" else 2 * H
     state = (side * B + b) * H + u
     length = None
     if lengths is not None:
@@ -413,9 +414,12 @@ def normed_backward(
             taken_before & taken, restart, taken,
         )  # fmt: skip
 
-    if HALF == "second":  # `through` is the gradient of r * h
+    if HALF == "gates":  # `through` is the gradient of r * h
         r = tl.load(gates, on, 0.0)
-        d_r = through * h_before * r * (1.0 - r)
+        per_gated, _, _ = gru_reset_before_backward(
+            (r, r, r), h_before, r, r, r, dh_own, dh_own, None
+        )
+        d_r = through * per_gated[0]
         tl.store(grad_sums, tl.where(on, d_r, 0.0), written)
         d_z = tl.load(grad_sums + H, on, 0.0)
         hidden_side_backward(
@@ -451,10 +455,7 @@ def normed_backward(
             past_h = part_h * dh
         dh -= past_h
         if G == 4:
-            i = tl.load(gates, on, 0.0)
-            f = tl.load(gates + H, on, 0.0)
-            g = tl.load(gates + 2 * H, on, 0.0)
-            o = tl.load(gates + 3 * H, on, 0.0)
+            kept = load_gates(gates, on, 0, 4, H)
             p_fresh = None
             if reset_c is not None:
                 p_fresh = reset_c + state
@@ -467,9 +468,10 @@ def normed_backward(
             c_seen = seen * gain_c
             if bias_c is not None:
                 c_seen += tl.load(bias_c + direction * H + u, unit, 0.0)
-            tanh_c = tanh(c_seen)
-            d_o = tl.where(on, dh * tanh_c * o * (1.0 - o), 0.0)
-            d_seen = tl.where(on, dh * o * (1.0 - tanh_c * tanh_c), 0.0)
+            o, tanh_c = kept[3], tanh(c_seen)
+            dh = tl.where(on, dh, 0.0)
+            d_o = dh * tanh_c * o * (1.0 - o)
+            d_seen = dh * o * (1.0 - tanh_c * tanh_c)
             tl.store(grad_seen + p_kept, d_seen, written)
             factor = tl.load(p_scale + 2, taken, 0.0)
             dc_new = normalised_backward((d_seen,), (gain_c,), (seen,), factor, 1, H)[0]
@@ -482,16 +484,13 @@ def normed_backward(
             if part_c is not None:
                 past_c = part_c * dc
             dc_new += dc - past_c
+            peep = None
             if peephole is not None:
                 peep = peepholes_of(peephole, direction, u, unit, H)
                 dc_new += d_o * peep[2]
-            d_i = tl.where(on, dc_new * g * i * (1.0 - i), 0.0)
-            d_f = tl.where(on, dc_new * c_before * f * (1.0 - f), 0.0)
-            d_g = tl.where(on, dc_new * i * (1.0 - g * g), 0.0)
-            dc_before = dc_new * f + past_c
-            if peephole is not None:
-                dc_before += d_i * peep[0] + d_f * peep[1]
-            d = (d_i, d_f, d_g, d_o)
+            of_c = lstm_gates_backward(kept, c_before, dc_new)
+            dc_before = lstm_past_backward(kept, of_c, dc_new, peep) + past_c
+            d = (of_c[0], of_c[1], of_c[2], d_o)
             store_gates(grad_sums, d, written, on, 0, 4, H)
             hidden_side_backward(
                 d, gains, p_normed, p_scale, p_products, p_carried, u, unit, taken, written,
@@ -499,17 +498,18 @@ def normed_backward(
             )  # fmt: skip
             dh_before = past_h
             tl.store(grad_c + state, tl.where(on, dc_before, dc_own), present & unit)
-        elif HALF == "first":
-            z = tl.load(gates + H, on, 0.0)
-            n = tl.load(gates + 2 * H, on, 0.0)
-            d_n = tl.where(on, dh * (1.0 - z) * (1.0 - n * n), 0.0)
-            d_z = dh * (h_before - n) * z * (1.0 - z)
-            store_gates(grad_sums, (d_z, d_n), written, on, 1, 2, H)
+        elif HALF == "candidate":
+            kept = load_gates(gates, on, 0, 3, H)
+            zero = tl.zeros_like(dh)
+            d, dh_before, _ = gru_reset_before_backward(
+                kept, h_before, zero, zero, zero, tl.where(on, dh, 0.0), zero, None
+            )
+            store_gates(grad_sums, (d[1], d[2]), written, on, 1, 2, H)
             hidden_side_backward(
-                (d_n,), gains, p_normed, p_scale + 1, p_products, p_carried, u, unit, taken,
+                (d[2],), gains, p_normed, p_scale + 1, p_products, p_carried, u, unit, taken,
                 written, present, 2, 1, H,
             )  # fmt: skip
-            dh_before = dh * z + past_h
+            dh_before += past_h
         else:
             kept = load_gates(gates, on, 0, 4, H)
             zero = tl.zeros_like(dh)
