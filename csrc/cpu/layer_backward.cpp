@@ -59,9 +59,9 @@ class Products {
     // Rows apart by a power of two would share a few sets of the cache.
     stride_ = parts_ > 1 ? isa.row_words(rows) : ceil_div(rows, 16) * 16 + 16;
     if (any) transposed_ = work.take_elements(width_ * stride_);
-    const int64_t widest =
-        std::max({any_ih ? s.input : 0, any_hh ? s.output : 0, any_between ? s.hidden : 0});
-    if (widest > 0) packed_ = work.packed(rows, widest, 1, parts_);
+    if (any_ih) x_ = work.packed(rows, s.input, 1, parts_);
+    if (any_hh) states_ = work.packed(rows, s.output, 1, parts_);
+    if (any_between) between_ = work.packed(rows, s.hidden, 1, parts_);
     if (any_between && projected(s)) unwanted_sums_ = work.take(s.output);
   }
 
@@ -89,28 +89,30 @@ class Products {
     const E* grad_sums = normed ? scanned.grad_sums[d] : grad_gates;
     const int64_t hidden = call_.shape.hidden, output = call_.shape.output;
     const int64_t gate_rows = sizes_.gates * hidden;
-    if (g.w_ih || g.w_hh || (!normed && (g.b_ih || g.b_hh))) {
-      transpose(
-          {grad_gates, chunk.rows, width_, transposed_, stride_, parts_, sums_[d], accumulate});
-    }
+    std::vector<Product> products;
     if (g.w_ih) {
-      product({&call_, RowSource::x, chunk, d, packed(call_.shape.input)},
-              {transposed_ + input_side_ * stride_, stride_, gate_rows, {}, g.w_ih, 0, accumulate});
+      products.push_back(
+          {{&call_, RowSource::x, chunk, d, x_},
+           {transposed_ + input_side_ * stride_, stride_, gate_rows, {}, g.w_ih, 0, accumulate}});
     }
+    const int64_t first_rows = reset_before(call_.shape) ? 2 * hidden : gate_rows;
     if (g.w_hh) {
-      const int64_t first_rows = reset_before(call_.shape) ? 2 * hidden : gate_rows;
-      product({&call_, RowSource::states, chunk, d, packed(output)},
-              {transposed_, stride_, first_rows, {}, g.w_hh, rotate_, accumulate});
-      if (first_rows < gate_rows) {
-        product({&call_, RowSource::between, chunk, d, packed(hidden)},
-                {transposed_ + first_rows * stride_,
-                 stride_,
-                 gate_rows - first_rows,
-                 {},
-                 g.w_hh + first_rows * output,
-                 0,
-                 accumulate});
-      }
+      products.push_back({{&call_, RowSource::states, chunk, d, states_},
+                          {transposed_, stride_, first_rows, {}, g.w_hh, rotate_, accumulate}});
+    }
+    if (g.w_hh && first_rows < gate_rows) {
+      products.push_back({{&call_, RowSource::between, chunk, d, between_},
+                          {transposed_ + first_rows * stride_,
+                           stride_,
+                           gate_rows - first_rows,
+                           {},
+                           g.w_hh + first_rows * output,
+                           0,
+                           accumulate}});
+    }
+    if (!products.empty() || (!normed && (g.b_ih || g.b_hh))) {
+      multiply({grad_gates, chunk.rows, width_, transposed_, stride_, parts_, sums_[d], accumulate},
+               products);
     }
     if (g.peephole) {
       const PeepholeGradParamsOf<E> p{&call_, chunk, d, grad_sums, g.peephole, accumulate};
@@ -123,9 +125,9 @@ class Products {
                 [&](int64_t begin, int64_t end) { isa_.norm_grad(p, begin, end); });
     }
     if (g.w_hr) {
-      transpose({grad_h, chunk.rows, output, transposed_, stride_, parts_, unwanted_sums_, false});
-      product({&call_, RowSource::between, chunk, d, packed(hidden)},
-              {transposed_, stride_, output, {}, g.w_hr, 0, accumulate});
+      multiply({grad_h, chunk.rows, output, transposed_, stride_, parts_, unwanted_sums_, false},
+               {{{&call_, RowSource::between, chunk, d, between_},
+                 {transposed_, stride_, output, {}, g.w_hr, 0, accumulate}}});
     }
   }
 
@@ -138,25 +140,30 @@ class Products {
   }
 
  private:
-  void transpose(const TransposeParamsOf<E>& p) const {
-    work_.run(ceil_div(p.width, isa_.width),
-              [&](int64_t begin, int64_t end) { isa_.transpose(p, begin, end); });
-  }
+  // A weight's gradient: gradients, transposed, times the rows that the weight met.
+  struct Product {
+    PackRowsParamsOf<E> rows;
+    WeightGradParamsOf<E> grad;
+  };
 
-  PackedMatrix packed(int64_t columns) const {
-    PackedMatrix matrix = packed_;
-    matrix.columns = columns;
-    return matrix;
-  }
-
-  // Packs the chunk's rows and multiplies by them.
-  void product(PackRowsParamsOf<E> rows, WeightGradParamsOf<E> p) const {
-    rows.packed.depth = rows.chunk.rows;
-    work_.run(panel_count(rows.packed, isa_.width),
-              [&](int64_t begin, int64_t end) { isa_.pack_rows(rows, begin, end); });
-    p.packed = rows.packed;
-    work_.run(ceil_div(p.rows, isa_.grad_rows),
-              [&](int64_t begin, int64_t end) { isa_.weight_grad(p, begin, end); });
+  // Transposes and packs everything, then multiplies.
+  void multiply(const TransposeParamsOf<E>& grads, std::vector<Product> products) const {
+    std::vector<Part> preparations = {
+        {ceil_div(grads.width, isa_.width),
+         [&](int64_t begin, int64_t end) { isa_.transpose(grads, begin, end); }}};
+    std::vector<Part> multiplications;
+    for (Product& product : products) {
+      product.rows.packed.depth = product.rows.chunk.rows;
+      product.grad.packed = product.rows.packed;
+      preparations.push_back(
+          {panel_count(product.rows.packed, isa_.width),
+           [&](int64_t begin, int64_t end) { isa_.pack_rows(product.rows, begin, end); }});
+      multiplications.push_back(
+          {ceil_div(product.grad.rows, isa_.grad_rows),
+           [&](int64_t begin, int64_t end) { isa_.weight_grad(product.grad, begin, end); }});
+    }
+    work_.run_together(preparations);
+    work_.run_together(multiplications);
   }
 
   LayerCall<E>& work_;
@@ -172,7 +179,7 @@ class Products {
   float* sums_[2] = {};             // [Q*H]
   float* unwanted_sums_ = nullptr;  // [P]
   PackedMatrix w_ih_[2] = {};
-  PackedMatrix packed_ = {};  // of one product at a time, as wide as the widest
+  PackedMatrix x_ = {}, states_ = {}, between_ = {};  // rows that weights met
 };
 
 }  // namespace
@@ -215,6 +222,7 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
     words =
         std::max(work.operand_words(p.w_hh[d], batch), work.operand_words(p.w_second[d], batch));
   }
+  work.pack();
   const auto rounds = static_cast<int64_t>(chunks.size());
   for (int64_t round = 0; round < rounds; round++) {
     const int64_t at[] = {rounds - 1 - round, round};  // the directions come from opposite ends

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "layer_plan.h"
 #include "team.h"
@@ -29,6 +31,12 @@ inline int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
   return std::max(least, bytes / (floats_per_row * static_cast<int64_t>(sizeof(float))));
 }
 
+// Items that threads share out.
+struct Part {
+  int64_t items;
+  Body body;
+};
+
 template <class E>
 class LayerCall {
  public:
@@ -49,6 +57,24 @@ class LayerCall {
     } else if (items > 0) {
       body(0, items);
     }
+  }
+
+  // All parts in one region, as each costs some 4 us. A thread has the same share of every one;
+  // they are counted from either end in turns, so that of single items not all are the same
+  // thread's.
+  void run_together(const std::vector<Part>& parts) const {
+    int64_t items = 0;
+    for (const Part& part : parts) items += part.items;
+    const int64_t shares = std::min(threads_.count, items);
+    run(shares, [&](int64_t begin, int64_t end) {
+      bool turned = false;
+      for (const Part& part : parts) {
+        const int64_t first = (turned ? shares - end : begin) * part.items / shares;
+        const int64_t last = (turned ? shares - begin : end) * part.items / shares;
+        if (first < last) part.body(first, last);
+        turned = !turned;
+      }
+    });
   }
 
   // How many parts the elements of a product of so many rows are in.
@@ -74,12 +100,12 @@ class LayerCall {
     return matrix;
   }
 
-  // `rows` are those of a product.
+  // What is to be packed, by `pack`. `rows` are those of a product.
   PackedMatrix pack_gates(const E* weights, int64_t depth, int64_t columns, int gates,
                           int64_t rows) {
     const PackGatesParamsOf<E> p{weights, gates, packed(depth, columns, gates, parts(rows), true)};
-    run(panel_count(p.packed, isa_.width),
-        [&](int64_t begin, int64_t end) { isa_.pack_gates(p, begin, end); });
+    waiting_.push_back({panel_count(p.packed, isa_.width),
+                        [this, p](int64_t begin, int64_t end) { isa_.pack_gates(p, begin, end); }});
     return p.packed;
   }
 
@@ -87,10 +113,13 @@ class LayerCall {
                             int64_t rows, bool split_units = false) {
     const PackColumnsParamsOf<E> p{matrix, rotate,
                                    packed(depth, columns, 1, parts(rows), split_units)};
-    run(panel_count(p.packed, isa_.width),
-        [&](int64_t begin, int64_t end) { isa_.pack_columns(p, begin, end); });
+    waiting_.push_back({panel_count(p.packed, isa_.width), [this, p](int64_t begin, int64_t end) {
+                          isa_.pack_columns(p, begin, end);
+                        }});
     return p.packed;
   }
+
+  void pack() { run_together(std::exchange(waiting_, {})); }
 
   // How many shares of a direction take turns among the batch rows.
   int64_t interleaved_shares() const {
@@ -184,6 +213,7 @@ class LayerCall {
   const Threads& threads_;
   const LayerPlan plan_;
   Workspace workspace_;
+  std::vector<Part> waiting_;  // to be packed
 };
 
 }  // namespace fused_rnn

@@ -111,6 +111,7 @@ void run_packed(LayerCall<E>& work, const KernelsOf<E>& isa, const ForwardCallOf
       p.scratch[d] = work.take(work.interleaved_shares() * p.scratch_rows * sizes.gates * s.hidden);
     }
   }
+  work.pack();
   // Of this GRU's panels, those of the second product have the most units.
   work.for_each_share(reset_before(s) ? p.w_second[0] : p.w_hh[0], words,
                       [&](const Share& share, Meeting* meeting, float* memory) {

@@ -12,12 +12,12 @@ namespace fused_rnn {
 // Below so many floating-point operations of a forward pass there is no parallel region. Where one
 // is enough for all, that is a few microseconds of one thread, what waking another costs.
 constexpr double kSerialFlops = 4e5;
-// A pass that packs weights has a region for each matrix and for the scan, backward one for each
-// product too, of some 4 us each. Time of one thread over that of two, of small RNN, GRU and LSTM
-// with T = 1 to 100 and B = 1 to 64: forward 0.45 to 0.8 at 1e6, 0.7 to 1.1 at 3e6, 1.1 to 1.4 at
-// 8e6; backward 0.55 to 0.75 at 1e6, 0.7 to 1.0 at 5e6, 1.0 to 1.2 at 8e6. But in training without
-// a pause, where threads still spin, LSTM and GRU with backward passes of 2.6e6 to 3.9e6 on one
-// thread took 1.07 to 1.16 times as long.
+// A pass that packs weights has a region for them and one for the scan, backward three more for its
+// products, of some 4 us each. With a region for each matrix and each product, time of one thread
+// over that of two, of small RNN, GRU and LSTM with T = 1 to 100 and B = 1 to 64: forward 0.45 to
+// 0.8 at 1e6, 0.7 to 1.1 at 3e6, 1.1 to 1.4 at 8e6; backward 0.55 to 0.75 at 1e6, 0.7 to 1.0 at
+// 5e6, 1.0 to 1.2 at 8e6. But in training without a pause, where threads still spin, LSTM and GRU
+// with backward passes of 2.6e6 to 3.9e6 on one thread took 1.07 to 1.16 times as long.
 constexpr double kForwardSerialFlops = 3e6;
 constexpr double kBackwardSerialFlops = 2e6;
 // Units are split over threads that meet after every step only where a step gives each of them so
