@@ -50,7 +50,10 @@ struct {
   PyObject* autocast_type;
 } connected;
 
+constexpr DLDataType kInt64 = {kDLInt, 64, 1}, kBool = {kDLBool, 8, 1};
+
 DLDataType dtype_of(NumberType type) {
+  if (type == NumberType::int64) return kInt64;
   const auto code = static_cast<uint8_t>(type == NumberType::bfloat16 ? kDLBfloat : kDLFloat);
   return {code, static_cast<uint8_t>(type == NumberType::float32 ? 32 : 16), 1};
 }
@@ -151,6 +154,16 @@ const char* data_of(const DLTensor& tensor) {
   return tensor.data ? static_cast<const char*>(tensor.data) + tensor.byte_offset : nullptr;
 }
 
+bool is_dense(const DLTensor& tensor) {
+  int64_t stride = 1;
+  for (int32_t i = tensor.ndim - 1; i >= 0; i--) {
+    const bool matters = tensor.shape[i] != 1 && tensor.strides != nullptr;
+    if (matters && tensor.strides[i] != stride) return false;
+    stride *= tensor.shape[i];
+  }
+  return true;
+}
+
 // Live no longer than the object.
 Array strided_array_of(PyObject* object) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
@@ -161,16 +174,9 @@ Array strided_array_of(PyObject* object) {
       std::find_if(std::begin(kNumberTypes), std::end(kNumberTypes),
                    [&](NumberType candidate) { return tensor.dtype == dtype_of(candidate); });
   if (number == std::end(kNumberTypes)) return {};
-  bool dense = true;
-  int64_t stride = 1;
-  for (int32_t i = tensor.ndim - 1; i >= 0; i--) {
-    const bool matters = tensor.shape[i] != 1 && tensor.strides != nullptr;
-    if (matters && tensor.strides[i] != stride) dense = false;
-    stride *= tensor.shape[i];
-  }
   if (is_negated(object)) return {};
   return Array::of(data_of(tensor), *number, tensor.ndim, tensor.shape,
-                   dense ? nullptr : tensor.strides);
+                   is_dense(tensor) ? nullptr : tensor.strides);
 }
 
 Array array_of(PyObject* object) {
@@ -385,20 +391,47 @@ PyObject* infer_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // to be saved is kept for the next step there (csrc/cpu/saved.h).
 constexpr int64_t kMostSaved = 1 << 20;  // floats of all gates
 
-// The sizes of packed rows' steps, or None; false where it is another thing.
-bool read_sizes(PyObject* object, TrainCall& call) {
-  if (object == Py_None) return true;
-  DLTensor tensor;
-  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != connected.tensor_types[0]) return false;
-  constexpr DLDataType kInt64 = {kDLInt, 64, 1};
-  if (!read_tensor(object, tensor) || !(tensor.dtype == kInt64) || tensor.ndim != 1 ||
-      tensor.shape[0] < 1 || tensor.data == nullptr ||
-      (tensor.strides && tensor.strides[0] != 1 && tensor.shape[0] > 1)) {
-    return false;
+// The numbers of a dense tensor of that type and with so many dimensions, or null.
+template <class T>
+const T* numbers_of(PyObject* object, DLDataType type, int32_t dimensions, DLTensor& tensor) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != connected.tensor_types[0]) return nullptr;
+  if (!read_tensor(object, tensor) || !(tensor.dtype == type) || tensor.ndim != dimensions) {
+    return nullptr;
   }
-  call.batch_sizes = reinterpret_cast<const int64_t*>(data_of(tensor));
-  call.timesteps = tensor.shape[0];
-  return true;
+  return is_dense(tensor) ? reinterpret_cast<const T*>(data_of(tensor)) : nullptr;
+}
+
+// Which rows there are: None for all, the sizes of packed ones' steps, or (lengths, resets,
+// batch_first) of a padded batch; in a backward call its pieces instead. False where it is another
+// thing, or does not fit x.
+bool read_rows(PyObject* rows, TrainCall& call) {
+  if (rows == Py_None) return true;
+  DLTensor tensor;
+  if (PyTuple_Check(rows) && PyTuple_GET_SIZE(rows) == 3) {
+    PyObject *lengths = PyTuple_GET_ITEM(rows, 0), *resets = PyTuple_GET_ITEM(rows, 1);
+    Masks& masks = call.masks;
+    if (!read(PyTuple_GET_ITEM(rows, 2), masks.batch_first) || call.x.dimensions != 3) return false;
+    const int64_t* sizes = call.x.sizes;
+    if (lengths != Py_None) {
+      masks.lengths = numbers_of<int64_t>(lengths, kInt64, 1, tensor);
+      if (!masks.lengths || tensor.shape[0] != sizes[masks.batch_first ? 0 : 1]) return false;
+    }
+    if (resets != Py_None) {
+      masks.resets = numbers_of<bool>(resets, kBool, 2, tensor);
+      if (!masks.resets || !std::equal(sizes, sizes + 2, tensor.shape)) return false;
+    }
+    return true;
+  }
+  call.batch_sizes = numbers_of<int64_t>(rows, kInt64, 1, tensor);
+  if (call.batch_sizes) {
+    call.timesteps = tensor.shape[0];
+    return call.timesteps > 0;
+  }
+  call.masks.pieces = numbers_of<int64_t>(rows, kInt64, 2, tensor);
+  if (!call.masks.pieces) return false;
+  call.masks.piece_count = tensor.shape[0];
+  constexpr int64_t kPieceNumbers = 4;
+  return tensor.shape[1] == kPieceNumbers;
 }
 
 // An argument that may be None, dense or strided.
@@ -416,7 +449,7 @@ struct GivenArray {
   const Array* get() const { return given ? &array : nullptr; }
 };
 
-// What both passes of training are called with: the sizes of steps, x, h0, c0 and, one after the
+// What both passes of training are called with: which rows there are, x, h0, c0 and, one after the
 // other, the weights, which are dense.
 struct TrainedArrays {
   GivenArray h0, c0;
@@ -425,8 +458,8 @@ struct TrainedArrays {
   // Whether they are in order.
   bool read(PyObject* const* args, Py_ssize_t count, TrainCall& call) {
     constexpr Py_ssize_t kWeights = 4;
-    if (!read_sizes(args[0], call)) return false;
     call.x = array_of(args[1]);
+    if (!read_rows(args[0], call)) return false;
     h0 = GivenArray(args[2]);
     c0 = GivenArray(args[3]);
     if (!call.x.exists() || call.x.dimensions < 2 || !h0.fits || !c0.fits) return false;
@@ -484,10 +517,11 @@ int64_t read_needs(PyObject* needs) {
 
 PyObject* train_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   TrainBackwardCall call{};
-  constexpr Py_ssize_t kSaved = 6;
-  if (connected.calls == nullptr || count != kSaved + 1 || !read_all(args, call.cell) ||
-      !read(args[1], call.directions) || (call.needs = read_needs(args[2])) < 0 ||
-      !PyTuple_CheckExact(args[kSaved]) || PyTuple_GET_SIZE(args[kSaved]) < 9) {
+  constexpr Py_ssize_t kGrads = 4, kSaved = 7;
+  if (connected.calls == nullptr || count != kSaved + 1 ||
+      !read_all(args, call.cell, call.directions, call.masks.batch_first) ||
+      (call.needs = read_needs(args[kGrads - 1])) < 0 || !PyTuple_CheckExact(args[kSaved]) ||
+      PyTuple_GET_SIZE(args[kSaved]) < 9) {
     Py_RETURN_NONE;
   }
   const int time = is_time(PyTuple_GET_SIZE(connected.guards));
@@ -503,8 +537,9 @@ PyObject* train_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t coun
                    call)) {
     Py_RETURN_NONE;
   }
-  const GivenArray others[] = {GivenArray(args[3]),  GivenArray(args[4]),  GivenArray(args[5]),
-                               GivenArray(saved[0]), GivenArray(saved[1]), GivenArray(saved[2])};
+  const GivenArray others[] = {GivenArray(args[kGrads]),     GivenArray(args[kGrads + 1]),
+                               GivenArray(args[kGrads + 2]), GivenArray(saved[0]),
+                               GivenArray(saved[1]),         GivenArray(saved[2])};
   if (!std::all_of(std::begin(others), std::end(others),
                    [](const GivenArray& other) { return other.fits; })) {
     Py_RETURN_NONE;
@@ -627,11 +662,12 @@ PyMethodDef methods[] = {
     {"infer_cell", method(infer_cell), METH_FASTCALL,
      "infer_cell(cell, input, weights, hx, hidden_size)"},
     {"train_layer", method(train_layer), METH_FASTCALL,
-     "train_layer(cell, directions, save, batch_sizes, x, h0, c0, *weights): a list, see "
-     "csrc/cpu/direct.h"},
+     "train_layer(cell, directions, save, rows, x, h0, c0, *weights): a list, see "
+     "csrc/cpu/direct.h; rows are None, batch_sizes or (lengths, resets, batch_first)"},
     {"train_layer_backward", method(train_layer_backward), METH_FASTCALL,
-     "train_layer_backward(cell, directions, needs, grad_y, grad_h_n, grad_c_n, saved): a list of "
-     "the gradients needed of x, h0, c0 and the weights, from what fused_rnn/training.py saved"},
+     "train_layer_backward(cell, directions, batch_first, needs, grad_y, grad_h_n, grad_c_n, "
+     "saved): a list of the gradients needed of x, h0, c0 and the weights, from what "
+     "fused_rnn/training.py saved"},
     {"cpu_is_welcome", cpu_is_welcome, METH_NOARGS,
      "cpu_is_welcome(): whether FUSED_RNN_BACKEND leaves the choice open, or asks for the CPU's."},
     {"prepare_step", method(prepare_step), METH_FASTCALL,

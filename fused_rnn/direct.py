@@ -154,16 +154,20 @@ def train_layer(
     batch_sizes: Tensor | None,
     directions: int,
     save: bool = True,
+    lengths: Tensor | None = None,  # int64 [B]
+    resets: Tensor | None = None,  # bool [T, B]
+    batch_first: bool = False,  # x, y and resets, where there are masks
 ) -> list[Tensor]:
-    """y, h_n (not of a timestep), c_n and, to be saved, gates and cells, those that the cell has;
-    nothing where the call is not for the library. To be called below autograd, and not where
-    `is_watched`."""
+    """y, h_n (not of a timestep), c_n and, to be saved, gates and cells, those that the cell has,
+    and the pieces that masks cut a batch into; nothing where the call is not for the library. To be
+    called below autograd, and not where `is_watched`."""
     if cpu_library_error() is not None:
         return []
     try:
         return torch.ops.fused_rnn_cpu.train_layer.default(
-            cell.index, x, weights, h0, c0, batch_sizes, directions, save
-        )
+            cell.index, x, weights, h0, c0, batch_sizes, directions, save, lengths, resets,
+            batch_first,
+        )  # fmt: skip
     except NotImplementedError:  # the dispatcher's, for the rarest kinds of tensors
         return []
 
@@ -179,6 +183,8 @@ def train_layer_backward(
     saved: tuple[Tensor | None, ...],  # y, gates, cells; None where the cell has none
     directions: int,
     needs: Sequence[bool],  # of x, h0, c0 and the weights
+    pieces: Tensor | None = None,  # of a padded batch with masks
+    batch_first: bool = False,
 ) -> list[Tensor]:
     """The gradients that are needed, one after the other; nothing where the call is not for the
     library. As `train_layer` otherwise."""
@@ -187,8 +193,9 @@ def train_layer_backward(
     grads = [grad if grad is None else grad.contiguous() for grad in grads]
     wanted = sum(1 << i for i, need in enumerate(needs) if need)
     return torch.ops.fused_rnn_cpu.train_layer_backward.default(
-        cell.index, *grads, x, weights, h0, c0, batch_sizes, *saved, directions, wanted
-    )
+        cell.index, *grads, x, weights, h0, c0, batch_sizes, *saved, directions, wanted, pieces,
+        batch_first,
+    )  # fmt: skip
 
 
 def no_answer(*args: Any) -> None:

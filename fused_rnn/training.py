@@ -9,13 +9,13 @@ or operators do where that says None: of large layers, to which a few microsecon
 call that is wrong or out of the ordinary, or that somebody watches or redirects, the answer is
 None.
 
-Padded rows that end early or start afresh are packed, see `backends/pieces.py`: here once for all
-layers, and packed they stay for backward.
+Padded rows that end early or start afresh are packed there (csrc/cpu/pieces.h), as the general way
+packs them in `backends/pieces.py`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +24,28 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import direct, looks, ops
-from .backends.pieces import Pieces
+from .backends.pieces import stretched
 from .cells import Cell
 from .direct import States
-from .native import cpu_library_error
-from .problem import NO_NOISE, Masks, wants_gradients
+from .problem import NO_NOISE, wants_gradients
 
 # Up to so many floats, 1 MiB, the copy that input in another order needs is kept for backward. The
 # general way makes it anew there, which is less memory, and no time beside what more rows take.
 _KEPT_COPY = 1 << 18
 
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+class _Masks(NamedTuple):
+    """Which steps a padded batch has, as the extension module reads them."""
+
+    lengths: Tensor | None  # int64 [B]
+    resets: Tensor | None  # bool [T, B], with batch_first [B, T]
+    batch_first: bool  # x and y, too
+
+
+# The steps of a padded batch, or the sizes of those of packed rows; None: all steps of all rows.
+_Rows = _Masks | Tensor | None
 
 
 def layers(
@@ -51,22 +62,24 @@ def layers(
         return None
     if not 0 <= dropout <= 1 or module.recompute:
         return None
-    is_packed = type(input) is PackedSequence
-    in_order = is_packed or not module.batch_first
-    is_plain = num_layers == 1 and lengths is None and resets is None and in_order
-    if is_plain and (result := _one_layer(module, cell, input, hx)) is not None:
+    is_packed, masks = type(input) is PackedSequence, None
+    if lengths is not None or resets is not None:
+        masks = None if is_packed else _masks(lengths, resets, module.batch_first)
+        if masks is None:
+            return None
+    in_order = is_packed or masks is not None or not module.batch_first
+    is_plain = num_layers == 1 and in_order
+    if is_plain and (result := _one_layer(module, cell, input, hx, masks)) is not None:
         return result
-    if _is_float64(input) and lengths is None and resets is None:
+    if _is_float64(input) and masks is None:
         return direct.layers(module, looked, input, hx)
-    x, batch_sizes, order, original_order = input, None, None, None
+    x, rows, order, original_order = input, masks, None, None
     if is_packed:
-        x, batch_sizes, order, original_order = input
+        x, rows, order, original_order = input
     states = _states_of_ordinary(cell, x, hx)
     if states is None:
         return None
-    if (lengths is not None or resets is not None) and not _is_float32(x):
-        return None
-    if x.dim() == 2 and not is_packed and lengths is None and resets is None:
+    if x.dim() == 2 and rows is None:
         return _unbatched(module, looked, x, states)
     if x.dim() != (2 if is_packed else 3):
         return None
@@ -74,58 +87,49 @@ def layers(
     if not direct.are_plain(weights):
         return None
     dropout = dropout if module.training and num_layers > 1 else 0.0
-    batch_first = module.batch_first and not is_packed
-    pieces = None
-    if lengths is not None or resets is not None:
-        # The general way drops elements of padded rows, here there would be others.
-        pieces = None if is_packed or dropout else _cut(x, lengths, resets, batch_first)
-        if pieces is None:
-            return None
-        leading, x = x.shape[:2], _gather(x.flatten(0, 1), pieces.index)
-        batch_sizes = pieces.batch_sizes
-    elif not is_packed:
-        x = _in_memory_order(x, batch_first)
+    if dropout and masks is not None and module.batch_first:
+        # The general way drops elements in the order of timesteps, here there would be others.
+        return None
+    is_turned = module.batch_first and rows is None
+    if not is_packed:
+        x = _in_memory_order(x, is_turned)
     if order is not None and states[0] is not None:
         states = _in_order(states, order)
     if x is None or states is None:
         return None
     directions = 2 if module.bidirectional else 1
     if num_layers == 1:
-        result = _run(cell, x, states, weights, directions, batch_sizes, pieces)
+        result = _run(cell, x, states, weights, directions, rows)
     else:
-        result = _run_stack(
-            cell, x, states, weights, directions, batch_sizes, pieces, num_layers, dropout
-        )
+        result = _run_stack(cell, x, states, weights, directions, rows, num_layers, dropout)
     if result is None:
         return None
     y, *final = result
     if is_packed:
         y, final = PackedSequence(y, *input[1:]), _in_original_order(final, original_order)
-    elif pieces is not None:
-        y = _spread(y, pieces.index, leading.numel()).view(*leading, -1)
-    elif batch_first:
+    elif is_turned:
         y = y.transpose(0, 1)
     return y, tuple(final) if cell.has_c else final[0]
 
 
 def _one_layer(
-    module: torch.nn.RNNBase, cell: Cell, input: Any, hx: Any
+    module: torch.nn.RNNBase, cell: Cell, input: Any, hx: Any, masks: _Masks | None
 ) -> tuple[Tensor, Any] | None:
-    """As `layers` for [T, B, I] or packed rows, with nothing asked that the library's call asks by
-    itself."""
+    """As `layers` for [T, B, I], packed rows or a batch with masks, with nothing asked that the
+    library's call asks by itself."""
     states = direct.given_states(cell, hx)
     weights = looks.own_parameters(module, module._flat_weights_names)
     if states is None or weights is None:
         return None
-    x, batch_sizes, order, original_order = input, None, None, None
+    x, rows, order, original_order = input, masks, None, None
     if is_packed := type(input) is PackedSequence:
-        x, batch_sizes, order, original_order = input
+        x, rows, order, original_order = input
     elif type(input) is not Tensor or input.dim() != 3:
         return None
     if order is not None and hx is not None:
         return None
     directions = 2 if module.bidirectional else 1
-    result = _run_directly(cell, x, states, weights, directions, batch_sizes)
+    result = _run_directly(cell, x, states, weights, directions, rows)
     if result is None:
         return None
     y, *final = result
@@ -224,7 +228,8 @@ def _in_memory_order(x: Tensor, batch_first: bool = False) -> Tensor | None:
 
 def _in_order(states: States, order: Tensor) -> States | None:
     """Of the rows of a PackedSequence; or None: they are not as many."""
-    if not _have_rows(states, order.shape[0]):
+    # The library looks at the rest.
+    if any(s is not None and (s.dim() != 3 or s.shape[1] != order.shape[0]) for s in states):
         return None
     h0, c0 = (None if s is None else s.index_select(1, order) for s in states)
     return h0, c0
@@ -234,19 +239,13 @@ def _in_original_order(final: list[Tensor], order: Tensor | None) -> list[Tensor
     return final if order is None else [state.index_select(1, order) for state in final]
 
 
-def _have_rows(states: States, count: int) -> bool:
-    """Whether they are of so many batch rows; the library looks at the rest."""
-    return all(s is None or (s.dim() == 3 and s.shape[1] == count) for s in states)
-
-
 def _run_stack(
     cell: Cell,
     x: Tensor,
     states: States,
     weights: list[Tensor],
     directions: int,
-    batch_sizes: Tensor | None,
-    pieces: Pieces | None,
+    rows: _Rows,
     num_layers: int,
     dropout: float,
 ) -> list[Tensor] | None:
@@ -261,7 +260,7 @@ def _run_stack(
         span = slice(layer * directions, (layer + 1) * directions)
         h0, c0 = (None if state is None else state[span] for state in states)
         of_layer = weights[layer * per_layer : (layer + 1) * per_layer]
-        result = _run(cell, x, (h0, c0), of_layer, directions, batch_sizes, pieces)
+        result = _run(cell, x, (h0, c0), of_layer, directions, rows)
         if result is None:
             return None
         x, *final = result
@@ -273,26 +272,17 @@ def _run_stack(
 
 def _run(
     cell: Cell,
-    x: Tensor,  # [T, B, I], [N, I] with `batch_sizes`, or of a cell's timestep [B, I]
+    x: Tensor,  # [T, B, I], [N, I] of packed rows, or of a cell's timestep [B, I]
     states: States,  # [D, B, P] and [D, B, H], or [B, H]; or None for zeros
     weights: list[Tensor],  # as in `ops.layer`
     directions: int,
-    batch_sizes: Tensor | None = None,
-    pieces: Pieces | None = None,  # of the padded batch whose rows x and states are
+    rows: _Rows = None,
 ) -> tuple[Tensor, ...] | None:
     """y, h_n (not of a timestep) and, where the cell has it, c_n; or None: not for here."""
-    of_rows = states
-    if pieces is not None:
-        if not _have_rows(states, pieces.batch_size):
-            return None
-        states = tuple(None if s is None else pieces.initial(s, None) for s in states)
-    outputs = _run_directly(cell, x, states, weights, directions, batch_sizes)
+    outputs = _run_directly(cell, x, states, weights, directions, rows)
     if outputs is None:
-        outputs = _run_by_operators(cell, x, states, weights, directions, batch_sizes)
-    if outputs is None or pieces is None:
-        return outputs
-    y, *final = outputs
-    return y, *(pieces.final(s, of_row) for s, of_row in zip(final, of_rows, strict=False))
+        outputs = _run_by_operators(cell, x, states, weights, directions, rows)
+    return outputs
 
 
 def _run_directly(
@@ -301,7 +291,7 @@ def _run_directly(
     states: States,
     weights: list[Any],
     directions: int,
-    batch_sizes: Tensor | None = None,
+    rows: _Rows = None,
 ) -> tuple[Tensor, ...] | None:
     """As `_run`, of any arguments: past torch's dispatcher, with which a small layer takes longer.
     Asks by itself whether somebody watches."""
@@ -311,97 +301,41 @@ def _run_directly(
         save = wants_gradients(*weights, x, *states)
     except AttributeError:  # not all weights are tensors
         return None
-    outputs = direct.calls().train_layer(
-        cell.index, directions, save, batch_sizes, x, *states, *weights
-    )
+    outputs = direct.calls().train_layer(cell.index, directions, save, rows, x, *states, *weights)
     if outputs is None or not save:
         return outputs if outputs is None else tuple(outputs)
-    return _apply(cell, directions, batch_sizes, outputs, x, *states, *weights)
+    return _apply(cell, directions, rows, outputs, x, *states, *weights)
 
 
 def _run_by_operators(
-    cell: Cell,
-    x: Tensor,
-    states: States,
-    weights: list[Tensor],
-    directions: int,
-    batch_sizes: Tensor | None,
+    cell: Cell, x: Tensor, states: States, weights: list[Tensor], directions: int, rows: _Rows
 ) -> tuple[Tensor, ...] | None:
     """As `_run`, in float32."""
     if not _is_float32(x):
         return None
     save = wants_gradients(*weights, x, *states)
+    batch_sizes, masks = (None, rows) if isinstance(rows, _Masks) else (rows, ())
     with torch._C._AutoDispatchBelowAutograd():
-        outputs = direct.train_layer(cell, x, *states, weights, batch_sizes, directions, save)
+        outputs = direct.train_layer(
+            cell, x, *states, weights, batch_sizes, directions, save, *masks
+        )
     if not outputs or not save:
         return tuple(outputs) or None
-    return _apply(cell, directions, batch_sizes, outputs, x, *states, *weights)
+    return _apply(cell, directions, rows, outputs, x, *states, *weights)
 
 
-def _cut(x: Tensor, lengths: Any, resets: Any, batch_first: bool) -> Pieces | None:
-    """None: not for here, or no step is left."""
+def _masks(lengths: Any, resets: Any, batch_first: bool) -> _Masks | None:
+    """None: not for here. The library looks at sizes and values."""
     masks = [mask for mask in (lengths, resets) if mask is not None]
-    if cpu_library_error() is not None or not direct.are_plain(masks):
+    if not direct.are_plain(masks) or any(t.layout != torch.strided or t.is_nested for t in masks):
         return None
-    if any(t.is_nested or t.layout != torch.strided or not t.is_cpu for t in (x, *masks)):
+    if any(t._is_zerotensor() or not t.is_cpu for t in masks):
         return None
-    if any(t._is_zerotensor() for t in (x, *masks)):
-        return None
-    timesteps, batch_size = x.shape[1::-1] if batch_first else x.shape[:2]
     if lengths is not None:
-        if lengths.dtype not in _INTEGERS or lengths.shape != (batch_size,) or batch_size == 0:
+        if lengths.dtype not in _INTEGERS:
             return None
-        lengths = lengths.to(torch.int64)
-        low, high = map(int, torch.aminmax(lengths))
-        if not 0 <= low <= high <= timesteps:
-            return None
-    if resets is not None:
-        if resets.dtype != torch.bool or resets.shape != x.shape[:2]:
-            return None
-        if batch_first:
-            resets = resets.t()
-    pieces = Pieces(Masks(lengths, resets), timesteps, batch_size, batch_first)
-    return pieces if pieces.index.shape[0] else None
-
-
-def _gather(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows of a padded batch [N, I] in the order of an index [M]."""
-    if wants_gradients(rows):
-        return _Gathered.apply(rows, index)
-    return torch.ops.fused_rnn_cpu.gather_rows.default(rows.contiguous(), index)
-
-
-def _spread(rows: Tensor, index: Tensor, count: int) -> Tensor:
-    """Rows [M, K] where an index [M] says, among zeros [N, K]."""
-    if wants_gradients(rows):
-        return _Spread.apply(rows, index, count)
-    return torch.ops.fused_rnn_cpu.spread_rows.default(rows, index, count)
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, index):
-        ctx.index, ctx.count = index, rows.shape[0]
-        return _gather(rows, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        if _are_plain([grad]):
-            return _spread(grad.contiguous(), ctx.index, ctx.count), None
-        return grad.new_zeros((ctx.count, grad.shape[1])).index_copy(0, ctx.index, grad), None
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, index, count):
-        ctx.index = index
-        return _spread(rows, index, count)
-
-    @staticmethod
-    def backward(ctx, grad):
-        if _are_plain([grad]):
-            return _gather(grad, ctx.index), None, None
-        return grad.index_select(0, ctx.index), None, None
+        lengths = lengths.to(torch.int64).contiguous()
+    return _Masks(lengths, resets if resets is None else resets.contiguous(), batch_first)
 
 
 def _are_plain(grads: list[Tensor | None]) -> bool:
@@ -418,12 +352,16 @@ class _Layer(torch.autograd.Function):
     """A layer that the library has run already."""
 
     @staticmethod
-    def forward(ctx, cell, directions, batch_sizes, outputs, x, h0, c0, *weights):
-        ctx.is_step = x.dim() == 2 and batch_sizes is None
+    def forward(ctx, cell, directions, rows, outputs, x, h0, c0, *weights):
+        ctx.is_step = x.dim() == 2 and rows is None
         given = (1 if ctx.is_step else 2) + cell.has_c  # what follows them is saved only
         gates = outputs[given] if cell.saved_gates else None
         cells = outputs[given + 1] if cell.has_c else None
-        ctx.save_for_backward(outputs[0], gates, cells, batch_sizes, x, h0, c0, *weights)
+        ctx.batch_first = False
+        if isinstance(rows, _Masks):
+            ctx.batch_first = rows.batch_first
+            rows = outputs[-1]  # the pieces, which nobody else knows
+        ctx.save_for_backward(outputs[0], gates, cells, rows, x, h0, c0, *weights)
         ctx.cell, ctx.directions = cell, directions
         ctx.set_materialize_grads(False)
         return tuple(outputs[:given])
@@ -456,15 +394,16 @@ def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
     results = None
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         results = direct.calls().train_layer_backward(
-            ctx.cell.index, ctx.directions, needs, *grads, saved
+            ctx.cell.index, ctx.directions, ctx.batch_first, needs, *grads, saved
         )
     if results is None:
         if not _are_plain(grads):
             return None
-        y, gates, cells, batch_sizes, x, h0, c0, *weights = saved
+        y, gates, cells, rows, x, h0, c0, *weights = saved
+        batch_sizes, pieces = (None, rows) if _are_pieces(rows) else (rows, None)
         results = direct.train_layer_backward(
             ctx.cell, grads, x, h0, c0, weights, batch_sizes, (y, gates, cells), ctx.directions,
-            needs,
+            needs, pieces, ctx.batch_first,
         )  # fmt: skip
     given = iter(results)
     return [next(given) if need else None for need in needs] if results else None
@@ -472,28 +411,50 @@ def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
 
 def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
     """Differentiable ones where grad mode is on."""
-    y, gates, cells, batch_sizes, *given = saved
+    y, gates, cells, rows, *given = saved
     # What autocast had made of them.
     x, h0, c0, *weights = (t if t is None else t.to(y.dtype) for t in given)
     if ctx.is_step:
         x, h0, c0, y, *grads = (
             None if t is None else t.unsqueeze(0) for t in (x, h0, c0, y, *grads)
         )
+    if ctx.batch_first:
+        x, y, grads[0] = (None if t is None else t.transpose(0, 1) for t in (x, y, grads[0]))
+    nothing = x.new_empty((ctx.directions, x.shape[:-1].numel(), 0))
+    gates, cells = (nothing if t is None else t for t in (gates, cells))
+    batch_sizes, lengths, resets = rows, None, None
+    if _are_pieces(rows):
+        batch_sizes, (lengths, resets) = None, _masks_of(rows, *x.shape[:2])
+        gates, cells = (stretched(t, x.shape[:2].numel()) for t in (gates, cells))
     leading = ctx.directions, x.shape[1] if batch_sizes is None else int(batch_sizes[0])
     if h0 is None:
         h0 = x.new_zeros((*leading, weights[1].shape[1]))
         if ctx.cell.has_c:
             c0 = x.new_zeros((*leading, weights[0].shape[0] // ctx.cell.gates))
-    nothing = x.new_empty((ctx.directions, x.shape[:-1].numel(), 0))
-    gates, cells = (nothing if t is None else t for t in (gates, cells))
     results = ops.layer_gradients(
         (ctx.cell.name, False, False, "auto"),
         (*grads, None),
         (y, gates, cells),
-        (batch_sizes, None, None, NO_NOISE),
+        (batch_sizes, lengths, resets, NO_NOISE),
         (x, h0, c0, None, None, *weights),
         (*needs[:3], False, False, *needs[3:]),
     )
     states = [g.squeeze(0) if ctx.is_step and g is not None else g for g in results[:3]]
+    if ctx.batch_first and states[0] is not None:
+        states[0] = states[0].transpose(0, 1)
     results = zip([*states, *results[5:]], given, strict=True)
     return [g if g is None or t is None else g.to(t.dtype) for g, t in results]
+
+
+def _are_pieces(rows: Tensor | None) -> bool:
+    """Else they are the sizes of packed rows' steps."""
+    return rows is not None and rows.dim() == 2
+
+
+def _masks_of(pieces: Tensor, timesteps: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Lengths and resets that cut a batch into these pieces."""
+    row, start, length, flags = pieces.unbind(1)
+    lengths = row.new_zeros(batch_size).index_add_(0, row, length)
+    resets = torch.zeros((timesteps, batch_size), dtype=torch.bool)
+    resets[start, row] = flags >= 2  # a piece that starts afresh
+    return lengths, resets

@@ -32,7 +32,7 @@ def backward(arguments, saved, needs, grads, calls=None):
     a = arguments
     saved = (*saved, a["batch_sizes"], a["x"], a["h0"], a["c0"], *a["weights"])
     call = (calls or direct.calls()).train_layer_backward
-    return call(a["cell"], a["directions"], needs, *grads, saved)
+    return call(a["cell"], a["directions"], False, needs, *grads, saved)
 
 
 ALL_NEEDS = (True,) * 7
@@ -146,8 +146,8 @@ def test_arguments_of_other_kinds_get_none_and_no_error():
     assert calls.train_layer() is calls.train_layer_backward() is None
     assert backward(arguments, saved, ALL_NEEDS * 10, grads) is None
     assert backward(arguments, saved, (1,) * 7, grads) is None
-    assert calls.train_layer_backward(3, 1, ALL_NEEDS, *grads, list(saved)) is None
-    assert calls.train_layer_backward(3, 1, ALL_NEEDS, *grads, saved) is None
+    assert calls.train_layer_backward(3, 1, False, ALL_NEEDS, *grads, list(saved)) is None
+    assert calls.train_layer_backward(3, 1, False, ALL_NEEDS, *grads, saved) is None
 
 
 def packed_arguments():

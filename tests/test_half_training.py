@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_direct_calls import LAID_OUT, has_direct_calls
 from test_half_calls import HALVES, LAYERS, states_of
+from test_ragged_calls import Masked
 from test_streaming import Ways, states
 from test_training_calls import assert_both_ways, run
 from torch.nn.utils.rnn import pack_sequence
@@ -162,15 +163,22 @@ def test_packed_rows(cell, options, autocast, dtype, ways):
                 assert_both_ways(ways, module, x, hx)
 
 
-@pytest.mark.parametrize("ragged", ["lengths", "resets"])
-def test_padded_ragged_rows_are_the_general_ways(ragged, dtype, ways):
-    module = fused_rnn.GRU(5, 6).to(dtype)
-    x = torch.randn(4, 3, 5, dtype=dtype)
-    if ragged == "lengths":
-        module(x, lengths=torch.tensor([4, 2, 1]))
-    else:
-        module(x, resets=torch.zeros(4, 3, dtype=torch.bool))
-    assert (ways.direct, ways.general) == (0, 1)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_batches_with_masks(batch_first, cell, autocast, dtype, ways):
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
+    module = make_module(cell, 5, 17, **options).to(torch.float32 if autocast else dtype)
+    own, resets = module.weight_ih_l0.dtype, torch.rand(3, 7) < 0.3
+    lengths = torch.tensor([4, 7, 0])
+    with torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext():
+        x = torch.randn((3, 7, 5) if batch_first else (7, 3, 5), dtype=own)
+        for masks in ({"lengths": lengths}, {"lengths": lengths, "resets": resets}):
+            if "resets" in masks and not batch_first:
+                masks["resets"] = resets.t()
+            masked = Masked(module, **masks)
+            for hx in (None, states_of(own, cell, 4, 3, 17)):
+                assert_both_ways(ways, masked, x, hx)
 
 
 def test_types_that_differ_are_the_general_ways_to_name(dtype):

@@ -1,12 +1,13 @@
 """The short way of rows that end early or start afresh (fused_rnn/training.py): the general way's
-bits, in training and in inference, packed once for a whole stack."""
+bits, in training and in inference."""
 
 import itertools
 
 import pytest
 import torch
+from test_direct_calls import asked, operators_only  # noqa: F401, fixtures
 from test_streaming import Ways, assert_general, flat, states
-from test_training_calls import assert_same_bits, leaves, run, weighted
+from test_training_calls import assert_same_bits, run, weighted
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -134,7 +135,7 @@ def test_many_rows_on_several_threads(ways, num_threads):
     assert_short(ways, run, masked, torch.randn(40, 150, 64))
 
 
-def test_states_afresh_dropout_and_all_states_take_the_general_way(ways):
+def test_dropout_states_afresh_and_all_states(ways):
     module, x = fused_rnn.GRU(INPUTS, HIDDEN, 2, dropout=0.5), torch.randn(STEPS, 5, INPUTS)
     masks = masks_of("both", False)
 
@@ -142,7 +143,11 @@ def test_states_afresh_dropout_and_all_states_take_the_general_way(ways):
         torch.manual_seed(0)
         return module(x, **masks, **options)
 
-    assert_general(ways, call)
+    assert_short(ways, call)
+    module.batch_first = True
+    turned = {name: mask.t() if mask.dim() == 2 else mask for name, mask in masks.items()}
+    assert_general(ways, lambda: run(Masked(module, **turned), x.transpose(0, 1)))
+    module.batch_first = False
     module.eval()
     assert_short(ways, call)
     for options in ({"reset_hx": torch.randn(2, 5, HIDDEN)}, {"return_states": True}):
@@ -184,9 +189,9 @@ def test_unusual_inputs_take_the_general_way(ways):
 
 
 def test_without_the_library(ways, monkeypatch):
-    for module in (training, direct, pieces):
+    for module in (direct, pieces):
         monkeypatch.setattr(module, "cpu_library_error", lambda: "no library")
-    monkeypatch.setattr(training, "_gather", None)  # whose operator would not be there
+    monkeypatch.setattr(direct, "calls", lambda: direct._NoCalls)
     masked = Masked(fused_rnn.GRU(INPUTS, HIDDEN), **masks_of("both", False))
     with fused_rnn.backend("auto"):
         assert_general(ways, masked, torch.randn(STEPS, 5, INPUTS))
@@ -216,18 +221,18 @@ def test_transforms_and_contexts_take_the_general_way(ways):
     with fused_rnn.backend("reference"):
         assert_general(ways, masked, x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_general(ways, masked, x)
+        assert_short(ways, masked, x)
 
 
-def test_double_backward(ways):
-    masked = Masked(
-        fused_rnn.LSTM(INPUTS, HIDDEN, num_layers=2, bidirectional=True), **masks_of("both", False)
-    )
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_double_backward(batch_first, ways):
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
+    masked = Masked(fused_rnn.LSTM(INPUTS, HIDDEN, **options), **masks_of("both", batch_first))
+    x = torch.randn(*((5, STEPS) if batch_first else (STEPS, 5)), INPUTS, requires_grad=True)
 
     def penalty():
-        x = leaves(torch.randn(STEPS, 5, INPUTS, generator=torch.Generator().manual_seed(0)))
         (grad,) = torch.autograd.grad(weighted(flat(masked(x))), x, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), list(masked.parameters()))
+        return torch.autograd.grad(grad.square().sum(), [x, *masked.parameters()])
 
     before = ways.direct
     actual = penalty()
@@ -294,34 +299,110 @@ def test_lengths_of_a_sequence_that_no_memory_holds():
         fused_rnn.GRU(4, 4)(x, lengths=lengths)
 
 
-@pytest.mark.parametrize("count", [1, 700])
-def test_rows_there_and_back(count):
-    rows = torch.randn(count, 130)
-    index = torch.randperm(count)[: max(1, count // 2)]
-    gathered = torch.ops.fused_rnn_cpu.gather_rows(rows, index)
-    assert torch.equal(gathered, rows[index])
-    spread = torch.ops.fused_rnn_cpu.spread_rows(gathered, index, count)
-    assert torch.equal(spread, torch.zeros_like(rows).index_copy(0, index, gathered))
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("masks", MASKS)
+def test_operators_have_the_same_bits(masks, batch_first, asked, operators_only):  # noqa: F811
+    """Those of large layers, and of what the extension module cannot be built for."""
+    module = fused_rnn.LSTM(INPUTS, HIDDEN, 2, bidirectional=True, batch_first=batch_first)
+    masked = Masked(module, **masks_of(masks, batch_first))
+    x = torch.randn(*((5, STEPS) if batch_first else (STEPS, 5)), INPUTS)
+    actual = run(masked, x)
+    calls = [answer for answer in asked if type(answer) is not bool]
+    assert len(calls) in (0, 4) and None not in calls  # 0 where the module was built without them
+    assert_same_bits(actual, operators_only(run, masked, x))
 
 
-def test_rows_that_cannot_be_moved():
-    operators, rows, index = torch.ops.fused_rnn_cpu, torch.randn(3, 4), torch.tensor([2, 0])
-    for change, match in (
-        ({"rows": rows.double()}, "rows: expected dtype Float, got Double"),
-        ({"rows": rows[0]}, "rows: expected a 2-D CPU tensor"),
-        ({"rows": rows.mT}, "rows: expected a contiguous tensor"),
-        ({"index": index.int()}, "index: expected dtype Long, got Int"),
-        ({"index": index[None]}, "index: expected a 1-D CPU tensor"),
-        ({"index": torch.tensor([0, 3])}, "index: expected values from 0 to 2, got 3"),
-        ({"index": torch.tensor([-1, 0])}, "index: expected values from 0 to 2, got -1"),
-    ):
-        arguments = {"rows": rows, "index": index} | change
-        with pytest.raises(RuntimeError, match=match):
-            operators.gather_rows(**arguments)
-        arguments["rows"] = arguments["rows"][:2]
-        with pytest.raises(RuntimeError, match=match):
-            operators.spread_rows(**arguments, count=3)
-    with pytest.raises(RuntimeError, match=r"index: expected shape \[3\], got \[2\]"):
-        operators.spread_rows(rows, index, 3)
-    with pytest.raises(RuntimeError, match="count: expected a number of rows, got -1"):
-        operators.spread_rows(rows[:2], index, -1)
+def test_a_large_layer(ways):
+    """Too large for the extension module, and moved by several threads."""
+    lengths = torch.randint(0, 301, (40,))
+    masked = Masked(fused_rnn.GRU(64, 40, batch_first=True), lengths=lengths)
+    assert_short(ways, run, masked, torch.randn(40, 300, 64))
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_masks_may_be_changed_before_backward(masks, ways):
+    """As those of an environment's buffer are: what was cut stays cut."""
+    given = masks_of(masks, False)
+    masked = Masked(fused_rnn.GRU(INPUTS, HIDDEN), **given)
+    x = torch.randn(STEPS, 5, INPUTS, requires_grad=True)
+    (expected,) = torch.autograd.grad(masked(x)[0].square().sum(), x)
+    y, _ = masked(x)
+    for mask in given.values():
+        mask.zero_()
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    assert ways.direct == 2 and torch.equal(grad, expected)
+
+
+def masked_arguments():
+    weights = [torch.randn(24, 4), torch.randn(24, 6), torch.randn(24), torch.randn(24)]
+    return {
+        "cell": 3, "x": torch.randn(5, 3, 4), "weights": weights, "h0": None, "c0": None,
+        "batch_sizes": None, "directions": 1, "lengths": torch.tensor([5, 0, 2]),
+        "resets": torch.rand(5, 3) < 0.3, "batch_first": False,
+    }  # fmt: skip
+
+
+WRONG = {
+    "lengths": [
+        torch.tensor([5, 0]), torch.tensor([6, 0, 2]), torch.tensor([5, -1, 2]),
+        torch.tensor([5, 0, 2], dtype=torch.int32), torch.tensor([[5, 0, 2]]), torch.tensor(5),
+        torch.tensor([5, 9, 0, 9, 2])[::2], torch.tensor([5, 0, 2], device="meta"),
+        torch.tensor([0, 0, 0]),
+    ],
+    "resets": [
+        torch.zeros(3, 5, dtype=torch.bool), torch.zeros(5, 3), torch.zeros(15, dtype=torch.bool),
+        torch.zeros(3, 5, dtype=torch.bool).t(), torch.zeros(5, 3, 1, dtype=torch.bool),
+    ],
+    "batch_first": [True],
+    "batch_sizes": [torch.tensor([3, 3, 3, 3, 3])],
+    "x": [torch.randn(15, 4), torch.randn(5, 4, 4), torch.randn(0, 3, 4)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_masks_that_do_not_fit_get_nothing(name):
+    good, forward = masked_arguments(), torch.ops.fused_rnn_cpu.train_layer
+    calls = direct.calls().train_layer
+    assert len(forward(**good)) == 6
+    for wrong in WRONG[name]:
+        a = good | {name: wrong}
+        assert forward(**a) == [], wrong
+        rows = a["lengths"], a["resets"], a["batch_first"]
+        if name != "batch_sizes":
+            arguments = a["cell"], a["directions"], True, rows, a["x"], None, None, *a["weights"]
+            assert calls(*arguments) is None
+    for rows in ((None, None), (None, None, 1), ([5, 0, 2], None, False), (5, None, False)):
+        arguments = good["cell"], 1, True, rows, good["x"], None, None, *good["weights"]
+        assert calls(*arguments) is None
+
+
+def test_pieces_that_cannot_be_get_nothing():
+    """Whoever stores what is saved may give back another thing; memory is safe from it."""
+    a = masked_arguments()
+    y, h_n, c_n, gates, cells, pieces = torch.ops.fused_rnn_cpu.train_layer(
+        **a | {"resets": torch.zeros(5, 3, dtype=torch.bool)}
+    )
+    assert pieces.tolist() == [[0, 0, 5, 1], [2, 0, 2, 1]]
+    layer = {name: a[name] for name in ("cell", "x", "weights", "h0", "c0", "directions")}
+    saved = {"y": y, "gates": gates, "cells": cells, "batch_sizes": None, "needs": 1}
+    grads = {"grad_y": y, "grad_h_n": h_n, "grad_c_n": c_n}
+
+    def answers(rows):
+        tensors = y, gates, cells, rows, a["x"], None, None, *a["weights"]
+        needs = (True, *(False,) * 6)
+        return (
+            torch.ops.fused_rnn_cpu.train_layer_backward(**layer, **saved, **grads, pieces=rows),
+            direct.calls().train_layer_backward(3, 1, False, needs, y, h_n, c_n, tensors) or [],
+        )
+
+    (by_operator,), by_call = answers(pieces)
+    assert all(torch.equal(grad, by_operator) for grad in by_call)
+    for wrong in (
+        [[0, 0, 6, 1], [2, 0, 2, 1]], [[0, 1, 5, 1], [2, 0, 2, 1]], [[0, 0, 5, 1], [3, 0, 2, 1]],
+        [[0, 0, 5, 1], [-1, 0, 2, 1]], [[0, -1, 5, 1], [2, 0, 2, 1]], [[0, 0, 5, 1]],
+        [[0, 0, 5, 1], [2, 0, 0, 1]], [[0, 0, 5, 1], [2, 0, 2, 1], [1, 0, 1, 1]],
+        [[0, 0, 2**62, 1], [2, 2**62, 2, 1]], [[0, 0, 5], [2, 0, 2]], [[[0, 0, 5, 1]]],
+    ):  # fmt: skip
+        assert answers(torch.tensor(wrong)) == ([], []), wrong
+    for wrong in (pieces.int(), pieces.to("meta"), pieces[:0], pieces.t().contiguous().t()):
+        assert answers(wrong) == ([], [])

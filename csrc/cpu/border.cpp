@@ -94,6 +94,8 @@ int32_t dtype_of(NumberType type) {
       return aoti_torch_dtype_bfloat16();
     case NumberType::float16:
       return aoti_torch_dtype_float16();
+    case NumberType::int64:
+      return aoti_torch_dtype_int64();
     default:
       return aoti_torch_dtype_float32();
   }

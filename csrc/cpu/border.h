@@ -26,6 +26,20 @@ void forget_kernels();
 
 Threads torch_threads();
 
+// Fewer floats are moved by one thread. No call that keeps Python's lock (direct_calls.cpp) moves
+// as many.
+constexpr int64_t kSerialFloats = 1 << 18;
+
+// body(row) for rows [0, count), each of which moves `width` floats.
+template <class Body>
+void for_each_row(int64_t count, int64_t width, const Body& body) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) body(row);
+  };
+  if (count * width < kSerialFloats) return run(0, count);
+  torch_threads().run(count, ceil_div(kSerialFloats, width), run);
+}
+
 // Live no longer than the tensor. One that is not dense has no data, or is strided.
 Array array_of(const Tensor& tensor);
 Array strided_array_of(const Tensor& tensor);

@@ -47,28 +47,17 @@ class Dense {
   const float* data() const { return data_; }
 
  private:
-  // Fewer are copied by one thread. No call that keeps Python's lock (direct_calls.cpp) has as
-  // many.
-  static constexpr int64_t kSerialFloats = 1 << 18;
-
   void copy(const int64_t* sizes, const int64_t* strides) {
     const int64_t count = sizes[0] * sizes[1], second = sizes[1], width = sizes[2];
     copy_ = memory(count * width);
-    const auto rows = [=, from = data_, to = copy_.get()](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; n++) {
-        const float* row = from + n / second * strides[0] + n % second * strides[1];
-        if (strides[2] == 1) {
-          std::copy_n(row, width, to + n * width);
-        } else {
-          for (int64_t i = 0; i < width; i++) to[n * width + i] = row[i * strides[2]];
-        }
+    for_each_row(count, width, [=, from = data_, to = copy_.get()](int64_t n) {
+      const float* row = from + n / second * strides[0] + n % second * strides[1];
+      if (strides[2] == 1) {
+        std::copy_n(row, width, to + n * width);
+      } else {
+        for (int64_t i = 0; i < width; i++) to[n * width + i] = row[i * strides[2]];
       }
-    };
-    if (count * width < kSerialFloats) {
-      rows(0, count);
-    } else {
-      torch_threads().run(count, ceil_div(kSerialFloats, width), rows);
-    }
+    });
     data_ = copy_.get();
   }
 

@@ -9,7 +9,8 @@
 
 namespace fused_rnn {
 
-enum class NumberType : int8_t { float32, bfloat16, float16 };
+enum class NumberType : int8_t { float32, bfloat16, float16, int64 };
+// Of arrays.
 constexpr NumberType kNumberTypes[] = {NumberType::float32, NumberType::bfloat16,
                                        NumberType::float16};
 
@@ -70,6 +71,9 @@ struct Allocator {
   uint16_t* halves(NumberType type, std::initializer_list<int64_t> shape,
                    bool swapped = false) const {
     return static_cast<uint16_t*>(of_type(type, shape, swapped));
+  }
+  int64_t* integers(std::initializer_list<int64_t> shape) const {
+    return static_cast<int64_t*>(of_type(NumberType::int64, shape, false));
   }
   float* saved(int64_t directions, int64_t count, int64_t width) const {
     const int64_t sizes[] = {directions, count, width};
@@ -139,12 +143,25 @@ struct StepCall {
   States states;    // [L, B, P], [L, B, H]
 };
 
+// Which steps a padded batch has: `lengths` [B] and `resets`, or one of them, and in a backward
+// call the `pieces` that they cut it into.
+struct Masks {
+  const int64_t* lengths;
+  const bool* resets;
+  const int64_t* pieces;  // [piece_count, 4], see pieces.h
+  int64_t piece_count;
+  bool batch_first;  // whether resets, x and y have batch rows before timesteps
+
+  bool any() const { return lengths || resets || pieces; }
+};
+
 // A layer in training, or a cell's timestep (csrc/cpu/train.cpp).
 struct TrainCall : InferCall {
   int64_t directions;
   const int64_t* batch_sizes;  // [timesteps] of packed rows, else null
   int64_t timesteps;
-  bool save;  // whether there will be a backward call
+  Masks masks;  // of a padded batch
+  bool save;    // whether there will be a backward call
 };
 
 struct TrainBackwardCall : TrainCall {
@@ -157,7 +174,8 @@ struct TrainBackwardCall : TrainCall {
 // False, and nothing was allocated: the call is out of the ordinary, and not for here.
 bool infer_layers(const LayersCall& call, const Allocator& allocate);
 bool infer_cell(const CellCall& call, const Allocator& allocate);
-// Gives y, h_n (not of a timestep), c_n and, to be saved, gates and cells, those that the cell has.
+// Gives y, h_n (not of a timestep), c_n and, to be saved, gates and cells, those that the cell has,
+// and the pieces that masks cut a batch into.
 bool train_layer(const TrainCall& call, const Allocator& allocate);
 // Gives the gradients that are needed.
 bool train_layer_backward(const TrainBackwardCall& call, const Allocator& allocate);

@@ -1,6 +1,6 @@
 // A layer in training: a forward call with memory for what its backward needs, and that backward.
-// For what fits, padded or packed, of float32 and, if small, of a half type: every other call gets
-// no outputs, and Python takes the general way (fused_rnn/ops.py).
+// For what fits, padded, with masks or without, or packed, of float32 and, if small, of a half
+// type: every other call gets no outputs, and Python takes the general way (fused_rnn/ops.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -17,6 +17,7 @@
 #include "calls.h"
 #include "dense.h"
 #include "operands.h"
+#include "pieces.h"
 #include "weights.h"
 
 namespace fused_rnn {
@@ -141,15 +142,36 @@ struct Shapes {
   Shape x, y, h, c;
 };
 
-// What both passes need of the arguments.
+// Memory for as many of E, or of floats.
+template <class T>
+T* take(std::vector<Memory>& memories, int64_t count) {
+  memories.push_back(memory(ceil_div(count * static_cast<int64_t>(sizeof(T)), sizeof(float))));
+  return reinterpret_cast<T*>(memories.back().get());
+}
+
+// What both passes need of the arguments. A padded batch with masks is computed as packed rows, its
+// pieces; shapes are those of the batch.
 template <class E>
 struct Layer {
   ForwardCallOf<E> call;  // shape, weights, x, h0 and c0
   CellSizes sizes;
   Shapes shapes;
   bool is_step;
-  Memory zeros;                  // in the place of initial states that are not given
   std::vector<int64_t> offsets;  // of packed rows
+  std::optional<Pieces> pieces;
+  std::vector<Memory> memories;
+
+  template <class T>
+  T* take(int64_t count) {
+    return fused_rnn::take<T>(memories, count);
+  }
+  // Rows of the batch as kernels take them, or null.
+  const E* gather(const E* rows, int64_t width) {
+    if (!pieces || rows == nullptr) return rows;
+    E* gathered = take<E>(pieces->steps() * width);
+    pieces->gather(rows, width, gathered);
+    return gathered;
+  }
 };
 
 // Or nothing where the call's sizes of steps are not the layout of so many rows.
@@ -163,6 +185,15 @@ std::optional<RowLayout> read_packed(const TrainCall& given, int64_t count,
   return RowLayout{rows.timesteps, rows.batch, rows.batch_sizes, offsets.data()};
 }
 
+// Or nothing where no step is left, or masks do not fit so many rows.
+std::optional<Pieces> read_pieces(const Masks& masks, const PaddedRows& rows) {
+  if (masks.pieces) return Pieces::saved(rows, masks.pieces, masks.piece_count);
+  for (int64_t row = 0; masks.lengths && row < rows.batch; row++) {
+    if (masks.lengths[row] < 0 || masks.lengths[row] > rows.timesteps) return {};
+  }
+  return Pieces(rows, masks.lengths, masks.resets);
+}
+
 // Or nothing where the arguments do not fit each other.
 template <class E>
 std::optional<Layer<E>> read_layer(const TrainCall& given, Border<E>& border) {
@@ -172,7 +203,9 @@ std::optional<Layer<E>> read_layer(const TrainCall& given, Border<E>& border) {
   const bool is_flat = x.dimensions == 2, is_step = is_flat && !is_packed;
   if (x.dimensions != (is_packed || is_step ? 2 : 3)) return {};
   if (directions < 1 || directions > (is_step ? 1 : 2)) return {};
-  RowLayout rows{is_step ? 1 : x.sizes[0], x.sizes[is_step ? 0 : 1], nullptr, nullptr};
+  const bool batch_first = given.masks.batch_first;
+  RowLayout rows{is_step ? 1 : x.sizes[batch_first], x.sizes[is_step || batch_first ? 0 : 1],
+                 nullptr, nullptr};
   int64_t count = rows.timesteps * rows.batch;
   std::vector<int64_t> offsets;
   if (is_packed) {
@@ -180,6 +213,15 @@ std::optional<Layer<E>> read_layer(const TrainCall& given, Border<E>& border) {
     const std::optional<RowLayout> packed = read_packed(given, count, offsets);
     if (!packed) return {};
     rows = *packed;
+  }
+  const int64_t leading = x.sizes[0], batch = rows.batch;
+  std::optional<Pieces> pieces;
+  if (given.masks.any()) {
+    if (is_flat) return {};
+    pieces = read_pieces(given.masks, PaddedRows(rows.timesteps, batch, batch_first));
+    if (!pieces || pieces->steps() == 0) return {};
+    rows = pieces->layout();
+    count = pieces->steps();
   }
   LayerShape s = stack_shape(given, directions, rows.timesteps, rows.batch);
   s.count = count;
@@ -191,12 +233,11 @@ std::optional<Layer<E>> read_layer(const TrainCall& given, Border<E>& border) {
         return border.template numbers<E>(weight);
       });
   if (calls.empty()) return {};
-  Layer<E> layer{calls[0], cell_sizes(s.cell), {}, is_step, nullptr, std::move(offsets)};
-  const int64_t of_step = is_packed ? count : rows.batch;
-  layer.shapes = {{is_flat, {rows.timesteps, of_step, s.input}},
-                  {is_flat, {rows.timesteps, of_step, directions * s.output}},
-                  {is_step, {directions, rows.batch, s.output}},
-                  {is_step, {directions, rows.batch, s.hidden}}};
+  Layer<E> layer{calls[0], cell_sizes(s.cell), {}, is_step, std::move(offsets), {}, {}};
+  layer.shapes = {{is_flat, {leading, x.sizes[x.dimensions - 2], s.input}},
+                  {is_flat, {leading, x.sizes[x.dimensions - 2], directions * s.output}},
+                  {is_step, {directions, batch, s.output}},
+                  {is_step, {directions, batch, s.hidden}}};
   const Array *h = given.states.h, *c = given.states.c;
   ForwardCallOf<E>& call = layer.call;
   if (!border.read(&x, layer.shapes.x, call.x) || !border.read(h, layer.shapes.h, call.h0) ||
@@ -204,12 +245,24 @@ std::optional<Layer<E>> read_layer(const TrainCall& given, Border<E>& border) {
       (c != nullptr) != (layer.sizes.has_c && h != nullptr)) {
     return {};
   }
+  const int64_t states = directions * rows.batch;
   if (h == nullptr) {
-    layer.zeros = memory(layer.shapes.c.count());
-    std::fill_n(layer.zeros.get(), layer.shapes.c.count(), 0.0f);
-    call.h0 = reinterpret_cast<const E*>(layer.zeros.get());
-    if (layer.sizes.has_c) call.c0 = layer.zeros.get();
+    float* zeros = layer.template take<float>(states * s.hidden);
+    std::fill_n(zeros, states * s.hidden, 0.0f);
+    call.h0 = reinterpret_cast<const E*>(zeros);
+    if (layer.sizes.has_c) call.c0 = zeros;
+  } else if (pieces) {
+    E* h0 = layer.template take<E>(states * s.output);
+    pieces->initial(call.h0, directions, s.output, h0);
+    call.h0 = h0;
+    if (c != nullptr) {
+      float* c0 = layer.template take<float>(states * s.hidden);
+      pieces->initial(call.c0, directions, s.hidden, c0);
+      call.c0 = c0;
+    }
   }
+  layer.pieces = std::move(pieces);
+  call.x = layer.gather(call.x, s.input);
   return layer;
 }
 
@@ -221,22 +274,34 @@ bool forward(const KernelsOf<E>& isa, const TrainCall& given, const Allocator& a
   ForwardCallOf<E>& call = layer->call;
   const Shapes& shapes = layer->shapes;
   const LayerShape& s = call.shape;
-  Memory h_n;
-  call.y = border.template result<E>(shapes.y);
-  if (layer->is_step) {
-    h_n = memory(shapes.h.count());  // y once more
-    call.h_n = h_n.get();
-  } else {
-    call.h_n = border.template result<float>(shapes.h);
-  }
-  if (layer->sizes.has_c) call.c_n = border.template result<float>(shapes.c);
-  if (const int64_t width = layer->sizes.saved_gates * s.hidden; given.save && width > 0) {
-    call.gates = border.saved(s.directions, s.count, width);
+  const std::optional<Pieces>& pieces = layer->pieces;
+  const int64_t width = s.directions * s.output, states = s.directions * s.rows.batch;
+  E* y = border.template result<E>(shapes.y);
+  // Of a step it is y once more.
+  float* h_n = layer->is_step ? layer->template take<float>(shapes.h.count())
+                              : border.template result<float>(shapes.h);
+  float* c_n = layer->sizes.has_c ? border.template result<float>(shapes.c) : nullptr;
+  call.y = pieces ? layer->template take<E>(s.count * width) : y;
+  call.h_n = pieces ? layer->template take<float>(states * s.output) : h_n;
+  call.c_n = pieces && c_n ? layer->template take<float>(states * s.hidden) : c_n;
+  if (const int64_t saved = layer->sizes.saved_gates * s.hidden; given.save && saved > 0) {
+    call.gates = border.saved(s.directions, s.count, saved);
   }
   if (given.save && layer->sizes.has_c) {
     call.cells = allocate.saved(s.directions, s.count, s.hidden);
   }
+  if (given.save && pieces) pieces->save(allocate.integers({pieces->count(), kPieceNumbers}));
   layer_forward(isa, call, torch_threads());
+  if (pieces) {
+    const Array *h = given.states.h, *c = given.states.c;
+    pieces->spread(call.y, width, y);
+    pieces->final(call.h_n, h ? border.template numbers<float>(*h) : nullptr, s.directions,
+                  s.output, h_n);
+    if (c_n) {
+      pieces->final(call.c_n, c ? border.template numbers<float>(*c) : nullptr, s.directions,
+                    s.hidden, c_n);
+    }
+  }
   border.finish();
   return true;
 }
@@ -276,7 +341,7 @@ class Gradients {
 template <class E>
 bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const Allocator& allocate) {
   Border<E> border(given, allocate);
-  const std::optional<Layer<E>> layer = read_layer(given, border);
+  std::optional<Layer<E>> layer = read_layer(given, border);
   if (!layer) return false;
   const Shapes& shapes = layer->shapes;
   const CellSizes sizes = layer->sizes;
@@ -303,13 +368,34 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
   call.x = layer->call.x;
   call.h0 = layer->call.h0;
   call.c0 = layer->call.c0;
-  call.grad_x = grads.template next<E>(given.x);
-  call.grad_h0 = grads.next_or_scratch(given.states.h, shapes.h);
+  E* grad_x = grads.template next<E>(given.x);
+  float* grad_h0 = grads.next_or_scratch(given.states.h, shapes.h);
+  float* grad_c0 = nullptr;
   if (sizes.has_c) {
-    call.grad_c0 = grads.next_or_scratch(given.states.c, shapes.c);
+    grad_c0 = grads.next_or_scratch(given.states.c, shapes.c);
   } else {
     grads.next_is_wanted();
   }
+  const std::optional<Pieces>& pieces = layer->pieces;
+  const float *grad_h_n = call.grad_h_n, *grad_c_n = call.grad_c_n;
+  call.y = layer->gather(call.y, s.directions * s.output);
+  call.grad_y = layer->gather(call.grad_y, s.directions * s.output);
+  // The gradient of the pieces' states, of that of the rows'.
+  const auto of_pieces = [&](const float* grad, int64_t width) -> const float* {
+    if (!pieces || !grad) return grad;
+    float* to = layer->template take<float>(s.directions * s.rows.batch * width);
+    pieces->final_grads(grad, s.directions, width, to);
+    return to;
+  };
+  call.grad_h_n = of_pieces(grad_h_n, s.output);
+  call.grad_c_n = of_pieces(grad_c_n, s.hidden);
+  const auto for_kernels = [&](auto* result, int64_t count) {
+    using T = std::remove_pointer_t<decltype(result)>;
+    return pieces && result ? layer->template take<T>(count) : result;
+  };
+  call.grad_x = for_kernels(grad_x, s.count * s.input);
+  call.grad_h0 = for_kernels(grad_h0, s.directions * s.rows.batch * s.output);
+  call.grad_c0 = for_kernels(grad_c0, s.directions * s.rows.batch * s.hidden);
   const int64_t per_direction = given.weight_count / s.directions;
   for (int64_t i = 0; i < given.weight_count; i++) {
     WeightGrads& g = call.grads[i / per_direction];
@@ -319,6 +405,11 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
     *fields[is_projection ? kProjection : which] = grads.template next<float>(given.weights[i]);
   }
   layer_backward(isa, call, torch_threads());
+  if (pieces) {
+    if (grad_x) pieces->spread(call.grad_x, s.input, grad_x);
+    pieces->initial_grads(call.grad_h0, grad_h_n, s.directions, s.output, grad_h0);
+    if (grad_c0) pieces->initial_grads(call.grad_c0, grad_c_n, s.directions, s.hidden, grad_c0);
+  }
   border.finish();
   return true;
 }
@@ -352,11 +443,14 @@ bool train_layer_backward(const TrainBackwardCall& given, const Allocator& alloc
 
 namespace {
 
-// Whether a tensor can be the sizes of steps.
-bool are_sizes(const Tensor& sizes) {
-  return sizes.is_cpu() && sizes.dim() == 1 && sizes.size(0) > 0 &&
-         sizes.scalar_type() == torch::headeronly::ScalarType::Long && sizes.is_contiguous() &&
-         has_memory(sizes);
+using torch::headeronly::ScalarType;
+
+// Of one of the tensors that say which rows there are; null where it is another thing.
+template <class T>
+const T* layout_numbers(const Tensor& tensor, ScalarType type, int64_t dimensions) {
+  const bool fits = tensor.is_cpu() && tensor.dim() == dimensions && tensor.size(0) > 0 &&
+                    tensor.scalar_type() == type && tensor.is_contiguous() && has_memory(tensor);
+  return fits ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
 }
 
 // The arguments that both operators have.
@@ -367,8 +461,7 @@ struct Arguments {
   bool fit = true;
 
   Arguments(int64_t cell, const Tensor& x, const std::vector<Tensor>& w,
-            const std::optional<Tensor>& h0, const std::optional<Tensor>& c0,
-            const std::optional<Tensor>& batch_sizes, int64_t directions)
+            const std::optional<Tensor>& h0, const std::optional<Tensor>& c0, int64_t directions)
       : weights(arrays_of(w)), states(h0, c0) {
     call.cell = cell;
     call.x = array_of(x);
@@ -376,18 +469,50 @@ struct Arguments {
     call.weight_count = static_cast<int64_t>(weights.size());
     call.states = states.given();
     call.directions = directions;
-    if (batch_sizes && (fit = are_sizes(*batch_sizes))) {
-      call.batch_sizes = batch_sizes->const_data_ptr<int64_t>();
-      call.timesteps = batch_sizes->size(0);
+  }
+
+  void read_batch_sizes(const std::optional<Tensor>& sizes) {
+    if (!sizes) return;
+    call.batch_sizes = layout_numbers<int64_t>(*sizes, ScalarType::Long, 1);
+    fit = fit && call.batch_sizes;
+    if (fit) call.timesteps = sizes->size(0);
+  }
+
+  void read_masks(const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets,
+                  bool batch_first) {
+    if (!lengths && !resets) return;
+    Masks& masks = call.masks;
+    masks.batch_first = batch_first;
+    fit = fit && call.x.dimensions == 3;
+    const int64_t of_batch = batch_first ? 0 : 1;
+    if (fit && lengths) {
+      masks.lengths = layout_numbers<int64_t>(*lengths, ScalarType::Long, 1);
+      fit = masks.lengths && lengths->size(0) == call.x.sizes[of_batch];
     }
+    if (fit && resets) {
+      masks.resets = layout_numbers<bool>(*resets, ScalarType::Bool, 2);
+      fit =
+          masks.resets && resets->size(0) == call.x.sizes[0] && resets->size(1) == call.x.sizes[1];
+    }
+  }
+
+  void read_pieces(const std::optional<Tensor>& pieces, bool batch_first) {
+    if (!pieces) return;
+    call.masks.batch_first = batch_first;
+    call.masks.pieces = layout_numbers<int64_t>(*pieces, ScalarType::Long, 2);
+    fit = fit && call.masks.pieces && pieces->size(1) == kPieceNumbers;
+    if (fit) call.masks.piece_count = pieces->size(0);
   }
 };
 
 std::vector<Tensor> train_layer_op(int64_t cell, const Tensor& x, std::vector<Tensor> weights,
                                    std::optional<Tensor> h0, std::optional<Tensor> c0,
-                                   std::optional<Tensor> batch_sizes, int64_t directions,
-                                   bool save) {
-  Arguments given(cell, x, weights, h0, c0, batch_sizes, directions);
+                                   std::optional<Tensor> batch_sizes, int64_t directions, bool save,
+                                   std::optional<Tensor> lengths, std::optional<Tensor> resets,
+                                   bool batch_first) {
+  Arguments given(cell, x, weights, h0, c0, directions);
+  given.read_batch_sizes(batch_sizes);
+  given.read_masks(lengths, resets, batch_first);
   given.call.save = save;
   NewTensors outputs;
   if (given.fit) train_layer(given.call, outputs.allocator());
@@ -399,8 +524,10 @@ std::vector<Tensor> train_layer_backward_op(
     std::optional<Tensor> grad_c_n, const Tensor& x, std::vector<Tensor> weights,
     std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> batch_sizes,
     std::optional<Tensor> y, std::optional<Tensor> gates, std::optional<Tensor> cells,
-    int64_t directions, int64_t needs) {
-  Arguments given(cell, x, weights, h0, c0, batch_sizes, directions);
+    int64_t directions, int64_t needs, std::optional<Tensor> pieces, bool batch_first) {
+  Arguments given(cell, x, weights, h0, c0, directions);
+  given.read_batch_sizes(batch_sizes);
+  given.read_pieces(pieces, batch_first);
   TrainBackwardCall& call = given.call;
   call.needs = needs;
   const std::optional<Tensor>* tensors[] = {&grad_y, &grad_h_n, &grad_c_n, &y, &gates, &cells};
@@ -421,18 +548,22 @@ std::vector<Tensor> train_layer_backward_op(
 }  // namespace fused_rnn
 
 // x [T, B, I], or [N, I] with the sizes of steps, states [D, B, P] and [D, B, H] or none for zeros,
-// weights as in ForwardCallOf; or a cell's timestep, x [B, I] and states [B, H]. train_layer gives
-// y, h_n (not of a timestep), c_n and, to be saved, gates and cells, those that the cell has; its
-// backward the gradients of x, h0, c0 and the weights whose bits are set in `needs`, from the
+// weights as in ForwardCallOf; or a cell's timestep, x [B, I] and states [B, H]. A padded batch may
+// have lengths int64 [B] and resets bool [T, B]; with batch_first these, x and y have the batch
+// first. train_layer gives y, h_n (not of a timestep), c_n and, to be saved, gates and cells, those
+// that the cell has, and the pieces that masks cut a batch into, int64 [K, 4]; its backward the
+// gradients of x, h0, c0 and the weights whose bits are set in `needs`, from the
 // lowest on. Both give nothing to a call that is not for them.
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn_cpu, m) {
   m.def(
       "train_layer(int cell, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, "
-      "Tensor? batch_sizes, int directions, bool save=True) -> Tensor[]");
+      "Tensor? batch_sizes, int directions, bool save=True, Tensor? lengths=None, "
+      "Tensor? resets=None, bool batch_first=False) -> Tensor[]");
   m.def(
       "train_layer_backward(int cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, "
       "Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? batch_sizes, Tensor? y, "
-      "Tensor? gates, Tensor? cells, int directions, int needs) -> Tensor[]");
+      "Tensor? gates, Tensor? cells, int directions, int needs, Tensor? pieces=None, "
+      "bool batch_first=False) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn_cpu, CompositeExplicitAutograd, m) {

@@ -27,18 +27,17 @@ class Pieces:
     Attributes, of K pieces that have M steps together:
         count: K.
         batch_sizes: int64, how many pieces have each timestep.
-        index: int64 [M], which row of the padded batch each packed row is: t * B + b, or
-            b * T + t with `batch_first`.
+        index: int64 [M], which row t * B + b of the padded batch each packed row is.
     """
 
-    def __init__(self, masks: Masks, timesteps: int, batch_size: int, batch_first: bool = False):
+    def __init__(self, masks: Masks, timesteps: int, batch_size: int):
         lengths, resets = (None if mask is None else mask.contiguous() for mask in masks[:2])
         native = cpu_library_error() is None
         cut = torch.ops.fused_rnn_cpu.cut.default if native else _cut
         # By direction: where a piece's initial states are, those of row b at b, others at B + b;
         # the piece whose last state is the row's, rows without one keep theirs, at K + b.
         self.batch_sizes, self.index, self._sources, self._finals = cut(
-            lengths, resets, timesteps, batch_size, batch_first
+            lengths, resets, timesteps, batch_size
         )
         self.batch_size, self.count = batch_size, self._sources.shape[1]
         self._has_resets = resets is not None
@@ -92,7 +91,7 @@ class Pieces:
 
 
 def _cut(
-    lengths: Tensor | None, resets: Tensor | None, steps: int, batch: int, batch_first: bool = False
+    lengths: Tensor | None, resets: Tensor | None, steps: int, batch: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What csrc/cpu/pieces.cpp does, for where there is no library: batch_sizes, index, sources
     [2, K] and finals [2, B]. Row by row and from left to right first, then sorted."""
@@ -116,8 +115,7 @@ def _cut(
     sizes = torch.bincount(length, minlength=longest + 1).flip(0).cumsum(0).flip(0)[1:]
     step = torch.repeat_interleave(torch.arange(longest), sizes)
     piece = torch.arange(len(step)) - (sizes.cumsum(0) - sizes)[step]
-    of_step, of_row = (1, steps) if batch_first else (batch, 1)
-    index = (start[piece] + step) * of_step + row[piece] * of_row
+    index = (start[piece] + step) * batch + row[piece]
     sources = torch.stack((row + batch * (~first | afresh[row]), row + batch * ~last))
     finals = torch.arange(count, count + batch).repeat(2, 1)
     for out, which in zip(finals, (last, first), strict=True):
@@ -156,10 +154,10 @@ def forward_in_pieces(
         y=_spread(out.y, index, count),
         h_n=pieces.final(out.h_n, h0),
         c_n=h0.new_empty((*h0.shape[:2], 0)) if c0 is None else pieces.final(out.c_n, c0),
-        gates=_stretched(out.gates, count),
+        gates=stretched(out.gates, count),
         cells=_by_direction(_spread(c, index, count) for c in out.cells)
         if problem.states
-        else _stretched(out.cells, count),
+        else stretched(out.cells, count),
     )
 
 
@@ -257,7 +255,7 @@ def _spread(packed: Tensor, index: Tensor, count: int) -> Tensor:
     return packed.new_zeros((count, packed.shape[1])).index_copy_(0, index, packed)
 
 
-def _stretched(packed: Tensor, count: int) -> Tensor:
+def stretched(packed: Tensor, count: int) -> Tensor:
     """[D, count, K] that begins with the elements of `packed` [D, M, K] in their order, and ends
     with zeros; in the same memory if there is room."""
     shape = packed.shape[0], count, packed.shape[2]
