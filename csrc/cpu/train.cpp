@@ -19,6 +19,7 @@
 #include "operands.h"
 #include "pieces.h"
 #include "weights.h"
+#include "workspace.h"
 
 namespace fused_rnn {
 namespace {
@@ -103,6 +104,20 @@ class Border {
     return result<E>(sizes, 3, type_);
   }
 
+  // Memory for kernels, of E or of floats.
+  template <class To>
+  To* scratch(int64_t count) {
+    constexpr auto kSize = static_cast<int64_t>(sizeof(float) / sizeof(To));
+    return reinterpret_cast<To*>(workspace_.take(ceil_div(count, kSize)));
+  }
+  // Rows of a padded batch as kernels take them: packed, if there are pieces. Null stays null.
+  const E* packed(const std::optional<Pieces>& pieces, const E* rows, int64_t width) {
+    if (!pieces || rows == nullptr) return rows;
+    E* to = scratch<E>(pieces->steps() * width);
+    pieces->gather(rows, width, to);
+    return to;
+  }
+
   // To be called when the kernels are done.
   void finish() const {
     for (const Unfinished& u : unfinished_) {
@@ -134,6 +149,7 @@ class Border {
   const bool autocast_;
   const Allocator& allocate_;
   Operands<E> operands_;
+  Workspace workspace_;
   std::vector<Dense> dense_;
   std::vector<Unfinished> unfinished_;
 };
@@ -141,13 +157,6 @@ class Border {
 struct Shapes {
   Shape x, y, h, c;
 };
-
-// Memory for as many of E, or of floats.
-template <class T>
-T* take(std::vector<Memory>& memories, int64_t count) {
-  memories.push_back(memory(ceil_div(count * static_cast<int64_t>(sizeof(T)), sizeof(float))));
-  return reinterpret_cast<T*>(memories.back().get());
-}
 
 // What both passes need of the arguments. A padded batch with masks is computed as packed rows, its
 // pieces; shapes are those of the batch.
@@ -159,19 +168,6 @@ struct Layer {
   bool is_step;
   std::vector<int64_t> offsets;  // of packed rows
   std::optional<Pieces> pieces;
-  std::vector<Memory> memories;
-
-  template <class T>
-  T* take(int64_t count) {
-    return fused_rnn::take<T>(memories, count);
-  }
-  // Rows of the batch as kernels take them, or null.
-  const E* gather(const E* rows, int64_t width) {
-    if (!pieces || rows == nullptr) return rows;
-    E* gathered = take<E>(pieces->steps() * width);
-    pieces->gather(rows, width, gathered);
-    return gathered;
-  }
 };
 
 // Or nothing where the call's sizes of steps are not the layout of so many rows.
@@ -233,7 +229,7 @@ std::optional<Layer<E>> read_layer(const TrainCall& given, Border<E>& border) {
         return border.template numbers<E>(weight);
       });
   if (calls.empty()) return {};
-  Layer<E> layer{calls[0], cell_sizes(s.cell), {}, is_step, std::move(offsets), {}, {}};
+  Layer<E> layer{calls[0], cell_sizes(s.cell), {}, is_step, std::move(offsets), {}};
   layer.shapes = {{is_flat, {leading, x.sizes[x.dimensions - 2], s.input}},
                   {is_flat, {leading, x.sizes[x.dimensions - 2], directions * s.output}},
                   {is_step, {directions, batch, s.output}},
@@ -247,22 +243,22 @@ std::optional<Layer<E>> read_layer(const TrainCall& given, Border<E>& border) {
   }
   const int64_t states = directions * rows.batch;
   if (h == nullptr) {
-    float* zeros = layer.template take<float>(states * s.hidden);
+    float* zeros = border.template scratch<float>(states * s.hidden);
     std::fill_n(zeros, states * s.hidden, 0.0f);
     call.h0 = reinterpret_cast<const E*>(zeros);
     if (layer.sizes.has_c) call.c0 = zeros;
   } else if (pieces) {
-    E* h0 = layer.template take<E>(states * s.output);
+    E* h0 = border.template scratch<E>(states * s.output);
     pieces->initial(call.h0, directions, s.output, h0);
     call.h0 = h0;
     if (c != nullptr) {
-      float* c0 = layer.template take<float>(states * s.hidden);
+      float* c0 = border.template scratch<float>(states * s.hidden);
       pieces->initial(call.c0, directions, s.hidden, c0);
       call.c0 = c0;
     }
   }
+  call.x = border.packed(pieces, call.x, s.input);
   layer.pieces = std::move(pieces);
-  call.x = layer.gather(call.x, s.input);
   return layer;
 }
 
@@ -278,12 +274,12 @@ bool forward(const KernelsOf<E>& isa, const TrainCall& given, const Allocator& a
   const int64_t width = s.directions * s.output, states = s.directions * s.rows.batch;
   E* y = border.template result<E>(shapes.y);
   // Of a step it is y once more.
-  float* h_n = layer->is_step ? layer->template take<float>(shapes.h.count())
+  float* h_n = layer->is_step ? border.template scratch<float>(shapes.h.count())
                               : border.template result<float>(shapes.h);
   float* c_n = layer->sizes.has_c ? border.template result<float>(shapes.c) : nullptr;
-  call.y = pieces ? layer->template take<E>(s.count * width) : y;
-  call.h_n = pieces ? layer->template take<float>(states * s.output) : h_n;
-  call.c_n = pieces && c_n ? layer->template take<float>(states * s.hidden) : c_n;
+  call.y = pieces ? border.template scratch<E>(s.count * width) : y;
+  call.h_n = pieces ? border.template scratch<float>(states * s.output) : h_n;
+  call.c_n = pieces && c_n ? border.template scratch<float>(states * s.hidden) : c_n;
   if (const int64_t saved = layer->sizes.saved_gates * s.hidden; given.save && saved > 0) {
     call.gates = border.saved(s.directions, s.count, saved);
   }
@@ -328,20 +324,18 @@ class Gradients {
       return like ? border_.template result_for<float>(*like)
                   : border_.template result<float>(shape);
     }
-    scratch_.push_back(memory(shape.count()));
-    return scratch_.back().get();
+    return border_.template scratch<float>(shape.count());
   }
 
  private:
   int64_t needs_;
   Border<E>& border_;
-  std::vector<Memory> scratch_;
 };
 
 template <class E>
 bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const Allocator& allocate) {
   Border<E> border(given, allocate);
-  std::optional<Layer<E>> layer = read_layer(given, border);
+  const std::optional<Layer<E>> layer = read_layer(given, border);
   if (!layer) return false;
   const Shapes& shapes = layer->shapes;
   const CellSizes sizes = layer->sizes;
@@ -378,12 +372,12 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
   }
   const std::optional<Pieces>& pieces = layer->pieces;
   const float *grad_h_n = call.grad_h_n, *grad_c_n = call.grad_c_n;
-  call.y = layer->gather(call.y, s.directions * s.output);
-  call.grad_y = layer->gather(call.grad_y, s.directions * s.output);
+  call.y = border.packed(pieces, call.y, s.directions * s.output);
+  call.grad_y = border.packed(pieces, call.grad_y, s.directions * s.output);
   // The gradient of the pieces' states, of that of the rows'.
   const auto of_pieces = [&](const float* grad, int64_t width) -> const float* {
     if (!pieces || !grad) return grad;
-    float* to = layer->template take<float>(s.directions * s.rows.batch * width);
+    float* to = border.template scratch<float>(s.directions * s.rows.batch * width);
     pieces->final_grads(grad, s.directions, width, to);
     return to;
   };
@@ -391,7 +385,7 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
   call.grad_c_n = of_pieces(grad_c_n, s.hidden);
   const auto for_kernels = [&](auto* result, int64_t count) {
     using T = std::remove_pointer_t<decltype(result)>;
-    return pieces && result ? layer->template take<T>(count) : result;
+    return pieces && result ? border.template scratch<T>(count) : result;
   };
   call.grad_x = for_kernels(grad_x, s.count * s.input);
   call.grad_h0 = for_kernels(grad_h0, s.directions * s.rows.batch * s.output);

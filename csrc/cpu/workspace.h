@@ -47,68 +47,75 @@ inline void* allocate(size_t bytes) {
 
 // Takes memory from a block that its thread keeps between calls, so that only the first call of a
 // size pays for page faults; what exceeds the block comes from the allocator, and the block grows
-// at the end to what was used.
+// at the end to what was used. One inside another, on the same thread, goes on where that is.
 class Workspace {
  public:
-  Workspace() : block_(kept()) { kept() = Block{}; }
+  Workspace() : kept_(kept()), begin_(kept_.used), extras_(kept_.extras.size()) {}
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
   ~Workspace() {
-    for (void* extra : extras_) std::free(extra);
-    if (used_ > block_.bytes && used_ <= kKeep) block_.resize(used_);
-    kept().resize(0);  // a call inside this one may have left its block there
-    kept() = block_;
+    for (; kept_.extras.size() > extras_; kept_.extras.pop_back()) std::free(kept_.extras.back());
+    kept_.used = begin_;
+    if (begin_ == 0) kept_.grow();
   }
 
   // Memory for `count` floats on cache lines of its own, not initialised.
   float* take(int64_t count) {
     constexpr size_t kLine = 64;
     const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + kLine) / kLine * kLine;
-    const size_t at = used_;
-    used_ += bytes;
-    if (used_ <= block_.bytes) {
-      return reinterpret_cast<float*>(static_cast<char*>(block_.data) + at);
+    const size_t at = kept_.used;
+    if (at + bytes <= kept_.bytes) {
+      kept_.use(bytes);
+      return reinterpret_cast<float*>(static_cast<char*>(kept_.data) + at);
     }
-    extras_.reserve(extras_.size() + 1);
+    kept_.extras.reserve(kept_.extras.size() + 1);
     void* extra = allocate(bytes);
     if (extra == nullptr) throw std::bad_alloc();
-    extras_.push_back(extra);
+    kept_.extras.push_back(extra);
+    kept_.use(bytes);
     return static_cast<float*>(extra);
   }
 
  private:
-  // More than this goes back to the system after each call. A layer of H=1024 in parts needs less.
-  static constexpr size_t kKeep = size_t(96) << 20;
-
-  struct Block {
+  struct Kept {
     void* data = nullptr;
     size_t bytes = 0;
+    size_t used = 0, most = 0;  // most: that was used at a time since `grow`
+    std::vector<void*> extras;
 
-    // The contents are lost. Without memory the block is empty.
-    void resize(size_t wanted) {
+    Kept() = default;
+    Kept(const Kept&) = delete;
+    Kept& operator=(const Kept&) = delete;
+    ~Kept() { std::free(data); }
+
+    void use(size_t more) {
+      used += more;
+      most = most < used ? used : most;
+    }
+
+    // The contents are lost. Without memory there is no block.
+    void grow() {
+      // More than this goes back to the system after each call. A layer of H=1024 in parts needs
+      // less.
+      constexpr size_t kMost = size_t(96) << 20;
+      const size_t wanted = most;
+      most = 0;
+      if (wanted <= bytes || wanted > kMost) return;
       std::free(data);
-      data = wanted > 0 ? allocate(wanted) : nullptr;
+      data = allocate(wanted);
       bytes = data == nullptr ? 0 : wanted;
     }
   };
 
-  struct KeptBlock : Block {
-    ~KeptBlock() { resize(0); }
-    KeptBlock& operator=(const Block& block) {
-      static_cast<Block&>(*this) = block;
-      return *this;
-    }
-  };
-
-  static KeptBlock& kept() {
-    static thread_local KeptBlock block;
-    return block;
+  static Kept& kept() {
+    static thread_local Kept kept;
+    return kept;
   }
 
-  Block block_;
-  size_t used_ = 0;
-  std::vector<void*> extras_;
+  Kept& kept_;
+  const size_t begin_;
+  const size_t extras_;
 };
 
 }  // namespace fused_rnn
