@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from . import direct, dispatch, flops, onnx
+from . import direct, dispatch, flops, onnx, second_order
 from .backends.base import Backend, LayerOutput, Needs, OutputGrads
 from .cells import CELLS, Cell, DirectionWeights, state_dtype
 from .oracle import Recurrence, plain_recurrence
@@ -519,6 +519,10 @@ def layer_gradients(
 ) -> list[Tensor | None]:
     """The gradients of the inputs, differentiable ones where grad mode is on."""
     if torch.is_grad_enabled() or are_batched(grads):  # create_graph, or by vmap
+        if _has_fast_second_order(options, grads, layout, inputs):
+            arguments = *grads[:3], *inputs
+            found = _Gradients.apply(options, saved, layout, needs, way, *arguments)
+            return list(found)
         return _differentiable_backward(options[0], grads, inputs, layout, needs)
     x, h0, c0, reset_h, reset_c, *weights = inputs
     batch_sizes, lengths, resets, noise = layout
@@ -532,6 +536,61 @@ def layer_gradients(
     else:
         results = _backward_impl(*arguments, way=way)
     return [g if need else None for g, need in zip(results, needs, strict=True)]
+
+
+def _has_fast_second_order(options, grads, layout, inputs) -> bool:
+    cell, states = options[:2]
+    batch_sizes, lengths, resets, noise = layout
+    x, h0, c0, reset_h, reset_c, *weights = inputs
+    unusual = batch_sizes, lengths, resets, reset_h, reset_c, grads[3]
+    if states or any(t is not None for t in unusual) or any(t is not None for t in noise[:3]):
+        return False
+    if noise.part_h or noise.part_c or torch.compiler.is_compiling():
+        return False
+    if are_batched(grads) or needs_oracle(x):
+        return False
+    return second_order.fits(cell, second_order.Given(x, h0, c0, weights))
+
+
+class _Gradients(torch.autograd.Function):
+    """A layer's gradients, as a function of those of y, h_n and c_n and of the inputs."""
+
+    @staticmethod
+    def forward(ctx, options, saved, layout, needs, way, *given):
+        ctx.options, ctx.layout, ctx.needs = options, layout, needs
+        ctx.save_for_backward(saved[0].detach(), *given)
+        grads, inputs = (*given[:3], None), given[3:]
+        results = layer_gradients(options, grads, saved, layout, inputs, needs, way)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, *along):
+        y, *given = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[5:]
+        if torch.is_grad_enabled() or are_batched(along):
+            found = _third_order(ctx, given, along, wanted)
+        else:
+            x, h0, c0, _, _, *weights = given[3:]
+            along = second_order.Given(*along[:3], along[5:])
+            inputs = second_order.Given(x, h0, c0, weights)
+            of_grads, of_inputs = second_order.gradients(
+                ctx.options[0], given[:3], inputs, y, along
+            )
+            of_inputs = *of_inputs[:3], None, None, *of_inputs.weights
+            found = [
+                g if want else None for g, want in zip((*of_grads, *of_inputs), wanted, strict=True)
+            ]
+        return (None,) * 5 + tuple(found)
+
+
+def _third_order(ctx, given, along, wanted):
+    """What `_Gradients` hands back, in plain operations, for which it is to be differentiated."""
+    with torch.enable_grad():
+        views = [t if t is None else t.view_as(t) for t in given]
+        grads, inputs = (*views[:3], None), views[3:]
+        gradients = _gradients_of_oracle(ctx.options[0], grads, inputs, ctx.layout, ctx.needs, True)
+        return differentiable_grads(gradients, along, views, wanted, torch.is_grad_enabled())
 
 
 def are_batched(grads: Iterable[Tensor | None]) -> bool:

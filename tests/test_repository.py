@@ -25,7 +25,7 @@ LAYERS = [
     {"_C"},
     {"cells", "looks", "native", "once", "symbolic", "torchscript"},
     {"problem", "checks", "flops", "onnx"},
-    {"oracle", "handover"},
+    {"oracle", "handover", "second_order"},
     {"recurrences"},
     {"backends"},
     {"dispatch"},
