@@ -14,13 +14,14 @@ layers that `fits` refuses, and for third derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Some = Tensor | None
+_Side = tuple[Some, Some, Some]  # rows [T, B, K], the weight [M, K] that they meet, and a bias [M]
 
 
 class _Steps(NamedTuple):
@@ -36,27 +37,27 @@ class _Steps(NamedTuple):
 
 
 def _rnn_tanh(sums: Tensor, h: Tensor) -> Tensor:
-    return torch.tanh(sums[:, 0])
+    return torch.tanh(sums.squeeze(1))
 
 
 def _rnn_relu(sums: Tensor, h: Tensor) -> Tensor:
-    return torch.relu(sums[:, 0])
+    return torch.relu(sums.squeeze(1))
 
 
 def _gru(sums: Tensor, h: Tensor) -> Tensor:
     """Of gx_n, both r's sum, both z's sum, gh_n."""
-    r, z = torch.sigmoid(sums[:, 1]), torch.sigmoid(sums[:, 2])
-    n = torch.tanh(sums[:, 0] + r * sums[:, 3])
-    return n + z * (h - n)
+    gx_n, r, z, gh_n = sums.unbind(1)
+    n = torch.tanh(gx_n + torch.sigmoid(r) * gh_n)
+    return n + torch.sigmoid(z) * (h - n)
 
 
 def _lstm(sums: Tensor, c: Tensor) -> Tensor:
-    i, f, g = torch.sigmoid(sums[:, 0]), torch.sigmoid(sums[:, 1]), torch.tanh(sums[:, 2])
-    return f * c + i * g
+    i, f, g, _ = sums.unbind(1)
+    return torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
 
 
 def _lstm_output(sums: Tensor, c: Tensor) -> Tensor:
-    return torch.sigmoid(sums[:, 3]) * torch.tanh(c)
+    return torch.sigmoid(sums.unbind(1)[3]) * torch.tanh(c)
 
 
 _ALL = slice(None)
@@ -120,7 +121,7 @@ class _Adjoint(NamedTuple):
 
     sums: Tensor  # [T, B, Q, H]
     h: Tensor
-    carry: Tensor  # from later steps alone
+    carry: Tensor  # where it is another than h, from later steps alone
     h0: Tensor  # [B, H]
     carry0: Some  # [B, H] where the state that goes past the products is another than h
 
@@ -144,7 +145,7 @@ class _Direction:
         y = self._by_scan(y[..., self.part])
         self.h_before = torch.cat((inputs.h0[d].unsqueeze(0), y[:-1]))
         self.sums = self._sums(
-            (self.x, self.w_ih, b_ih), (self.h_before, self.w_hh, b_hh), shape=y.shape
+            [(self.x, self.w_ih, b_ih)], [(self.h_before, self.w_hh, b_hh)], y.shape
         )
         self.before = self.h_before if inputs.c0 is None else self._cells(inputs.c0[d])
         self._take_slopes()
@@ -163,18 +164,23 @@ class _Direction:
     def _by_scan(self, sequence: Some) -> Some:
         return sequence.flip(0) if self.turned and sequence is not None else sequence
 
-    def _sums(self, *sides: tuple[Some, Some, Some], shape: torch.Size) -> Tensor:
-        """[T, B, Q, H] of rows, weight and bias for the inputs' columns, then for the hidden ones;
-        further sides in turns."""
+    def _sums(self, of_inputs: list[_Side], of_hidden: list[_Side], shape: torch.Size) -> Tensor:
+        """[T, B, Q, H] of rows, weights and biases for the inputs' columns and for the hidden
+        ones."""
         timesteps, batch, hidden = shape
-        sums = self.x.new_zeros((timesteps, batch, self.steps.columns, hidden))
-        for i, (rows, weight, bias) in enumerate(sides):
-            into = sums[:, :, self.steps.hidden if i % 2 else self.steps.inputs].flatten(2)
-            if rows is not None and weight is not None:
-                into += rows @ weight.t()
-            if bias is not None:
-                into += bias
-        return sums
+        steps, both = self.steps, ((self.steps.inputs, of_inputs), (self.steps.hidden, of_hidden))
+        bias = self.x.new_zeros((steps.columns, hidden))
+        for columns, sides in both:
+            for _, _, added in sides:
+                if added is not None:
+                    bias[columns] += added.view(-1, hidden)
+        sums = bias.repeat(timesteps * batch, 1, 1)
+        for columns, sides in both:
+            into = sums[:, columns].flatten(1)
+            for rows, weight, _ in sides:
+                if rows is not None and weight is not None:
+                    into.addmm_(rows.flatten(0, 1), weight.t())
+        return sums.view(timesteps, batch, steps.columns, hidden)
 
     def _cells(self, c0: Tensor) -> Tensor:
         """LSTM's c before each step."""
@@ -182,8 +188,9 @@ class _Direction:
         added, kept = torch.sigmoid(i).mul_(torch.tanh(g)), torch.sigmoid(f)
         before = torch.empty_like(added)
         before[0] = c0
-        for t in range(1, len(before)):
-            torch.addcmul(added[t - 1], kept[t - 1], before[t - 1], out=before[t])
+        at = before.unbind()
+        for a, k, c, new in zip(added.unbind(), kept.unbind(), at, at[1:], strict=False):
+            torch.addcmul(a, k, c, out=new)
         return before
 
     @torch.enable_grad()
@@ -209,7 +216,7 @@ class _Direction:
         grad_y, grad_h_n, grad_c_n = grads
         of_h = torch.zeros_like(self.before)
         if grad_y is not None:
-            of_h += self._by_scan(grad_y[..., self.part])
+            of_h.copy_(self._by_scan(grad_y[..., self.part]))
         if grad_h_n is not None:
             of_h[-1] += grad_h_n[d]
         first = self._scan_back(of_h, None if grad_c_n is None else grad_c_n[d])
@@ -227,7 +234,10 @@ class _Direction:
             to_h += of_before
         of_c = None if self.steps.output is None else of_before
         second = self._scan_back(
-            _earlier(to_h), None, None if of_c is None else _earlier(of_c), of_sums
+            _earlier(to_h),
+            None,
+            None if of_c is None else _earlier(of_c).unbind(),
+            of_sums.unbind(),
         )
         second_inputs, second_hidden = (second.sums[:, :, s].flatten(2) for s in (inputs, hidden))
 
@@ -252,32 +262,49 @@ class _Direction:
         )
 
     def _scan_back(
-        self, of_h: Tensor, of_c_n: Some, of_carry: Some = None, of_sums: Some = None
+        self,
+        of_h: Tensor,
+        of_c_n: Some,
+        of_carry: Sequence[Tensor] | None = None,
+        of_sums: Sequence[Tensor] | None = None,
     ) -> _Adjoint:
         """From the gradients of all h, of the last c, of each c and of all sums."""
-        has_output, past = self.steps.output is not None, self.carry_by_before
+        has_output = self.steps.output is not None
         sums, h = torch.empty_like(self.sums), torch.empty_like(self.before)
-        hidden = sums[:, :, self.steps.hidden].flatten(2)
-        carry = torch.zeros_like(self.before) if of_carry is None else of_carry.clone()
-        if of_c_n is not None:
-            carry[-1] += of_c_n
-        whole = torch.empty_like(h[0])  # the gradient of a step's carry
-        for t in reversed(range(len(h))):
-            if t + 1 < len(h):
-                torch.addmm(of_h[t], hidden[t + 1], self.w_hh, out=h[t])
-                if past is not None:
-                    (carry if has_output else h)[t].addcmul_(past[t + 1], whole)
+        carry = torch.empty_like(h) if has_output else h
+        # A list of views costs less than as many pieces taken one after the other.
+        given, hidden = of_h.unbind(), sums[:, :, self.steps.hidden].flatten(2).unbind()
+        sums_at, h_at, carry_at = sums.unbind(), h.unbind(), carry.unbind()
+        by_sums = self.carry_by_sums.unbind()
+        past = None if self.carry_by_before is None else self.carry_by_before.unbind()
+        if has_output:
+            h_by_sums, h_by_carry = self.h_by_sums.unbind(), self.h_by_carry.unbind()
+        last = len(h_at) - 1
+        whole = None  # the gradient of the carry of the step after
+        for t in range(last, -1, -1):
+            if t < last:
+                torch.addmm(given[t], hidden[t + 1], self.w_hh, out=h_at[t])
             else:
-                h[t] = of_h[t]
+                h_at[t].copy_(given[t])
             if has_output:
-                torch.addcmul(carry[t], self.h_by_carry[t], h[t], out=whole)
+                if t < last:
+                    torch.mul(past[t + 1], whole, out=carry_at[t])
+                elif of_c_n is None:
+                    carry_at[t].zero_()
+                else:
+                    carry_at[t].copy_(of_c_n)
+                if of_carry is not None:
+                    carry_at[t].add_(of_carry[t])
+                whole = torch.addcmul(carry_at[t], h_by_carry[t], h_at[t])
             else:
-                whole = h[t]
-            torch.mul(self.carry_by_sums[t], whole.unsqueeze(1), out=sums[t])
+                if past is not None and t < last:
+                    h_at[t].addcmul_(past[t + 1], whole)
+                whole = h_at[t]
+            torch.mul(by_sums[t], whole.unsqueeze(1), out=sums_at[t])
             if has_output:
-                sums[t].addcmul_(self.h_by_sums[t], h[t].unsqueeze(1))
+                sums_at[t].addcmul_(h_by_sums[t], h_at[t].unsqueeze(1))
             if of_sums is not None:
-                sums[t] += of_sums[t]
+                sums_at[t].add_(of_sums[t])
         h0 = hidden[0] @ self.w_hh
         past_first = None if past is None else past[0] * whole
         if past_first is not None and not has_output:
@@ -286,27 +313,40 @@ class _Direction:
 
     def _scan_tangents(self) -> tuple[Tensor, Tensor, Some]:
         """Of the sums, h and c of each step."""
-        has_output, past = self.steps.output is not None, self.carry_by_before
+        has_output = self.steps.output is not None
         w_ih, w_hh, b_ih, b_hh = self.along
         sums = self._sums(
-            (self.x, w_ih, b_ih), (self.h_before, w_hh, b_hh), (self.x_along, self.w_ih, None),
-            shape=self.before.shape,
-        )  # fmt: skip
-        hidden = sums[:, :, self.steps.hidden].flatten(2)
-        w_hh, carry = self.w_hh.t(), torch.empty_like(self.before)
+            [(self.x, w_ih, b_ih), (self.x_along, self.w_ih, None)],
+            [(self.h_before, w_hh, b_hh)],
+            self.before.shape,
+        )
+        carry = torch.empty_like(self.before)
         h = torch.empty_like(carry) if has_output else carry
+        w_hh, hidden = self.w_hh.t(), sums[:, :, self.steps.hidden].flatten(2).unbind()
+        sums_at, h_at, carry_at = sums.unbind(), h.unbind(), carry.unbind()
+        by_sums = self.carry_by_sums.unbind()
+        past = None if self.carry_by_before is None else self.carry_by_before.unbind()
+        if has_output:
+            h_by_sums, h_by_carry = self.h_by_sums.unbind(), self.h_by_carry.unbind()
         h_before, before = self.h0_along, self.c0_along if has_output else self.h0_along
-        for t in range(len(carry)):
+        for t in range(len(h_at)):
             if h_before is not None:
                 hidden[t].addmm_(h_before, w_hh)
-            torch.sum(self.carry_by_sums[t] * sums[t], 1, out=carry[t])
+            self._weighted_sum(by_sums[t], sums_at[t], carry_at[t])
             if past is not None and before is not None:
-                carry[t].addcmul_(past[t], before)
+                carry_at[t].addcmul_(past[t], before)
             if has_output:
-                torch.sum(self.h_by_sums[t] * sums[t], 1, out=h[t])
-                h[t].addcmul_(self.h_by_carry[t], carry[t])
-            h_before, before = h[t], carry[t]
+                self._weighted_sum(h_by_sums[t], sums_at[t], h_at[t])
+                h_at[t].addcmul_(h_by_carry[t], carry_at[t])
+            h_before, before = h_at[t], carry_at[t]
         return sums, h, carry if has_output else None
+
+    def _weighted_sum(self, by: Tensor, sums: Tensor, into: Tensor) -> None:
+        """Of the columns."""
+        if self.steps.columns == 1:
+            torch.mul(by[:, 0], sums[:, 0], out=into)
+        else:
+            torch.sum(by * sums, 1, out=into)
 
     @torch.enable_grad()
     def _second_derivatives(
