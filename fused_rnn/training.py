@@ -24,7 +24,6 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import direct, looks, ops
-from .backends.pieces import stretched
 from .cells import Cell
 from .direct import States
 from .problem import NO_NOISE, wants_gradients
@@ -425,7 +424,7 @@ def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
     batch_sizes, lengths, resets = rows, None, None
     if _are_pieces(rows):
         batch_sizes, (lengths, resets) = None, _masks_of(rows, *x.shape[:2])
-        gates, cells = (stretched(t, x.shape[:2].numel()) for t in (gates, cells))
+        gates, cells = (_with_room(t, x.shape[:2].numel()) for t in (gates, cells))
     leading = ctx.directions, x.shape[1] if batch_sizes is None else int(batch_sizes[0])
     if h0 is None:
         h0 = x.new_zeros((*leading, weights[1].shape[1]))
@@ -449,6 +448,14 @@ def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
 def _are_pieces(rows: Tensor | None) -> bool:
     """Else they are the sizes of packed rows' steps."""
     return rows is not None and rows.dim() == 2
+
+
+def _with_room(packed: Tensor, count: int) -> Tensor:
+    """[D, count, K] with the elements of [D, M, K] at its beginning, as the general way saves them.
+    A copy: what is saved may be wanted again."""
+    directions, rows, width = packed.shape
+    room = directions * (count - rows) * width
+    return F.pad(packed.reshape(-1), (0, room)).view(directions, count, width)
 
 
 def _masks_of(pieces: Tensor, timesteps: int, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -410,6 +410,16 @@ def test_ragged_program(tmp_path, part):
     assert all(time > 0 for time in row["ns"].values())
 
 
+def test_second_order_program(tmp_path):
+    path = tmp_path / "second_order.json"
+    options = ("--cell", "gru", "--shape", "6,3,9", "--rounds", 2, "--threads", 1)
+    result = run("second_order.py", *options, "--json", path)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(path.read_text())
+    assert row["ms"].keys() == {"ours", "plain operations", "torch.nn"}
+    assert all(time > 0 for time in row["ms"].values())
+
+
 @measures_the_library
 @pytest.mark.parametrize("part", ["training", "inference"])
 def test_regularised_program(tmp_path, part):

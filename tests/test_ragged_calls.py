@@ -225,9 +225,10 @@ def test_transforms_and_contexts_take_the_general_way(ways):
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_double_backward(batch_first, ways):
+@pytest.mark.parametrize("masks", MASKS)
+def test_double_backward(masks, batch_first, ways):
     options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
-    masked = Masked(fused_rnn.LSTM(INPUTS, HIDDEN, **options), **masks_of("both", batch_first))
+    masked = Masked(fused_rnn.LSTM(INPUTS, HIDDEN, **options), **masks_of(masks, batch_first))
     x = torch.randn(*((5, STEPS) if batch_first else (STEPS, 5)), INPUTS, requires_grad=True)
 
     def penalty():

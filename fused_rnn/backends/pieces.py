@@ -154,10 +154,10 @@ def forward_in_pieces(
         y=_spread(out.y, index, count),
         h_n=pieces.final(out.h_n, h0),
         c_n=h0.new_empty((*h0.shape[:2], 0)) if c0 is None else pieces.final(out.c_n, c0),
-        gates=stretched(out.gates, count),
+        gates=_stretched(out.gates, count),
         cells=_by_direction(_spread(c, index, count) for c in out.cells)
         if problem.states
-        else stretched(out.cells, count),
+        else _stretched(out.cells, count),
     )
 
 
@@ -255,7 +255,7 @@ def _spread(packed: Tensor, index: Tensor, count: int) -> Tensor:
     return packed.new_zeros((count, packed.shape[1])).index_copy_(0, index, packed)
 
 
-def stretched(packed: Tensor, count: int) -> Tensor:
+def _stretched(packed: Tensor, count: int) -> Tensor:
     """[D, count, K] that begins with the elements of `packed` [D, M, K] in their order, and ends
     with zeros; in the same memory if there is room."""
     shape = packed.shape[0], count, packed.shape[2]

@@ -1,0 +1,236 @@
+"""Gradients of gradients by scans (fused_rnn/second_order.py), against autograd through plain
+operations, and what is left to these."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import fused_rnn
+from fused_rnn import ops, second_order
+from fused_rnn.modules import make_module
+
+CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+every_cell = pytest.mark.parametrize("cell", CELLS)
+
+
+class Answers:
+    """Of `ops._has_fast_second_order`, which may be told to say no."""
+
+    def __init__(self, monkeypatch):
+        self.given, self.enabled = [], True
+        ask = ops._has_fast_second_order
+
+        def answer(*args):
+            self.given.append(self.enabled and ask(*args))
+            return self.given[-1]
+
+        monkeypatch.setattr(ops, "_has_fast_second_order", answer)
+
+    def taken(self):
+        """Since the last time."""
+        given, self.given = self.given, []
+        return given
+
+    def without(self, function, *args):
+        self.enabled = False
+        try:
+            return function(*args)
+        finally:
+            self.enabled = True
+            self.given.clear()
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    return Answers(monkeypatch)
+
+
+def states(cell, rows, batch, hidden, dtype):
+    def one():
+        return torch.randn(rows, batch, hidden, dtype=dtype, requires_grad=True)
+
+    return (one(), one()) if cell == "lstm" else one()
+
+
+def flat(hx):
+    return () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+
+
+def second(module, x, hx=None, of=("y", "h"), by=None, wanted=None):
+    """Gradients of a function of the first gradients `by` of a function of the outputs `of`, by
+    default with respect to everything."""
+    everything = [x, *flat(hx), *module.parameters()]
+    y, final = module(x, hx)
+    outputs = [*([y] if "y" in of else []), *(flat(final) if "h" in of else [])]
+    generator = torch.Generator().manual_seed(1)
+
+    def some(tensor):
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+
+    loss = sum((o.sin() * some(o)).sum() for o in outputs)
+    first = torch.autograd.grad(loss, by or everything, create_graph=True)
+    penalty = sum((f * some(f)).sum() + f.square().sum() for f in first)
+    return torch.autograd.grad(penalty, wanted or everything)
+
+
+def assert_near(actual, expected, tolerance=1e-12):
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.isfinite(a).all()
+        assert (a - e).norm() <= tolerance * e.norm() + 1e-14, i
+
+
+@every_cell
+@pytest.mark.parametrize(
+    ("bidirectional", "bias", "layers", "given"), list(itertools.product((False, True), repeat=4))
+)
+def test_against_plain_operations(cell, bidirectional, bias, layers, given, answers):
+    module = make_module(
+        cell, 5, 7, num_layers=1 + layers, bidirectional=bidirectional, bias=bias
+    ).double()
+    rows = (1 + layers) * (1 + bidirectional)
+    hx = states(cell, rows, 3, 7, torch.float64) if given else None
+    for timesteps in (6, 1):
+        x = torch.randn(timesteps, 3, 5, dtype=torch.float64, requires_grad=True)
+        with fused_rnn.backend("reference"):
+            actual = second(module, x, hx)
+            assert answers.taken() == [True] * (1 + layers)
+            assert_near(actual, answers.without(second, module, x, hx))
+
+
+@every_cell
+def test_only_some_gradients(cell, answers):
+    module = make_module(cell, 4, 6, bidirectional=True).double()
+    x = torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True)
+    hx = states(cell, 2, 2, 6, torch.float64)
+    everything = [x, *flat(hx), *module.parameters()]
+    with fused_rnn.backend("reference"):
+        for of, i, j in itertools.product((("y",), ("h",)), (0, 1, 3), (0, 1, 4)):
+            arguments = module, x, hx, of, [everything[i]], [everything[j]]
+            actual = second(*arguments)
+            assert answers.taken() == [True]
+            assert_near(actual, answers.without(second, *arguments))
+
+
+@every_cell
+@pytest.mark.parametrize("sizes", [(9, 3, 5, 17), (4, 1, 1, 1), (12, 33, 20, 100)], ids=str)
+def test_no_further_from_float64_than_torch(cell, sizes, answers):
+    timesteps, batch, inputs, hidden = sizes
+    name, options = (
+        (cell[:3].upper(), {"nonlinearity": cell[4:]}) if "rnn" in cell else (cell.upper(), {})
+    )
+    theirs = getattr(nn, name)(inputs, hidden, bidirectional=True, **options)
+    ours = fused_rnn.from_torch(theirs)
+    x, hx = torch.randn(timesteps, batch, inputs), states(cell, 2, batch, hidden, torch.float32)
+
+    def run(module, dtype):
+        module = module.to(dtype)
+        given = [t.detach().to(dtype).requires_grad_() for t in (x, *flat(hx))]
+        return second(module, given[0], tuple(given[1:]) if cell == "lstm" else given[1])
+
+    actual, expected = run(ours, torch.float32), run(theirs, torch.float32)
+    assert answers.taken() == [True]
+    exact = run(theirs, torch.float64)
+    for i, (a, t, e) in enumerate(zip(actual, expected, exact, strict=True)):
+        error, torchs = ((v.double() - e).norm() / (e.norm() + 1e-30) for v in (a, t))
+        # Where relu jumps a rounding decides.
+        allowed = 1e-3 if cell == "rnn_relu" else 2 * torchs + 4 * torch.finfo(torch.float32).eps
+        assert error <= allowed, (i, error, torchs)
+
+
+@every_cell
+def test_gradients_in_any_order_of_memory(cell, answers):
+    module = make_module(cell, 4, 6, bidirectional=True, batch_first=True)
+    x = torch.randn(2, 5, 4, requires_grad=True)
+
+    def twice():
+        y, _ = module(x)
+        loss = (y.mT.cumsum(1).square() * torch.ones(1, 1).expand_as(y.mT)).sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(grad.mT.square().sum(), [x, *module.parameters()])
+
+    actual = twice()
+    assert answers.taken() == [True]
+    assert_near(actual, answers.without(twice), 1e-4)
+
+
+@every_cell
+def test_hessian_with_and_without_vmap(cell, answers):
+    module = make_module(cell, 2, 3).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+    with fused_rnn.backend("reference"):
+        hessian = torch.autograd.functional.hessian
+
+        def loss(x):
+            return module(x)[0].sin().sum()
+
+        one_by_one = hessian(loss, x)
+        assert set(answers.taken()) == {True}
+        assert_near([hessian(loss, x, vectorize=True)], [one_by_one])
+        assert_near([answers.without(hessian, loss, x)], [one_by_one])
+
+
+@every_cell
+def test_third_derivatives_of_weights(cell, answers):
+    module = make_module(cell, 2, 3).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def thrice():
+        value, weights = module(x)[0].sin().sum(), list(module.parameters())
+        (first,) = torch.autograd.grad(value, x, create_graph=True)
+        again = torch.autograd.grad(first.square().sum(), weights, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in again), [x, *weights])
+
+    with fused_rnn.backend("reference"):
+        actual = thrice()
+        assert answers.taken()[0]
+        assert_near(actual, answers.without(thrice))
+
+
+def test_the_graph_may_be_kept_and_gone_through_again():
+    module, x = fused_rnn.GRU(3, 4), torch.randn(4, 2, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+    penalty = grad.square().sum()
+    once = torch.autograd.grad(penalty, x, retain_graph=True)
+    assert torch.equal(once[0], torch.autograd.grad(penalty, x)[0])
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(penalty, x)
+
+
+def refused():
+    x = torch.randn(4, 2, 3)
+    yield "packed", fused_rnn.GRU(3, 5), pack_sequence([torch.randn(n, 3) for n in (3, 2)]), {}
+    yield "lengths", fused_rnn.GRU(3, 5), x, {"lengths": torch.tensor([4, 1])}
+    yield "resets", fused_rnn.GRU(3, 5), x, {"resets": torch.rand(4, 2) < 0.5}
+    yield "all states", fused_rnn.LSTM(3, 5), x, {"return_states": True}
+    yield "projection", fused_rnn.LSTM(3, 5, proj_size=2), x, {}
+    yield "peepholes", fused_rnn.LSTM(3, 5, peepholes=True), x, {}
+    yield "normalised", fused_rnn.GRU(3, 5, layer_norm=True), x, {}
+    yield "zoneout", fused_rnn.GRU(3, 5, zoneout=0.3), x, {}
+    yield "dropout", fused_rnn.GRU(3, 5, recurrent_dropout=0.3), x, {}
+    yield "reset before", fused_rnn.GRU(3, 5, reset_after=False), x, {}
+    yield "no rows", fused_rnn.GRU(3, 5), torch.randn(4, 0, 3), {}
+    yield "half type", fused_rnn.GRU(3, 5).bfloat16(), x.bfloat16(), {}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c[1:], id=c[0]) for c in refused()])
+def test_plain_operations_do_the_rest(case, answers):
+    module, x, masks = case
+    data = x.data if isinstance(x, tuple) else x
+    data = data.detach().requires_grad_()
+    x = x._replace(data=data) if isinstance(x, tuple) else data
+    y, *_ = module(x, **masks)
+    y = y.data if isinstance(y, tuple) else y
+    first = torch.autograd.grad(y.square().sum(), [data, *module.parameters()], create_graph=True)
+    found = torch.autograd.grad(sum(g.square().sum() for g in first), list(module.parameters()))
+    assert set(answers.taken()) <= {False}
+    assert all(torch.isfinite(g).all() for g in found)
+
+
+def test_sizes_tell_a_projection():
+    x, weights = torch.randn(2, 2, 3), [torch.randn(20, 3), torch.randn(20, 2), torch.randn(2, 5)]
+    given = second_order.Given(x, torch.randn(1, 2, 2), torch.randn(1, 2, 5), weights)
+    assert not second_order.fits("lstm", given)
+    assert not second_order.fits("gru_reset_before", given)
