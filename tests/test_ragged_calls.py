@@ -372,6 +372,9 @@ def test_masks_that_do_not_fit_get_nothing(name):
         if name != "batch_sizes":
             arguments = a["cell"], a["directions"], True, rows, a["x"], None, None, *a["weights"]
             assert calls(*arguments) is None
+    arguments = good["cell"], 1, True, (None, None, True), good["x"], None, None, *good["weights"]
+    everything = forward(**good | {"lengths": None, "resets": None})
+    assert all(map(torch.equal, calls(*arguments), everything))  # nothing to be first in
     for rows in ((None, None), (None, None, 1), ([5, 0, 2], None, False), (5, None, False)):
         arguments = good["cell"], 1, True, rows, good["x"], None, None, *good["weights"]
         assert calls(*arguments) is None

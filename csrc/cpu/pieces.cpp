@@ -21,7 +21,9 @@ std::vector<Piece> find_pieces(const PaddedRows& rows, const int64_t* lengths, c
   std::vector<Piece> pieces;
   pieces.reserve(static_cast<size_t>(rows.batch));
   for (int64_t row = 0; row < rows.batch; row++) {
-    const int64_t end = lengths ? lengths[row] : rows.timesteps;
+    // Within the sequence even if another thread changes it between the caller's look and this one.
+    const int64_t end =
+        lengths ? std::clamp<int64_t>(lengths[row], 0, rows.timesteps) : rows.timesteps;
     const auto is_reset = [&](int64_t t) {
       return resets && resets[t * rows.of_step + row * rows.of_row];
     };

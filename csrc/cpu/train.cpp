@@ -199,7 +199,7 @@ std::optional<Layer<E>> read_layer(const TrainCall& given, Border<E>& border) {
   const bool is_flat = x.dimensions == 2, is_step = is_flat && !is_packed;
   if (x.dimensions != (is_packed || is_step ? 2 : 3)) return {};
   if (directions < 1 || directions > (is_step ? 1 : 2)) return {};
-  const bool batch_first = given.masks.batch_first;
+  const bool batch_first = given.masks.any() && given.masks.batch_first;
   RowLayout rows{is_step ? 1 : x.sizes[batch_first], x.sizes[is_step || batch_first ? 0 : 1],
                  nullptr, nullptr};
   int64_t count = rows.timesteps * rows.batch;
