@@ -540,9 +540,11 @@ def layer_gradients(
 
 def _has_fast_second_order(options, grads, layout, inputs) -> bool:
     cell, states = options[:2]
-    batch_sizes, lengths, resets, noise = layout
+    _, lengths, resets, noise = layout
     x, h0, c0, reset_h, reset_c, *weights = inputs
-    unusual = batch_sizes, lengths, resets, reset_h, reset_c, grads[3]
+    if not x.is_cpu and not (lengths is None and resets is None):
+        return False  # the host would have to wait for them
+    unusual = reset_h, reset_c, grads[3]
     if states or any(t is not None for t in unusual) or any(t is not None for t in noise[:3]):
         return False
     if noise.part_h or noise.part_c or torch.compiler.is_compiling():
@@ -557,8 +559,8 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options, saved, layout, needs, way, *given):
-        ctx.options, ctx.layout, ctx.needs = options, layout, needs
-        ctx.save_for_backward(saved[0].detach(), *given)
+        ctx.cell, ctx.needs = options[0], needs
+        ctx.save_for_backward(saved[0].detach(), *layout[:3], *given)
         grads, inputs = (*given[:3], None), given[3:]
         results = layer_gradients(options, grads, saved, layout, inputs, needs, way)
         ctx.set_materialize_grads(False)
@@ -566,17 +568,21 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *along):
-        y, *given = ctx.saved_tensors
+        y, batch_sizes, *masks = ctx.saved_tensors[:4]
+        given = ctx.saved_tensors[4:]
         wanted = ctx.needs_input_grad[5:]
         if torch.is_grad_enabled() or are_batched(along):
-            found = _third_order(ctx, given, along, wanted)
+            found = _third_order(ctx, (batch_sizes, *masks, NO_NOISE), given, along, wanted)
         else:
             x, h0, c0, _, _, *weights = given[3:]
+            given = given[:3], second_order.Given(x, h0, c0, weights), y
             along = second_order.Given(*along[:3], along[5:])
-            inputs = second_order.Given(x, h0, c0, weights)
-            of_grads, of_inputs = second_order.gradients(
-                ctx.options[0], given[:3], inputs, y, along
-            )
+            if masks == [None, None]:
+                of_grads, of_inputs = second_order.gradients(ctx.cell, *given, along, batch_sizes)
+            else:
+                of_grads, of_inputs = second_order.gradients_in_pieces(
+                    ctx.cell, *given, along, Masks(*masks)
+                )
             of_inputs = *of_inputs[:3], None, None, *of_inputs.weights
             found = [
                 g if want else None for g, want in zip((*of_grads, *of_inputs), wanted, strict=True)
@@ -584,12 +590,12 @@ class _Gradients(torch.autograd.Function):
         return (None,) * 5 + tuple(found)
 
 
-def _third_order(ctx, given, along, wanted):
+def _third_order(ctx, layout, given, along, wanted):
     """What `_Gradients` hands back, in plain operations, for which it is to be differentiated."""
     with torch.enable_grad():
         views = [t if t is None else t.view_as(t) for t in given]
         grads, inputs = (*views[:3], None), views[3:]
-        gradients = _gradients_of_oracle(ctx.options[0], grads, inputs, ctx.layout, ctx.needs, True)
+        gradients = _gradients_of_oracle(ctx.cell, grads, inputs, layout, ctx.needs, True)
         return differentiable_grads(gradients, along, views, wanted, torch.is_grad_enabled())
 
 

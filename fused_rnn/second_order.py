@@ -8,8 +8,9 @@ operations per step: the first gradients' (once more, for what they are inside),
 the gradients' of the tangent, whose steps are the first scan's with more coming in. All else, the
 second derivatives of the cells among it, is done for all timesteps at once.
 
-Plain operations through autograd, `oracle`, take three to six times as long; they remain for the
-layers that `fits` refuses, and for third derivatives.
+Sequences are rows as in `problem.Rows`, of a padded batch or packed ones. Plain operations through
+autograd, `oracle`, take half as long again to twice as long; they remain for the layers that `fits`
+refuses, and for third derivatives.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backends.pieces import Pieces
+from .problem import Masks
+
 Some = Tensor | None
-_Side = tuple[Some, Some, Some]  # rows [T, B, K], the weight [M, K] that they meet, and a bias [M]
+_Side = tuple[Some, Some, Some]  # rows [N, K], the weight [M, K] that they meet, and a bias [M]
 
 
 class _Steps(NamedTuple):
@@ -73,17 +77,17 @@ class Given(NamedTuple):
     """Tensors of one kind for the inputs of a layer: the inputs, what they move along, or their
     gradients. Any may be None: zero, or not there."""
 
-    x: Some  # [T, B, I]
+    x: Some  # [T, B, I], or [N, I] of packed rows
     h0: Some  # [D, B, H]
     c0: Some  # [D, B, H]
     weights: list[Some]  # of each direction w_ih, w_hh[, b_ih, b_hh]
 
 
 def fits(cell: str, inputs: Given) -> bool:
-    """Whether a padded layer without masks or noise is one for here."""
+    """Whether a layer without masks or noise is one for here."""
     if cell not in _STEPS or inputs.x.dtype not in (torch.float32, torch.float64):
         return False
-    if inputs.x.dim() != 3 or 0 in inputs.x.shape[:2]:
+    if 0 in inputs.x.shape[:-1]:
         return False
     per_direction = len(inputs.weights) // inputs.h0.shape[0]
     hidden = inputs.weights[0].shape[0] // (3 if cell == "gru" else _STEPS[cell].columns)
@@ -92,61 +96,200 @@ def fits(cell: str, inputs: Given) -> bool:
 
 def gradients(
     cell: str,
-    grads: tuple[Some, Some, Some],  # of y [T, B, D*H], h_n and c_n
+    grads: tuple[Some, Some, Some],  # of y [T, B, D*H] or [N, D*H], h_n and c_n
     inputs: Given,
     y: Tensor,
     along: Given,  # the gradients of the inputs' gradients
+    batch_sizes: Some = None,  # int64 [T] on the CPU, of packed rows
 ) -> tuple[list[Some], Given]:
     """The gradients of `grads` and of the inputs. Nothing here is differentiable."""
-    steps, directions = _STEPS[cell], inputs.h0.shape[0]
-    parts = [
-        _Direction(steps, d, directions, inputs, y, along).gradients(grads)
-        for d in range(directions)
-    ]
+    shape, directions = inputs.x.shape, inputs.h0.shape[0]
+    timesteps, batch = (*shape[:2],) if batch_sizes is None else (0, int(batch_sizes[0]))
+    sizes = [batch] * timesteps if batch_sizes is None else batch_sizes.tolist()
+    inputs, along = (given._replace(x=_flat(given.x)) for given in (inputs, along))
+    grads, rows_of_y = (_flat(grads[0]), *grads[1:]), _flat(y)
+    parts = []
+    for d in range(directions):
+        order = _Order(sizes, d == 1, shape[:-1].numel(), y.device)
+        direction = _Direction(_STEPS[cell], d, directions, order, inputs, rows_of_y, along)
+        parts.append(direction.gradients(grads))
     of_grads, of_inputs = zip(*parts, strict=True)
     y_grads, *of_states = zip(*of_grads, strict=True)
     x, h0, c0, weights = zip(*of_inputs, strict=True)
     return (
-        [torch.cat(y_grads, 2), *map(_stacked, of_states)],
-        Given(sum(x), _stacked(h0), _stacked(c0), [w for each in weights for w in each]),
+        [torch.cat(y_grads, 1).view_as(y), *map(_stacked, of_states)],
+        Given(sum(x).view(shape), _stacked(h0), _stacked(c0), [w for ws in weights for w in ws]),
     )
+
+
+def gradients_in_pieces(
+    cell: str,
+    grads: tuple[Some, Some, Some],
+    inputs: Given,
+    y: Tensor,
+    along: Given,
+    masks: Masks,
+) -> tuple[list[Some], Given]:
+    """As `gradients`, of a padded batch whose rows end early or start afresh, on the CPU."""
+    timesteps, batch, _ = inputs.x.shape
+    pieces = Pieces(masks, timesteps, batch)
+
+    def rows(sequence: Some) -> Some:
+        return None if sequence is None else sequence.flatten(0, 1).index_select(0, pieces.index)
+
+    def initial(states: Some) -> Some:
+        return None if states is None else pieces.initial(states, None)
+
+    def initial_grads(grads: Some, like: Some) -> Some:
+        return None if grads is None else pieces.initial_grads(grads, torch.zeros_like(like))[0]
+
+    def final(states: Some, initial: Some) -> Some:
+        return None if states is None else pieces.final(states, initial)
+
+    def final_grads(grads: Some) -> Some:
+        return None if grads is None else pieces.final_grads(grads)[0]
+
+    def packed(given: Given) -> Given:
+        return Given(rows(given.x), initial(given.h0), initial(given.c0), given.weights)
+
+    def spread(packed: Tensor, like: Tensor) -> Tensor:
+        whole = packed.new_zeros((timesteps * batch, packed.shape[1]))
+        return whole.index_copy_(0, pieces.index, packed).view_as(like)
+
+    if pieces.count == 0:  # states are handed through, which is linear
+        states = [
+            a if s is None or a is not None else torch.zeros_like(s)
+            for s, a in ((inputs.h0, along.h0), (inputs.c0, along.c0))
+        ]
+        nothing = [None if t is None else torch.zeros_like(t) for t in inputs[:3]]
+        return (
+            [torch.zeros_like(y), *states],
+            Given(*nothing, [None if w is None else torch.zeros_like(w) for w in inputs.weights]),
+        )
+    (of_y, of_h_n, of_c_n), result = gradients(
+        cell,
+        (rows(grads[0]), *map(final_grads, grads[1:])),
+        packed(inputs),
+        rows(y),
+        packed(along),
+        pieces.batch_sizes,
+    )
+    return (
+        [spread(of_y, y), final(of_h_n, along.h0), final(of_c_n, along.c0)],
+        Given(
+            spread(result.x, inputs.x),
+            initial_grads(result.h0, inputs.h0),
+            initial_grads(result.c0, inputs.c0),
+            result.weights,
+        ),
+    )
+
+
+def _flat(sequence: Some) -> Some:
+    return sequence if sequence is None or sequence.dim() == 2 else sequence.flatten(0, 1)
 
 
 def _stacked(parts: tuple[Some, ...]) -> Some:
     return None if parts[0] is None else torch.stack(parts)
 
 
-class _Adjoint(NamedTuple):
-    """What comes back to a layer's steps, each [T, B, ...]."""
+class _Order:
+    """How the scan of one direction goes through the rows: step t has `sizes[t]` of them."""
 
-    sums: Tensor  # [T, B, Q, H]
+    def __init__(self, sizes: list[int], turned: bool, count: int, device: torch.device):
+        self.sizes, self.turned, self.batch = sizes, turned, sizes[0]
+        steps = range(len(sizes))
+        self.steps = list(reversed(steps)) if turned else list(steps)
+        self.are_equal = sizes[-1] == sizes[0]
+        if self.are_equal:
+            return
+        # Of each row, which state it started from: a row's, or one of the initial ones behind all.
+        offsets = [0]
+        for size in sizes:
+            offsets.append(offsets[-1] + size)
+        before, number = torch.empty(count, dtype=torch.int64), torch.arange(count + sizes[0])
+        state = number[count:].clone()  # that each batch row has reached
+        for t in self.steps:
+            rows = slice(offsets[t], offsets[t + 1])
+            before[rows] = state[: sizes[t]]
+            state[: sizes[t]] = number[rows]
+        self.before, self.final = before.to(device), state.to(device)
+
+    def split(self, rows: Tensor) -> Sequence[Tensor]:
+        """The rows of each step. A list of views costs less than as many taken one by one."""
+        return rows.split(self.sizes)
+
+    def later(self, rows: Tensor, initial: Some) -> Tensor:
+        """The states before each row, of those after, zeros where there are none initially."""
+        if initial is None:
+            initial = rows.new_zeros((self.batch, *rows.shape[1:]))
+        if not self.are_equal:
+            return torch.cat((rows, initial)).index_select(0, self.before)
+        pair = (rows[self.batch :], initial) if self.turned else (initial, rows[: -self.batch])
+        return torch.cat(pair)
+
+    def earlier(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Its transpose: what reaches the states before each row, where these are; and what
+        reaches the initial ones."""
+        nothing = rows.new_zeros((self.batch, *rows.shape[1:]))
+        if not self.are_equal:
+            both = rows.new_empty((len(rows) + self.batch, *rows.shape[1:]))
+            both[: len(rows)] = 0
+            both.index_copy_(0, self.before, rows)
+            return both[: len(rows)], both[len(rows) :]
+        if self.turned:
+            return torch.cat((nothing, rows[: -self.batch])), rows[-self.batch :]
+        return torch.cat((rows[self.batch :], nothing)), rows[: self.batch]
+
+    def finals(self, rows: Tensor) -> Tensor:
+        """The rows' last states [B, ...]."""
+        if not self.are_equal:
+            return rows.index_select(0, self.final)
+        return rows[: self.batch] if self.turned else rows[-self.batch :]
+
+    def add_to_finals(self, rows: Tensor, grad: Some) -> None:
+        if grad is None:
+            return
+        if not self.are_equal:
+            rows.index_add_(0, self.final, grad)
+        else:
+            self.finals(rows).add_(grad)
+
+
+class _Adjoint(NamedTuple):
+    """What comes back to a layer's steps, each [N, ...]."""
+
+    sums: Tensor  # [N, Q, H]
     h: Tensor
     carry: Tensor  # where it is another than h, from later steps alone
-    h0: Tensor  # [B, H]
-    carry0: Some  # [B, H] where the state that goes past the products is another than h
+    whole: Tensor  # of the carry, from its own step too
 
 
 class _Direction:
-    """One direction, in the order in which its scan goes through time."""
+    """One direction of a layer."""
 
     def __init__(
-        self, steps: _Steps, d: int, directions: int, inputs: Given, y: Tensor, along: Given
+        self,
+        steps: _Steps,
+        d: int,
+        directions: int,
+        order: _Order,
+        inputs: Given,
+        y: Tensor,
+        along: Given,
     ):
-        self.steps, self.turned = steps, d == 1
-        hidden = y.shape[2] // directions
+        self.steps, self.d, self.order = steps, d, order
+        hidden = y.shape[1] // directions
         self.part = slice(d * hidden, (d + 1) * hidden)
         count = len(inputs.weights) // directions
         own = slice(d * count, (d + 1) * count)
         self.w_ih, self.w_hh, b_ih, b_hh = self._in_order(inputs.weights[own])
         self.along = self._in_order(along.weights[own])
         self.has_biases = count == 4
-        self.x, self.x_along = self._by_scan(inputs.x), self._by_scan(along.x)
+        self.x, self.x_along = inputs.x, along.x
         self.h0_along, self.c0_along = (s if s is None else s[d] for s in (along.h0, along.c0))
-        y = self._by_scan(y[..., self.part])
-        self.h_before = torch.cat((inputs.h0[d].unsqueeze(0), y[:-1]))
-        self.sums = self._sums(
-            [(self.x, self.w_ih, b_ih)], [(self.h_before, self.w_hh, b_hh)], y.shape
-        )
+        self.h_before = order.later(y[:, self.part], inputs.h0[d])
+        self.sums = self._sums([(self.x, self.w_ih, b_ih)], [(self.h_before, self.w_hh, b_hh)])
         self.before = self.h_before if inputs.c0 is None else self._cells(inputs.c0[d])
         self._take_slopes()
 
@@ -161,175 +304,172 @@ class _Direction:
             return weight
         return torch.roll(weight, by * (weight.shape[0] // 3), 0)
 
-    def _by_scan(self, sequence: Some) -> Some:
-        return sequence.flip(0) if self.turned and sequence is not None else sequence
-
-    def _sums(self, of_inputs: list[_Side], of_hidden: list[_Side], shape: torch.Size) -> Tensor:
-        """[T, B, Q, H] of rows, weights and biases for the inputs' columns and for the hidden
-        ones."""
-        timesteps, batch, hidden = shape
-        steps, both = self.steps, ((self.steps.inputs, of_inputs), (self.steps.hidden, of_hidden))
+    def _sums(self, of_inputs: list[_Side], of_hidden: list[_Side]) -> Tensor:
+        """[N, Q, H] of rows, weights and biases for the inputs' columns and for the hidden ones."""
+        hidden, steps = self.h_before.shape[1], self.steps
+        both = (steps.inputs, of_inputs), (steps.hidden, of_hidden)
         bias = self.x.new_zeros((steps.columns, hidden))
         for columns, sides in both:
             for _, _, added in sides:
                 if added is not None:
                     bias[columns] += added.view(-1, hidden)
-        sums = bias.repeat(timesteps * batch, 1, 1)
+        sums = bias.repeat(len(self.x), 1, 1)
         for columns, sides in both:
             into = sums[:, columns].flatten(1)
             for rows, weight, _ in sides:
                 if rows is not None and weight is not None:
-                    into.addmm_(rows.flatten(0, 1), weight.t())
-        return sums.view(timesteps, batch, steps.columns, hidden)
+                    into.addmm_(rows, weight.t())
+        return sums
 
     def _cells(self, c0: Tensor) -> Tensor:
         """LSTM's c before each step."""
-        i, f, g, _ = self.sums.unbind(2)
+        i, f, g, _ = self.sums.unbind(1)
         added, kept = torch.sigmoid(i).mul_(torch.tanh(g)), torch.sigmoid(f)
-        before = torch.empty_like(added)
-        before[0] = c0
-        at = before.unbind()
-        for a, k, c, new in zip(added.unbind(), kept.unbind(), at, at[1:], strict=False):
-            torch.addcmul(a, k, c, out=new)
-        return before
+        cells = torch.empty_like(added)
+        added, kept, after = map(self.order.split, (added, kept, cells))
+        c = c0[:0]
+        for t in self.order.steps:
+            c = self._joined(c, c0, self.order.sizes[t])
+            c = torch.addcmul(added[t], kept[t], c, out=after[t])
+        return self.order.later(cells, c0)
+
+    @staticmethod
+    def _joined(states: Some, initial: Some, size: int) -> Some:
+        """The states that so many rows start from: those of the step before as far as there are."""
+        if states is None or len(states) == size:
+            return states if states is not None or initial is None else initial[:size]
+        if len(states) > size:
+            return states[:size]
+        joining = states.new_zeros((size - len(states), states.shape[1]))
+        return torch.cat((states, joining if initial is None else initial[len(states) : size]))
 
     @torch.enable_grad()
     def _take_slopes(self) -> None:
-        """The derivatives of the steps, for all timesteps at once."""
-        self.flat_sums = self.sums.flatten(0, 1).requires_grad_()
-        self.flat_before = self.before.flatten(0, 1).detach().requires_grad_()
-        carry = self.steps.carry(self.flat_sums, self.flat_before)
-        by = (self.flat_sums, self.flat_before) if self.steps.goes_past else (self.flat_sums,)
+        """The derivatives of the steps, for all rows at once."""
+        self.sums.requires_grad_()
+        self.before = self.before.detach().requires_grad_()
+        carry = self.steps.carry(self.sums, self.before)
+        by = (self.sums, self.before) if self.steps.goes_past else (self.sums,)
         slopes = torch.autograd.grad(carry.sum(), by)
-        self.carry_by_sums = slopes[0].view_as(self.sums)
-        self.carry_by_before = slopes[1].view_as(self.before) if self.steps.goes_past else None
+        self.carry_by_sums = slopes[0]
+        self.carry_by_before = slopes[1] if self.steps.goes_past else None
         if self.steps.output is not None:
             carry = carry.detach().requires_grad_()
-            h = self.steps.output(self.flat_sums, carry)
-            by_sums, by_carry = torch.autograd.grad(h.sum(), (self.flat_sums, carry))
-            self.h_by_sums = by_sums.view_as(self.sums)
-            self.h_by_carry = by_carry.view_as(self.before)
+            h = self.steps.output(self.sums, carry)
+            self.h_by_sums, self.h_by_carry = torch.autograd.grad(h.sum(), (self.sums, carry))
 
     def gradients(self, grads: tuple[Some, Some, Some]) -> tuple[tuple, tuple]:
         """Of y, h_n, c_n; and of x, h0, c0 and the weights of this direction."""
-        d = 1 if self.turned else 0
+        order, has_output = self.order, self.steps.output is not None
         grad_y, grad_h_n, grad_c_n = grads
-        of_h = torch.zeros_like(self.before)
+        of_h = torch.zeros_like(self.h_before)
         if grad_y is not None:
-            of_h.copy_(self._by_scan(grad_y[..., self.part]))
-        if grad_h_n is not None:
-            of_h[-1] += grad_h_n[d]
-        first = self._scan_back(of_h, None if grad_c_n is None else grad_c_n[d])
+            of_h.copy_(grad_y[:, self.part])
+        order.add_to_finals(of_h, None if grad_h_n is None else grad_h_n[self.d])
+        of_c = torch.zeros_like(of_h) if has_output else None
+        if grad_c_n is not None:
+            order.add_to_finals(of_c, grad_c_n[self.d])
+        first = self._scan_back(of_h, of_c)
         tangent_sums, tangent_h, tangent_c = self._scan_tangents()
         of_sums, of_before = self._second_derivatives(first, tangent_sums, tangent_h, tangent_c)
 
         inputs, hidden = self.steps.inputs, self.steps.hidden
         w_ih_along, w_hh_along, _, _ = self.along
-        first_inputs, first_hidden = (first.sums[:, :, s].flatten(2) for s in (inputs, hidden))
+        first_inputs, first_hidden = (first.sums[:, s].flatten(1) for s in (inputs, hidden))
         # What reaches the states before each step but by the sums.
-        to_h = torch.zeros_like(self.before)
-        if w_hh_along is not None:
-            to_h += first_hidden @ w_hh_along
-        if self.steps.output is None and of_before is not None:
+        to_h = torch.zeros_like(of_h) if w_hh_along is None else first_hidden @ w_hh_along
+        if of_before is not None and not has_output:
             to_h += of_before
-        of_c = None if self.steps.output is None else of_before
-        second = self._scan_back(
-            _earlier(to_h),
-            None,
-            None if of_c is None else _earlier(of_c).unbind(),
-            of_sums.unbind(),
-        )
-        second_inputs, second_hidden = (second.sums[:, :, s].flatten(2) for s in (inputs, hidden))
+        of_h, to_h0 = order.earlier(to_h)
+        of_c, to_c0 = order.earlier(of_before) if has_output else (None, None)
+        second = self._scan_back(of_h, of_c, of_sums)
+        second_inputs, second_hidden = (second.sums[:, s].flatten(1) for s in (inputs, hidden))
 
         x = second_inputs @ self.w_ih
         if w_ih_along is not None:
-            x += first_inputs @ w_ih_along
-        w_ih = _product(second_inputs, self.x)
+            x.addmm_(first_inputs, w_ih_along)
+        w_ih = second_inputs.t() @ self.x
         if self.x_along is not None:
-            w_ih += _product(first_inputs, self.x_along)
-        h_along = _later(tangent_h, self.h0_along)
-        w_hh = _product(second_hidden, self.h_before) + _product(first_hidden, h_along)
+            w_ih.addmm_(first_inputs.t(), self.x_along)
+        w_hh = second_hidden.t() @ self.h_before
+        w_hh.addmm_(first_hidden.t(), order.later(tangent_h, self.h0_along))
         weights = [self._rolled(w_ih, -1), w_hh]
         if self.has_biases:
-            b_ih, b_hh = second_inputs.sum((0, 1)), second_hidden.sum((0, 1))
+            b_ih, b_hh = second_inputs.sum(0), second_hidden.sum(0)
             weights += [self._rolled(b_ih, -1), b_hh]
-        h0 = second.h0 + to_h[0]
-        c0 = None if of_c is None else second.carry0 + of_c[0]
-        c_n = None if tangent_c is None else tangent_c[-1]
-        return (
-            (self._by_scan(tangent_h), tangent_h[-1], c_n),
-            (self._by_scan(x), h0, c0, weights),
-        )
+        h0 = order.earlier(second_hidden @ self.w_hh)[1] + to_h0
+        c0 = None
+        if self.steps.goes_past:
+            past = order.earlier(self.carry_by_before * second.whole)[1]
+            if has_output:
+                c0 = past + to_c0
+            else:
+                h0 += past
+        finals = order.finals(tangent_h), None if tangent_c is None else order.finals(tangent_c)
+        return (tangent_h, *finals), (x, h0, c0, weights)
 
-    def _scan_back(
-        self,
-        of_h: Tensor,
-        of_c_n: Some,
-        of_carry: Sequence[Tensor] | None = None,
-        of_sums: Sequence[Tensor] | None = None,
-    ) -> _Adjoint:
-        """From the gradients of all h, of the last c, of each c and of all sums."""
-        has_output = self.steps.output is not None
-        sums, h = torch.empty_like(self.sums), torch.empty_like(self.before)
+    def _scan_back(self, of_h: Tensor, of_carry: Some, of_sums: Some = None) -> _Adjoint:
+        """From the gradients of all h, of each c and of all sums."""
+        order, has_output = self.order, self.steps.output is not None
+        sums, h = torch.empty_like(self.carry_by_sums), torch.empty_like(of_h)
         carry = torch.empty_like(h) if has_output else h
-        # A list of views costs less than as many pieces taken one after the other.
-        given, hidden = of_h.unbind(), sums[:, :, self.steps.hidden].flatten(2).unbind()
-        sums_at, h_at, carry_at = sums.unbind(), h.unbind(), carry.unbind()
-        by_sums = self.carry_by_sums.unbind()
-        past = None if self.carry_by_before is None else self.carry_by_before.unbind()
+        whole = torch.empty_like(h) if has_output else h
+        split = order.split
+        given, h_at, carry_at, whole_at = map(split, (of_h, h, carry, whole))
+        sums_at, by_sums = split(sums), split(self.carry_by_sums)
+        hidden = split(sums[:, self.steps.hidden].flatten(1))
+        past = None if self.carry_by_before is None else split(self.carry_by_before)
         if has_output:
-            h_by_sums, h_by_carry = self.h_by_sums.unbind(), self.h_by_carry.unbind()
-        last = len(h_at) - 1
-        whole = None  # the gradient of the carry of the step after
-        for t in range(last, -1, -1):
-            if t < last:
-                torch.addmm(given[t], hidden[t + 1], self.w_hh, out=h_at[t])
+            h_by_sums, h_by_carry = split(self.h_by_sums), split(self.h_by_carry)
+            of_carry = split(of_carry)
+        of_sums = None if of_sums is None else split(of_sums)
+        after = None
+        for t in reversed(order.steps):
+            size = order.sizes[t]
+            # How many of the rows have a next step.
+            going_on = 0 if after is None else min(size, order.sizes[after])
+            if going_on == size:
+                torch.addmm(given[t], _first(hidden[after], size), self.w_hh, out=h_at[t])
             else:
                 h_at[t].copy_(given[t])
+                if going_on:
+                    h_at[t][:going_on].addmm_(hidden[after], self.w_hh)
             if has_output:
-                if t < last:
-                    torch.mul(past[t + 1], whole, out=carry_at[t])
-                elif of_c_n is None:
-                    carry_at[t].zero_()
-                else:
-                    carry_at[t].copy_(of_c_n)
-                if of_carry is not None:
-                    carry_at[t].add_(of_carry[t])
-                whole = torch.addcmul(carry_at[t], h_by_carry[t], h_at[t])
-            else:
-                if past is not None and t < last:
-                    h_at[t].addcmul_(past[t + 1], whole)
-                whole = h_at[t]
-            torch.mul(by_sums[t], whole.unsqueeze(1), out=sums_at[t])
+                carry_at[t].copy_(of_carry[t])
+            if past is not None and going_on:
+                kept, come = _first(past[after], going_on), _first(whole_at[after], going_on)
+                _first(carry_at[t], going_on).addcmul_(kept, come)
+            if has_output:
+                torch.addcmul(carry_at[t], h_by_carry[t], h_at[t], out=whole_at[t])
+            torch.mul(by_sums[t], whole_at[t].unsqueeze(1), out=sums_at[t])
             if has_output:
                 sums_at[t].addcmul_(h_by_sums[t], h_at[t].unsqueeze(1))
             if of_sums is not None:
                 sums_at[t].add_(of_sums[t])
-        h0 = hidden[0] @ self.w_hh
-        past_first = None if past is None else past[0] * whole
-        if past_first is not None and not has_output:
-            h0 += past_first
-        return _Adjoint(sums, h, carry, h0, past_first if has_output else None)
+            after = t
+        return _Adjoint(sums, h, carry, whole)
 
     def _scan_tangents(self) -> tuple[Tensor, Tensor, Some]:
         """Of the sums, h and c of each step."""
-        has_output = self.steps.output is not None
+        order, has_output = self.order, self.steps.output is not None
         w_ih, w_hh, b_ih, b_hh = self.along
         sums = self._sums(
-            [(self.x, w_ih, b_ih), (self.x_along, self.w_ih, None)],
-            [(self.h_before, w_hh, b_hh)],
-            self.before.shape,
+            [(self.x, w_ih, b_ih), (self.x_along, self.w_ih, None)], [(self.h_before, w_hh, b_hh)]
         )
-        carry = torch.empty_like(self.before)
+        carry = torch.empty_like(self.h_before)
         h = torch.empty_like(carry) if has_output else carry
-        w_hh, hidden = self.w_hh.t(), sums[:, :, self.steps.hidden].flatten(2).unbind()
-        sums_at, h_at, carry_at = sums.unbind(), h.unbind(), carry.unbind()
-        by_sums = self.carry_by_sums.unbind()
-        past = None if self.carry_by_before is None else self.carry_by_before.unbind()
+        split, w_hh = order.split, self.w_hh.t()
+        hidden = split(sums[:, self.steps.hidden].flatten(1))
+        sums_at, h_at, carry_at = map(split, (sums, h, carry))
+        by_sums = split(self.carry_by_sums)
+        past = None if self.carry_by_before is None else split(self.carry_by_before)
         if has_output:
-            h_by_sums, h_by_carry = self.h_by_sums.unbind(), self.h_by_carry.unbind()
-        h_before, before = self.h0_along, self.c0_along if has_output else self.h0_along
-        for t in range(len(h_at)):
+            h_by_sums, h_by_carry = split(self.h_by_sums), split(self.h_by_carry)
+        initial = self.c0_along if has_output else self.h0_along
+        h_before = before = None
+        for t in order.steps:
+            h_before = self._joined(h_before, self.h0_along, order.sizes[t])
+            before = self._joined(before, initial, order.sizes[t])
             if h_before is not None:
                 hidden[t].addmm_(h_before, w_hh)
             self._weighted_sum(by_sums[t], sums_at[t], carry_at[t])
@@ -344,7 +484,7 @@ class _Direction:
     def _weighted_sum(self, by: Tensor, sums: Tensor, into: Tensor) -> None:
         """Of the columns."""
         if self.steps.columns == 1:
-            torch.mul(by[:, 0], sums[:, 0], out=into)
+            torch.mul(by.squeeze(1), sums.squeeze(1), out=into)
         else:
             torch.sum(by * sums, 1, out=into)
 
@@ -354,17 +494,16 @@ class _Direction:
     ) -> tuple[Tensor, Some]:
         """The gradients of sums and of the states past the products, of the steps' tangents times
         what comes back to the steps."""
-        by = (self.flat_sums, self.flat_before) if self.steps.goes_past else (self.flat_sums,)
-        carry = self.steps.carry(self.flat_sums, self.flat_before)
+        by = (self.sums, self.before) if self.steps.goes_past else (self.sums,)
+        carry = self.steps.carry(self.sums, self.before)
         if self.steps.output is None:
-            outputs, weights = (carry,), (first.h.flatten(0, 1),)
-            tangent_before = _later(tangent_h, self.h0_along)
+            outputs, weights = (carry,), (first.h,)
+            tangent_before = self.order.later(tangent_h, self.h0_along)
         else:
-            outputs = self.steps.output(self.flat_sums, carry), carry
-            weights = first.h.flatten(0, 1), first.carry.flatten(0, 1)
-            tangent_before = _later(tangent_c, self.c0_along)
+            outputs, weights = (self.steps.output(self.sums, carry), carry), (first.h, first.carry)
+            tangent_before = self.order.later(tangent_c, self.c0_along)
         slopes = torch.autograd.grad(outputs, by, weights, create_graph=True)
-        tangents = (tangent_sums.flatten(0, 1), tangent_before.flatten(0, 1))[: len(by)]
+        tangents = (tangent_sums, tangent_before)[: len(by)]
         # Where they are constant, as relu's, they have none.
         bent = [(s, t) for s, t in zip(slopes, tangents, strict=True) if s.requires_grad]
         found = [torch.zeros_like(b) for b in by]
@@ -372,21 +511,8 @@ class _Direction:
             found = torch.autograd.grad(
                 [s for s, _ in bent], by, [t for _, t in bent], materialize_grads=True
             )
-        of_before = found[1].view_as(self.before) if self.steps.goes_past else None
-        return found[0].view_as(self.sums), of_before
+        return found[0], found[1] if self.steps.goes_past else None
 
 
-def _earlier(sequence: Tensor) -> Tensor:
-    """What reaches the state before each step, at the step that gave it."""
-    return torch.cat((sequence[1:], torch.zeros_like(sequence[:1])))
-
-
-def _later(sequence: Tensor, initial: Some) -> Tensor:
-    """The states before each step, of those after."""
-    first = torch.zeros_like(sequence[:1]) if initial is None else initial.unsqueeze(0)
-    return torch.cat((first, sequence[:-1]))
-
-
-def _product(grads: Tensor, rows: Tensor) -> Tensor:
-    """Of all timesteps and rows: [K, M] from [T, B, K] and [T, B, M]."""
-    return grads.flatten(0, 1).t() @ rows.flatten(0, 1)
+def _first(rows: Tensor, count: int) -> Tensor:
+    return rows if len(rows) == count else rows[:count]

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_rnn
 from fused_rnn import ops, second_order
@@ -59,11 +59,13 @@ def flat(hx):
     return () if hx is None else hx if isinstance(hx, tuple) else (hx,)
 
 
-def second(module, x, hx=None, of=("y", "h"), by=None, wanted=None):
+def second(module, x, hx=None, of=("y", "h"), by=None, wanted=None, **masks):
     """Gradients of a function of the first gradients `by` of a function of the outputs `of`, by
     default with respect to everything."""
-    everything = [x, *flat(hx), *module.parameters()]
-    y, final = module(x, hx)
+    is_packed = isinstance(x, PackedSequence)
+    everything = [x.data if is_packed else x, *flat(hx), *module.parameters()]
+    y, final = module(x, hx, **masks)
+    y = y.data if is_packed else y
     outputs = [*([y] if "y" in of else []), *(flat(final) if "h" in of else [])]
     generator = torch.Generator().manual_seed(1)
 
@@ -98,6 +100,58 @@ def test_against_plain_operations(cell, bidirectional, bias, layers, given, answ
             actual = second(module, x, hx)
             assert answers.taken() == [True] * (1 + layers)
             assert_near(actual, answers.without(second, module, x, hx))
+
+
+@every_cell
+@pytest.mark.parametrize("lengths", [(3, 6, 1, 6, 4), (1, 1), (2,), (5, 5, 5)], ids=str)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_packed_rows(cell, lengths, bidirectional, answers):
+    module = make_module(cell, 5, 7, num_layers=2, bidirectional=bidirectional).double()
+    rows = [torch.randn(n, 5, dtype=torch.float64) for n in lengths]
+    packed = pack_sequence(rows, enforce_sorted=False)
+    packed = packed._replace(data=packed.data.requires_grad_())
+    hx = states(cell, 2 * (1 + bidirectional), len(lengths), 7, torch.float64)
+    for given in (None, hx):
+        with fused_rnn.backend("reference"):
+            actual = second(module, packed, given)
+            assert answers.taken() == [True, True]
+            assert_near(actual, answers.without(second, module, packed, given))
+
+
+MASKS = {
+    "lengths": ((3, 6, 1, 6, 4), 0.0),
+    "rows without a step": ((0, 5, 0, 6, 2), 0.0),
+    "no step at all": ((0, 0, 0, 0, 0), 0.0),
+    "resets": (None, 0.3),
+    "both": ((3, 6, 0, 1, 4), 0.3),
+}
+
+
+@every_cell
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_masks(cell, name, batch_first, answers):
+    module = make_module(cell, 5, 7, bidirectional=True, batch_first=batch_first)
+    lengths, part = MASKS[name]
+    masks = {} if lengths is None else {"lengths": torch.tensor(lengths)}
+    if part:
+        masks["resets"] = torch.rand(5, 6) < part
+        masks["resets"] = masks["resets"] if batch_first else masks["resets"].t()
+    x = torch.randn(5, 6, 5) if batch_first else torch.randn(6, 5, 5)
+    # The library's short way, then another backend in float64.
+    for dtype, backend, tolerance in (
+        (torch.float32, "auto", 1e-4),
+        (torch.float64, "reference", 1e-12),
+    ):
+        module = module.to(dtype)
+        x = x.detach().to(dtype).requires_grad_()
+        for hx in (None, states(cell, 2, 5, 7, dtype)):
+            with fused_rnn.backend(backend):
+                actual = second(module, x, hx, **masks)
+                assert answers.taken() == [True]
+                expected = answers.without(lambda: second(module, x, hx, **masks))  # noqa: B023
+                if cell != "rnn_relu" or dtype == torch.float64:
+                    assert_near(actual, expected, tolerance)
 
 
 @every_cell
@@ -201,9 +255,8 @@ def test_the_graph_may_be_kept_and_gone_through_again():
 
 def refused():
     x = torch.randn(4, 2, 3)
-    yield "packed", fused_rnn.GRU(3, 5), pack_sequence([torch.randn(n, 3) for n in (3, 2)]), {}
-    yield "lengths", fused_rnn.GRU(3, 5), x, {"lengths": torch.tensor([4, 1])}
-    yield "resets", fused_rnn.GRU(3, 5), x, {"resets": torch.rand(4, 2) < 0.5}
+    afresh = {"resets": torch.rand(4, 2) < 0.5, "reset_hx": torch.randn(1, 2, 5)}
+    yield "states afresh", fused_rnn.GRU(3, 5), x, afresh
     yield "all states", fused_rnn.LSTM(3, 5), x, {"return_states": True}
     yield "projection", fused_rnn.LSTM(3, 5, proj_size=2), x, {}
     yield "peepholes", fused_rnn.LSTM(3, 5, peepholes=True), x, {}
@@ -218,12 +271,9 @@ def refused():
 @pytest.mark.parametrize("case", [pytest.param(c[1:], id=c[0]) for c in refused()])
 def test_plain_operations_do_the_rest(case, answers):
     module, x, masks = case
-    data = x.data if isinstance(x, tuple) else x
-    data = data.detach().requires_grad_()
-    x = x._replace(data=data) if isinstance(x, tuple) else data
+    x = x.detach().requires_grad_()
     y, *_ = module(x, **masks)
-    y = y.data if isinstance(y, tuple) else y
-    first = torch.autograd.grad(y.square().sum(), [data, *module.parameters()], create_graph=True)
+    first = torch.autograd.grad(y.square().sum(), [x, *module.parameters()], create_graph=True)
     found = torch.autograd.grad(sum(g.square().sum() for g in first), list(module.parameters()))
     assert set(answers.taken()) <= {False}
     assert all(torch.isfinite(g).all() for g in found)
