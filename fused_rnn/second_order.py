@@ -35,17 +35,23 @@ class _Steps(NamedTuple):
     columns: int  # Q
     inputs: slice  # the columns to which W_ih's products add,
     hidden: slice  # and W_hh's
-    carry: Callable[[Tensor, Tensor], Tensor]  # sums, the state before -> after
+    carry: Callable[[Tensor, Tensor], Tensor] | None  # sums, the state before -> after
     output: Callable[[Tensor, Tensor], Tensor] | None  # sums, that state -> h; None: it is h
-    goes_past: bool  # whether the state before matters but for the products
+    # Of an RNN, whose h alone gives them, in the place of `carry`: the first and second derivative.
+    slope: Callable[[Tensor], Tensor] | None = None
+    bend: Callable[[Tensor, Tensor], Tensor] | None = None  # h, first -> second; None: zero
 
 
-def _rnn_tanh(sums: Tensor, h: Tensor) -> Tensor:
-    return torch.tanh(sums.squeeze(1))
+def _tanh_slope(h: Tensor) -> Tensor:
+    return 1 - h * h
 
 
-def _rnn_relu(sums: Tensor, h: Tensor) -> Tensor:
-    return torch.relu(sums.squeeze(1))
+def _tanh_bend(h: Tensor, slope: Tensor) -> Tensor:
+    return slope * h * -2
+
+
+def _relu_slope(h: Tensor) -> Tensor:
+    return (h > 0).to(h.dtype)
 
 
 def _gru(sums: Tensor, h: Tensor) -> Tensor:
@@ -66,10 +72,10 @@ def _lstm_output(sums: Tensor, c: Tensor) -> Tensor:
 
 _ALL = slice(None)
 _STEPS = {
-    "rnn_tanh": _Steps(1, _ALL, _ALL, _rnn_tanh, None, False),
-    "rnn_relu": _Steps(1, _ALL, _ALL, _rnn_relu, None, False),
-    "gru": _Steps(4, slice(0, 3), slice(1, 4), _gru, None, True),
-    "lstm": _Steps(4, _ALL, _ALL, _lstm, _lstm_output, True),
+    "rnn_tanh": _Steps(1, _ALL, _ALL, None, None, _tanh_slope, _tanh_bend),
+    "rnn_relu": _Steps(1, _ALL, _ALL, None, None, _relu_slope),
+    "gru": _Steps(4, slice(0, 3), slice(1, 4), _gru, None),
+    "lstm": _Steps(4, _ALL, _ALL, _lstm, _lstm_output),
 }
 
 
@@ -213,7 +219,10 @@ class _Order:
             rows = slice(offsets[t], offsets[t + 1])
             before[rows] = state[: sizes[t]]
             state[: sizes[t]] = number[rows]
-        self.before, self.final = before.to(device), state.to(device)
+        first = torch.empty_like(state)
+        starts = before >= count
+        first[before[starts] - count] = number[:count][starts]
+        self.before, self.first, self.final = (i.to(device) for i in (before, first, state))
 
     def split(self, rows: Tensor) -> Sequence[Tensor]:
         """The rows of each step. A list of views costs less than as many taken one by one."""
@@ -228,18 +237,21 @@ class _Order:
         pair = (rows[self.batch :], initial) if self.turned else (initial, rows[: -self.batch])
         return torch.cat(pair)
 
-    def earlier(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Its transpose: what reaches the states before each row, where these are; and what
-        reaches the initial ones."""
-        nothing = rows.new_zeros((self.batch, *rows.shape[1:]))
+    def earlier(self, rows: Tensor) -> Tensor:
+        """What reaches the states before each row, where these are; zeros where nothing does."""
         if not self.are_equal:
-            both = rows.new_empty((len(rows) + self.batch, *rows.shape[1:]))
-            both[: len(rows)] = 0
-            both.index_copy_(0, self.before, rows)
-            return both[: len(rows)], both[len(rows) :]
+            both = rows.new_zeros((len(rows) + self.batch, *rows.shape[1:]))
+            return both.index_copy_(0, self.before, rows)[: len(rows)]
+        nothing = rows.new_zeros((self.batch, *rows.shape[1:]))
         if self.turned:
-            return torch.cat((nothing, rows[: -self.batch])), rows[-self.batch :]
-        return torch.cat((rows[self.batch :], nothing)), rows[: self.batch]
+            return torch.cat((nothing, rows[: -self.batch]))
+        return torch.cat((rows[self.batch :], nothing))
+
+    def started(self, rows: Tensor) -> Tensor:
+        """[B, ...] the rows that the initial states come before."""
+        if not self.are_equal:
+            return rows.index_select(0, self.first)
+        return rows[-self.batch :] if self.turned else rows[: self.batch]
 
     def finals(self, rows: Tensor) -> Tensor:
         """The rows' last states [B, ...]."""
@@ -288,7 +300,12 @@ class _Direction:
         self.has_biases = count == 4
         self.x, self.x_along = inputs.x, along.x
         self.h0_along, self.c0_along = (s if s is None else s[d] for s in (along.h0, along.c0))
-        self.h_before = order.later(y[:, self.part], inputs.h0[d])
+        self.h = y[:, self.part]
+        self.h_before = order.later(self.h, inputs.h0[d])
+        self.carry_by_before = None
+        if steps.slope is not None:
+            self.carry_by_sums = steps.slope(self.h).unsqueeze(1)
+            return
         self.sums = self._sums([(self.x, self.w_ih, b_ih)], [(self.h_before, self.w_hh, b_hh)])
         self.before = self.h_before if inputs.c0 is None else self._cells(inputs.c0[d])
         self._take_slopes()
@@ -349,10 +366,9 @@ class _Direction:
         self.sums.requires_grad_()
         self.before = self.before.detach().requires_grad_()
         carry = self.steps.carry(self.sums, self.before)
-        by = (self.sums, self.before) if self.steps.goes_past else (self.sums,)
-        slopes = torch.autograd.grad(carry.sum(), by)
-        self.carry_by_sums = slopes[0]
-        self.carry_by_before = slopes[1] if self.steps.goes_past else None
+        self.carry_by_sums, self.carry_by_before = torch.autograd.grad(
+            carry.sum(), (self.sums, self.before)
+        )
         if self.steps.output is not None:
             carry = carry.detach().requires_grad_()
             h = self.steps.output(self.sums, carry)
@@ -380,9 +396,8 @@ class _Direction:
         to_h = torch.zeros_like(of_h) if w_hh_along is None else first_hidden @ w_hh_along
         if of_before is not None and not has_output:
             to_h += of_before
-        of_h, to_h0 = order.earlier(to_h)
-        of_c, to_c0 = order.earlier(of_before) if has_output else (None, None)
-        second = self._scan_back(of_h, of_c, of_sums)
+        of_c = order.earlier(of_before) if has_output else None
+        second = self._scan_back(order.earlier(to_h), of_c, of_sums)
         second_inputs, second_hidden = (second.sums[:, s].flatten(1) for s in (inputs, hidden))
 
         x = second_inputs @ self.w_ih
@@ -397,12 +412,11 @@ class _Direction:
         if self.has_biases:
             b_ih, b_hh = second_inputs.sum(0), second_hidden.sum(0)
             weights += [self._rolled(b_ih, -1), b_hh]
-        h0 = order.earlier(second_hidden @ self.w_hh)[1] + to_h0
-        c0 = None
-        if self.steps.goes_past:
-            past = order.earlier(self.carry_by_before * second.whole)[1]
+        h0, c0 = order.started(second_hidden) @ self.w_hh + order.started(to_h), None
+        if self.carry_by_before is not None:
+            past = order.started(self.carry_by_before) * order.started(second.whole)
             if has_output:
-                c0 = past + to_c0
+                c0 = past + order.started(of_before)
             else:
                 h0 += past
         finals = order.finals(tangent_h), None if tangent_c is None else order.finals(tangent_c)
@@ -416,13 +430,13 @@ class _Direction:
         whole = torch.empty_like(h) if has_output else h
         split = order.split
         given, h_at, carry_at, whole_at = map(split, (of_h, h, carry, whole))
-        sums_at, by_sums = split(sums), split(self.carry_by_sums)
         hidden = split(sums[:, self.steps.hidden].flatten(1))
+        sums_at, by_sums = map(self._by_step, (sums, self.carry_by_sums))
         past = None if self.carry_by_before is None else split(self.carry_by_before)
         if has_output:
             h_by_sums, h_by_carry = split(self.h_by_sums), split(self.h_by_carry)
             of_carry = split(of_carry)
-        of_sums = None if of_sums is None else split(of_sums)
+        of_sums = None if of_sums is None else self._by_step(of_sums)
         after = None
         for t in reversed(order.steps):
             size = order.sizes[t]
@@ -441,7 +455,10 @@ class _Direction:
                 _first(carry_at[t], going_on).addcmul_(kept, come)
             if has_output:
                 torch.addcmul(carry_at[t], h_by_carry[t], h_at[t], out=whole_at[t])
-            torch.mul(by_sums[t], whole_at[t].unsqueeze(1), out=sums_at[t])
+            if self.steps.columns == 1:
+                torch.mul(by_sums[t], whole_at[t], out=sums_at[t])
+            else:
+                torch.mul(by_sums[t], whole_at[t].unsqueeze(1), out=sums_at[t])
             if has_output:
                 sums_at[t].addcmul_(h_by_sums[t], h_at[t].unsqueeze(1))
             if of_sums is not None:
@@ -460,8 +477,8 @@ class _Direction:
         h = torch.empty_like(carry) if has_output else carry
         split, w_hh = order.split, self.w_hh.t()
         hidden = split(sums[:, self.steps.hidden].flatten(1))
-        sums_at, h_at, carry_at = map(split, (sums, h, carry))
-        by_sums = split(self.carry_by_sums)
+        h_at, carry_at = map(split, (h, carry))
+        sums_at, by_sums = map(self._by_step, (sums, self.carry_by_sums))
         past = None if self.carry_by_before is None else split(self.carry_by_before)
         if has_output:
             h_by_sums, h_by_carry = split(self.h_by_sums), split(self.h_by_carry)
@@ -481,21 +498,35 @@ class _Direction:
             h_before, before = h_at[t], carry_at[t]
         return sums, h, carry if has_output else None
 
+    def _by_step(self, sums: Tensor) -> Sequence[Tensor]:
+        """[N, Q, H] split, or [N, H] where there is one column."""
+        return self.order.split(sums.squeeze(1) if self.steps.columns == 1 else sums)
+
     def _weighted_sum(self, by: Tensor, sums: Tensor, into: Tensor) -> None:
         """Of the columns."""
         if self.steps.columns == 1:
-            torch.mul(by.squeeze(1), sums.squeeze(1), out=into)
+            torch.mul(by, sums, out=into)
         else:
             torch.sum(by * sums, 1, out=into)
 
-    @torch.enable_grad()
     def _second_derivatives(
         self, first: _Adjoint, tangent_sums: Tensor, tangent_h: Tensor, tangent_c: Some
-    ) -> tuple[Tensor, Some]:
+    ) -> tuple[Some, Some]:
         """The gradients of sums and of the states past the products, of the steps' tangents times
-        what comes back to the steps."""
-        by = (self.sums, self.before) if self.steps.goes_past else (self.sums,)
-        carry = self.steps.carry(self.sums, self.before)
+        what comes back to the steps. None is zero."""
+        if self.steps.slope is None:
+            return self._derivatives_of_slopes(first, tangent_sums, tangent_h, tangent_c)
+        if self.steps.bend is None:
+            return None, None
+        bend = self.steps.bend(self.h, self.carry_by_sums.squeeze(1)).mul_(first.h)
+        return tangent_sums.mul(bend.unsqueeze(1)), None
+
+    @torch.enable_grad()
+    def _derivatives_of_slopes(
+        self, first: _Adjoint, tangent_sums: Tensor, tangent_h: Tensor, tangent_c: Some
+    ) -> tuple[Tensor, Tensor]:
+        by = self.sums, self.before
+        carry = self.steps.carry(*by)
         if self.steps.output is None:
             outputs, weights = (carry,), (first.h,)
             tangent_before = self.order.later(tangent_h, self.h0_along)
@@ -503,15 +534,7 @@ class _Direction:
             outputs, weights = (self.steps.output(self.sums, carry), carry), (first.h, first.carry)
             tangent_before = self.order.later(tangent_c, self.c0_along)
         slopes = torch.autograd.grad(outputs, by, weights, create_graph=True)
-        tangents = (tangent_sums, tangent_before)[: len(by)]
-        # Where they are constant, as relu's, they have none.
-        bent = [(s, t) for s, t in zip(slopes, tangents, strict=True) if s.requires_grad]
-        found = [torch.zeros_like(b) for b in by]
-        if bent:
-            found = torch.autograd.grad(
-                [s for s, _ in bent], by, [t for _, t in bent], materialize_grads=True
-            )
-        return found[0], found[1] if self.steps.goes_past else None
+        return torch.autograd.grad(slopes, by, (tangent_sums, tangent_before))
 
 
 def _first(rows: Tensor, count: int) -> Tensor:
