@@ -568,35 +568,33 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *along):
-        y, batch_sizes, *masks = ctx.saved_tensors[:4]
-        given = ctx.saved_tensors[4:]
-        wanted = ctx.needs_input_grad[5:]
+        y, batch_sizes, lengths, resets, *given = ctx.saved_tensors
+        wanted, masks = ctx.needs_input_grad[5:], Masks(lengths, resets)
         if torch.is_grad_enabled() or are_batched(along):
-            found = _third_order(ctx, (batch_sizes, *masks, NO_NOISE), given, along, wanted)
-        else:
-            x, h0, c0, _, _, *weights = given[3:]
-            given = given[:3], second_order.Given(x, h0, c0, weights), y
-            along = second_order.Given(*along[:3], along[5:])
-            if masks == [None, None]:
-                of_grads, of_inputs = second_order.gradients(ctx.cell, *given, along, batch_sizes)
+            found = _third_order(ctx, (batch_sizes, *masks[:2], NO_NOISE), given, along, wanted)
+            return (None,) * 5 + tuple(found)
+        grads, (x, h0, c0, _, _, *weights) = given[:3], given[3:]
+        arguments = ctx.cell, grads, second_order.Given(x, h0, c0, weights), y
+        along = second_order.Given(*along[:3], along[5:])
+        with _no_autocast(x.device.type):
+            if lengths is None and resets is None:
+                of_grads, of_inputs = second_order.gradients(*arguments, along, batch_sizes)
             else:
-                of_grads, of_inputs = second_order.gradients_in_pieces(
-                    ctx.cell, *given, along, Masks(*masks)
-                )
-            of_inputs = *of_inputs[:3], None, None, *of_inputs.weights
-            found = [
-                g if want else None for g, want in zip((*of_grads, *of_inputs), wanted, strict=True)
-            ]
+                of_grads, of_inputs = second_order.gradients_in_pieces(*arguments, along, masks)
+        found = *of_grads, *of_inputs[:3], None, None, *of_inputs.weights
+        found = [g if want else None for g, want in zip(found, wanted, strict=True)]
         return (None,) * 5 + tuple(found)
 
 
 def _third_order(ctx, layout, given, along, wanted):
-    """What `_Gradients` hands back, in plain operations, for which it is to be differentiated."""
+    """What `_Gradients` hands back, in plain operations: to be differentiated, or for several
+    gradients at once."""
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         views = [t if t is None else t.view_as(t) for t in given]
         grads, inputs = (*views[:3], None), views[3:]
         gradients = _gradients_of_oracle(ctx.cell, grads, inputs, layout, ctx.needs, True)
-        return differentiable_grads(gradients, along, views, wanted, torch.is_grad_enabled())
+        return differentiable_grads(gradients, along, views, wanted, create_graph)
 
 
 def are_batched(grads: Iterable[Tensor | None]) -> bool:

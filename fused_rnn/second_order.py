@@ -222,7 +222,9 @@ class _Order:
         first = torch.empty_like(state)
         starts = before >= count
         first[before[starts] - count] = number[:count][starts]
-        self.before, self.first, self.final = (i.to(device) for i in (before, first, state))
+        self.before, self.first, self.final = (
+            index.to(device, non_blocking=True) for index in (before, first, state)
+        )
 
     def split(self, rows: Tensor) -> Sequence[Tensor]:
         """The rows of each step. A list of views costs less than as many taken one by one."""

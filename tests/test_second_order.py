@@ -227,6 +227,20 @@ def test_hessian_with_and_without_vmap(cell, answers):
 
 
 @every_cell
+def test_autocast_does_not_reach_it(cell, answers):
+    module, x = make_module(cell, 4, 6), torch.randn(5, 2, 4, requires_grad=True)
+    y, _ = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        inside = torch.autograd.grad(grad.square().sum(), list(module.parameters()))
+    (grad,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+    outside = torch.autograd.grad(grad.square().sum(), list(module.parameters()))
+    assert set(answers.taken()) == {True}
+    assert_near(inside, outside, 1e-6)
+    assert all(g.dtype == torch.float32 for g in inside)
+
+
+@every_cell
 def test_third_derivatives_of_weights(cell, answers):
     module = make_module(cell, 2, 3).double()
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
@@ -284,3 +298,22 @@ def test_sizes_tell_a_projection():
     given = second_order.Given(x, torch.randn(1, 2, 2), torch.randn(1, 2, 5), weights)
     assert not second_order.fits("lstm", given)
     assert not second_order.fits("gru_reset_before", given)
+
+
+@pytest.mark.gpu
+@every_cell
+@pytest.mark.parametrize("rows", ["padded", "packed", "lengths"])
+def test_on_a_gpu(cell, rows, answers):
+    module, lengths = make_module(cell, 5, 32, bidirectional=True).cuda(), (3, 6, 1, 6, 4)
+    x, masks = torch.randn(6, 5, 5, device="cuda", requires_grad=True), {}
+    if rows == "packed":
+        x = pack_sequence([torch.randn(n, 5) for n in lengths], enforce_sorted=False).to("cuda")
+        x = x._replace(data=x.data.requires_grad_())
+    elif rows == "lengths":
+        masks["lengths"] = torch.tensor(lengths, device="cuda")
+    actual = second(module, x, **masks)
+    # The host would have to wait for the lengths.
+    assert answers.taken() == [rows != "lengths"]
+    expected = answers.without(lambda: second(module, x, **masks))
+    if cell != "rnn_relu":
+        assert_near(actual, expected, 1e-3)
