@@ -301,6 +301,7 @@ def test_sizes_tell_a_projection():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @every_cell
 @pytest.mark.parametrize("rows", ["padded", "packed", "lengths"])
 def test_on_a_gpu(cell, rows, answers):
