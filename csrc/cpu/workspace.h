@@ -47,7 +47,8 @@ inline void* allocate(size_t bytes) {
 
 // Takes memory from a block that its thread keeps between calls, so that only the first call of a
 // size pays for page faults; what exceeds the block comes from the allocator, and the block grows
-// at the end to what was used. One inside another, on the same thread, goes on where that is.
+// at the end to what was used. One inside another, on the same thread, goes on where that is, which
+// takes nothing meanwhile.
 class Workspace {
  public:
   Workspace() : kept_(kept()), begin_(kept_.used), extras_(kept_.extras.size()) {}
