@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from . import direct, dispatch, flops, onnx, second_order
 from .backends.base import Backend, LayerOutput, Needs, OutputGrads
@@ -118,6 +119,8 @@ def layer(
         save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         options = (cell, save, states, recompute, "")
         out = torch.ops.fused_rnn.layer_forward(*inputs, *options, *noise)
+    elif (result := _with_tangents(cell, inputs, states, noise)) is not None:
+        return result
     elif needs_oracle(x):
         if masks is not None and not torch.compiler.is_compiling():
             masks.check(x.shape[0])
@@ -134,6 +137,57 @@ def layer(
     elif batch_sizes is None:
         cells = cells.unflatten(1, x.shape[:2])
     return LayerResult(y, h_n, c_n if CELLS[cell].has_c else None, cells)
+
+
+def _with_tangents(
+    cell: str, inputs: tuple[Any, ...], states: bool, noise: Noise
+) -> LayerResult | None:
+    """What `layer` gives in forward mode, of what nobody differentiates in reverse; or None."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return None
+    x, h0, c0, weights, batch_sizes, *masks = inputs
+    given = [t for t in (x, h0, c0, *weights) if t is not None]
+    if states or noise.names or any(m is not None for m in masks) or wants_gradients(*given):
+        return None
+    if not _is_only_forward_mode() or not second_order.fits(
+        cell, second_order.Given(x, h0, c0, weights)
+    ):
+        return None
+
+    def unpacked(t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """A tangent that is all zeros is none."""
+        if t is None:
+            return None, None
+        primal, tangent = forward_ad.unpack_dual(t)
+        return primal, None if tangent is None or tangent._is_zerotensor() else tangent
+
+    (x, dx), (h0, dh0), (c0, dc0) = map(unpacked, (x, h0, c0))
+    weights, along = (list(ts) for ts in zip(*map(unpacked, weights), strict=True))
+    backend = dispatch.requested() or "auto"
+    with torch._C._AutoDispatchBelowAutograd():
+        (y, h_n, c_n, *_), _ = _run_forward(
+            x, h0, c0, weights, batch_sizes, *masks, cell, False, False, False, backend, *noise
+        )
+    along = second_order.Given(dx, dh0, dc0, along)
+    with torch.no_grad(), _no_autocast(x.device.type):
+        moves = second_order.tangents(
+            cell, second_order.Given(x, h0, c0, weights), y, along, batch_sizes
+        )
+    outputs = y, h_n, c_n if CELLS[cell].has_c else None
+    return LayerResult(
+        *(
+            o if o is None else forward_ad.make_dual(o, m)
+            for o, m in zip(outputs, moves, strict=True)
+        )
+    )
+
+
+def _is_only_forward_mode() -> bool:
+    """Whether no transform of torch.func is under way but one `jvp`."""
+    depth = _functorch.get_dynamic_layer_stack_depth()
+    if depth != 1:
+        return depth == 0
+    return _functorch.peek_interpreter_stack().key() == _functorch.TransformType.Jvp
 
 
 def onnx_layer(

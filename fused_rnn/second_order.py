@@ -1,4 +1,4 @@
-"""Gradients of gradients of a layer, as fast as torch's operations allow.
+"""Gradients of gradients of a layer, and its tangents, as fast as torch's operations allow.
 
 `ops` has a layer's gradients from a backend. What is differentiated once more is their inner
 product with the gradient that comes for them; and that product is the tangent of the layer's
@@ -6,7 +6,8 @@ outputs in the direction of what came (x, weights and states each moving along t
 outputs' own gradients. So there are three scans over time, each with a matrix product and a few
 operations per step: the first gradients' (once more, for what they are inside), the tangent's, and
 the gradients' of the tangent, whose steps are the first scan's with more coming in. All else, the
-second derivatives of the cells among it, is done for all timesteps at once.
+second derivatives of the cells among it, is done for all timesteps at once. Forward mode is the
+second scan alone.
 
 Sequences are rows as in `problem.Rows`, of a padded batch or packed ones. Plain operations through
 autograd, `oracle`, take half as long again to twice as long; they remain for the layers that `fits`
@@ -15,7 +16,7 @@ refuses, and for third derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,30 +29,45 @@ Some = Tensor | None
 _Side = tuple[Some, Some, Some]  # rows [N, K], the weight [M, K] that they meet, and a bias [M]
 
 
+class _Slopes(NamedTuple):
+    """The derivatives of a cell's steps, [N, Q, H] by their sums and [N, H] by states."""
+
+    carry_by_sums: Tensor
+    carry_by_before: Some = None  # None: zero
+    h_by_sums: Some = None  # of an LSTM: its h is another than its carry
+    h_by_carry: Some = None
+
+
 class _Steps(NamedTuple):
     """A cell's step, pointwise: of what its products give, `sums` [N, Q, H], and a state that
-    goes past the products."""
+    goes past the products, `carry`."""
 
     columns: int  # Q
     inputs: slice  # the columns to which W_ih's products add,
     hidden: slice  # and W_hh's
-    carry: Callable[[Tensor, Tensor], Tensor] | None  # sums, the state before -> after
-    output: Callable[[Tensor, Tensor], Tensor] | None  # sums, that state -> h; None: it is h
-    # Of an RNN, whose h alone gives them, in the place of `carry`: the first and second derivative.
-    slope: Callable[[Tensor], Tensor] | None = None
-    bend: Callable[[Tensor, Tensor], Tensor] | None = None  # h, first -> second; None: zero
+    # Of sums and the carry before (of an RNN, of the h that a step gave).
+    slopes: Callable[..., _Slopes]
+    # The same once more, to be differentiated: the carry after, and h where it is another. Of an
+    # RNN, of h and the slopes: the second derivative.
+    carry: Callable[[Tensor, Tensor], Tensor] | None = None
+    output: Callable[[Tensor, Tensor], Tensor] | None = None
+    bend: Callable[[Tensor, Tensor], Tensor] | None = None  # None, and no carry: zero
+
+    @property
+    def is_rnn(self) -> bool:
+        return self.carry is None
 
 
-def _tanh_slope(h: Tensor) -> Tensor:
-    return 1 - h * h
+def _tanh_slopes(h: Tensor) -> _Slopes:
+    return _Slopes((1 - h * h).unsqueeze(1))
 
 
 def _tanh_bend(h: Tensor, slope: Tensor) -> Tensor:
     return slope * h * -2
 
 
-def _relu_slope(h: Tensor) -> Tensor:
-    return (h > 0).to(h.dtype)
+def _relu_slopes(h: Tensor) -> _Slopes:
+    return _Slopes((h > 0).to(h.dtype).unsqueeze(1))
 
 
 def _gru(sums: Tensor, h: Tensor) -> Tensor:
@@ -59,6 +75,17 @@ def _gru(sums: Tensor, h: Tensor) -> Tensor:
     gx_n, r, z, gh_n = sums.unbind(1)
     n = torch.tanh(gx_n + torch.sigmoid(r) * gh_n)
     return n + torch.sigmoid(z) * (h - n)
+
+
+def _gru_slopes(sums: Tensor, h: Tensor) -> _Slopes:
+    gx_n, r, z, gh_n = sums.unbind(1)
+    r, z = torch.sigmoid(r), torch.sigmoid(z)
+    n = torch.tanh(gx_n + r * gh_n)
+    by_n = (1 - z) * (1 - n * n)
+    by_gh_n = by_n * r
+    return _Slopes(
+        torch.stack((by_n, by_gh_n * gh_n * (1 - r), (h - n) * z * (1 - z), by_gh_n), 1), z
+    )
 
 
 def _lstm(sums: Tensor, c: Tensor) -> Tensor:
@@ -70,12 +97,25 @@ def _lstm_output(sums: Tensor, c: Tensor) -> Tensor:
     return torch.sigmoid(sums.unbind(1)[3]) * torch.tanh(c)
 
 
+def _lstm_slopes(sums: Tensor, c: Tensor) -> _Slopes:
+    i, f, g, o = sums.unbind(1)
+    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+    shown = torch.tanh(f * c + i * g)
+    nothing = torch.zeros_like(i)
+    return _Slopes(
+        torch.stack((g * i * (1 - i), c * f * (1 - f), i * (1 - g * g), nothing), 1),
+        f,
+        torch.stack((nothing, nothing, nothing, shown * o * (1 - o)), 1),
+        o * (1 - shown * shown),
+    )
+
+
 _ALL = slice(None)
 _STEPS = {
-    "rnn_tanh": _Steps(1, _ALL, _ALL, None, None, _tanh_slope, _tanh_bend),
-    "rnn_relu": _Steps(1, _ALL, _ALL, None, None, _relu_slope),
-    "gru": _Steps(4, slice(0, 3), slice(1, 4), _gru, None),
-    "lstm": _Steps(4, _ALL, _ALL, _lstm, _lstm_output),
+    "rnn_tanh": _Steps(1, _ALL, _ALL, _tanh_slopes, bend=_tanh_bend),
+    "rnn_relu": _Steps(1, _ALL, _ALL, _relu_slopes),
+    "gru": _Steps(4, slice(0, 3), slice(1, 4), _gru_slopes, _gru),
+    "lstm": _Steps(4, _ALL, _ALL, _lstm_slopes, _lstm, _lstm_output),
 }
 
 
@@ -109,23 +149,43 @@ def gradients(
     batch_sizes: Some = None,  # int64 [T] on the CPU, of packed rows
 ) -> tuple[list[Some], Given]:
     """The gradients of `grads` and of the inputs. Nothing here is differentiable."""
-    shape, directions = inputs.x.shape, inputs.h0.shape[0]
-    timesteps, batch = (*shape[:2],) if batch_sizes is None else (0, int(batch_sizes[0]))
-    sizes = [batch] * timesteps if batch_sizes is None else batch_sizes.tolist()
-    inputs, along = (given._replace(x=_flat(given.x)) for given in (inputs, along))
-    grads, rows_of_y = (_flat(grads[0]), *grads[1:]), _flat(y)
-    parts = []
-    for d in range(directions):
-        order = _Order(sizes, d == 1, shape[:-1].numel(), y.device)
-        direction = _Direction(_STEPS[cell], d, directions, order, inputs, rows_of_y, along)
-        parts.append(direction.gradients(grads))
+    grads = _flat(grads[0]), *grads[1:]
+    parts = [
+        direction.gradients(grads) for direction in _directions(cell, inputs, y, along, batch_sizes)
+    ]
     of_grads, of_inputs = zip(*parts, strict=True)
     y_grads, *of_states = zip(*of_grads, strict=True)
     x, h0, c0, weights = zip(*of_inputs, strict=True)
     return (
         [torch.cat(y_grads, 1).view_as(y), *map(_stacked, of_states)],
-        Given(sum(x).view(shape), _stacked(h0), _stacked(c0), [w for ws in weights for w in ws]),
+        Given(
+            sum(x).view_as(inputs.x), _stacked(h0), _stacked(c0), [w for ws in weights for w in ws]
+        ),
     )
+
+
+def tangents(
+    cell: str, inputs: Given, y: Tensor, along: Given, batch_sizes: Some = None
+) -> tuple[Tensor, Tensor, Some]:
+    """How y, h_n and c_n move where the inputs move `along`. Nothing here is differentiable."""
+    parts = []
+    for direction in _directions(cell, inputs, y, along, batch_sizes):
+        _, h, c = direction.scan_tangents()
+        finals = direction.order.finals
+        parts.append((h, finals(h), None if c is None else finals(c)))
+    of_y, *of_states = zip(*parts, strict=True)
+    return torch.cat(of_y, 1).view_as(y), *map(_stacked, of_states)
+
+
+def _directions(
+    cell: str, inputs: Given, y: Tensor, along: Given, batch_sizes: Some
+) -> Iterator[_Direction]:
+    shape, directions = inputs.x.shape, inputs.h0.shape[0]
+    sizes = [shape[1]] * shape[0] if batch_sizes is None else batch_sizes.tolist()
+    inputs, along = (given._replace(x=_flat(given.x)) for given in (inputs, along))
+    for d in range(directions):
+        order = _Order(sizes, d == 1, shape[:-1].numel(), y.device)
+        yield _Direction(_STEPS[cell], d, directions, order, inputs, _flat(y), along)
 
 
 def gradients_in_pieces(
@@ -304,13 +364,12 @@ class _Direction:
         self.h0_along, self.c0_along = (s if s is None else s[d] for s in (along.h0, along.c0))
         self.h = y[:, self.part]
         self.h_before = order.later(self.h, inputs.h0[d])
-        self.carry_by_before = None
-        if steps.slope is not None:
-            self.carry_by_sums = steps.slope(self.h).unsqueeze(1)
+        if steps.is_rnn:
+            self.slopes = steps.slopes(self.h)
             return
         self.sums = self._sums([(self.x, self.w_ih, b_ih)], [(self.h_before, self.w_hh, b_hh)])
         self.before = self.h_before if inputs.c0 is None else self._cells(inputs.c0[d])
-        self._take_slopes()
+        self.slopes = steps.slopes(self.sums, self.before)
 
     def _in_order(self, weights: list[Some]) -> list[Some]:
         """w_ih, w_hh, b_ih and b_hh, the first and third in the order of `inputs`."""
@@ -362,20 +421,6 @@ class _Direction:
         joining = states.new_zeros((size - len(states), states.shape[1]))
         return torch.cat((states, joining if initial is None else initial[len(states) : size]))
 
-    @torch.enable_grad()
-    def _take_slopes(self) -> None:
-        """The derivatives of the steps, for all rows at once."""
-        self.sums.requires_grad_()
-        self.before = self.before.detach().requires_grad_()
-        carry = self.steps.carry(self.sums, self.before)
-        self.carry_by_sums, self.carry_by_before = torch.autograd.grad(
-            carry.sum(), (self.sums, self.before)
-        )
-        if self.steps.output is not None:
-            carry = carry.detach().requires_grad_()
-            h = self.steps.output(self.sums, carry)
-            self.h_by_sums, self.h_by_carry = torch.autograd.grad(h.sum(), (self.sums, carry))
-
     def gradients(self, grads: tuple[Some, Some, Some]) -> tuple[tuple, tuple]:
         """Of y, h_n, c_n; and of x, h0, c0 and the weights of this direction."""
         order, has_output = self.order, self.steps.output is not None
@@ -388,7 +433,7 @@ class _Direction:
         if grad_c_n is not None:
             order.add_to_finals(of_c, grad_c_n[self.d])
         first = self._scan_back(of_h, of_c)
-        tangent_sums, tangent_h, tangent_c = self._scan_tangents()
+        tangent_sums, tangent_h, tangent_c = self.scan_tangents()
         of_sums, of_before = self._second_derivatives(first, tangent_sums, tangent_h, tangent_c)
 
         inputs, hidden = self.steps.inputs, self.steps.hidden
@@ -415,8 +460,8 @@ class _Direction:
             b_ih, b_hh = second_inputs.sum(0), second_hidden.sum(0)
             weights += [self._rolled(b_ih, -1), b_hh]
         h0, c0 = order.started(second_hidden) @ self.w_hh + order.started(to_h), None
-        if self.carry_by_before is not None:
-            past = order.started(self.carry_by_before) * order.started(second.whole)
+        if self.slopes.carry_by_before is not None:
+            past = order.started(self.slopes.carry_by_before) * order.started(second.whole)
             if has_output:
                 c0 = past + order.started(of_before)
             else:
@@ -427,16 +472,16 @@ class _Direction:
     def _scan_back(self, of_h: Tensor, of_carry: Some, of_sums: Some = None) -> _Adjoint:
         """From the gradients of all h, of each c and of all sums."""
         order, has_output = self.order, self.steps.output is not None
-        sums, h = torch.empty_like(self.carry_by_sums), torch.empty_like(of_h)
+        sums, h = torch.empty_like(self.slopes.carry_by_sums), torch.empty_like(of_h)
         carry = torch.empty_like(h) if has_output else h
         whole = torch.empty_like(h) if has_output else h
         split = order.split
         given, h_at, carry_at, whole_at = map(split, (of_h, h, carry, whole))
         hidden = split(sums[:, self.steps.hidden].flatten(1))
-        sums_at, by_sums = map(self._by_step, (sums, self.carry_by_sums))
-        past = None if self.carry_by_before is None else split(self.carry_by_before)
+        sums_at, by_sums = map(self._by_step, (sums, self.slopes.carry_by_sums))
+        past = None if self.slopes.carry_by_before is None else split(self.slopes.carry_by_before)
         if has_output:
-            h_by_sums, h_by_carry = split(self.h_by_sums), split(self.h_by_carry)
+            h_by_sums, h_by_carry = split(self.slopes.h_by_sums), split(self.slopes.h_by_carry)
             of_carry = split(of_carry)
         of_sums = None if of_sums is None else self._by_step(of_sums)
         after = None
@@ -468,7 +513,7 @@ class _Direction:
             after = t
         return _Adjoint(sums, h, carry, whole)
 
-    def _scan_tangents(self) -> tuple[Tensor, Tensor, Some]:
+    def scan_tangents(self) -> tuple[Tensor, Tensor, Some]:
         """Of the sums, h and c of each step."""
         order, has_output = self.order, self.steps.output is not None
         w_ih, w_hh, b_ih, b_hh = self.along
@@ -480,10 +525,10 @@ class _Direction:
         split, w_hh = order.split, self.w_hh.t()
         hidden = split(sums[:, self.steps.hidden].flatten(1))
         h_at, carry_at = map(split, (h, carry))
-        sums_at, by_sums = map(self._by_step, (sums, self.carry_by_sums))
-        past = None if self.carry_by_before is None else split(self.carry_by_before)
+        sums_at, by_sums = map(self._by_step, (sums, self.slopes.carry_by_sums))
+        past = None if self.slopes.carry_by_before is None else split(self.slopes.carry_by_before)
         if has_output:
-            h_by_sums, h_by_carry = split(self.h_by_sums), split(self.h_by_carry)
+            h_by_sums, h_by_carry = split(self.slopes.h_by_sums), split(self.slopes.h_by_carry)
         initial = self.c0_along if has_output else self.h0_along
         h_before = before = None
         for t in order.steps:
@@ -516,24 +561,24 @@ class _Direction:
     ) -> tuple[Some, Some]:
         """The gradients of sums and of the states past the products, of the steps' tangents times
         what comes back to the steps. None is zero."""
-        if self.steps.slope is None:
+        if not self.steps.is_rnn:
             return self._derivatives_of_slopes(first, tangent_sums, tangent_h, tangent_c)
         if self.steps.bend is None:
             return None, None
-        bend = self.steps.bend(self.h, self.carry_by_sums.squeeze(1)).mul_(first.h)
+        bend = self.steps.bend(self.h, self.slopes.carry_by_sums.squeeze(1)).mul_(first.h)
         return tangent_sums.mul(bend.unsqueeze(1)), None
 
     @torch.enable_grad()
     def _derivatives_of_slopes(
         self, first: _Adjoint, tangent_sums: Tensor, tangent_h: Tensor, tangent_c: Some
     ) -> tuple[Tensor, Tensor]:
-        by = self.sums, self.before
+        by = sums, _ = tuple(t.detach().requires_grad_() for t in (self.sums, self.before))
         carry = self.steps.carry(*by)
         if self.steps.output is None:
             outputs, weights = (carry,), (first.h,)
             tangent_before = self.order.later(tangent_h, self.h0_along)
         else:
-            outputs, weights = (self.steps.output(self.sums, carry), carry), (first.h, first.carry)
+            outputs, weights = (self.steps.output(sums, carry), carry), (first.h, first.carry)
             tangent_before = self.order.later(tangent_c, self.c0_along)
         slopes = torch.autograd.grad(outputs, by, weights, create_graph=True)
         return torch.autograd.grad(slopes, by, (tangent_sums, tangent_before))

@@ -410,14 +410,17 @@ def test_ragged_program(tmp_path, part):
     assert all(time > 0 for time in row["ns"].values())
 
 
-def test_second_order_program(tmp_path):
+@pytest.mark.parametrize("part", ["penalty", "forward"])
+def test_second_order_program(tmp_path, part):
     path = tmp_path / "second_order.json"
-    options = ("--cell", "gru", "--shape", "6,3,9", "--rounds", 2, "--threads", 1)
-    result = run("second_order.py", *options, "--json", path)
+    options = ("--cell", "gru", "--cell", "lstm", "--shape", "6,3,9", "--rounds", 2)
+    result = run("second_order.py", *options, "--part", part, "--threads", 1, "--json", path)
     assert result.returncode == 0, result.stderr
-    (row,) = json.loads(path.read_text())
-    assert row["ms"].keys() == {"ours", "plain operations", "torch.nn"}
-    assert all(time > 0 for time in row["ms"].values())
+    gru, lstm = json.loads(path.read_text())
+    ways = {"ours", "plain operations"}
+    assert gru["ms"].keys() == ways | {"torch.nn"}
+    assert lstm["ms"].keys() == ways | ({"torch.nn"} if part == "penalty" else set())
+    assert all(time > 0 for row in (gru, lstm) for time in row["ms"].values())
 
 
 @measures_the_library

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_rnn
@@ -265,6 +266,110 @@ def test_the_graph_may_be_kept_and_gone_through_again():
     assert torch.equal(once[0], torch.autograd.grad(penalty, x)[0])
     with pytest.raises(RuntimeError, match="a second time"):
         torch.autograd.grad(penalty, x)
+
+
+def forward_mode(module, x, v, hx=None, of_weights=False):
+    """Outputs and their tangents, where x moves along v and, if asked, the weights along ones."""
+    is_packed = isinstance(x, PackedSequence)
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.data if is_packed else x, v)
+        if of_weights:
+            parameters = {
+                name: forward_ad.make_dual(p, torch.ones_like(p)) for name, p in parameters.items()
+            }
+        given = x._replace(data=dual) if is_packed else dual
+        y, final = torch.func.functional_call(module, parameters, (given, hx))
+        outputs = (y.data if is_packed else y, *flat(final))
+        return [t for o in outputs for t in forward_ad.unpack_dual(o)]
+
+
+def by_func_jvp(module, x, v, hx=None):
+    def outputs(x):
+        y, final = module(x, hx)
+        return (y, *flat(final))
+
+    with torch.no_grad():
+        return [t for pair in zip(*torch.func.jvp(outputs, (x,), (v,)), strict=True) for t in pair]
+
+
+@pytest.fixture
+def tangents(monkeypatch):
+    """Whether `ops._with_tangents` took each call; `without` calls past it."""
+
+    class Calls(Answers):
+        def __init__(self):
+            self.given, self.enabled = [], True
+            run = ops._with_tangents
+
+            def call(*args):
+                result = run(*args) if self.enabled else None
+                self.given.append(result is not None)
+                return result
+
+            monkeypatch.setattr(ops, "_with_tangents", call)
+
+    return Calls()
+
+
+@every_cell
+@pytest.mark.parametrize(
+    ("bidirectional", "bias", "layers", "given"), list(itertools.product((False, True), repeat=4))
+)
+def test_forward_mode(cell, bidirectional, bias, layers, given, tangents):
+    options = {"num_layers": 1 + layers, "bidirectional": bidirectional, "bias": bias}
+    module = make_module(cell, 5, 7, **options).double()
+    rows = (1 + layers) * (1 + bidirectional)
+    hx = states(cell, rows, 3, 7, torch.float64) if given else None
+    for timesteps in (6, 1):
+        x, v = torch.randn(2, timesteps, 3, 5, dtype=torch.float64)
+        for function, options in (
+            (forward_mode, (hx,)),
+            (forward_mode, (hx, True)),
+            (by_func_jvp, (hx,)),
+        ):
+            with fused_rnn.backend("reference"):
+                actual = function(module, x, v, *options)
+                assert tangents.taken() == [True] * (1 + layers)
+                assert_near(actual, tangents.without(function, module, x, v, *options))
+
+
+@every_cell
+def test_forward_mode_of_packed_rows(cell, tangents):
+    module = make_module(cell, 5, 7, num_layers=2, bidirectional=True)
+    packed = pack_sequence([torch.randn(n, 5) for n in (3, 6, 1, 6)], enforce_sorted=False)
+    v = torch.randn_like(packed.data)
+    actual = forward_mode(module, packed, v)
+    assert tangents.taken() == [True, True]
+    assert_near(actual, tangents.without(forward_mode, module, packed, v), 1e-5)
+
+
+@every_cell
+def test_forward_mode_with_more_around_it_is_plain_operations(cell, tangents):
+    """Where gradients are wanted too, in a batch of tangents, and with lengths."""
+    module, x = make_module(cell, 3, 4).double(), torch.randn(4, 2, 3, dtype=torch.float64)
+    with fused_rnn.backend("reference"):
+        with forward_ad.dual_level():
+            y, _ = module(forward_ad.make_dual(x, torch.ones_like(x)))
+            tangent = forward_ad.unpack_dual(y).tangent
+            assert torch.autograd.grad(tangent.sum(), module.weight_hh_l0)[0].abs().sum() > 0
+        with torch.no_grad():
+            jacobian = torch.func.jacfwd(lambda x: module(x)[0])(x)
+            expected = torch.autograd.functional.jacobian(lambda x: module(x)[0], x)
+            assert_near([jacobian], [expected])
+            lengths = torch.tensor([2, 4])
+            torch.func.jvp(lambda x: module(x, lengths=lengths)[0], (x,), (x,))
+    assert set(tangents.taken()) == {False}
+
+
+@every_cell
+def test_tangents_of_zeros(cell, tangents):
+    """torch gives them without memory."""
+    module, x = make_module(cell, 3, 4), torch.randn(4, 2, 3)
+    v = torch._efficientzerotensor(x.shape)
+    y, tangent, *_ = forward_mode(module, x, v)
+    assert tangents.taken() == [True]
+    assert torch.equal(y, module(x)[0]) and (tangent is None or not tangent.any())
 
 
 def refused():

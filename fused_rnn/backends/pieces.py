@@ -141,6 +141,7 @@ def forward_in_pieces(
     index = pieces.index
     if len(index) == 0:
         return _no_steps(problem, x, h0, c0, save)
+    _check_memory("x", x)
     out = forward(
         _packed_problem(problem, pieces),
         x.index_select(0, index),
@@ -159,6 +160,17 @@ def forward_in_pieces(
         if problem.states
         else _stretched(out.cells, count),
     )
+
+
+def _check_memory(name: str, given: Tensor) -> None:
+    """As csrc/tensor_checks.h does where the library gets a tensor as it is."""
+    steps = zip(given.shape, given.stride(), strict=True)
+    last = given.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    if given.untyped_storage().nbytes() < (last + 1) * given.itemsize:
+        shape = list(given.shape)
+        raise RuntimeError(
+            f"{name}: expected memory for shape {shape}, got a storage that was made smaller"
+        )
 
 
 def backward_in_pieces(
