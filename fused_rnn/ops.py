@@ -598,12 +598,9 @@ def _has_fast_second_order(options, grads, layout, inputs) -> bool:
     x, h0, c0, reset_h, reset_c, *weights = inputs
     if not x.is_cpu and not (lengths is None and resets is None):
         return False  # the host would have to wait for them
-    unusual = reset_h, reset_c, grads[3]
-    if states or any(t is not None for t in unusual) or any(t is not None for t in noise[:3]):
+    if states or noise.names or any(t is not None for t in (reset_h, reset_c, grads[3])):
         return False
-    if noise.part_h or noise.part_c or torch.compiler.is_compiling():
-        return False
-    if are_batched(grads) or needs_oracle(x):
+    if torch.compiler.is_compiling() or are_batched(grads) or needs_oracle(x):
         return False
     return second_order.fits(cell, second_order.Given(x, h0, c0, weights))
 
