@@ -11,22 +11,15 @@ PackedSequence, of `resets`, and of torch.nn's PackedSequence.
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
+import turns
 
-CELLS = ("RNN", "GRU", "LSTM")
 SHAPES = ("50,32,64", "100,32,128", "128,32,256", "50,64,512")
 WAYS = ("full", "lengths", "packed", "resets", "nn packed")
 
@@ -61,47 +54,21 @@ def ways(cell: str, t: int, b: int, h: int, training: bool) -> dict[str, tuple[C
     }
 
 
-def measure(calls: dict[str, tuple[Callable, float]], rounds: int) -> dict[str, float]:
-    """The median of each way's nanoseconds per valid timestep."""
-    for call, _ in calls.values():
-        call()
-    turns = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, (call, steps) in calls.items():
-            start = time.perf_counter()
-            call()
-            turns[name].append((time.perf_counter() - start) / steps * 1e9)
-    return {name: statistics.median(times) for name, times in turns.items()}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--cell", action="append", choices=[c.lower() for c in CELLS], help="may be given again")
-    add("--shape", action="append", help="T,B,H with I = H; may be given again")
-    add("--part", choices=("training", "inference"), default="training")
-    add("--rounds", type=int, default=15, help="turns of each way")
-    add("--threads", type=int, help="torch's own number by default")
-    add("--json", type=Path, help="write what was measured to this file")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    torch.manual_seed(0)
-    table = Table(title=f"{args.part}, per valid timestep, {torch.get_num_threads()} thread(s)")
-    for column in ("cell", "T,B,H", "full ns", *WAYS[1:]):
-        table.add_column(column, justify="right")
-    rows = []
-    for cell in (c for c in CELLS if not args.cell or c.lower() in args.cell):
-        for shape in args.shape or SHAPES:
-            sizes = tuple(map(int, shape.split(",")))
-            found = measure(ways(cell, *sizes, args.part == "training"), args.rounds)
-            rows.append({"cell": cell, "shape": sizes, "part": args.part, "ns": found})
-            ratios = (f"{found[way] / found['full']:.2f}" for way in WAYS[1:])
-            table.add_row(cell, shape, f"{found['full']:.0f}", *ratios)
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    Console(width=110).print(table)
+    args = turns.options(__doc__, ("training", "inference"), rounds=15).parse_args()
+
+    def measure(cell: str, sizes: tuple[int, ...]) -> tuple[dict, list[str]]:
+        calls = ways(cell, *sizes, args.part == "training")
+        for call, _ in calls.values():
+            call()
+        seconds = turns.medians({way: call for way, (call, _) in calls.items()}, args.rounds)
+        # Per valid timestep.
+        ns = {way: seconds[way] / steps * 1e9 for way, (_, steps) in calls.items()}
+        ratios = (f"{ns[way] / ns['full']:.2f}" for way in WAYS[1:])
+        return {"ns": ns}, [f"{ns['full']:.0f}", *ratios]
+
+    what = f"{args.part}, per valid timestep"
+    turns.tabulate(args, SHAPES, what, ("full ns", *WAYS[1:]), measure)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,14 @@ first.
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import fused_rnn
+import turns
 
-CELLS = ("RNN", "GRU", "LSTM")
 HAVE = {"peepholes": ("LSTM",), "layer_norm": ("GRU", "LSTM")}  # others have all options
 SHAPES = ("128,32,256", "50,64,512")
 WAYS = {
@@ -51,7 +45,7 @@ def ways(cell: str, t: int, b: int, h: int, training: bool) -> dict[tuple[str, s
     x = torch.randn(t, b, h)
     for name, options in WAYS.items():
         given = options
-        options = {key: value for key, value in given.items() if cell in HAVE.get(key, CELLS)}
+        options = {key: value for key, value in given.items() if cell in HAVE.get(key, turns.CELLS)}
         if given and not options:
             continue
         if name != "plain" and not training and list(options) == ["recurrent_dropout"]:
@@ -76,19 +70,6 @@ def ways(cell: str, t: int, b: int, h: int, training: bool) -> dict[tuple[str, s
     return calls
 
 
-def measure(
-    calls: dict[tuple[str, str], Callable], rounds: int, clock: Callable[[], float]
-) -> dict[tuple[str, str], float]:
-    """The median of each way's milliseconds per call."""
-    turns = {way: [] for way in calls}
-    for _ in range(rounds):
-        for way, call in calls.items():
-            start = clock()
-            call()
-            turns[way].append((clock() - start) * 1e3)
-    return {way: statistics.median(times) for way, times in turns.items()}
-
-
 def shown(found: dict[tuple[str, str], float], name: str) -> str:
     if (name, "cpu") not in found:
         return ""
@@ -98,34 +79,20 @@ def shown(found: dict[tuple[str, str], float], name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = turns.options(__doc__, ("training", "inference"), rounds=9)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="not of the clock on the wall; for one thread"
     )
-    add = parser.add_argument
-    add("--cell", action="append", choices=[c.lower() for c in CELLS], help="may be given again")
-    add("--shape", action="append", help="T,B,H with I = H; may be given again")
-    add("--part", choices=("training", "inference"), default="training")
-    add("--rounds", type=int, default=9, help="turns of each way")
-    add("--threads", type=int, help="torch's own number by default")
-    add("--cpu-time", action="store_true", help="not of the clock on the wall; for one thread")
-    add("--json", type=Path, help="write what was measured to this file")
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    table = Table(title=f"{args.part}, {torch.get_num_threads()} thread(s)")
-    for column in ("cell", "T,B,H", *WAYS):
-        table.add_column(column, justify="right")
-    rows = []
-    for cell in (c for c in CELLS if not args.cell or c.lower() in args.cell):
-        for shape in args.shape or SHAPES:
-            sizes = tuple(map(int, shape.split(",")))
-            found = measure(ways(cell, *sizes, args.part == "training"), args.rounds, clock)
-            ms = [{"way": way, "backend": on, "ms": taken} for (way, on), taken in found.items()]
-            rows.append({"cell": cell, "shape": sizes, "part": args.part, "ms": ms})
-            table.add_row(cell, shape, *(shown(found, name) for name in WAYS))
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    Console(width=120).print(table)
+
+    def measure(cell: str, sizes: tuple[int, ...]) -> tuple[dict, list[str]]:
+        seconds = turns.medians(ways(cell, *sizes, args.part == "training"), args.rounds, clock)
+        found = {way: taken * 1e3 for way, taken in seconds.items()}
+        ms = [{"way": way, "backend": on, "ms": taken} for (way, on), taken in found.items()]
+        return {"ms": ms}, [shown(found, name) for name in WAYS]
+
+    turns.tabulate(args, SHAPES, args.part, WAYS, measure)
 
 
 if __name__ == "__main__":

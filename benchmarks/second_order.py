@@ -14,23 +14,16 @@ median of ours and the others' over it.
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.autograd import forward_ad
 
 import fused_rnn
+import turns
 from fused_rnn import ops
 
-CELLS = ("RNN", "GRU", "LSTM")
 SHAPES = ("20,16,32", "50,32,128", "100,16,256")
 WAYS = ("ours", "plain operations", "torch.nn")
 
@@ -76,48 +69,18 @@ def ways(
     return calls
 
 
-def measure(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """The median of each way's milliseconds."""
-    turns = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            turns[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(times) for name, times in turns.items()}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--cell", action="append", choices=[c.lower() for c in CELLS], help="may be given again")
-    add("--shape", action="append", help="T,B,H with I = H; may be given again")
-    add("--part", choices=PARTS, default="penalty")
-    add("--rounds", type=int, default=15, help="turns of each way")
-    add("--threads", type=int, help="torch's own number by default")
-    add("--json", type=Path, help="write what was measured to this file")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    torch.manual_seed(0)
+    args = turns.options(__doc__, PARTS, rounds=15).parse_args()
+
+    def measure(cell: str, sizes: tuple[int, ...]) -> tuple[dict, list[str]]:
+        seconds = turns.medians(ways(cell, *sizes, args.part), args.rounds)
+        ours = seconds["ours"]
+        others = [f"{seconds[way] / ours:.2f}" if way in seconds else "" for way in WAYS[1:]]
+        ms = {way: taken * 1e3 for way, taken in seconds.items()}
+        return {"ms": ms}, [f"{ms['ours']:.2f}", *others]
+
     what = "a step with a penalty on gradients" if args.part == "penalty" else "forward mode"
-    table = Table(title=f"{what}, {torch.get_num_threads()} thread(s)")
-    for column in ("cell", "T,B,H", "ours, ms", *WAYS[1:]):
-        table.add_column(column, justify="right")
-    rows = []
-    for cell in (c for c in CELLS if not args.cell or c.lower() in args.cell):
-        for shape in args.shape or SHAPES:
-            sizes = tuple(map(int, shape.split(",")))
-            found = measure(ways(cell, *sizes, args.part), args.rounds)
-            rows.append({"cell": cell, "shape": sizes, "part": args.part, "ms": found})
-            ratios = (
-                f"{found[way] / found['ours']:.2f}" if way in found else "" for way in WAYS[1:]
-            )
-            table.add_row(cell, shape, f"{found['ours']:.2f}", *ratios)
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    Console(width=100).print(table)
+    turns.tabulate(args, SHAPES, what, ("ours, ms", *WAYS[1:]), measure)
 
 
 if __name__ == "__main__":

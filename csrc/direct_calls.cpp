@@ -430,7 +430,6 @@ bool read_rows(PyObject* rows, TrainCall& call) {
   call.masks.pieces = numbers_of<int64_t>(rows, kInt64, 2, tensor);
   if (!call.masks.pieces) return false;
   call.masks.piece_count = tensor.shape[0];
-  constexpr int64_t kPieceNumbers = 4;
   return tensor.shape[1] == kPieceNumbers;
 }
 

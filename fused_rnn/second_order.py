@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends.pieces import Pieces
+from .backends.pieces import Pieces, spread
 from .problem import Masks
 
 Some = Tensor | None
@@ -218,9 +218,8 @@ def gradients_in_pieces(
     def packed(given: Given) -> Given:
         return Given(rows(given.x), initial(given.h0), initial(given.c0), given.weights)
 
-    def spread(packed: Tensor, like: Tensor) -> Tensor:
-        whole = packed.new_zeros((timesteps * batch, packed.shape[1]))
-        return whole.index_copy_(0, pieces.index, packed).view_as(like)
+    def padded(packed: Tensor, like: Tensor) -> Tensor:
+        return spread(packed, pieces.index, timesteps * batch).view_as(like)
 
     if pieces.count == 0:  # states are handed through, which is linear
         states = [
@@ -241,9 +240,9 @@ def gradients_in_pieces(
         pieces.batch_sizes,
     )
     return (
-        [spread(of_y, y), final(of_h_n, along.h0), final(of_c_n, along.c0)],
+        [padded(of_y, y), final(of_h_n, along.h0), final(of_c_n, along.c0)],
         Given(
-            spread(result.x, inputs.x),
+            padded(result.x, inputs.x),
             initial_grads(result.h0, inputs.h0),
             initial_grads(result.c0, inputs.c0),
             result.weights,

@@ -143,12 +143,15 @@ struct StepCall {
   States states;    // [L, B, P], [L, B, H]
 };
 
+// How a piece is saved for backward, see pieces.h: row, start, length, and the flags as bits.
+constexpr int64_t kPieceNumbers = 4;
+
 // Which steps a padded batch has: `lengths` [B] and `resets`, or one of them, and in a backward
 // call the `pieces` that they cut it into.
 struct Masks {
   const int64_t* lengths;
   const bool* resets;
-  const int64_t* pieces;  // [piece_count, 4], see pieces.h
+  const int64_t* pieces;  // [piece_count, kPieceNumbers]
   int64_t piece_count;
   bool batch_first;  // whether resets, x and y have batch rows before timesteps
 

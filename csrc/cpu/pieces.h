@@ -19,9 +19,6 @@ struct Piece {
   bool first() const { return start == 0; }
 };
 
-// How a piece is saved for backward: row, start, length, and the flags as bits.
-constexpr int64_t kPieceNumbers = 4;
-
 // Where the steps of a padded batch lie: row b's step t is number t * of_step + b * of_row.
 struct PaddedRows {
   int64_t timesteps, batch, of_step, of_row;
@@ -73,14 +70,7 @@ class Pieces {
   // The states [D, K, width] that pieces start from, of the rows' [D, B, width].
   template <class T>
   void initial(const T* from, int64_t directions, int64_t width, T* to) const {
-    for_each_piece(directions, [&](int64_t d, int64_t i, const Piece& piece) {
-      T* state = to + (d * count() + i) * width;
-      if (starts_row(d, piece)) {
-        std::copy_n(from + (d * rows_.batch + piece.row) * width, width, state);
-      } else {
-        std::fill_n(state, width, T{});
-      }
-    });
+    of_rows(from, directions, width, to, starts_row);
   }
 
   // The states [D, B, width] that rows end with, of those of the pieces; rows without a step keep
@@ -99,14 +89,7 @@ class Pieces {
   // Backward of `final`: gradients of the pieces' states, those of `initial` staying with the rows.
   template <class T>
   void final_grads(const T* from, int64_t directions, int64_t width, T* to) const {
-    for_each_piece(directions, [&](int64_t d, int64_t i, const Piece& piece) {
-      T* grad = to + (d * count() + i) * width;
-      if (ends_row(d, piece)) {
-        std::copy_n(from + (d * rows_.batch + piece.row) * width, width, grad);
-      } else {
-        std::fill_n(grad, width, T{});
-      }
-    });
+    of_rows(from, directions, width, to, ends_row);
   }
 
   // Backward of `initial`; rows without a step hand through those of `final`, zeros where that is
@@ -143,6 +126,20 @@ class Pieces {
     for (int64_t d = 0; d < directions; d++) {
       for (int64_t i = 0; i < count(); i++) body(d, i, all_[static_cast<size_t>(i)]);
     }
+  }
+
+  // [D, K, width] what is the rows', of those pieces it belongs to; else zeros.
+  template <class T>
+  void of_rows(const T* from, int64_t directions, int64_t width, T* to,
+               bool (*belongs)(int64_t, const Piece&)) const {
+    for_each_piece(directions, [&](int64_t d, int64_t i, const Piece& piece) {
+      T* state = to + (d * count() + i) * width;
+      if (belongs(d, piece)) {
+        std::copy_n(from + (d * rows_.batch + piece.row) * width, width, state);
+      } else {
+        std::fill_n(state, width, T{});
+      }
+    });
   }
 
   template <class T>

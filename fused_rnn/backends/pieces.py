@@ -152,11 +152,11 @@ def forward_in_pieces(
         save,
     )
     return LayerOutput(
-        y=_spread(out.y, index, count),
+        y=spread(out.y, index, count),
         h_n=pieces.final(out.h_n, h0),
         c_n=h0.new_empty((*h0.shape[:2], 0)) if c0 is None else pieces.final(out.c_n, c0),
         gates=_stretched(out.gates, count),
-        cells=_by_direction(_spread(c, index, count) for c in out.cells)
+        cells=_by_direction(spread(c, index, count) for c in out.cells)
         if problem.states
         else _stretched(out.cells, count),
     )
@@ -226,7 +226,7 @@ def backward_in_pieces(
         (None, None) if result.c0 is None else pieces.initial_grads(result.c0, through_c)
     )
     return InputGrads(
-        None if result.x is None else _spread(result.x, index, count),
+        None if result.x is None else spread(result.x, index, count),
         h0_grad if needs.h0 else None,
         c0_grad if needs.c0 else None,
         result.weights,
@@ -262,7 +262,7 @@ def _by_direction(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([part.unsqueeze(0) for part in parts])
 
 
-def _spread(packed: Tensor, index: Tensor, count: int) -> Tensor:
+def spread(packed: Tensor, index: Tensor, count: int) -> Tensor:
     """[count, K] with zeros where no packed row [M, K] belongs."""
     return packed.new_zeros((count, packed.shape[1])).index_copy_(0, index, packed)
 
