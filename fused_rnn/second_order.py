@@ -10,8 +10,8 @@ second derivatives of the cells among it, is done for all timesteps at once. For
 second scan alone.
 
 Sequences are rows as in `problem.Rows`, of a padded batch or packed ones. Plain operations through
-autograd, `oracle`, take half as long again to twice as long; they remain for the layers that `fits`
-refuses, and for third derivatives.
+autograd, `oracle`, take 1.3 to 2.2 times as long (benchmarks/second_order.py); they remain for the
+layers that `fits` refuses, and for third derivatives.
 """
 
 from __future__ import annotations
