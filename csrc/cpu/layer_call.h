@@ -84,14 +84,19 @@ class LayerCall {
     return wide && rows >= kRowsInParts && shape_.count >= kCallRowsInParts ? isa_.parts : 1;
   }
 
-  // Wide panels are faster, but there must be one for every thread that splits units.
+  int64_t packed_words(int64_t depth, int64_t columns, int gates, int parts) const {
+    const int64_t padded = ceil_div(columns, isa_.width) * isa_.width;
+    return padded * gates * isa_.column_words(depth, parts);
+  }
+
+  // Wide panels are faster, but there must be one for every thread that splits units. In memory of
+  // its own, or in `data`.
   PackedMatrix packed(int64_t depth, int64_t columns, int gates, int parts,
-                      bool split_units = false) {
+                      bool split_units = false, float* data = nullptr) {
     int vectors = 4 / gates;
     const int64_t wanted = split_units && plan_.units ? plan_.members : 1;
     while (vectors > 1 && ceil_div(columns, vectors * isa_.width) < wanted) vectors /= 2;
-    const int64_t padded = ceil_div(columns, isa_.width) * isa_.width;
-    float* data = workspace_.take(padded * gates * isa_.column_words(depth, parts));
+    if (!data) data = workspace_.take(packed_words(depth, columns, gates, parts));
     PackedMatrix matrix{data, depth, columns, vectors, parts, nullptr};
     if (parts > 1) {
       matrix.exceptional =
