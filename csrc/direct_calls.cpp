@@ -483,9 +483,9 @@ PyObject* take_all(Outputs& outputs) {
 
 PyObject* train_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
   TrainCall call{};
-  constexpr Py_ssize_t kShared = 3;
+  constexpr Py_ssize_t kShared = 4;
   if (connected.calls == nullptr || count < kShared + 6 ||
-      !read_all(args, call.cell, call.directions, call.save)) {
+      !read_all(args, call.cell, call.directions, call.save, call.all_cells)) {
     Py_RETURN_NONE;
   }
   const int time = is_time(PyTuple_GET_SIZE(connected.guards));
@@ -516,7 +516,7 @@ int64_t read_needs(PyObject* needs) {
 
 PyObject* train_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   TrainBackwardCall call{};
-  constexpr Py_ssize_t kGrads = 4, kSaved = 7;
+  constexpr Py_ssize_t kGrads = 4, kSaved = 8;
   if (connected.calls == nullptr || count != kSaved + 1 ||
       !read_all(args, call.cell, call.directions, call.masks.batch_first) ||
       (call.needs = read_needs(args[kGrads - 1])) < 0 || !PyTuple_CheckExact(args[kSaved]) ||
@@ -537,8 +537,9 @@ PyObject* train_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t coun
     Py_RETURN_NONE;
   }
   const GivenArray others[] = {GivenArray(args[kGrads]),     GivenArray(args[kGrads + 1]),
-                               GivenArray(args[kGrads + 2]), GivenArray(saved[0]),
-                               GivenArray(saved[1]),         GivenArray(saved[2])};
+                               GivenArray(args[kGrads + 2]), GivenArray(args[kGrads + 3]),
+                               GivenArray(saved[0]),         GivenArray(saved[1]),
+                               GivenArray(saved[2])};
   if (!std::all_of(std::begin(others), std::end(others),
                    [](const GivenArray& other) { return other.fits; })) {
     Py_RETURN_NONE;
@@ -546,13 +547,14 @@ PyObject* train_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t coun
   call.grad_y = others[0].get();
   call.grad_h_n = others[1].get();
   call.grad_c_n = others[2].get();
-  call.y = others[3].get();
+  call.grad_cells = others[3].get();
+  call.y = others[4].get();
   // It is what autocast made of the others, if it did; whether it is on now says nothing.
   if (!call.y) Py_RETURN_NONE;
   call.type = call.y->type;
   call.autocast = call.type != NumberType::float32;
-  call.gates = others[4].get();
-  call.cells = others[5].get();
+  call.gates = others[5].get();
+  call.cells = others[6].get();
   Outputs outputs;
   if (!run(connected.calls->train_layer_backward, call, outputs)) Py_RETURN_NONE;
   return take_all(outputs);
@@ -661,11 +663,11 @@ PyMethodDef methods[] = {
     {"infer_cell", method(infer_cell), METH_FASTCALL,
      "infer_cell(cell, input, weights, hx, hidden_size)"},
     {"train_layer", method(train_layer), METH_FASTCALL,
-     "train_layer(cell, directions, save, rows, x, h0, c0, *weights): a list, see "
+     "train_layer(cell, directions, save, all_cells, rows, x, h0, c0, *weights): a list, see "
      "csrc/cpu/direct.h; rows are None, batch_sizes or (lengths, resets, batch_first)"},
     {"train_layer_backward", method(train_layer_backward), METH_FASTCALL,
      "train_layer_backward(cell, directions, batch_first, needs, grad_y, grad_h_n, grad_c_n, "
-     "saved): a list of the gradients needed of x, h0, c0 and the weights, from what "
+     "grad_cells, saved): a list of the gradients needed of x, h0, c0 and the weights, from what "
      "fused_rnn/training.py saved"},
     {"cpu_is_welcome", cpu_is_welcome, METH_NOARGS,
      "cpu_is_welcome(): whether FUSED_RNN_BACKEND leaves the choice open, or asks for the CPU's."},

@@ -95,11 +95,13 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         if carries:
             self._check_carries()
             hx = self._carried(input) if hx is None else hx
-        plain = reset_hx is None and not return_states
+        plain = reset_hx is None
         options = self._regularisation
         plain = plain and (options is PLAIN or options.is_idle(self.training))
         looked = []  # see `looks`
-        result = self._shortest(looked, input, hx, lengths, resets) if plain else None
+        result = None
+        if plain:
+            result = self._shortest(looked, input, hx, lengths, resets, return_states)
         if result is None:
             masks = {"lengths": lengths, "resets": resets, "reset_hx": reset_hx}
             result = self._forward(looked, input, hx, masks, return_states)
@@ -107,14 +109,13 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
             self._carry(result[1])
         return result
 
-    def _shortest(self, looked, input, hx, lengths, resets):
-        """A call with nothing beyond torch.nn's arguments in the way but lengths and resets that is
-        for it, or None."""
-        ragged = lengths is not None or resets is not None
+    def _shortest(self, looked, input, hx, lengths, resets, return_states):
+        """A call without reset_hx and regularisation in the way that is for it, or None."""
+        more = lengths is not None or resets is not None or return_states
         if torch.compiler.is_compiling():
-            return None if ragged else compiled.layers(self, looked, input, hx)
-        if ragged or torch.is_grad_enabled() or type(input) is PackedSequence:
-            return training.layers(self, looked, input, hx, lengths, resets)
+            return None if more else compiled.layers(self, looked, input, hx)
+        if more or torch.is_grad_enabled() or type(input) is PackedSequence:
+            return training.layers(self, looked, input, hx, lengths, resets, return_states)
         return direct.layers(self, looked, input, hx)
 
     def _traced(self, looked, input, hx, masks: dict[str, Any], return_states: bool):

@@ -2,8 +2,8 @@
 
 What `direct.py` is to inference: of a small layer the kernels take tens of microseconds, and the
 general way's checks, its choice of a backend and its operators written in Python some hundreds. So
-modules ask here first where gradients are wanted, or where rows are packed, or a padded batch has
-lengths or resets. What runs is what the general way would have run: the library
+modules ask here first where gradients are wanted, or all states, or where rows are packed, or a
+padded batch has lengths or resets. What runs is what the general way would have run: the library
 (csrc/cpu/train.cpp) looks at every tensor. The extension module (csrc/direct_calls.cpp) calls it,
 or operators do where that says None: of large layers, to which a few microseconds are nothing. To a
 call that is wrong or out of the ordinary, or that somebody watches or redirects, the answer is
@@ -54,23 +54,26 @@ def layers(
     hx: Any,
     lengths: Any = None,
     resets: Any = None,
-) -> tuple[Any, Any] | None:
+    return_states: Any = False,
+) -> tuple[Any, ...] | None:
     """What `module.forward(input, hx, ...)` has to return, or None: take the general way."""
     cell, dropout, num_layers = direct.CELL_OF.get(module.mode), module.dropout, module.num_layers
     if cell is None or type(num_layers) is not int or type(dropout) is not float:
         return None
-    if not 0 <= dropout <= 1 or module.recompute:
+    if not 0 <= dropout <= 1 or module.recompute or type(return_states) is not bool:
         return None
     is_packed, masks = type(input) is PackedSequence, None
     if lengths is not None or resets is not None:
         masks = None if is_packed else _masks(lengths, resets, module.batch_first)
-        if masks is None:
+        if masks is None or (return_states and cell.has_c):
             return None
     in_order = is_packed or masks is not None or not module.batch_first
     is_plain = num_layers == 1 and in_order
-    if is_plain and (result := _one_layer(module, cell, input, hx, masks)) is not None:
-        return result
-    if _is_float64(input) and masks is None:
+    if is_plain:
+        result = _one_layer(module, cell, input, hx, masks, return_states)
+        if result is not None:
+            return result
+    if _is_float64(input) and masks is None and not return_states:
         return direct.layers(module, looked, input, hx)
     x, rows, order, original_order = input, masks, None, None
     if is_packed:
@@ -79,7 +82,7 @@ def layers(
     if states is None:
         return None
     if x.dim() == 2 and rows is None:
-        return _unbatched(module, looked, x, states)
+        return _unbatched(module, looked, x, states, return_states)
     if x.dim() != (2 if is_packed else 3):
         return None
     weights = looks.layer_weights(module, looked)
@@ -98,22 +101,31 @@ def layers(
         return None
     directions = 2 if module.bidirectional else 1
     if num_layers == 1:
-        result = _run(cell, x, states, weights, directions, rows)
+        result = _run(cell, x, states, weights, directions, rows, return_states)
+        result = _results(cell, result, directions, return_states)
     else:
-        result = _run_stack(cell, x, states, weights, directions, rows, num_layers, dropout)
+        result = _run_stack(
+            cell, x, states, weights, directions, rows, num_layers, dropout, return_states
+        )
     if result is None:
         return None
-    y, *final = result
+    y, final, *histories = result
     if is_packed:
         y, final = PackedSequence(y, *input[1:]), _in_original_order(final, original_order)
     elif is_turned:
         y = y.transpose(0, 1)
-    return y, tuple(final) if cell.has_c else final[0]
+        histories = [tuple(h.transpose(1, 2) for h in history) for history in histories]
+    return y, tuple(final) if cell.has_c else final[0], *histories
 
 
 def _one_layer(
-    module: torch.nn.RNNBase, cell: Cell, input: Any, hx: Any, masks: _Masks | None
-) -> tuple[Tensor, Any] | None:
+    module: torch.nn.RNNBase,
+    cell: Cell,
+    input: Any,
+    hx: Any,
+    masks: _Masks | None,
+    return_states: bool,
+) -> tuple[Any, ...] | None:
     """As `layers` for [T, B, I], packed rows or a batch with masks, with nothing asked that the
     library's call asks by itself."""
     states = direct.given_states(cell, hx)
@@ -128,18 +140,18 @@ def _one_layer(
     if order is not None and hx is not None:
         return None
     directions = 2 if module.bidirectional else 1
-    result = _run_directly(cell, x, states, weights, directions, rows)
+    result = _run_directly(cell, x, states, weights, directions, rows, return_states)
     if result is None:
         return None
-    y, *final = result
+    y, final, *histories = _results(cell, result, directions, return_states)
     if is_packed:
         y, final = PackedSequence(y, *input[1:]), _in_original_order(final, original_order)
-    return y, tuple(final) if cell.has_c else final[0]
+    return y, tuple(final) if cell.has_c else final[0], *histories
 
 
 def _unbatched(
-    module: torch.nn.RNNBase, looked: list[Any], input: Tensor, states: States
-) -> tuple[Any, Any] | None:
+    module: torch.nn.RNNBase, looked: list[Any], input: Tensor, states: States, return_states: bool
+) -> tuple[Any, ...] | None:
     """As `layers` for [T, I] and states [L*D, H]: a batch of one."""
     if input.is_nested or input.layout != torch.strided:
         return None
@@ -147,13 +159,15 @@ def _unbatched(
         return None
     place = 0 if module.batch_first else 1
     h0, c0 = (s if s is None else s.unsqueeze(1) for s in states)
-    result = layers(module, looked, input.unsqueeze(place), h0 if c0 is None else (h0, c0))
+    hx = h0 if c0 is None else (h0, c0)
+    result = layers(module, looked, input.unsqueeze(place), hx, None, None, return_states)
     if result is None:
         return None
-    y, final = result
+    y, final, *histories = result
+    histories = [tuple(h.squeeze(1 + place) for h in history) for history in histories]
     if type(final) is tuple:
-        return y.squeeze(place), tuple(s.squeeze(1) for s in final)
-    return y.squeeze(place), final.squeeze(1)
+        return y.squeeze(place), tuple(s.squeeze(1) for s in final), *histories
+    return y.squeeze(place), final.squeeze(1), *histories
 
 
 def step(module: torch.nn.RNNCellBase, looked: list[Any], cell: Cell, input: Any, hx: Any) -> Any:
@@ -247,26 +261,34 @@ def _run_stack(
     rows: _Rows,
     num_layers: int,
     dropout: float,
-) -> list[Tensor] | None:
-    """As `_run`, layer after layer."""
+    return_states: bool,
+) -> tuple[Any, ...] | None:
+    """What `_results` gives, of layer after layer."""
     per_layer, remainder = divmod(len(weights), max(num_layers, 1))
     # Of states for more layers, slices would take the first.
     leading = (num_layers * directions,)
     if remainder or any(s is not None and s.shape[:1] != leading for s in states):
         return None
-    finals = []
+    finals, histories = [], []
     for layer in range(num_layers):
         span = slice(layer * directions, (layer + 1) * directions)
         h0, c0 = (None if state is None else state[span] for state in states)
         of_layer = weights[layer * per_layer : (layer + 1) * per_layer]
-        result = _run(cell, x, (h0, c0), of_layer, directions, rows)
+        result = _run(cell, x, (h0, c0), of_layer, directions, rows, return_states)
+        result = _results(cell, result, directions, return_states)
         if result is None:
             return None
-        x, *final = result
+        x, final, *history = result
         finals.append(final)
+        histories.extend(history)
         if dropout and layer < num_layers - 1:
             x = F.dropout(x, dropout, True)
-    return [x, *map(torch.cat, zip(*finals, strict=True))] if finals else None
+    if not finals:
+        return None
+    final, *history = (
+        tuple(map(torch.cat, zip(*parts, strict=True))) for parts in (finals, histories) if parts
+    )
+    return x, final, *history
 
 
 def _run(
@@ -276,10 +298,12 @@ def _run(
     weights: list[Tensor],  # as in `ops.layer`
     directions: int,
     rows: _Rows = None,
+    return_states: bool = False,
 ) -> tuple[Tensor, ...] | None:
-    """y, h_n (not of a timestep) and, where the cell has it, c_n; or None: not for here."""
-    outputs = _run_directly(cell, x, states, weights, directions, rows)
-    if outputs is None:
+    """y, h_n (not of a timestep) and, where the cell has it, c_n, and with `return_states`
+    [D, N, H] after every step, in float32; or None: not for here."""
+    outputs = _run_directly(cell, x, states, weights, directions, rows, return_states)
+    if outputs is None and not (return_states and cell.has_c):
         outputs = _run_by_operators(cell, x, states, weights, directions, rows)
     return outputs
 
@@ -291,6 +315,7 @@ def _run_directly(
     weights: list[Any],
     directions: int,
     rows: _Rows = None,
+    return_states: bool = False,
 ) -> tuple[Tensor, ...] | None:
     """As `_run`, of any arguments: past torch's dispatcher, with which a small layer takes longer.
     Asks by itself whether somebody watches."""
@@ -300,10 +325,29 @@ def _run_directly(
         save = wants_gradients(*weights, x, *states)
     except AttributeError:  # not all weights are tensors
         return None
-    outputs = direct.calls().train_layer(cell.index, directions, save, rows, x, *states, *weights)
+    return_cells = return_states and cell.has_c
+    outputs = direct.calls().train_layer(
+        cell.index, directions, save, return_cells, rows, x, *states, *weights
+    )
     if outputs is None or not save:
         return outputs if outputs is None else tuple(outputs)
-    return _apply(cell, directions, rows, outputs, x, *states, *weights)
+    return _apply(cell, directions, rows, outputs, return_cells, x, *states, *weights)
+
+
+def _results(
+    cell: Cell, outputs: tuple[Tensor, ...] | None, directions: int, return_states: bool
+) -> tuple[Any, ...] | None:
+    """Of what `_run` gives, y, [h_n] or [h_n, c_n], and with `return_states` (h,) or (h, c)."""
+    if outputs is None:
+        return None
+    y, *final = outputs
+    if not return_states:
+        return y, final
+    history = (torch.stack(y.chunk(directions, -1)),)
+    if cell.has_c:
+        cells = final.pop().to(y.dtype)
+        history = *history, cells if y.dim() == 2 else cells.unflatten(1, y.shape[:2])
+    return y, final, history
 
 
 def _run_by_operators(
@@ -320,7 +364,7 @@ def _run_by_operators(
         )
     if not outputs or not save:
         return tuple(outputs) or None
-    return _apply(cell, directions, rows, outputs, x, *states, *weights)
+    return _apply(cell, directions, rows, outputs, False, x, *states, *weights)
 
 
 def _masks(lengths: Any, resets: Any, batch_first: bool) -> _Masks | None:
@@ -351,7 +395,7 @@ class _Layer(torch.autograd.Function):
     """A layer that the library has run already."""
 
     @staticmethod
-    def forward(ctx, cell, directions, rows, outputs, x, h0, c0, *weights):
+    def forward(ctx, cell, directions, rows, outputs, return_cells, x, h0, c0, *weights):
         ctx.is_step = x.dim() == 2 and rows is None
         given = (1 if ctx.is_step else 2) + cell.has_c  # what follows them is saved only
         gates = outputs[given] if cell.saved_gates else None
@@ -363,21 +407,22 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(outputs[0], gates, cells, rows, x, h0, c0, *weights)
         ctx.cell, ctx.directions = cell, directions
         ctx.set_materialize_grads(False)
-        return tuple(outputs[:given])
+        return *outputs[:given], *((cells,) if return_cells else ())
 
     @staticmethod
     def backward(ctx, *grads):
-        grads = [*grads, *(() if ctx.cell.has_c else (None,))]
+        grads = list(grads)
         if ctx.is_step:
             grads.insert(1, None)
-        needs = ctx.needs_input_grad[4:]
+        grads += [None] * (4 - len(grads))  # of c_n and cells
+        needs = ctx.needs_input_grad[5:]
         if all(grad is None for grad in grads):
-            return (None,) * (4 + len(needs))
+            return (None,) * (5 + len(needs))
         saved = ctx.saved_tensors  # once: checkpointing computes them anew at every look
         results = _library_gradients(ctx, grads, saved, needs)
         if results is None:
             results = _general_gradients(ctx, grads, saved, needs)
-        return (None, None, None, None, *results)
+        return (None, None, None, None, None, *results)
 
 
 # `_Layer.apply` without what it asks first, 3 us: arguments that the library has read are neither
@@ -385,7 +430,7 @@ class _Layer(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Layer).apply
 
 
-# Both give the gradients of x, h0, c0 and the weights, from those of y, h_n and c_n.
+# Both give the gradients of x, h0, c0 and the weights, from those of y, h_n, c_n and cells.
 
 
 def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
@@ -396,12 +441,12 @@ def _library_gradients(ctx, grads, saved, needs) -> list[Tensor | None] | None:
             ctx.cell.index, ctx.directions, ctx.batch_first, needs, *grads, saved
         )
     if results is None:
-        if not _are_plain(grads):
+        if grads[3] is not None or not _are_plain(grads):
             return None
         y, gates, cells, rows, x, h0, c0, *weights = saved
         batch_sizes, pieces = (None, rows) if _are_pieces(rows) else (rows, None)
         results = direct.train_layer_backward(
-            ctx.cell, grads, x, h0, c0, weights, batch_sizes, (y, gates, cells), ctx.directions,
+            ctx.cell, grads[:3], x, h0, c0, weights, batch_sizes, (y, gates, cells), ctx.directions,
             needs, pieces, ctx.batch_first,
         )  # fmt: skip
     given = iter(results)
@@ -431,8 +476,8 @@ def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
         if ctx.cell.has_c:
             c0 = x.new_zeros((*leading, weights[0].shape[0] // ctx.cell.gates))
     results = ops.layer_gradients(
-        (ctx.cell.name, False, False, "auto"),
-        (*grads, None),
+        (ctx.cell.name, grads[3] is not None, False, "auto"),
+        tuple(grads),
         (y, gates, cells),
         (batch_sizes, lengths, resets, NO_NOISE),
         (x, h0, c0, None, None, *weights),

@@ -24,7 +24,7 @@ def forward(arguments, save=True, calls=None):
     a = arguments
     call = (calls or direct.calls()).train_layer
     tensors = a["batch_sizes"], a["x"], a["h0"], a["c0"], *a["weights"]
-    return call(a["cell"], a["directions"], save, *tensors)
+    return call(a["cell"], a["directions"], save, False, *tensors)
 
 
 def backward(arguments, saved, needs, grads, calls=None):
@@ -32,7 +32,7 @@ def backward(arguments, saved, needs, grads, calls=None):
     a = arguments
     saved = (*saved, a["batch_sizes"], a["x"], a["h0"], a["c0"], *a["weights"])
     call = (calls or direct.calls()).train_layer_backward
-    return call(a["cell"], a["directions"], False, needs, *grads, saved)
+    return call(a["cell"], a["directions"], False, needs, *grads, None, saved)
 
 
 ALL_NEEDS = (True,) * 7

@@ -150,8 +150,11 @@ def test_dropout_states_afresh_and_all_states(ways):
     module.batch_first = False
     module.eval()
     assert_short(ways, call)
-    for options in ({"reset_hx": torch.randn(2, 5, HIDDEN)}, {"return_states": True}):
-        assert_general(ways, lambda options=options: call(**options))
+    assert_short(ways, lambda: call(return_states=True))
+    lstm = Masked(fused_rnn.LSTM(INPUTS, HIDDEN), **masks, return_states=True)
+    assert_general(ways, lambda: run(lstm, x))
+    afresh = torch.randn(2, 5, HIDDEN)
+    assert_general(ways, lambda: call(reset_hx=afresh))
     again = fused_rnn.GRU(INPUTS, HIDDEN, recompute=True)
     assert_general(ways, lambda: again(x, **masks))
 
@@ -370,13 +373,33 @@ def test_masks_that_do_not_fit_get_nothing(name):
         assert forward(**a) == [], wrong
         rows = a["lengths"], a["resets"], a["batch_first"]
         if name != "batch_sizes":
-            arguments = a["cell"], a["directions"], True, rows, a["x"], None, None, *a["weights"]
+            arguments = (
+                a["cell"],
+                a["directions"],
+                True,
+                False,
+                rows,
+                a["x"],
+                None,
+                None,
+                *a["weights"],
+            )
             assert calls(*arguments) is None
-    arguments = good["cell"], 1, True, (None, None, True), good["x"], None, None, *good["weights"]
+    arguments = (
+        good["cell"],
+        1,
+        True,
+        False,
+        (None, None, True),
+        good["x"],
+        None,
+        None,
+        *good["weights"],
+    )
     everything = forward(**good | {"lengths": None, "resets": None})
     assert all(map(torch.equal, calls(*arguments), everything))  # nothing to be first in
     for rows in ((None, None), (None, None, 1), ([5, 0, 2], None, False), (5, None, False)):
-        arguments = good["cell"], 1, True, rows, good["x"], None, None, *good["weights"]
+        arguments = good["cell"], 1, True, False, rows, good["x"], None, None, *good["weights"]
         assert calls(*arguments) is None
 
 
@@ -396,7 +419,8 @@ def test_pieces_that_cannot_be_get_nothing():
         needs = (True, *(False,) * 6)
         return (
             torch.ops.fused_rnn_cpu.train_layer_backward(**layer, **saved, **grads, pieces=rows),
-            direct.calls().train_layer_backward(3, 1, False, needs, y, h_n, c_n, tensors) or [],
+            direct.calls().train_layer_backward(3, 1, False, needs, y, h_n, c_n, None, tensors)
+            or [],
         )
 
     (by_operator,), by_call = answers(pieces)

@@ -376,7 +376,6 @@ def refused():
     x = torch.randn(4, 2, 3)
     afresh = {"resets": torch.rand(4, 2) < 0.5, "reset_hx": torch.randn(1, 2, 5)}
     yield "states afresh", fused_rnn.GRU(3, 5), x, afresh
-    yield "all states", fused_rnn.LSTM(3, 5), x, {"return_states": True}
     yield "projection", fused_rnn.LSTM(3, 5, proj_size=2), x, {}
     yield "peepholes", fused_rnn.LSTM(3, 5, peepholes=True), x, {}
     yield "normalised", fused_rnn.GRU(3, 5, layer_norm=True), x, {}

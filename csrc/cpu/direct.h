@@ -163,12 +163,14 @@ struct TrainCall : InferCall {
   int64_t directions;
   const int64_t* batch_sizes;  // [timesteps] of packed rows, else null
   int64_t timesteps;
-  Masks masks;  // of a padded batch
-  bool save;    // whether there will be a backward call
+  Masks masks;     // of a padded batch
+  bool save;       // whether there will be a backward call
+  bool all_cells;  // whether c after every step is wanted whatever follows; not with masks
 };
 
 struct TrainBackwardCall : TrainCall {
   const Array *grad_y, *grad_h_n, *grad_c_n;  // null: zero
+  const Array* grad_cells;                    // [D, N, H] of float32, or null: zero; not with masks
   const Array *y, *gates, *cells;             // as saved; null where the cell has none
   int64_t needs;                              // a bit for x, h0, c0 and each of the weights
 };
@@ -178,7 +180,7 @@ struct TrainBackwardCall : TrainCall {
 bool infer_layers(const LayersCall& call, const Allocator& allocate);
 bool infer_cell(const CellCall& call, const Allocator& allocate);
 // Gives y, h_n (not of a timestep), c_n and, to be saved, gates and cells, those that the cell has,
-// and the pieces that masks cut a batch into.
+// and the pieces that masks cut a batch into. cells are c after every step, [D, N, H].
 bool train_layer(const TrainCall& call, const Allocator& allocate);
 // Gives the gradients that are needed.
 bool train_layer_backward(const TrainBackwardCall& call, const Allocator& allocate);

@@ -67,12 +67,16 @@ class Border {
   const To* numbers(const Array& array) {
     if constexpr (std::is_same_v<To, float>) {
       if (type_ != NumberType::float32) return operands_.floats(array);
-      if (array.is_plain()) return array.data;
-      dense_.emplace_back(&array);
-      return dense_.back().data();
+      return wide(array);
     } else {
       return operands_.elements(array);
     }
+  }
+
+  // Of an array that is of float32 whatever the call's type is.
+  const float* wide(const Array& array) {
+    dense_.emplace_back(&array);
+    return dense_.back().data();
   }
 
   // Of the call's type, or of another that is one of its arrays'.
@@ -272,6 +276,7 @@ bool forward(const KernelsOf<E>& isa, const TrainCall& given, const Allocator& a
   const LayerShape& s = call.shape;
   const std::optional<Pieces>& pieces = layer->pieces;
   const int64_t width = s.directions * s.output, states = s.directions * s.rows.batch;
+  if (given.all_cells && pieces) return false;
   E* y = border.template result<E>(shapes.y);
   // Of a step it is y once more.
   float* h_n = layer->is_step ? border.template scratch<float>(shapes.h.count())
@@ -283,7 +288,7 @@ bool forward(const KernelsOf<E>& isa, const TrainCall& given, const Allocator& a
   if (const int64_t saved = layer->sizes.saved_gates * s.hidden; given.save && saved > 0) {
     call.gates = border.saved(s.directions, s.count, saved);
   }
-  if (given.save && layer->sizes.has_c) {
+  if ((given.save || given.all_cells) && layer->sizes.has_c) {
     call.cells = allocate.saved(s.directions, s.count, s.hidden);
   }
   if (given.save && pieces) pieces->save(allocate.integers({pieces->count(), kPieceNumbers}));
@@ -345,7 +350,7 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
   std::copy_n(layer->call.weights, 2, call.weights);
   const Shape gates_shape{false, {s.directions, s.count, sizes.saved_gates * s.hidden}};
   const Shape cells_shape{false, {s.directions, s.count, s.hidden}};
-  const Array* cells = given.cells;
+  const Array *cells = given.cells, *grad_cells = given.grad_cells;
   if (!border.read(given.grad_y, shapes.y, call.grad_y, true) ||
       !border.read(given.grad_h_n, shapes.h, call.grad_h_n, true) ||
       !border.read(given.grad_c_n, shapes.c, call.grad_c_n, true) ||
@@ -354,6 +359,11 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
       (call.gates != nullptr) != (sizes.saved_gates > 0) || (cells != nullptr) != sizes.has_c ||
       (cells && !(cells->is_plain() && cells_shape.fits(*cells))) || call.y == nullptr) {
     return false;
+  }
+  if (grad_cells) {
+    if (!cells || layer->pieces || !grad_cells->data || !cells_shape.fits(*grad_cells))
+      return false;
+    call.grad_cells = border.wide(*grad_cells);
   }
   constexpr int64_t kOfC0 = 4;
   if (!sizes.has_c && (given.needs & kOfC0) != 0) return false;
