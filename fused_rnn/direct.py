@@ -198,6 +198,37 @@ def train_layer_backward(
     )  # fmt: skip
 
 
+def infer_layer(cell: Cell, *inputs: Tensor | None) -> list[Tensor] | None:
+    """y, h_n and, where the cell has it, c_n, of a padded layer's x, h0, c0 and weights; or None:
+    the call is not for here. To be called where nobody wants gradients."""
+    directions = inputs[1].shape[0]
+    return calls().train_layer(cell.index, directions, False, False, None, *inputs)
+
+
+def gradients_anew(
+    cell: Cell,
+    grads: Sequence[Tensor | None],  # of y, h_n and c_n
+    inputs: Sequence[Tensor | None],  # x, h0, c0, *weights
+    needs: Sequence[bool],  # of these
+) -> list[Tensor | None] | None:
+    """Those of a padded layer of which nothing was saved, or None: the call is not for here."""
+    directions, both = inputs[1].shape[0], calls()
+    outputs = both.train_layer(cell.index, directions, True, False, None, *inputs)
+    if outputs is None:
+        return None
+    saved = outputs[2 + cell.has_c :]
+    gates = saved[0] if cell.saved_gates else None
+    cells = saved[-1] if cell.has_c else None
+    kept = outputs[0], gates, cells, None, *inputs
+    found = both.train_layer_backward(
+        cell.index, directions, False, tuple(needs), *grads, None, kept
+    )
+    if found is None:
+        return None
+    given = iter(found)
+    return [next(given) if need else None for need in needs]
+
+
 def no_answer(*args: Any) -> None:
     """Of a call that is for the operators."""
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import checks, ops, stack
+from . import checks, stack, transforms
 from .cells import CELLS
 from .general_scan import GeneralScan
-from .problem import Masks, Rows
+from .problem import Masks, Rows, in_memory
 
 
 class Options(TypedDict, total=False):
@@ -134,6 +134,12 @@ def recurrent(
     checks.stack_options(num_layers, dropout)
     states = None if hx is None else checks.states(hx, cell.has_c)
     reset_states = None if reset_hx is None else checks.states(reset_hx, cell.has_c, "reset_hx")
+    if not torch.compiler.is_compiling():
+        input = in_memory(input)
+        states, reset_states = (
+            None if given is None else tuple(map(in_memory, given))
+            for given in (states, reset_states)
+        )
     if torch._C._is_any_autocast_enabled():
         input, states, reset_states, weights = _autocast(input, states, reset_states, weights)
     swapped = batch_first and not packed and input.dim() == 3
@@ -173,7 +179,7 @@ def recurrent(
         layer_weights = list(weights[layer * per_layer : (layer + 1) * per_layer])
         if reset_states is not None:
             masks = Masks(masks.lengths, masks.resets, *(s[span] for s in reset_states))
-        run = ops.layer if general is None else general.layer(layer)
+        run = transforms.layer if general is None else general.layer(layer)
         x, *final, cells = run(
             cell_name, x, h0, c0, layer_weights, batch_sizes, masks,
             states=return_states, recompute=recompute,

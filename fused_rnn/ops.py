@@ -592,6 +592,29 @@ def layer_gradients(
     return [g if need else None for g, need in zip(results, needs, strict=True)]
 
 
+def gradients_anew(
+    cell: str,
+    grads: tuple[Tensor | None, ...],  # of y, h_n, c_n
+    inputs: tuple[Tensor | None, ...],  # x, h0, c0, *weights
+    needs: tuple[bool, ...],  # of these
+) -> list[Tensor | None]:
+    """`layer_gradients` where nothing was saved. To be called where grad mode is off."""
+    x, h0, c0, *weights = inputs
+    if (found := direct.gradients_anew(CELLS[cell], grads, inputs, needs)) is not None:
+        return found
+    options = False, False, dispatch.requested() or "auto"
+    nothing = (None,) * 5
+    with torch._C._AutoDispatchBelowAutograd():
+        (y, _, _, gates, cells), way = _run_forward(
+            x, h0, c0, weights, *nothing, cell, True, *options, *NO_NOISE
+        )
+    found = layer_gradients(
+        (cell, *options), (*grads, None), (y, gates, cells), (*nothing[:3], NO_NOISE),
+        (x, h0, c0, None, None, *weights), (*needs[:3], False, False, *needs[3:]), way,
+    )  # fmt: skip
+    return [*found[:3], *found[5:]]
+
+
 def _has_fast_second_order(options, grads, layout, inputs) -> bool:
     cell, states = options[:2]
     _, lengths, resets, noise = layout

@@ -102,17 +102,16 @@ class Masks(NamedTuple):
         if self.lengths is None or self.lengths.numel() == 0:
             return
         compiling = torch.compiler.is_compiling()
-        if not compiling and is_batched(self.lengths):
-            return  # by vmap, which does not tell values
-        if self.lengths.is_cpu and not compiling:
-            low, high = (int(bound) for bound in torch.aminmax(self.lengths))
+        lengths = self.lengths if compiling else _without_transforms(self.lengths)
+        if lengths.is_cpu and not compiling:
+            low, high = (int(bound) for bound in torch.aminmax(lengths))
             if not 0 <= low <= high <= timesteps:
                 raise RuntimeError(
                     f"lengths: expected values from 0 to {timesteps}, the timesteps of input, "
                     f"got {low} to {high}"
                 )
-        elif not self.lengths.is_meta:
-            fits = ((self.lengths >= 0) & (self.lengths <= timesteps)).all()
+        elif not lengths.is_meta:
+            fits = ((lengths >= 0) & (lengths <= timesteps)).all()
             torch._assert_async(fits, f"lengths: expected values from 0 to {timesteps}")
 
     def in_dtype(self, dtype: torch.dtype) -> Masks:
@@ -300,6 +299,19 @@ class Rows:
 def wants_gradients(*tensors: Tensor | None) -> bool:
     """Whether backward may follow a call with them."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """Zeros without memory, as the backward of torch.sgn gives, get some: `contiguous` makes none
+    of them, and nothing is written into them."""
+    return tensor.clone() if tensor._is_zerotensor() else tensor
+
+
+def _without_transforms(tensor: Tensor) -> Tensor:
+    """The numbers that transforms have in hand, of all items of a vmap."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def is_batched(tensor: Tensor) -> bool:

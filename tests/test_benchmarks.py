@@ -423,6 +423,17 @@ def test_second_order_program(tmp_path, part):
     assert all(time > 0 for row in (gru, lstm) for time in row["ms"].values())
 
 
+@pytest.mark.parametrize("part", ["samples", "ensemble"])
+def test_transforms_program(tmp_path, part):
+    path = tmp_path / "transforms.json"
+    options = ("--cell", "lstm", "--shape", "6,3,9", "--rounds", 2)
+    result = run("transforms.py", *options, "--part", part, "--threads", 1, "--json", path)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(path.read_text())
+    assert row["ms"].keys() == {"ours", "plain operations", "torch.nn in a loop"}
+    assert all(time > 0 for time in row["ms"].values())
+
+
 @measures_the_library
 @pytest.mark.parametrize("part", ["training", "inference"])
 def test_regularised_program(tmp_path, part):

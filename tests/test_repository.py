@@ -31,7 +31,7 @@ LAYERS = [
     {"dispatch"},
     {"direct", "second_order"},
     {"ops"},
-    {"general_scan", "stack"},
+    {"general_scan", "stack", "transforms"},
     {"functional", "regularised"},
     {"compiled", "training"},
     {"modules"},
