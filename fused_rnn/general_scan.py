@@ -15,17 +15,32 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import dispatch, ops
+from . import direct, dispatch, ops
 from .cells import Cell, DirectionWeights, state_dtype
+from .native import cpu_library_error
 from .oracle import Recurrence
 from .problem import Masks, Noise
 from .recurrences import Extras, general_recurrence, noise_of_steps
+
+
+def _compiles_as_one(x: Tensor) -> bool:
+    """Whether a compiler gets the layer as one operator, which the cpu backend takes when it runs.
+    Exported programs get steps, which run wherever torch does."""
+    if torch.compiler.is_exporting() or not x.is_cpu or x.dtype not in direct.NUMBER_TYPES:
+        return False
+    return _cpu_may_be_asked()
+
+
+@torch.compiler.assume_constant_result
+def _cpu_may_be_asked() -> bool:
+    return cpu_library_error() is None and dispatch.requested() in ("", "auto", "cpu")
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,11 @@ class GeneralScan:
         dtype, directions = state_dtype(x.dtype), h0.shape[0]
         noise = self._draw(x, h0, c0, dtype)
         extras = self.extras[index * directions : (index + 1) * directions]
+        if compiling and not ops.is_transformed() and _compiles_as_one(x):
+            return ops.layer(
+                cell, x, h0, c0, self._with_extras(weights, extras), batch_sizes, masks,
+                states=states, recompute=recompute, noise=noise,
+            )  # fmt: skip
         if not compiling:
             problem = ops.make_problem(
                 cell, x, h0, c0, weights, batch_sizes, masks, torch.is_grad_enabled(), states, noise
@@ -75,19 +95,26 @@ class GeneralScan:
         if masks is not None:
             masks.check(x.shape[0])
 
-        def recurrence(cell: Cell, d: int, w: DirectionWeights) -> Recurrence:
-            steps = noise_of_steps(noise, d, batch_sizes)
-            return general_recurrence(cell, w, extras[d].to(dtype), steps)
+        # All that somebody else may change is an argument: checkpointing knows whether these are as
+        # they were.
+        def run(x, h0, c0, batch_sizes, lengths, resets, reset_h, reset_c, *others):
+            own, parts = list(others[: len(weights)]), others[len(weights) :]
+            of_directions = [
+                Extras(*parts[i : i + len(Extras._fields)])
+                for i in range(0, len(parts), len(Extras._fields))
+            ]
 
-        def run(x, h0, c0, reset_h, reset_c, *weights):
-            given = masks and masks._replace(reset_h=reset_h, reset_c=reset_c)
+            def recurrence(cell: Cell, d: int, w: DirectionWeights) -> Recurrence:
+                steps = noise_of_steps(noise, d, batch_sizes)
+                return general_recurrence(cell, w, of_directions[d].to(dtype), steps)
+
             return ops.oracle(
-                cell, x, h0, c0, list(weights), batch_sizes, given,
+                cell, x, h0, c0, own, batch_sizes,
+                None if masks is None else Masks(lengths, resets, reset_h, reset_c),
                 states=states, recurrence=recurrence,
             )  # fmt: skip
 
-        reset = (None, None) if masks is None else (masks.reset_h, masks.reset_c)
-        tensors = (x, h0, c0, *reset, *weights)
+        tensors = (x, h0, c0, batch_sizes, *(masks or Masks()), *weights, *chain(*extras))
         # An exporter makes nothing of checkpointing, or fails at it.
         saves = torch.is_grad_enabled() and not transformed and not torch.compiler.is_exporting()
         if recompute and saves:

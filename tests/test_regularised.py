@@ -11,7 +11,8 @@ import pickle
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
 from fused_rnn import native, testing
@@ -947,6 +948,46 @@ def test_compiled(cell):
         near(ours, theirs, 1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layer_norm": True},
+        pytest.param({"peepholes": True}, marks=pytest.mark.slow),
+        pytest.param({"zoneout": (0.1, 0.3)}, marks=pytest.mark.slow),
+        pytest.param({"recurrent_dropout": 0.3}, marks=pytest.mark.slow),
+        {**EVERYTHING, "peepholes": True, "recompute": True, "num_layers": 2},
+    ],
+    ids=lambda options: ".".join(options),
+)
+def test_a_compiler_gets_one_operator(options, cpu_backend):
+    """On the CPU, and compiles no second time where sizes change."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def record(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    layer = fused_rnn.LSTM(I, H, bidirectional=True, **options)
+    compilers = {"fw_compiler": record, "bw_compiler": record}
+    backend = aot_autograd(**compilers)
+    compiled = torch.compile(layer, backend=backend, dynamic=True, fullgraph=True)
+
+    def step(function, x):
+        torch.manual_seed(2)
+        y, states = function(x)
+        return [y, *states, *grads((y, *states), list(layer.parameters()))]
+
+    for timesteps, batch in ((11, 7), (12, 8), (9, 6)):
+        x = torch.randn(timesteps, batch, I)
+        for actual, expected in zip(step(compiled, x), step(layer, x), strict=True):
+            near(actual, expected, 1e-5)
+    layers = options.get("num_layers", 1)
+    forward, backward = graphs
+    for graph, name in ((forward, "layer_forward"), (backward, "layer_backward")):
+        assert graph.count(f"fused_rnn.{name}.default") == layers
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_with_recompute(strict):
     layer = make("gru", I, H, layer_norm=True, recompute=True)
@@ -954,6 +995,27 @@ def test_exported_with_recompute(strict):
     program = torch.export.export(layer, (x,), strict=strict).module()
     for ours, theirs in zip(program(x), layer(x), strict=True):
         near(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("changed", ["lengths", "resets", "batch_sizes", "peephole", "ln"])
+def test_recompute_tells_what_has_changed(changed, packed):
+    """In float64, which no kernel takes. Before, gradients were those of what it had become."""
+    if packed != (changed == "batch_sizes"):
+        return
+    options = {"peepholes": True} if changed == "peephole" else {"layer_norm": True}
+    layer = fused_rnn.LSTM(I, H, dtype=torch.float64, recompute=True, **options)
+    x, sizes = torch.randn(6, 3, I, dtype=torch.float64), torch.tensor([3, 2, 2, 1])
+    masks = {"lengths": torch.tensor([2, 6, 4]), "resets": torch.rand(6, 3) < 0.5}
+    if packed:
+        y = layer(PackedSequence(x.flatten(0, 1)[:8], sizes))[0].data
+    else:
+        y = layer(x, **masks)[0]
+    kept = {"batch_sizes": sizes, **masks, **dict(layer.named_parameters())}
+    with torch.no_grad():
+        next(t for name, t in kept.items() if changed in name).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @every_cell
