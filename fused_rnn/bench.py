@@ -204,7 +204,10 @@ def run(args: argparse.Namespace) -> int:
     if args.model:
         if args.input is None:
             raise SystemExit("--model needs --input, the sizes of its input as T,B,I")
-        module = torch.load(args.model, map_location=args.device, weights_only=False)
+        try:
+            module = torch.load(args.model, map_location=args.device, weights_only=False)
+        except OSError as error:
+            raise SystemExit(f"--model: {error}") from error
         if not isinstance(module, torch.nn.Module):
             raise SystemExit(f"--model: expected a module in {args.model}; got {type(module)}")
         module, shape = module.to(dtype), args.input

@@ -88,7 +88,7 @@ def recurrent_arguments(
         raise TypeError(f"weights: expected a list of Tensors, got {type(weights).__name__}")
     per_direction, remainder = divmod(len(weights), num_layers * directions)
     if remainder or not weights or per_direction not in ((2, 3, 4, 5) if cell.has_c else (2, 4)):
-        projected = ", one more with a projection," if cell.has_c else ""
+        projected = " one more with a projection," if cell.has_c else ""
         raise ValueError(
             f"weights: expected 2 tensors, or 4 with biases,{projected} for each of "
             f"{num_layers * directions} layers and directions, got {len(weights)} in all"

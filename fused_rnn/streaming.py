@@ -22,6 +22,7 @@ from .cells import CELLS, Cell
 from .convert import from_torch, option_of_ours
 from .native import cpu_library_error
 from .once import once
+from .problem import in_memory
 
 # As in csrc/cpu/kernels.h.
 _WIDTH = 16
@@ -144,8 +145,8 @@ class _Packed(Stepper):
 
     def _carefully(self, x: Any, state: Any) -> tuple[Tensor, Any]:
         x, states = self._checked(x, state)
-        h = None if states is None else states[0].contiguous()
-        return self._step(x.contiguous(), h)
+        h = None if states is None else in_memory(states[0]).contiguous()
+        return self._step(in_memory(x).contiguous(), h)
 
     def __getstate__(self) -> dict[str, Any]:
         bound = ("_step", "_direct")
@@ -178,8 +179,8 @@ class _PackedLSTM(_Packed):
 
     def _carefully(self, x: Any, state: Any) -> tuple[Tensor, Any]:
         x, states = self._checked(x, state)
-        given = (None, None) if states is None else (s.contiguous() for s in states)
-        y, h, c = self._step(x.contiguous(), *given)
+        given = (None, None) if states is None else (in_memory(s).contiguous() for s in states)
+        y, h, c = self._step(in_memory(x).contiguous(), *given)
         return y, (h, c)
 
 

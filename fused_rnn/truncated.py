@@ -48,8 +48,9 @@ def tbptt(
         state: the states after them, detached.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument does not fit; at once, not at the first
-            window.
+        TypeError, ValueError, RuntimeError: an argument does not fit. `window`, `back`, the steps
+            of `x`, values of `lengths` and the shape of `resets` are looked at at once, all else
+            by the layer in the first window.
 
     Example:
         >>> layer = torch.nn.GRU(3, 4)

@@ -821,3 +821,50 @@ def test_after_an_error_the_module_works(name, suffix):
     for bad in (None, good.float(), good[..., :1]):
         assert raised(lambda bad=bad: ours(bad)) is not None
     assert_same(ours, theirs, good)
+
+
+class TestZerosWithoutMemory:
+    """The backward of torch.sgn gives them, and whoever learns from gradients feeds them on."""
+
+    @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float64], ids=str)
+    def zeros(self, request):
+        def make(*shape):
+            zeros = torch._efficientzerotensor(shape, dtype=request.param)
+            assert zeros._is_zerotensor()
+            return zeros
+
+        return make
+
+    @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+    def test_layers(self, name, zeros):
+        options = {} if name == "RNN" else {"layer_norm": True}
+        for module in (
+            getattr(fused_rnn, name)(5, 8, 2, bidirectional=True),
+            getattr(fused_rnn, name)(5, 8, **options),
+        ):
+            x, parts = zeros(6, 3, 5), 2 * module.num_layers if module.bidirectional else 1
+            module.to(x.dtype)
+            h = zeros(parts, 3, 8)
+            hx = (h, h) if name == "LSTM" else h
+            full = torch.randn(6, 3, 5, dtype=x.dtype)
+            for given in ((x,), (x, hx), (full, hx)):
+                with torch.no_grad():
+                    expected = module(given[0] + torch.zeros_like(full))[0]
+                    assert torch.equal(module(*given)[0], expected)
+                y = module(*given)[0]
+                assert torch.equal(y, expected)
+                y.sum().backward()
+
+    @pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+    def test_cells(self, name, zeros):
+        cell, x = getattr(fused_rnn, name)(5, 8), zeros(3, 5)
+        cell.to(x.dtype)
+        actual, expected = cell(x), cell(torch.zeros(3, 5, dtype=x.dtype))
+        assert all(map(torch.equal, *map(torch.utils._pytree.tree_leaves, (actual, expected))))
+
+    @pytest.mark.parametrize("name", ["GRU", "LSTM"])
+    def test_steppers(self, name):
+        step = fused_rnn.stepper(getattr(fused_rnn, name)(5, 8))
+        x, h = torch._efficientzerotensor((3, 5)), torch._efficientzerotensor((1, 3, 8))
+        state = (h, h) if name == "LSTM" else h
+        assert torch.equal(step(x, state)[0], step(torch.zeros(3, 5))[0])

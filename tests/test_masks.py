@@ -681,3 +681,15 @@ def test_the_library_cuts_nothing_that_does_not_fit(bad):
         torch.ops.fused_rnn_cpu.cut(torch.tensor(bad), None, 5, 2)
     with pytest.raises(RuntimeError, match="resets"):
         torch.ops.fused_rnn_cpu.cut(None, torch.zeros(2, 5, dtype=torch.bool), 5, 2)
+
+
+def test_values_of_lengths_are_looked_at_inside_a_vmap():
+    layer, x = fused_rnn.GRU(I, H), torch.randn(2, T, 3, I)
+    lengths = torch.tensor([[1, 2, T], [0, 3, 4]])
+    call = torch.func.vmap(lambda x, lengths: layer(x, lengths=lengths)[0])
+    for item, of_item, found in zip(x, lengths, call(x, lengths), strict=True):
+        torch.testing.assert_close(found, layer(item, lengths=of_item)[0])
+    for wrong in (-4, T + 1):
+        lengths[1, 2] = wrong
+        with pytest.raises(RuntimeError, match=r"lengths: expected values from 0 to 9"):
+            call(x, lengths)
