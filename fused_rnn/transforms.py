@@ -42,6 +42,7 @@ class _Costs(NamedTuple):
     product: float  # and of each multiplication
 
 
+_MOST_SAVED = 1 << 24  # numbers of all gates
 _FORWARD, _BACKWARD = _Costs(20, 70, 0.1, 1e-4), _Costs(55, 250, 0.6, 4e-4)
 _Function = Callable[..., tuple[Tensor, ...]]
 
@@ -152,7 +153,7 @@ class _Gradients(torch.autograd.Function):
 
         items = _Items(info.batch_size, in_dims[2:], tensors, weights=6)
         if items.share_weights() and not any(needs[3:]):
-            return items.all_at_once(run)
+            return items.all_at_once(run, saves=True)
 
         def plain(*tensors):
             return _plain_gradients(cell, needs, tensors[:3], tensors[3:])
@@ -176,28 +177,29 @@ class _Items:
     def share_weights(self) -> bool:
         return all(dim is None for dim in self.dims[self.weights :])
 
-    def all_at_once(self, function: _Function) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """The function of one batch of all items' rows."""
+    def all_at_once(
+        self, function: _Function, saves: bool = False
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """The function of one batch of all items' rows; or of as many items as keep what the
+        function `saves` of each timestep, for a while, from being too much."""
         states = [
             t if t is None else self._in_dimension_one(t, dim)
             for t, dim in zip(self.tensors[: self.weights], self.dims, strict=False)
         ]
-        rows = next(t.shape[2] for t in states if t is not None)
-        folded = (t if t is None else t.flatten(1, 2) for t in states)
-        outputs = function(*folded, *self.tensors[self.weights :])
-        return tuple(o.unflatten(1, (self.count, rows)) for o in outputs), (1,) * len(outputs)
-
-    def _cost_less_together(self, costs: _Costs) -> bool:
-        x, w_ih, w_hh = (
-            t.shape if dim is None else t.movedim(dim, 0).shape[1:]
-            for t, dim in (
-                (self.tensors[i], self.dims[i])
-                for i in (self.weights - 3, self.weights, self.weights + 1)
-            )
+        weights = self.tensors[self.weights :]
+        x, h0 = states[self.weights - 3 : self.weights - 1]
+        (timesteps, _, rows, _), gates = x.shape, h0.shape[0] * weights[0].shape[0]
+        size = max(1, _MOST_SAVED // max(1, timesteps * rows * gates) if saves else self.count)
+        parts = []
+        for begin in range(0, max(1, self.count), size):
+            count = min(size, self.count - begin)
+            some = (t if t is None else t.narrow(1, begin, count).flatten(1, 2) for t in states)
+            parts.append([o.unflatten(1, (count, rows)) for o in function(*some, *weights)])
+        outputs = tuple(
+            torch.cat(of_some, 1) if len(of_some) > 1 else of_some[0]
+            for of_some in zip(*parts, strict=True)
         )
-        products = x[1] * (w_ih.numel() + w_hh.numel())
-        of_step = costs.step + self.count * (costs.item_step + products * costs.product)
-        return x[0] * of_step < self.count * costs.item
+        return outputs, (1,) * len(outputs)
 
     def _in_dimension_one(self, t: Tensor, dim: int | None) -> Tensor:
         if dim is not None:
@@ -209,7 +211,7 @@ class _Items:
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """The function of each item; or `plain`, the same in plain operations, where that takes
         less: small items, and many."""
-        if not self.count or self._cost_less_together(costs):
+        if not self.count or self._takes_less_together(costs):
             outputs = torch.func.vmap(plain, in_dims=tuple(self.dims))(*self.tensors)
             return outputs, (0,) * len(outputs)
         of_items = [
@@ -221,6 +223,18 @@ class _Items:
         by_item = [function(*tensors) for tensors in zip(*of_items, strict=True)]
         outputs = tuple(torch.stack(parts) for parts in zip(*by_item, strict=True))
         return outputs, (0,) * len(outputs)
+
+    def _takes_less_together(self, costs: _Costs) -> bool:
+        x, w_ih, w_hh = (
+            t.shape if dim is None else t.movedim(dim, 0).shape[1:]
+            for t, dim in (
+                (self.tensors[i], self.dims[i])
+                for i in (self.weights - 3, self.weights, self.weights + 1)
+            )
+        )
+        products = x[1] * (w_ih.numel() + w_hh.numel())
+        of_step = costs.step + self.count * (costs.item_step + products * costs.product)
+        return x[0] * of_step < self.count * costs.item
 
 
 def _plain_outputs(cell: str, inputs: _Tensors) -> tuple[Tensor, ...]:

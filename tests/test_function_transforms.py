@@ -4,6 +4,7 @@ plain operations give."""
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_streaming import flat, states
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vjp, vmap
 
 import fused_rnn
-from fused_rnn import direct, ops
+from fused_rnn import direct, ops, transforms
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
@@ -217,6 +218,20 @@ def test_ensembles(cell, shared, counts):
     actual, count = counts.of(function, parameters, x)
     assert count == (2 * ITEMS, 2 * ITEMS, 0)
     near(actual, plainly(function, parameters, x))
+
+
+def test_what_gradients_need_is_saved_for_some_items_at_a_time(counts, monkeypatch):
+    module, x = fused_rnn.LSTM(INPUTS, HIDDEN), torch.randn(4, 2, INPUTS)
+    function = jacrev(lambda x: tuple(flat(module(x))))
+    together, count = counts.of(function, x)
+    assert count == (1, 1, 0)
+    monkeypatch.setattr(transforms, "_MOST_SAVED", 10 * 4 * 2 * 4 * HIDDEN)
+    actual, count = counts.of(function, x)
+    outputs = (4 + 1 + 1) * 2 * HIDDEN
+    assert count == (1, math.ceil(outputs / 10), 0)
+    near(actual, together, 1e-6)
+    monkeypatch.setattr(transforms, "_MOST_SAVED", 1)
+    near(function(x[:2])[1], plainly(function, x[:2])[1])
 
 
 def test_many_small_items_take_plain_operations(counts):
