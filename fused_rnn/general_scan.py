@@ -38,9 +38,12 @@ def _compiles_as_one(x: Tensor) -> bool:
     return _cpu_may_be_asked()
 
 
-@torch.compiler.assume_constant_result
 def _cpu_may_be_asked() -> bool:
     return cpu_library_error() is None and dispatch.requested() in ("", "auto", "cpu")
+
+
+# What torch.compiler.assume_constant_result does, but that imports the compiler at once.
+_cpu_may_be_asked._dynamo_marked_constant = True
 
 
 @dataclass(frozen=True)
