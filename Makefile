@@ -75,7 +75,8 @@ test-all: $(INSTALLED) $(EMULATED) .venv/.toolbox
 # one that throws has no place here.
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 ASAN_TESTS := $(patsubst %,tests/test_%.py,instruction_sets numbers threads ragged_calls \
-	training_calls direct_calls direct_training half_calls half_training)
+	training_calls states_calls function_transforms direct_calls direct_training half_calls \
+	half_training)
 ASAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))"
 
