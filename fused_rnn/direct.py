@@ -198,6 +198,15 @@ def train_layer_backward(
     )  # fmt: skip
 
 
+def saved_outputs(
+    cell: Cell, outputs: Sequence[Tensor], given: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """gates and cells, None where the cell has none, from the outputs of `train_layer` to be saved:
+    those behind the `given` first."""
+    gates = outputs[given] if cell.saved_gates else None
+    return gates, outputs[given + 1] if cell.has_c else None
+
+
 def infer_layer(cell: Cell, *inputs: Tensor | None) -> list[Tensor] | None:
     """y, h_n and, where the cell has it, c_n, of a padded layer's x, h0, c0 and weights; or None:
     the call is not for here. To be called where nobody wants gradients."""
@@ -216,10 +225,7 @@ def gradients_anew(
     outputs = both.train_layer(cell.index, directions, True, False, None, *inputs)
     if outputs is None:
         return None
-    saved = outputs[2 + cell.has_c :]
-    gates = saved[0] if cell.saved_gates else None
-    cells = saved[-1] if cell.has_c else None
-    kept = outputs[0], gates, cells, None, *inputs
+    kept = outputs[0], *saved_outputs(cell, outputs, 2 + cell.has_c), None, *inputs
     found = both.train_layer_backward(
         cell.index, directions, False, tuple(needs), *grads, None, kept
     )

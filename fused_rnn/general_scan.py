@@ -79,22 +79,23 @@ class GeneralScan:
         dtype, directions = state_dtype(x.dtype), h0.shape[0]
         noise = self._draw(x, h0, c0, dtype)
         extras = self.extras[index * directions : (index + 1) * directions]
-        if compiling and not ops.is_transformed() and _compiles_as_one(x):
-            return ops.layer(
-                cell, x, h0, c0, self._with_extras(weights, extras), batch_sizes, masks,
-                states=states, recompute=recompute, noise=noise,
-            )  # fmt: skip
-        if not compiling:
+        if compiling:
+            has_kernels = not ops.is_transformed() and _compiles_as_one(x)
+        else:
             problem = ops.make_problem(
                 cell, x, h0, c0, weights, batch_sizes, masks, torch.is_grad_enabled(), states, noise
             )
             problem = dataclasses.replace(problem, extras=self.traits)
-            if not ops.needs_oracle(x) and dispatch.choose(problem).extras.issuperset(self.traits):
-                return ops.layer(
-                    cell, x, h0, c0, self._with_extras(weights, extras), batch_sizes, masks,
-                    states=states, recompute=recompute, noise=noise,
-                )  # fmt: skip
-            dispatch.select(problem)
+            has_kernels = not ops.needs_oracle(x) and dispatch.choose(problem).extras.issuperset(
+                self.traits
+            )
+            if not has_kernels:
+                dispatch.select(problem)
+        if has_kernels:
+            return ops.layer(
+                cell, x, h0, c0, self._with_extras(weights, extras), batch_sizes, masks,
+                states=states, recompute=recompute, noise=noise,
+            )  # fmt: skip
         if masks is not None:
             masks.check(x.shape[0])
 

@@ -398,8 +398,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, cell, directions, rows, outputs, return_cells, x, h0, c0, *weights):
         ctx.is_step = x.dim() == 2 and rows is None
         given = (1 if ctx.is_step else 2) + cell.has_c  # what follows them is saved only
-        gates = outputs[given] if cell.saved_gates else None
-        cells = outputs[given + 1] if cell.has_c else None
+        gates, cells = direct.saved_outputs(cell, outputs, given)
         ctx.batch_first = False
         if isinstance(rows, _Masks):
             ctx.batch_first = rows.batch_first
