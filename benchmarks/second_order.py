@@ -73,11 +73,7 @@ def main() -> None:
     args = turns.options(__doc__, PARTS, rounds=15).parse_args()
 
     def measure(cell: str, sizes: tuple[int, ...]) -> tuple[dict, list[str]]:
-        seconds = turns.medians(ways(cell, *sizes, args.part), args.rounds)
-        ours = seconds["ours"]
-        others = [f"{seconds[way] / ours:.2f}" if way in seconds else "" for way in WAYS[1:]]
-        ms = {way: taken * 1e3 for way, taken in seconds.items()}
-        return {"ms": ms}, [f"{ms['ours']:.2f}", *others]
+        return turns.beside_ours(ways(cell, *sizes, args.part), WAYS[1:], args.rounds)
 
     what = "a step with a penalty on gradients" if args.part == "penalty" else "forward mode"
     turns.tabulate(args, SHAPES, what, ("ours, ms", *WAYS[1:]), measure)

@@ -71,10 +71,7 @@ def main() -> None:
     args = turns.options(__doc__, PARTS, rounds=11).parse_args()
 
     def measure(cell: str, sizes: tuple[int, ...]) -> tuple[dict, list[str]]:
-        seconds = turns.medians(ways(cell, *sizes, args.part), args.rounds)
-        others = [f"{seconds[way] / seconds['ours']:.2f}" for way in WAYS[1:]]
-        ms = {way: taken * 1e3 for way, taken in seconds.items()}
-        return {"ms": ms}, [f"{ms['ours']:.2f}", *others]
+        return turns.beside_ours(ways(cell, *sizes, args.part), WAYS[1:], args.rounds)
 
     what = "gradients of each sample" if args.part == "samples" else "an ensemble"
     turns.tabulate(args, SHAPES, what, ("ours, ms", *WAYS[1:]), measure)
