@@ -136,6 +136,7 @@ ONNX_GATES = {
     "gru_reset_before": (1, 0, 2),
     "lstm": (0, 3, 1, 2),  # i o f c
 }
+ONNX_PEEPHOLES = (0, 2, 1)  # to the gates i o f
 KERAS_GATES = ONNX_GATES | {"lstm": (0, 1, 2, 3)}  # i f c o
 
 

@@ -203,7 +203,8 @@ def option_of_ours(module: torch.nn.Module, besides: tuple[str, ...] = ()) -> st
             return "reset_after=False"
         if module._carries() and "stateful" not in besides:
             return "stateful=True"
-    return ", ".join(getattr(module, "_regularisation", PLAIN).changes())
+    changes = getattr(module, "_regularisation", PLAIN).changes()
+    return ", ".join(change for change in changes if change.split("=")[0] not in besides)
 
 
 def _class_name(value: object) -> str:

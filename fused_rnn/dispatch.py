@@ -120,7 +120,7 @@ def has_stacks(device_type: str) -> bool:
 
 def _refusal(candidate: Backend, problem: Problem) -> str | None:
     missing = [name for name in problem.extras if name not in candidate.extras]
-    if missing and candidate.name != "reference":  # which general_scan computes in its place
+    if missing and candidate.name != "reference":  # for which plain operations have them
         return f"has no kernel for {', '.join(missing)}"
     return candidate.unsupported(problem)
 

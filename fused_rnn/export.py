@@ -21,7 +21,7 @@ from . import dispatch, flops, ops
 from .cells import CELLS, state_dtype
 from .native import cpu_library_error
 from .once import once
-from .problem import Masks
+from .problem import Masks, Noise
 
 Decompositions = dict[torch._ops.OperatorBase, Callable]
 
@@ -55,8 +55,9 @@ def onnx_operators() -> Decompositions:
         A table that holds nothing else: torch.onnx.export decomposes the rest.
 
     Raises:
-        RuntimeError (`run_decompositions` does): the program has packed rows, or a dtype that
-            ONNX's operators do not take.
+        RuntimeError (`run_decompositions` does): the program has packed rows, a dtype that
+            ONNX's operators do not take, or a dynamic number of timesteps of layers with layer
+            normalisation, zoneout or recurrent dropout, which ONNX's do not have.
 
     Example:
         >>> import torch, fused_rnn
@@ -113,10 +114,19 @@ class _Call(NamedTuple):
     states: bool
     recompute: bool
     backend: str
+    h_factor: Tensor | None = None
+    kept_h: Tensor | None = None
+    kept_c: Tensor | None = None
+    part_h: float = 0.0
+    part_c: float = 0.0
 
     @property
     def masks(self) -> Masks:
         return Masks(self.lengths, self.resets, self.reset_h, self.reset_c)
+
+    @property
+    def noise(self) -> Noise:
+        return Noise(self.h_factor, self.kept_h, self.kept_c, self.part_h, self.part_c)
 
     @property
     def inputs(self) -> tuple:
@@ -131,19 +141,20 @@ def _steps(*arguments):
             "export.core_aten: input: expected a fixed number of timesteps, since core ATen has "
             "no loop, got a dynamic one; export the model with that dimension static"
         )
-    return _as_operator(call, ops.oracle(*call.inputs, states=call.states))
+    recurrence = ops.recurrence_of(call.noise, None)
+    return _as_operator(call, ops.oracle(*call.inputs, states=call.states, recurrence=recurrence))
 
 
 def _onnx_node(*arguments):
     call = _Call(*arguments)
     _padded("onnx_operators", call.batch_sizes)
-    return _as_operator(call, ops.onnx_layer(*call.inputs, call.states))
+    return _as_operator(call, ops.onnx_layer(*call.inputs, call.states, call.noise))
 
 
 def _library_call(*arguments):
     call = _Call(*arguments)
-    problem = ops.make_problem(*call.inputs, training=False, states=call.states)
-    unlike = problem.packed or problem.lengths or problem.resets or problem.states
+    problem = ops.make_problem(*call.inputs, False, call.states, call.noise)
+    unlike = problem.packed or problem.lengths or problem.resets or problem.states or problem.extras
     wanted = call.x.dtype == torch.float32 and not unlike
     if not wanted or dispatch.BACKENDS["cpu"].unsupported(problem) is not None:
         return NotImplemented

@@ -1,9 +1,10 @@
 """Layers with more in their recurrence than torch.nn's: dropout, zoneout, layer normalisation and
 peepholes.
 
-What kernels have of it runs on them. The rest runs step by step in plain torch operations, by
-`recurrences` over the scan of `oracle`: on any device, in any dtype (half types run through time in
-float32), with all forms of input, and differentiable any number of times.
+What kernels have of it runs on them, and compilers get a layer as the one operator that all layers
+are. The rest runs step by step in plain torch operations, by `recurrences` over the scan of
+`oracle`: on any device, in any dtype (half types run through time in float32), with all forms of
+input, and differentiable any number of times.
 
 Shapes: T timesteps, B batch, N rows, I input_size, H hidden_size, P output size, G gates,
 D directions.
@@ -22,28 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import direct, dispatch, ops
+from . import dispatch, ops
 from .cells import Cell, DirectionWeights, state_dtype
-from .native import cpu_library_error
 from .oracle import Recurrence
 from .problem import Masks, Noise
 from .recurrences import Extras, general_recurrence, noise_of_steps
-
-
-def _compiles_as_one(x: Tensor) -> bool:
-    """Whether a compiler gets the layer as one operator, which the cpu backend takes when it runs.
-    Exported programs get steps, which run wherever torch does."""
-    if torch.compiler.is_exporting() or not x.is_cpu or x.dtype not in direct.NUMBER_TYPES:
-        return False
-    return _cpu_may_be_asked()
-
-
-def _cpu_may_be_asked() -> bool:
-    return cpu_library_error() is None and dispatch.requested() in ("", "auto", "cpu")
-
-
-# What torch.compiler.assume_constant_result does, but that imports the compiler at once.
-_cpu_may_be_asked._dynamo_marked_constant = True
 
 
 @dataclass(frozen=True)
@@ -74,24 +58,21 @@ class GeneralScan:
         states: bool = False,
         recompute: bool = False,
     ) -> ops.LayerResult:
-        compiling = torch.compiler.is_compiling()
-        transformed = not compiling and ops.is_transformed()
+        transformed = ops.is_transformed()
         dtype, directions = state_dtype(x.dtype), h0.shape[0]
         noise = self._draw(x, h0, c0, dtype)
         extras = self.extras[index * directions : (index + 1) * directions]
-        if compiling:
-            has_kernels = not ops.is_transformed() and _compiles_as_one(x)
+        if torch.compiler.is_compiling():
+            is_one_call = not transformed
         else:
             problem = ops.make_problem(
                 cell, x, h0, c0, weights, batch_sizes, masks, torch.is_grad_enabled(), states, noise
             )
             problem = dataclasses.replace(problem, extras=self.traits)
-            has_kernels = not ops.needs_oracle(x) and dispatch.choose(problem).extras.issuperset(
-                self.traits
-            )
-            if not has_kernels:
+            is_one_call = not ops.needs_oracle(x) and dispatch.choose(problem).has_extras(problem)
+            if not is_one_call:
                 dispatch.select(problem)
-        if has_kernels:
+        if is_one_call:
             return ops.layer(
                 cell, x, h0, c0, self._with_extras(weights, extras), batch_sizes, masks,
                 states=states, recompute=recompute, noise=noise,
@@ -119,9 +100,7 @@ class GeneralScan:
             )  # fmt: skip
 
         tensors = (x, h0, c0, batch_sizes, *(masks or Masks()), *weights, *chain(*extras))
-        # An exporter makes nothing of checkpointing, or fails at it.
-        saves = torch.is_grad_enabled() and not transformed and not torch.compiler.is_exporting()
-        if recompute and saves:
+        if recompute and torch.is_grad_enabled() and not transformed:
             # The masks are drawn already.
             return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
         return run(*tensors)

@@ -1,8 +1,8 @@
 """A layer as the standard ONNX operator, LSTM, GRU or RNN, while torch.onnx.export traces.
 
 The operators are specified at https://onnx.ai/onnx/operators. What differs from ours: the gates
-come in another order, the biases of a direction in one vector, the directions of Y in a
-dimension of their own; and there is no projection, which is turned into an LSTM without one.
+and peepholes come in another order, the biases of a direction in one vector, the directions of Y in
+a dimension of their own; and there is no projection, which is turned into an LSTM without one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cells import CELLS, ONNX_GATES, DirectionWeights, reorder_gates
+from .cells import CELLS, ONNX_GATES, ONNX_PEEPHOLES, DirectionWeights, reorder_gates
 
 # Theirs, i o f c and z r h, out of ours.
 _DTYPES = (torch.float16, torch.float32, torch.float64)
@@ -102,6 +102,8 @@ def _node(
     if spec.has_c:
         inputs.append(c0)
         shapes.append(shapes[1])
+    if weights[0].peephole is not None:
+        inputs.append(torch.stack([reorder_gates(w.peephole, ONNX_PEEPHOLES) for w in weights]))
     outputs = torch.onnx.ops.symbolic_multi_out(
         _operator(cell), inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
     )

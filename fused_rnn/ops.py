@@ -108,13 +108,14 @@ def layer(
         states: whether to give LSTM's c after every step.
         recompute: whether backward computes anew what it would otherwise have to keep.
         noise: what recurrent dropout and zoneout do, h_factor in `cells.state_dtype`. It,
-            peepholes and gains are for backends whose `extras` have them.
+            peepholes and gains are for backends whose `extras` have them; others leave them to
+            plain operations, which backward runs anew.
     """
     states = states and CELLS[cell].has_c
     inputs = (x, h0, c0, weights, batch_sizes, *(masks or _NO_MASKS))
     if torch.compiler.is_compiling() and not is_transformed():
         if onnx.is_exporting():
-            return onnx_layer(cell, x, h0, c0, weights, batch_sizes, masks, states)
+            return onnx_layer(cell, x, h0, c0, weights, batch_sizes, masks, states, noise)
         # An exported program is trained through the operator's Autograd kernel, or not at all.
         save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         options = (cell, save, states, recompute, "")
@@ -199,11 +200,13 @@ def onnx_layer(
     batch_sizes: Tensor | None,
     masks: Masks | None,
     states: bool,
+    noise: Noise = NO_NOISE,
 ) -> LayerResult:
-    """What `layer` computes, as a node of ONNX.
+    """What `layer` computes, as a node of ONNX, or of a layer that has more in its recurrence than
+    ONNX's, step after step.
 
     Raises:
-        RuntimeError: ONNX has no such operator.
+        RuntimeError: ONNX has no such operator, or the steps are not a fixed number.
     """
     masks = masks or Masks()
     for name, given in (
@@ -214,7 +217,16 @@ def onnx_layer(
         if given is not None:
             raise RuntimeError(f"torch.onnx.export: ONNX's recurrent operators do not have {name}")
     split = split_by_direction(h0, c0, weights)
-    return LayerResult(*onnx.layer(cell, x, h0, c0, split, masks.lengths), None)
+    if not noise.names and split[0].norm is None:
+        return LayerResult(*onnx.layer(cell, x, h0, c0, split, masks.lengths), None)
+    if isinstance(x.shape[0], torch.SymInt):
+        raise RuntimeError(
+            "torch.onnx.export: input: expected a fixed number of timesteps, since ONNX's "
+            "recurrent operators have no layer normalisation, zoneout and recurrent dropout, got a "
+            "dynamic one; export the model with that dimension static"
+        )
+    recurrence = recurrence_of(noise, None)
+    return oracle(cell, x, h0, c0, weights, None, masks, recurrence=recurrence)
 
 
 def oracle(
@@ -365,16 +377,6 @@ def unflatten(rows: Tensor, like: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(rows, (*like.shape[:-1], rows.shape[-1]))
 
 
-def _select(problem: Problem, backend: str) -> Backend:
-    """`dispatch.select`, where the reference stands for `general_scan`, which is not here."""
-    chosen = dispatch.select(problem, backend)
-    if missing := [name for name in problem.extras if name not in chosen.extras]:
-        raise dispatch.UnsupportedProblemError(
-            f"backend {chosen.name!r} has no operator for {', '.join(missing)}"
-        )
-    return chosen
-
-
 def _is_ordinary(
     x: Tensor, layout: tuple[Tensor | None, ...], states: bool, recompute: bool, backend: str
 ) -> bool:
@@ -443,7 +445,10 @@ def _forward(
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
     problem = make_problem(*inputs, save, states, noise)
     rows, by_direction = _layout(*inputs, noise)
-    chosen = _select(problem, backend)
+    chosen = dispatch.select(problem, backend)
+    if not chosen.has_extras(problem):
+        outputs = _forward_of_oracle(problem, inputs, noise, save and not recompute)
+        return outputs, _Way(problem, chosen)
     with _no_autocast(x.device.type):
         out = chosen.forward(
             problem, _rows_of(x, problem.packed), by_direction, h0, c0, rows, save and not recompute
@@ -452,22 +457,39 @@ def _forward(
     return (y, out.h_n, out.c_n, out.gates, out.cells), _Way(problem, chosen)
 
 
+def _forward_of_oracle(
+    problem: Problem, inputs: tuple[Any, ...], noise: Noise, save: bool
+) -> tuple[Tensor, ...]:
+    """`_forward` where no backend has the layer's recurrence. What it saves is left as it was."""
+    _, x, h0, *_, batch_sizes, masks = inputs
+    masks.check(problem.timesteps)
+    recurrence = recurrence_of(noise, batch_sizes)
+    out = oracle(*inputs, states=problem.states, recurrence=recurrence)
+    _, _, c_n, gates, cells = _outputs_to_fill(problem, x, h0, save)
+    y = out.y if problem.packed else unflatten(out.y.flatten(0, 1), x)
+    if out.cells is not None:
+        cells = out.cells if problem.packed else out.cells.flatten(1, 2)
+    return y, out.h_n, c_n if out.c_n is None else out.c_n, gates, cells
+
+
 def _forward_fake(
     x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
     cell, save, states, recompute, backend, *noise,
 ):  # fmt: skip
-    spec = CELLS[cell]
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
-    directions, batch, out = h0.shape
-    hidden = weights[1].shape[0] // spec.gates
-    count = math.prod(x.shape[:-1])  # Size.numel would make the sizes constants
     save = save and not recompute
-    problem = make_problem(*inputs, save, states, Noise(*noise))
-    keep_cells = problem.keeps_cells(save)
+    return _outputs_to_fill(make_problem(*inputs, save, states, Noise(*noise)), x, h0, save)
+
+
+def _outputs_to_fill(problem: Problem, x: Tensor, h0: Tensor, save: bool) -> tuple[Tensor, ...]:
+    """What `layer_forward` gives, with any numbers in it."""
+    directions, batch, out = h0.shape
+    hidden, keep_cells = problem.hidden_size, problem.keeps_cells(save)
+    count = math.prod(x.shape[:-1])  # Size.numel would make the sizes constants
     return (
         x.new_empty((*x.shape[:-1], directions * out)),
         x.new_empty((directions, batch, out)),
-        x.new_empty((directions, batch, hidden * spec.has_c)),
+        x.new_empty((directions, batch, hidden * problem.cell.has_c)),
         x.new_empty((directions, count, problem.saved_columns * save), dtype=problem.saved_dtype),
         x.new_empty((directions, count, hidden * keep_cells), dtype=state_dtype(x.dtype)),
     )
@@ -493,9 +515,19 @@ def _backward_impl(
     inputs = (cell, x, h0, c0, weights, batch_sizes, Masks(lengths, resets, reset_h, reset_c))
     if way is None:
         problem = make_problem(*inputs, True, states, noise)
-        chosen = _select(problem, backend)
+        chosen = dispatch.select(problem, backend)
     else:
         problem, chosen = way
+    if not chosen.has_extras(problem):
+        grads = grad_y, grad_h_n, grad_c_n, grad_cells
+        inputs = [  # which in a compiled graph are nobody's to differentiate
+            t.detach().requires_grad_() if need else t
+            for t, need in zip((x, h0, c0, reset_h, reset_c, *weights), needs, strict=True)
+        ]
+        layout = batch_sizes, lengths, resets, noise
+        with torch.enable_grad():
+            found = _gradients_of_oracle(cell, grads, inputs, layout, needs, False)
+        return [x.new_empty(0) if g is None else g for g in found]
     rows, by_direction = _layout(*inputs, noise)
     x_rows = _rows_of(x, problem.packed)
     saved = LayerOutput(_rows_of(y, problem.packed), None, None, gates, cells)

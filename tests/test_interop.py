@@ -97,6 +97,12 @@ def test_to_keras(keras, kind, bidirectional, biases, built):
 def ours(kind, *sizes, **options):
     if kind == "lstm":
         return fused_rnn.LSTM(*sizes, **options)
+    if kind == "lstm_peepholes":
+        module = fused_rnn.LSTM(*sizes, peepholes=True, **options)
+        for name, parameter in module.named_parameters():
+            if "peephole" in name:  # zeros at first
+                torch.nn.init.normal_(parameter)
+        return module
     if kind.startswith("gru"):
         return fused_rnn.GRU(*sizes, reset_after=kind == "gru", **options)
     return fused_rnn.RNN(*sizes, nonlinearity=kind[4:], **options)
@@ -221,6 +227,9 @@ def run_onnx(node: OnnxNode, x, states):
     outputs = ["Y", "Y_h", "Y_c"][: 1 + len(states)]
     constants = {"W": node.W, "R": node.R} | ({} if node.B is None else {"B": node.B})
     inputs = ["X", "W", "R", "" if node.B is None else "B", "", *list(values)[1:]]
+    if node.P is not None:
+        constants["P"] = node.P
+        inputs.append("P")
     graph = helper.make_graph(
         [helper.make_node(node.operator, inputs, outputs, **node.attributes)],
         "layer",
@@ -241,7 +250,10 @@ def run_onnx(node: OnnxNode, x, states):
     return [torch.from_numpy(value) for value in found]
 
 
-@every_layer
+every_node = pytest.mark.parametrize("kind", [*KERAS_LAYERS, "lstm_peepholes"])
+
+
+@every_node
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layers", [1, 2])
@@ -249,7 +261,7 @@ def test_onnx_both_ways(kind, bidirectional, bias, layers):
     module = ours(kind, 5, 7, layers, bias=bias, bidirectional=bidirectional)
     directions = 1 + bidirectional
     x = torch.randn(6, 3, 5)
-    states = [torch.randn(layers * directions, 3, 7) for _ in range(1 + (kind == "lstm"))]
+    states = [torch.randn(layers * directions, 3, 7) for _ in range(1 + kind.startswith("lstm"))]
     with torch.no_grad():
         expected, final = module(x, tuple(states) if states[1:] else states[0])
     nodes = to_onnx(module)
@@ -257,7 +269,7 @@ def test_onnx_both_ways(kind, bidirectional, bias, layers):
     again, found = x, []
     for i, node in enumerate(nodes):
         given = [s[i * directions : (i + 1) * directions] for s in states]
-        back = from_onnx(*node[:4], **node.attributes)
+        back = from_onnx(*node[:4], P=node.P, **node.attributes)
         with torch.no_grad():
             theirs = back(x, tuple(given) if given[1:] else given[0])[0]
         y, *ends = run_onnx(node, again, given)
@@ -273,13 +285,14 @@ def test_onnx_both_ways(kind, bidirectional, bias, layers):
         torch.testing.assert_close(got, want, **TOLERANCE)
 
 
-@every_layer
+@every_node
 def test_onnx_weights_come_back_to_the_bit(kind):
     module = ours(kind, 5, 7, bidirectional=True, dtype=torch.float64)
     node = to_onnx(module)[0]
     assert node.W.data_ptr() != module.weight_ih_l0.data_ptr()
     as_arrays = [t.numpy() for t in node[1:4]]
-    back = from_onnx(node.operator, *as_arrays, layout=1, **node.attributes)
+    peepholes = None if node.P is None else node.P.numpy()
+    back = from_onnx(node.operator, *as_arrays, P=peepholes, layout=1, **node.attributes)
     assert back.batch_first and back.mode == module.mode
     for name, value in module.state_dict().items():
         assert torch.equal(back.state_dict()[name], value)
@@ -313,7 +326,9 @@ W, R, B = torch.ones(1, 12, 3), torch.ones(1, 12, 4), torch.ones(1, 24)
         ({"activations": ["HardSigmoid", "Tanh"]}, ValueError, "activations: expected"),
         ({"clip": 3.0}, ValueError, "clip: expected none"),
         ({"input_forget": 1}, ValueError, "input_forget: expected none"),
-        ({"P": torch.ones(1, 12)}, ValueError, "P: expected none"),
+        ({"P": torch.ones(1, 12)}, ValueError, "P: expected none for GRU"),
+        ({"operator": "LSTM", "P": torch.ones(1, 12)}, ValueError, "W: expected shape"),
+        ({"P": [1.0]}, TypeError, "P: expected a Tensor or array, got list"),
         ({"spin": 1}, TypeError, "unexpected attribute 'spin'"),
     ],
 )
@@ -331,8 +346,8 @@ def test_what_changes_nothing_is_accepted():
 def test_bad_modules_to_onnx():
     with pytest.raises(ValueError, match="no projection"):
         to_onnx(fused_rnn.LSTM(3, 4, proj_size=2))
-    with pytest.raises(ValueError, match=r"none of our own options, got .*peepholes"):
-        to_onnx(fused_rnn.LSTM(3, 4, peepholes=True))
+    with pytest.raises(ValueError, match=r"none of our own options, got layer_norm=True$"):
+        to_onnx(fused_rnn.LSTM(3, 4, layer_norm=True, peepholes=True))
     with pytest.raises(TypeError, match="module: expected"):
         to_onnx(fused_rnn.GRUCell(3, 4))
 

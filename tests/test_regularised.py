@@ -6,16 +6,19 @@ which draws the masks in the order that the modules document.
 """
 
 import copy
+import io
 import itertools
 import pickle
 
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import native, testing
+from fused_rnn import export, native, testing
 from fused_rnn.cells import CELLS
 
 T, B, I, H = 5, 3, 3, 4  # noqa: E741
@@ -500,12 +503,29 @@ def test_the_librarys_border(which, wrong, message):
         torch.ops.fused_rnn.layer_forward(*arguments)
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_the_operator_of_the_reference_has_none_of_it(cell):
+@needs_cpu_library
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("states", [False, True])
+def test_the_operator_of_the_reference_is_plain_operations(cell, states):
+    """And gives what kernels give, in fields of the same shapes."""
     arguments = list(noisy_arguments(cell))
-    arguments[-4] = "reference"
-    with pytest.raises(fused_rnn.UnsupportedProblemError, match="has no operator for recurrent_dr"):
-        torch.ops.fused_rnn.layer_forward(*arguments)
+    x, _, _, weights = arguments[:4]
+    arguments[-6] = states
+    inputs, results = (x, *weights), {}
+    for backend in ("cpu", "reference"):
+        arguments[-4] = backend
+        fields = torch.ops.fused_rnn.layer_forward(*arguments)
+        cells = [fields[4]] if states and CELLS[cell].has_c else []
+        outputs = [*fields[:3], *cells]
+        results[backend] = [*outputs, *grads([o for o in outputs if o.requires_grad], inputs)]
+        shapes = [field.shape for field in fields]
+        assert shapes == results.setdefault("shapes", shapes)
+    for actual, expected in zip(results["reference"], results["cpu"], strict=True):
+        near(actual, expected, 1e-4)
+    with FakeTensorMode() as mode:
+        faked = [a if not isinstance(a, torch.Tensor) else mode.from_tensor(a) for a in arguments]
+        faked[3] = [mode.from_tensor(w) for w in weights]
+        assert [f.shape for f in torch.ops.fused_rnn.layer_forward(*faked)] == results["shapes"]
 
 
 @needs_cpu_library
@@ -948,19 +968,20 @@ def test_compiled(cell):
         near(ours, theirs, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "options",
     [
-        {"layer_norm": True},
+        pytest.param({"layer_norm": True}, marks=pytest.mark.slow),
         pytest.param({"peepholes": True}, marks=pytest.mark.slow),
         pytest.param({"zoneout": (0.1, 0.3)}, marks=pytest.mark.slow),
         pytest.param({"recurrent_dropout": 0.3}, marks=pytest.mark.slow),
-        {**EVERYTHING, "peepholes": True, "recompute": True, "num_layers": 2},
+        {**EVERYTHING, "recompute": True, "num_layers": 2},
     ],
     ids=lambda options: ".".join(options),
 )
-def test_a_compiler_gets_one_operator(options, cpu_backend):
-    """On the CPU, and compiles no second time where sizes change."""
+def test_a_compiler_gets_one_operator(options, dtype):
+    """And compiles no second time where sizes change, whether a kernel runs or plain operations."""
     torch._dynamo.reset()
     graphs = []
 
@@ -968,7 +989,7 @@ def test_a_compiler_gets_one_operator(options, cpu_backend):
         graphs.append([str(node.target) for node in graph.graph.nodes])
         return graph
 
-    layer = fused_rnn.LSTM(I, H, bidirectional=True, **options)
+    layer = fused_rnn.LSTM(I, H, bidirectional=True, dtype=dtype, **options)
     compilers = {"fw_compiler": record, "bw_compiler": record}
     backend = aot_autograd(**compilers)
     compiled = torch.compile(layer, backend=backend, dynamic=True, fullgraph=True)
@@ -979,22 +1000,61 @@ def test_a_compiler_gets_one_operator(options, cpu_backend):
         return [y, *states, *grads((y, *states), list(layer.parameters()))]
 
     for timesteps, batch in ((11, 7), (12, 8), (9, 6)):
-        x = torch.randn(timesteps, batch, I)
+        x = torch.randn(timesteps, batch, I, dtype=dtype)
         for actual, expected in zip(step(compiled, x), step(layer, x), strict=True):
-            near(actual, expected, 1e-5)
+            near(actual, expected, 1e-5 if dtype == torch.float32 else 1e-12)
     layers = options.get("num_layers", 1)
     forward, backward = graphs
     for graph, name in ((forward, "layer_forward"), (backward, "layer_backward")):
         assert graph.count(f"fused_rnn.{name}.default") == layers
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_exported_with_recompute(strict):
-    layer = make("gru", I, H, layer_norm=True, recompute=True)
-    x = torch.randn(2, B, I)
-    program = torch.export.export(layer, (x,), strict=strict).module()
-    for ours, theirs in zip(program(x), layer(x), strict=True):
-        near(ours, theirs, 1e-5)
+def exported(layer, strict=False, dtype=torch.float32, timesteps=None):
+    """As a program for any batch, and any number of timesteps unless one is given."""
+    sizes = {0: timesteps or Dim("T"), 1: Dim("B")}
+    args = (torch.randn(timesteps or T, B, I, dtype=dtype),)
+    return torch.export.export(layer, args, dynamic_shapes=(sizes,), strict=strict)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru_reset_before", "lstm_projected"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exported_for_any_sizes(cell, strict, training, dtype):
+    """As an operator, which trains, too."""
+    layer = make(cell, I, H, 2, bidirectional=True, dtype=dtype, recompute=True, **EVERYTHING)
+    layer.train(training)
+    program, file = exported(layer, strict, dtype), io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for sizes in ((T, B), (9, 1), (1, 4)):
+        x = torch.randn(*sizes, I, dtype=dtype)
+        results = []
+        for function in (loaded, layer):
+            torch.manual_seed(1)
+            y, states = function(x)
+            outputs = [y, *as_tuple(states)]
+            results.append([*outputs, *grads(outputs, list(function.parameters()))])
+        for actual, expected in zip(*results, strict=True):
+            near(actual, expected, 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("cell", ["rnn_relu", "gru", "lstm"])
+def test_exported_and_decomposed(cell):
+    """Into the steps' own operations, for one number of timesteps."""
+    layer = make(cell, I, H, bidirectional=True, **EVERYTHING).eval()
+    program = exported(layer, timesteps=T).run_decompositions(export.core_aten())
+    assert not [node for node in program.graph.nodes if "fused_rnn" in str(node.target)]
+    x = torch.randn(T, 7, I)
+    for actual, expected in zip(program.module()(x), layer(x), strict=True):
+        near(actual, expected, 1e-5)
+    with pytest.raises(RuntimeError, match="expected a fixed number of timesteps"):
+        exported(layer).run_decompositions(export.core_aten())
+    if native.cpu_library_error() is None:  # whose operator is of plain layers
+        program = exported(layer).run_decompositions(export.cpu_library()).module()
+        for actual, expected in zip(program(x), layer(x), strict=True):
+            near(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])

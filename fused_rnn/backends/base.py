@@ -71,6 +71,10 @@ class Backend:
         name; None if it may be."""
         return None
 
+    def has_extras(self, problem: Problem) -> bool:
+        """Whether its layers have what the problem's recurrence has beyond the cell's own."""
+        return self.extras.issuperset(problem.extras)
+
     def describe(self, problem: Problem) -> str:
         """Which kernel would run, in a few words."""
         return self.name

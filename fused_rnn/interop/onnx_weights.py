@@ -1,7 +1,8 @@
 """Weights of ONNX's LSTM, GRU and RNN nodes: into our modules, and back.
 
-W [D, G*H, I], R [D, G*H, H] and B [D, 2*G*H] as https://onnx.ai/onnx/operators has them: gates
-i, o, f, c for LSTM and z, r, h for GRU, B the biases of input and recurrence one after the other.
+W [D, G*H, I], R [D, G*H, H], B [D, 2*G*H] and P [D, 3*H] as https://onnx.ai/onnx/operators has
+them: gates i, o, f, c for LSTM and z, r, h for GRU, B the biases of input and recurrence one after
+the other, P the peepholes of an LSTM to the gates i, o, f.
 For a whole model, `torch.onnx.export` writes these nodes by itself.
 """
 
@@ -13,7 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cells import CELLS, ONNX_GATES, Cell, DirectionWeights, reorder_gates, restore_gates
+from ..cells import (
+    CELLS,
+    ONNX_GATES,
+    ONNX_PEEPHOLES,
+    Cell,
+    DirectionWeights,
+    reorder_gates,
+    restore_gates,
+)
 from ..modules import GRU, LSTM, RNN, make_module
 from . import weights as module_weights
 
@@ -34,13 +43,15 @@ class OnnxNode(NamedTuple):
     R: Tensor  # [D, G*H, H]
     B: Tensor | None  # [D, 2*G*H]
     attributes: dict[str, Any]  # of the node: hidden_size, direction, ...
+    P: Tensor | None = None  # [D, 3*H], LSTM with peepholes
 
 
 def to_onnx(module: torch.nn.RNNBase) -> list[OnnxNode]:
     """The nodes of ONNX that compute what a module computes, one for each layer.
 
     Args:
-        module: an RNN, GRU or LSTM without projection; GRU with `reset_after` or without.
+        module: an RNN, GRU or LSTM without projection; GRU with `reset_after` or without, LSTM
+            with peepholes or without.
 
     Returns:
         A node per layer, with copies of the weights. Its X and Y are [T, B, I] and [T, D, B, H]:
@@ -56,7 +67,7 @@ def to_onnx(module: torch.nn.RNNBase) -> list[OnnxNode]:
         >>> node.attributes
         {'hidden_size': 4, 'direction': 'bidirectional', 'linear_before_reset': 1}
     """
-    cell = module_weights.cell_of(module)
+    cell = module_weights.cell_of(module, "peepholes")
     order = ONNX_GATES[cell.name]
     attributes: dict[str, Any] = {
         "hidden_size": module.hidden_size,
@@ -75,7 +86,10 @@ def to_onnx(module: torch.nn.RNNBase) -> list[OnnxNode]:
             b = torch.stack(
                 [torch.cat([reorder_gates(bias, order) for bias in d[2:4]]) for d in directions]
             )
-        nodes.append(OnnxNode(cell.name.split("_")[0].upper(), w, r, b, dict(attributes)))
+        p = None
+        if directions[0].peephole is not None:
+            p = torch.stack([reorder_gates(d.peephole, ONNX_PEEPHOLES) for d in directions])
+        nodes.append(OnnxNode(cell.name.split("_")[0].upper(), w, r, b, dict(attributes), p))
     return nodes
 
 
@@ -85,6 +99,7 @@ def from_onnx(
     R: Any,
     B: Any = None,
     *,
+    P: Any = None,
     hidden_size: int | None = None,
     direction: str = "forward",
     linear_before_reset: int = 0,
@@ -96,8 +111,8 @@ def from_onnx(
 
     Args:
         operator: "LSTM", "GRU" or "RNN".
-        W, R, B: [D, G*H, I], [D, G*H, H] and [D, 2*G*H], tensors or arrays of numpy; B may be
-            None.
+        W, R, B, P: [D, G*H, I], [D, G*H, H], [D, 2*G*H] and, for LSTM, [D, 3*H], tensors or arrays
+            of numpy; B and P may be None.
         hidden_size, direction, linear_before_reset, activations, layout: the node's attributes,
             with ONNX's defaults. linear_before_reset=0 is our `reset_after=False`, layout=1 our
             `batch_first`.
@@ -107,17 +122,17 @@ def from_onnx(
         The module, in the dtype of W. Its output is the node's Y with the directions side by side.
 
     Raises:
-        TypeError: W, R or B is neither a tensor nor an array.
+        TypeError: W, R, B or P is neither a tensor nor an array.
         ValueError: no module of ours computes this (the reverse direction alone, other
-            activations, clip, input_forget, peepholes), or the shapes do not fit.
+            activations, clip, input_forget), or the shapes do not fit.
 
     Example:
         >>> node = to_onnx(LSTM(3, 4))[0]
         >>> from_onnx(node.operator, node.W, node.R, node.B, **node.attributes)
         LSTM(3, 4)
     """
-    tensors = [_tensor(value, name) for name, value in (("W", W), ("R", R), ("B", B))]
-    w, r, b = tensors
+    given = (("W", W), ("R", R), ("B", B), ("P", P))
+    w, r, b, p = (_tensor(value, name) for name, value in given)
     if w is None or r is None:
         raise TypeError(f"{'W' if w is None else 'R'}: expected a Tensor or array, got NoneType")
     if direction not in ("forward", "bidirectional"):
@@ -137,7 +152,10 @@ def from_onnx(
         "W": (w, [directions, rows, w.shape[2]]),
         "R": (r, [directions, rows, hidden]),
         "B": (b, [directions, 2 * rows]),
+        "P": (p, [directions, 3 * hidden]),
     }
+    if p is not None and operator != "LSTM":
+        raise ValueError(f"P: expected none for {operator}, which has no peepholes, got {p!r}")
     for name, (tensor, shape) in expected.items():
         if tensor is not None and list(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
@@ -149,6 +167,8 @@ def from_onnx(
         "bidirectional": directions == 2,
         "dtype": w.dtype,
     }
+    if p is not None:
+        options["peepholes"] = True
     module = make_module(cell.name, w.shape[2], hidden, **options)
     order = ONNX_GATES[cell.name]
     module_weights.write(
@@ -157,6 +177,7 @@ def from_onnx(
             DirectionWeights(
                 *(restore_gates(weight[d], order) for weight in (w, r)),
                 *(() if b is None else (restore_gates(half, order) for half in b[d].chunk(2))),
+                peephole=None if p is None else restore_gates(p[d], ONNX_PEEPHOLES),
             )
             for d in range(directions)
         ],
@@ -192,7 +213,6 @@ def _refuse(others: dict[str, Any]) -> None:
         "input_forget": (None, 0),
         "activation_alpha": (None, [], ()),
         "activation_beta": (None, [], ()),
-        "P": (None,),
     }
     for name, value in others.items():
         if name not in neutral:

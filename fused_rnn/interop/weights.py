@@ -12,12 +12,13 @@ from ..modules import GRU, LSTM, RNN
 _OURS_AND_THEIRS = (RNN, GRU, LSTM, torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM)
 
 
-def cell_of(module: object) -> Cell:
+def cell_of(module: object, *allowed: str) -> Cell:
     """The cell of a recurrent module without a projection.
 
     Raises:
         TypeError: `module` is not one.
-        ValueError: it has a projection, or options that only our modules have.
+        ValueError: it has a projection, or options that only our modules have and that are not
+            `allowed`.
     """
     if not isinstance(module, _OURS_AND_THEIRS):
         raise TypeError(
@@ -26,7 +27,7 @@ def cell_of(module: object) -> Cell:
         )
     if module.proj_size:
         raise ValueError(f"module: expected no projection, got proj_size={module.proj_size}")
-    if option := option_of_ours(module, besides=("reset_after", "stateful")):
+    if option := option_of_ours(module, besides=("reset_after", "stateful", *allowed)):
         raise ValueError(f"module: expected none of our own options, got {option}")
     return next(cell for cell in CELLS.values() if cell.torch_mode == module.mode)
 
@@ -36,17 +37,29 @@ def read(module: torch.nn.RNNBase, layer: int) -> list[DirectionWeights]:
     per_direction = 4 if module.bias else 2
     directions = 1 + module.bidirectional
     names = module._flat_weights_names[layer * directions * per_direction :]
-    return [
-        DirectionWeights(
-            *(getattr(module, name).detach() for name in names[d * per_direction :][:per_direction])
+    weights = []
+    for d in range(directions):
+        own = (getattr(module, name) for name in names[d * per_direction :][:per_direction])
+        peephole = getattr(module, _peephole(layer, d), None)
+        weights.append(
+            DirectionWeights(
+                *(w.detach() for w in own),
+                peephole=None if peephole is None else peephole.detach(),
+            )
         )
-        for d in range(directions)
-    ]
+    return weights
 
 
 def write(module: torch.nn.RNNBase, weights: list[DirectionWeights]) -> None:
     """Into a module of one layer."""
-    flat: list[Tensor] = [w for direction in weights for w in direction if w is not None]
+    flat: list[Tensor] = [w for direction in weights for w in direction[:4] if w is not None]
     with torch.no_grad():
         for name, weight in zip(module._flat_weights_names, flat, strict=True):
             getattr(module, name).copy_(weight)
+        for d, direction in enumerate(weights):
+            if direction.peephole is not None:
+                getattr(module, _peephole(0, d)).copy_(direction.peephole)
+
+
+def _peephole(layer: int, direction: int) -> str:
+    return f"weight_peephole_l{layer}" + ("_reverse" if direction else "")

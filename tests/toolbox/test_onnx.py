@@ -104,6 +104,47 @@ def test_cells(cell, with_hx, make):
     same_in_runtime(model, module, with_hx)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"proj_size": 3, "bidirectional": True, "bias": False}], ids=["plain", "both"]
+)
+def test_peepholes(options):
+    """Which ONNX's LSTM has."""
+    module = fused_rnn.LSTM(4, 5, peepholes=True, **options).eval()
+    for name, parameter in module.named_parameters():
+        if "peephole" in name:  # zeros at first
+            torch.nn.init.normal_(parameter)
+    model = exported(module, with_hx=True)
+    assert len(recurrent_nodes(model)) == 1
+    same_in_runtime(model, module, with_hx=True)
+
+
+@pytest.mark.parametrize("of", ["module", "program"])
+@pytest.mark.parametrize("options", [{"layer_norm": True}, {"zoneout": 0.3}], ids=str)
+def test_what_onnx_has_no_recurrence_for(options, of):
+    """Step after step, for one number of timesteps."""
+    module = fused_rnn.GRU(4, 5, bidirectional=True, **options).eval()
+    args, sizes = (torch.randn(6, 3, 4),), {"T": torch.export.Dim("T"), "B": torch.export.Dim("B")}
+
+    def export_with(shapes):
+        if of == "module":
+            return torch.onnx.export(
+                module, args, dynamo=True, dynamic_shapes=shapes, verbose=False
+            )
+        program = torch.export.export(module, args, dynamic_shapes=shapes)
+        program = program.run_decompositions(export.onnx_operators())
+        return torch.onnx.export(program, dynamo=True, verbose=False)
+
+    model = export_with(({1: sizes["B"]},)).model_proto
+    assert not recurrent_nodes(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    x = torch.randn(6, 8, 4)
+    results = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        near([torch.from_numpy(array) for array in results], module(x))
+    with pytest.raises(Exception, match="expected a fixed number of timesteps"):
+        export_with(({0: sizes["T"]},))
+
+
 class WithLengths(torch.nn.Module):
     def __init__(self, layer):
         super().__init__()
