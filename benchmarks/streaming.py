@@ -1,5 +1,5 @@
-"""Times one timestep of a stream: a stepper, with weights in float32 and in bfloat16, and the
-module called with T = 1, against torch.nn.
+"""Times one timestep of a stream: a stepper, with weights in float32, in bfloat16 and of 8 bits,
+and the module called with T = 1, against torch.nn.
 
 python benchmarks/streaming.py                        H = I = 64 to 1024, all cells, batch 1
 python benchmarks/streaming.py --hidden 128 --cell gru --rounds 400 --json steps.json
@@ -26,7 +26,8 @@ import fused_rnn
 
 CELLS = ("RNN", "GRU", "LSTM")
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
-WAYS = ("stepper", "bf16 stepper", "layer", "nn layer", "nn cell")
+WAYS = ("stepper", "bf16 stepper", "int8 stepper", "layer", "nn layer", "nn cell")
+TOLERANCES = {"bf16 stepper": 2e-2, "int8 stepper": 1e-1}
 TURN_SECONDS = 2e-3
 
 
@@ -38,6 +39,7 @@ def ways(cell: str, hidden: int, batch: int) -> dict[str, Callable[[], object]]:
     single.load_state_dict({k.removesuffix("_l0"): v for k, v in theirs.state_dict().items()})
     step = fused_rnn.stepper(ours)
     half = fused_rnn.stepper(ours, weight_dtype=torch.bfloat16)
+    quantised = fused_rnn.stepper(ours, weight_dtype=torch.int8)
     x = torch.randn(batch, hidden)
     states = tuple(torch.randn(1, batch, hidden) for _ in range(1 + (cell == "LSTM")))
     hx = states if cell == "LSTM" else states[0]
@@ -46,6 +48,7 @@ def ways(cell: str, hidden: int, batch: int) -> dict[str, Callable[[], object]]:
     calls = {
         "stepper": lambda: step(x, hx),
         "bf16 stepper": lambda: half(x, hx),
+        "int8 stepper": lambda: quantised(x, hx),
         "layer": lambda: ours(sequence, hx),
         "nn layer": lambda: theirs(sequence, hx),
         "nn cell": lambda: single(x, cell_hx),
@@ -54,7 +57,7 @@ def ways(cell: str, hidden: int, batch: int) -> dict[str, Callable[[], object]]:
     for name, call in calls.items():
         result = call()
         got = result[0] if isinstance(result, tuple) else result
-        tolerance = 2e-2 if name == "bf16 stepper" else 1e-5
+        tolerance = TOLERANCES.get(name, 1e-5)
         torch.testing.assert_close(got.view(batch, hidden), expected, rtol=1e-4, atol=tolerance)
     return calls
 

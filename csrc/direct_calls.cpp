@@ -290,8 +290,10 @@ double flops_of(const InferCall& call) {
 }
 
 double flops_of(const StepCall& call) {
-  const int64_t rows = call.x.dimensions == 2 ? call.x.sizes[0] : 1;
-  return 2.0 * static_cast<double>(call.packed.count()) * static_cast<double>(rows);
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < call.x.dimensions; i++) rows *= call.x.sizes[i];
+  const auto weights = static_cast<double>(call.packed.count() * call.per_word);
+  return 2.0 * weights * static_cast<double>(rows);
 }
 
 // The arguments keep all arrays alive. Where one thread does all, which takes some 10 us, other
@@ -589,7 +591,7 @@ PyObject* prepare_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   StepCall call{};
   if (connected.calls == nullptr || count != 8 ||
       !read_all(args + 1, call.cell, call.layers, call.input, call.hidden, call.output, call.bias,
-                call.half)) {
+                call.per_word)) {
     Py_RETURN_NONE;
   }
   call.packed = array_of(args[0]);
@@ -672,7 +674,8 @@ PyMethodDef methods[] = {
     {"cpu_is_welcome", cpu_is_welcome, METH_NOARGS,
      "cpu_is_welcome(): whether FUSED_RNN_BACKEND leaves the choice open, or asks for the CPU's."},
     {"prepare_step", method(prepare_step), METH_FASTCALL,
-     "prepare_step(packed, cell, layers, input, hidden, output, bias, half): a function of x and "
+     "prepare_step(packed, cell, layers, input, hidden, output, bias, per_word): a function of x "
+     "and "
      "state"},
     {nullptr, nullptr, 0, nullptr},
 };

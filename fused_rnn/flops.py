@@ -109,12 +109,12 @@ def layer_backward(
     return 2 * products + (forward(x, weights) if recompute else 0)
 
 
-def step(packed, cell, layers, input, hidden, output, bias, half, x, *_: Any, **__: Any) -> int:
+def step(packed, cell, layers, input, hidden, output, bias, per_word, x, *_: Any, **__: Any) -> int:
     """Of fused_rnn_cpu::step, whose weights are all in one tensor."""
     gates = next(each.gates for each in CELLS.values() if each.index == cell)
     columns = input + (layers - 1) * output + layers * output
     projection = layers * output * hidden if output != hidden else 0
-    return 2 * x.shape[0] * (gates * hidden * columns + projection)
+    return 2 * math.prod(x.shape[:-1]) * (gates * hidden * columns + projection)
 
 
 def step_lstm(packed, layers, *args: Any, **options: Any) -> int:

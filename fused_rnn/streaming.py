@@ -1,4 +1,4 @@
-"""One timestep after another of a recurrent module, with as little as possible around the products.
+"""Some timesteps of a recurrent module at a time, with as little as possible around the products.
 
 On the CPU in float32 the weights of all layers are packed once into the layout that the kernels
 read fastest, and a step is a single call (csrc/cpu/stepper.cpp), past torch's dispatcher where
@@ -26,6 +26,10 @@ from .problem import in_memory
 
 # As in csrc/cpu/kernels.h.
 _WIDTH = 16
+# Of a packed matrix, how many numbers are in the place of one float.
+_PER_WORD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
+# Bounds that csrc/cpu/stepper.cpp has too.
+_MAX_SIZE, _MAX_BYTES = 2**19, 2**17
 _PLAIN = (modules.RNN, modules.GRU, modules.LSTM)
 _TORCH = (torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM)
 
@@ -72,10 +76,10 @@ class Stepper:
         """
         cell = CELLS[self._cell_name]
         checks.is_dense_tensor(x, "x")
-        if x.dim() != 2 or x.shape[1] != self.input_size or x.shape[0] == 0:
+        if x.dim() not in (2, 3) or x.shape[-1] != self.input_size or 0 in x.shape:
             raise RuntimeError(
-                f"x: expected shape [B, {self.input_size}] with B of at least 1, "
-                f"got {list(x.shape)}"
+                f"x: expected shape [B, {self.input_size}] or [T, B, {self.input_size}], of at "
+                f"least one row, got {list(x.shape)}"
             )
         self._matches(x, "x")
         if state is None:
@@ -85,7 +89,7 @@ class Stepper:
             zip(states, (self.output_size, self.hidden_size), strict=False)
         ):
             name = f"state[{i}]" if cell.has_c else "state"
-            expected = [self.num_layers, x.shape[0], size]
+            expected = [self.num_layers, x.shape[-2], size]
             if list(given.shape) != expected:
                 raise RuntimeError(f"{name}: expected shape {expected}, got {list(given.shape)}")
             self._matches(given, name)
@@ -121,7 +125,7 @@ class _Packed(Stepper):
         cell = CELLS[self._cell_name]
         operator, sizes = _operator(cell.has_c), [] if cell.has_c else [cell.index]
         sizes += self.num_layers, self.input_size, self.hidden_size, self.output_size
-        options = self._bias, self.weight_dtype is torch.bfloat16
+        options = self._bias, _PER_WORD[self.weight_dtype]
         self._step = partial(operator, self._weights, *sizes, *options)
         sizes = sizes if not cell.has_c else [cell.index, *sizes]
         prepared = direct.calls().prepare_step(self._weights, *sizes, *options)
@@ -195,16 +199,19 @@ class _General(Stepper):
 
     def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         x, states = self._checked(x, state)
-        time = 1 if self._module.batch_first else 0
         if states is not None and not CELLS[self._cell_name].has_c:
             states = states[0]
+        steps = x if x.dim() == 3 else x.unsqueeze(0)
+        batch_first = self._module.batch_first
         with torch.no_grad():
-            y, states = self._module(x.unsqueeze(time), states)
-        return y.squeeze(time), states
+            y, states = self._module(steps.transpose(0, 1) if batch_first else steps, states)
+        y = y.transpose(0, 1) if batch_first else y
+        return y if x.dim() == 3 else y.squeeze(0), states
 
 
 def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None) -> Stepper:
-    """A function of one timestep for a stream: the module's weights, frozen, and nothing else.
+    """A function of one timestep for a stream, or of some: the module's weights, frozen, and
+    nothing else.
 
     Args:
         module: an RNN, GRU or LSTM of ours or of torch.nn, in one direction, with any number of
@@ -212,16 +219,19 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
             Nothing is dropped out, as in eval mode, and `batch_first` has no meaning.
         weight_dtype: `torch.bfloat16` keeps the matrices of a float32 module in half the memory,
             which is what a step's time goes to: as if they had been rounded to 8 bits of
-            precision. All arithmetic, biases, states, x and y stay float32. None for the
-            module's own dtype.
+            precision. All arithmetic, biases, states, x and y stay float32. `torch.int8` keeps
+            whole numbers from -127 to 127 and a scale of each row of a matrix, and multiplies
+            by such numbers, too: those of every row of x and h, made anew in each step with a
+            scale of their own. Sums are exact; gates, biases, states, x and y are float32. A row
+            with a number that is not finite gives NaN. None for the module's own dtype.
 
     Returns:
         A callable `y, state = step(x, state)`:
 
-        - x: [B, I].
+        - x: [B, I], or [T, B, I] for T timesteps, to the bit what T calls give.
         - state: shaped as the module's hx, [L, B, H], for LSTM a pair ([L, B, P], [L, B, H]); None
           at the start, for zeros. It is not written to: the new state has memory of its own.
-        - y: [B, H], or [B, P] with a projection.
+        - y: [B, H], or [B, P] with a projection; [T, B, ...] for T timesteps.
 
         x and the state have the dtype and device of the weights; no gradients are computed. It
         can be called from several threads, copied and pickled.
@@ -235,7 +245,8 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
     Raises:
         TypeError: `module` is not a recurrent module.
         ValueError: it is bidirectional: the reverse direction begins at the end of the sequence;
-            or `weight_dtype` is neither its dtype nor bfloat16 where steps run from packed weights.
+            or `weight_dtype` is neither its dtype nor, where steps run from packed weights,
+            bfloat16 or, of products of less than 2^17 numbers, int8.
 
     Example:
         >>> step = stepper(torch.nn.GRU(3, 4, num_layers=2))
@@ -260,7 +271,10 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
     cell = next(c for c in CELLS.values() if c.torch_mode == module.mode)
     own = getattr(module, module._flat_weights_names[0]).dtype
     packs = _packs(module, cell)
-    allowed = (own, torch.bfloat16) if packs else (own,)
+    sizes = module.input_size, module.hidden_size
+    allowed = (own, *(_PER_WORD if packs else ()))
+    if packs and max(sizes) >= _MAX_BYTES:  # a sum of products might exceed its 32 bits
+        allowed = tuple(dtype for dtype in allowed if dtype is not torch.int8)
     if weight_dtype is not None and weight_dtype not in allowed:
         raise ValueError(
             f"weight_dtype: expected {' or '.join(map(str, dict.fromkeys(allowed)))} for this "
@@ -277,21 +291,28 @@ def _packs(module: torch.nn.RNNBase, cell: Cell) -> bool:
     if cpu_library_error() is not None or dispatch.requested() not in ("", "cpu"):
         return False
     weights = [getattr(module, name) for name in module._flat_weights_names]
-    # Bounds that csrc/cpu/stepper.cpp has too.
     sizes = module.input_size, module.hidden_size, module.num_layers
-    return 0 < min(sizes) <= max(sizes) < 2**19 and all(
+    return 0 < min(sizes) <= max(sizes) < _MAX_SIZE and all(
         w.is_cpu and w.dtype == torch.float32 for w in weights
     )
 
 
 def _packed_layer(cell: Cell, weights: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Everything of a layer, one after the other, as csrc/cpu/stepper.cpp expects it; the matrices
-    in `dtype`."""
+    in `dtype`, those of bytes with the scales of their rows behind them."""
     w_ih, w_hh, *rest = weights
     hidden = w_ih.shape[0] // cell.gates
-    parts = [_packed_matrix(w_ih, cell.gates, dtype), _packed_matrix(w_hh, cell.gates, dtype)]
+    matrices = [(w_ih, cell.gates), (w_hh, cell.gates)]
     if len(rest) in (1, 3):
-        parts.append(_packed_matrix(rest[-1], 1, dtype))
+        matrices.append((rest[-1], 1))
+    scales = []
+    if dtype is torch.int8:
+        matrices, scales = zip(
+            *(((numbers, gates), _padded(scale)) for weight, gates in matrices
+              for numbers, scale in [_quantised(weight)]),
+            strict=True,
+        )  # fmt: skip
+    parts = [*(_packed_matrix(weight, gates, dtype) for weight, gates in matrices), *scales]
     if len(rest) >= 2:
         b_ih, b_hh = rest[:2]
         if cell.name == "gru":
@@ -307,14 +328,26 @@ def _packed_layer(cell: Cell, weights: list[Tensor], dtype: torch.dtype) -> Tens
 def _packed_matrix(weight: Tensor, gates: int, dtype: torch.dtype) -> Tensor:
     """[gates*H, K] in panels of [K][gate][vector][16] with up to 4 vectors of units where there is
     one gate, else 1; zeros beyond the last unit. Of bfloat16 two that follow one another in K lie
-    together, as one float."""
-    if dtype is torch.bfloat16:
-        weight = F.pad(weight, (0, weight.shape[1] % 2)).to(dtype).view(torch.float32)
+    together, as one float, of int8 four, as bytes that are 128 more."""
+    weight = F.pad(weight, (0, -weight.shape[1] % _PER_WORD[dtype])).to(dtype)
+    if dtype is torch.int8:
+        weight = (weight.to(torch.int16) + 128).to(torch.uint8)
+    weight = weight.view(torch.float32)
     depth = weight.shape[1]
     units = weight.reshape(gates, -1, depth)
     units = F.pad(units, (0, 0, 0, -units.shape[1] % _WIDTH)).view(gates, -1, _WIDTH, depth)
     panels = units.split(4 if gates == 1 else 1, 1)
     return torch.cat([panel.permute(3, 0, 1, 2).flatten() for panel in panels])
+
+
+def _quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole numbers from -127 to 127 [R, K] and their scales [R] whose products are nearest to
+    the weights; a row that is not finite gets NaN for its scale."""
+    scale = weight.abs().amax(1) / 127
+    numbers = weight / torch.where(scale == 0, 1, scale).unsqueeze(1)
+    finite = torch.isfinite(scale)
+    numbers = torch.where(finite.unsqueeze(1), numbers.round().clamp(-127, 127), 0)
+    return numbers, torch.where(finite, scale, torch.nan)
 
 
 def _padded(bias: Tensor) -> Tensor:
@@ -335,14 +368,14 @@ def _describe_operators() -> None:
     flops.register(torch.ops.fused_rnn_cpu.step_lstm, flops.step_lstm)
 
     @torch.library.register_fake("fused_rnn_cpu::step")
-    def _step(packed, cell, layers, input, hidden, output, bias, half, x, h):
+    def _step(packed, cell, layers, input, hidden, output, bias, per_word, x, h):
         if x.device != packed.device:
             raise RuntimeError(f"x: expected device {packed.device} as the weights, got {x.device}")
-        batch = x.shape[0]
-        return x.new_empty((batch, output)), x.new_empty((layers, batch, output))
+        y = x.new_empty((*x.shape[:-1], output))
+        return y, x.new_empty((layers, x.shape[-2], output))
 
     @torch.library.register_fake("fused_rnn_cpu::step_lstm")
-    def _step_lstm(packed, layers, input, hidden, output, bias, half, x, h, c):
-        return *_step(packed, 3, layers, input, hidden, output, bias, half, x, h), x.new_empty(
-            (layers, x.shape[0], hidden)
+    def _step_lstm(packed, layers, input, hidden, output, bias, per_word, x, h, c):
+        return *_step(packed, 3, layers, input, hidden, output, bias, per_word, x, h), x.new_empty(
+            (layers, x.shape[-2], hidden)
         )

@@ -83,7 +83,23 @@ def test_streaming_program(tmp_path):
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(path.read_text())
     assert all(0 < row["least_us"][way] <= row["median_us"][way] for way in row["least_us"])
-    assert {"stepper", "bf16 stepper", "layer", "nn layer", "nn cell"} == row["least_us"].keys()
+    steppers = {"stepper", "bf16 stepper", "int8 stepper"}
+    assert steppers | {"layer", "nn layer", "nn cell"} == row["least_us"].keys()
+
+
+@measures_the_library
+@pytest.mark.parametrize("part", ["sequence", "step"])
+def test_quantised_program(tmp_path, part):
+    path = tmp_path / "quantised.json"
+    options = ("--cell", "gru", "--cell", "lstm", "--shape", "3,2,19", "--rounds", 2)
+    result = run("quantised.py", *options, "--part", part, "--threads", 1, "--json", path)
+    assert result.returncode == 0, result.stderr
+    gru, lstm = json.loads(path.read_text())
+    ways = {"ours", "torch int8", "torch.nn", "bfloat16", "float32"}
+    assert gru["ms"].keys() == gru["errors"].keys() == ways
+    assert ways <= lstm["ms"].keys() <= ways | {"ONNX Runtime int8"}
+    assert gru["errors"]["float32"] < 1e-5 < gru["errors"]["ours"]
+    assert all(time > 0 for row in (gru, lstm) for time in row["ms"].values())
 
 
 def test_accuracy_program():

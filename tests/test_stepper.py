@@ -83,6 +83,36 @@ def test_steps_are_the_sequence_to_the_bit(cell, layers, batch, bias):
 
 
 @every_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (150, 1), (40, 5), (3, 100)], ids=str)
+def test_several_steps_in_a_call(cell, dtype, shape):
+    """x [T, B, I]: to the bit what as many calls give."""
+    packs = native.cpu_library_error() is None
+    module = make(cell, 9, 33, num_layers=3)
+    step = fused_rnn.stepper(module, weight_dtype=dtype if packs else None)
+    xs = torch.randn(*shape, 9)
+    for initial in (None, start(module, shape[1])):
+        y, state = step(xs, initial)
+        expected, expected_state = run(step, xs, initial)
+        assert torch.equal(y, expected)
+        assert all(map(torch.equal, flat(state), flat(expected_state)))
+    if packs:
+        assert torch.equal(step._by_operator(xs, initial)[0], y)
+        strided = torch.randn(shape[1], shape[0], 9).transpose(0, 1)
+        assert torch.equal(step(strided)[0], step(strided.contiguous())[0])
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_several_steps_the_general_way(batch_first):
+    module = fused_rnn.GRU(9, 33, 2, batch_first=batch_first, dtype=torch.float64)
+    step, xs = fused_rnn.stepper(module), torch.randn(6, 3, 9, dtype=torch.float64)
+    y, state = step(xs)
+    expected, expected_state = run(step, xs)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(state, expected_state)
+
+
+@every_cell
 def test_steps_are_near_torch(cell):
     ours = make(cell, 9, 33, num_layers=2)
     theirs = fused_rnn.restore(copy.deepcopy(ours))
@@ -354,7 +384,11 @@ def test_compiled_without_a_break(cell):
         ("text", None, TypeError, "x: expected a Tensor, got str"),
         (None, None, TypeError, "x: expected a Tensor, got NoneType"),
         (torch.ones(5), None, RuntimeError, r"x: expected shape \[B, 5\]"),
-        (torch.ones(1, 2, 5), None, RuntimeError, r"got \[1, 2, 5\]"),
+        (torch.ones(1, 1, 2, 5), None, RuntimeError, r"or \[T, B, 5\].* got \[1, 1, 2, 5\]"),
+        (torch.ones(3, 2, 6), None, RuntimeError, r"got \[3, 2, 6\]"),
+        (torch.ones(0, 2, 5), None, RuntimeError, r"got \[0, 2, 5\]"),
+        (torch.ones(3, 0, 5), None, RuntimeError, r"got \[3, 0, 5\]"),
+        (torch.ones(3, 2, 5), (torch.ones(1, 3, 7),) * 2, RuntimeError, r"state\[0\]: expected"),
         (torch.ones(2, 6), None, RuntimeError, r"got \[2, 6\]"),
         (torch.ones(0, 5), None, RuntimeError, r"got \[0, 5\]"),
         (torch.ones(2, 5).half(), None, RuntimeError, "x: expected dtype"),
@@ -407,11 +441,12 @@ def test_the_operators_refuse_what_does_not_fit():
     native.cpu_library_error()
     step, lstm = torch.ops.fused_rnn_cpu.step, torch.ops.fused_rnn_cpu.step_lstm
     x, weights = torch.ones(1, 5), fused_rnn.stepper(fused_rnn.GRU(5, 7))._weights
-    sizes = [2, 1, 5, 7, 7, True, False]
+    sizes = [2, 1, 5, 7, 7, True, 1]
     assert step(weights, *sizes, x, None)[0].shape == (1, 7)
     with pytest.raises(RuntimeError, match="packed: expected"):
         step(weights[:-1], *sizes, x, None)
-    for place, value in ((0, 4), (0, -1), (1, 0), (2, 2**40), (3, -7), (4, 2**19)):
+    places = ((0, 4), (0, -1), (1, 0), (2, 2**40), (3, -7), (4, 2**19), (6, 0), (6, 3), (6, 8))
+    for place, value in places:
         wrong = [value if i == place else size for i, size in enumerate(sizes)]
         with pytest.raises(RuntimeError, match="expected"):
             step(weights, *wrong, x, None)
@@ -422,7 +457,7 @@ def test_the_operators_refuse_what_does_not_fit():
     for cell, output in ((0, 8), (0, 6), (1, 6), (2, 6), (2, 8), (3, 8)):  # one gate, 3 or 4
         count = (1, 1, 3, 4)[cell] * 16 * (5 + output) + 16 * 7
         with pytest.raises(RuntimeError, match=f"output: expected 7 as hidden.*, got {output}"):
-            step(torch.zeros(count), cell, 1, 5, 7, output, False, False, x, None)
+            step(torch.zeros(count), cell, 1, 5, 7, output, False, 1, x, None)
     packed = fused_rnn.stepper(fused_rnn.LSTM(5, 7))._weights
     with pytest.raises(RuntimeError, match="c: expected"):
         lstm(packed, *sizes[1:], x, torch.ones(1, 1, 7), None)

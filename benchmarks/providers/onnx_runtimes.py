@@ -48,7 +48,7 @@ def _onnxruntime(case: Case, data: Data, setting: Setting) -> Session:
     _require_float32_inference(case)
     import onnxruntime
 
-    import onnx_model
+    import onnx_layer
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = setting.threads
@@ -56,7 +56,7 @@ def _onnxruntime(case: Case, data: Data, setting: Setting) -> Session:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
-    model = onnx_model.build(data.layer, case, states=bool(data.states))
+    model = onnx_layer.build(data.layer, case, states=bool(data.states))
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     inputs = {"x": data.x} | _states(case, data)
@@ -85,9 +85,9 @@ def _openvino(case: Case, data: Data, setting: Setting) -> Session:
     _require_float32_inference(case)
     import openvino
 
-    import onnx_model
+    import onnx_layer
 
-    model = onnx_model.build(data.layer, case, states=bool(data.states))
+    model = onnx_layer.build(data.layer, case, states=bool(data.states))
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,

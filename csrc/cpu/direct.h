@@ -134,13 +134,14 @@ struct CellCall : InferCall {
   int64_t hidden_size;
 };
 
-// A step of a stack whose weights were packed in advance (fused_rnn/streaming.py).
+// A step of a stack whose weights were packed in advance (fused_rnn/streaming.py), or several.
 struct StepCall {
   Array packed;
   int64_t cell, layers, input, hidden, output;
-  bool bias, half;  // half: the matrices are bfloat16, two in a float
-  Array x;          // [B, I]
-  States states;    // [L, B, P], [L, B, H]
+  bool bias;
+  int64_t per_word;  // numbers of the matrices in a float: 1, of BFloat16 2, bytes 4
+  Array x;           // [B, I], or [T, B, I] for so many steps
+  States states;     // [L, B, P], [L, B, H]
 };
 
 // How a piece is saved for backward, see pieces.h: row, start, length, and the flags as bits.

@@ -36,6 +36,14 @@ static inline bool cpu_has_avx512bf16() {
 #endif
 }
 
+static inline bool cpu_has_avx512vnni() {
+#if defined(FUSED_RNN_X86)
+  return cpu_has_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 // A process has to ask Linux for the tiles, which it then has in all its threads.
 static inline bool cpu_has_amx() {
 #if defined(FUSED_RNN_X86) && defined(__linux__)

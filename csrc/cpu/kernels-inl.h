@@ -9,7 +9,7 @@
 #include "../cells.h"
 #include "kernels.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -49,6 +49,7 @@ using NormGradParams = NormGradParamsOf<Element>;
 #include "peephole-inl.h"
 #include "norm-grad-inl.h"
 #include "step-inl.h"
+#include "bytes-inl.h"
 #include "stepper-inl.h"
 // clang-format on
 
@@ -69,13 +70,16 @@ constexpr KernelsOf<Element> table(const char* name) {
   kernels.backward = backward;
   kernels.step = step;
   kernels.few_steps = few_steps;
-  kernels.packed_step = packed_step;
-  kernels.project_step = project_step;
   kernels.input_grad = input_grad;
   kernels.transpose = transpose_grads;
   kernels.weight_grad = weight_grad;
   kernels.peephole_grad = peephole_grad;
 #if !defined(FUSED_RNN_BFLOAT16)
+  kernels.packed_step = packed_step;
+  kernels.project_step = project_step;
+  kernels.packed_input = packed_input;
+  kernels.quantise_rows = quantise_rows;
+  kernels.quantised_words = quantised_words;
   kernels.norm_grad = norm_grad;
 #endif
   return kernels;

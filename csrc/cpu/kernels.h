@@ -181,25 +181,41 @@ struct ForwardParamsOf : ForwardCallOf<E> {
 
 // The layout of a stepper's matrices is the same for every instruction set: that of PackedMatrix
 // with vectors of so many words, up to 4 of them in a panel where there is one gate, else 1. A word
-// is a float, or two BFloat16 that follow one another in depth.
+// is a float, or what follows one another in depth, two BFloat16 or four bytes.
 constexpr int kStepWidth = 16;
 constexpr int64_t step_vectors(int64_t gates) { return gates == 1 ? 4 : 1; }
+
+enum class StepWord { one_float, two_halves, four_bytes };
+
+// Rows that a step's product takes, and what they are quantised to where weights are bytes.
+struct StepRows {
+  const float* first;
+  int64_t stride;
+  float* numbers;  // [rows, quantised_words]
+  float* scales;   // [rows]
+  int32_t* sums;   // [rows] of the numbers
+};
 
 // One timestep of a layer with weights packed in advance.
 struct PackedStepParams {
   CellKind cell;
   int64_t batch, input, hidden, output;
-  const float* x;  // [B, I], its rows x_stride apart
-  int64_t x_stride;
-  const float* h_prev;       // [B, P]
+  StepRows x;                // [B, I]
+  StepRows h_prev;           // [B, P]
+  float* input_side;         // [B, G*H] of x, computed before; null: the step computes it
   const float* c_prev;       // [B, H], LSTM only
   float* h;                  // [B, P]; where projected, written by project_step
   float* c;                  // [B, H], LSTM only
   float* unprojected;        // [B, H] what the cells give, projected only, else null
-  bool half;                 // whether the matrices are pairs of BFloat16, else float
+  StepRows cells;            // those, as project_step takes them
+  bool backwards;            // whether panels are taken from the last to the first
+  StepWord word;             // of the matrices
   const void* w_ih;          // packed
   const void* w_hh;          // packed
   const void* w_hr;          // packed as one gate, projected only
+  const float* scale_ih;     // [G*H] of units where weights are bytes, else null
+  const float* scale_hh;     // [G*H]
+  const float* scale_hr;     // [P]
   const float* bias;         // [G*H] all that adds to the input side, or null
   const float* hidden_bias;  // [H] GRU's b_hn, or null
 };
@@ -343,9 +359,13 @@ struct KernelsOf {
   void (*few_steps)(const StepParamsOf<E>&, const Share&, Meeting*);
 
   // One timestep from packed weights, panels [begin, end) of the units, and then of h where that is
-  // projected. Null where E is not float.
+  // projected; or of the input side alone. Null where E is not float.
   void (*packed_step)(const PackedStepParams&, int64_t begin, int64_t end);
   void (*project_step)(const PackedStepParams&, int64_t begin, int64_t end);
+  void (*packed_input)(const PackedStepParams&, int64_t begin, int64_t end);
+  // Rows [begin, end), and floats of a row's numbers.
+  void (*quantise_rows)(const StepRows&, int64_t depth, int64_t begin, int64_t end);
+  int64_t (*quantised_words)(int64_t depth);
 
   void (*input_grad)(const InputGradParamsOf<E>&, int64_t row_begin, int64_t row_end,
                      float* memory);

@@ -2,35 +2,51 @@
 // forward scan without parts, in the same order: a stepper gives bit for bit what a sequence gives,
 // unless that is short enough to be computed from unpacked weights.
 
-#if defined(FUSED_RNN_BFLOAT16)
-
-constexpr void (*packed_step)(const PackedStepParams&, int64_t, int64_t) = nullptr;
-constexpr void (*project_step)(const PackedStepParams&, int64_t, int64_t) = nullptr;
-
-#else
+#if !defined(FUSED_RNN_BFLOAT16)
 
 constexpr int kStepParts = kStepWidth / kWidth;  // vectors of this instruction set in one of those
 // Where vectors are narrower than the layout's, the registers hold the columns of a panel for one
 // row only.
 constexpr int kStepRows = kStepParts == 1 ? 6 : 1;
 
-// tile [rows][columns][kStepParts] = a [rows, depth] times a panel of the stepper's layout.
 template <class Word>
-static void multiply_step(int columns, int rows, int64_t depth, const float* a, int64_t a_stride,
+constexpr int kNumbersOf = 1;
+template <>
+constexpr int kNumbersOf<HalfPair> = 2;
+template <>
+constexpr int kNumbersOf<ByteQuad> = 4;
+
+// Calls body.operator()<columns>().
+template <class Body>
+FUSED_RNN_INLINE void for_columns(int columns, Body body) {
+  switch (columns) {
+    case 1:
+      return body.template operator()<1>();
+    case 2:
+      return body.template operator()<2>();
+    case 3:
+      return body.template operator()<3>();
+    default:
+      return body.template operator()<4>();
+  }
+}
+
+// tile [rows][columns][kStepParts] = those rows of `a`, from `row` on, times a panel of the
+// stepper's layout.
+template <class Word>
+static void multiply_step(int columns, int rows, int64_t depth, const StepRows& a, int64_t row,
                           const Word* panel, Vector* tile) {
-  if constexpr (kStepParts == 1) {
-    multiply_words(columns, rows, depth, a, a_stride, panel, tile);
+  const float* first = a.first + row * a.stride;
+  if constexpr (kNumbersOf<Word> == 4) {
+    for_columns(columns, [&]<int COLUMNS>() {
+      multiply_bytes_of<COLUMNS * kStepParts, kStepRows>(rows, depth, a, row, panel, tile);
+    });
+  } else if constexpr (kStepParts == 1) {
+    multiply_words(columns, rows, depth, first, a.stride, panel, tile);
   } else {
-    switch (columns) {
-      case 1:
-        return multiply_tile<kStepParts, 1>(depth, a, a_stride, panel, tile);
-      case 2:
-        return multiply_tile<2 * kStepParts, 1>(depth, a, a_stride, panel, tile);
-      case 3:
-        return multiply_tile<3 * kStepParts, 1>(depth, a, a_stride, panel, tile);
-      default:
-        return multiply_tile<4 * kStepParts, 1>(depth, a, a_stride, panel, tile);
-    }
+    for_columns(columns, [&]<int COLUMNS>() {
+      multiply_tile<COLUMNS * kStepParts, 1>(depth, first, a.stride, panel, tile);
+    });
   }
 }
 
@@ -97,22 +113,73 @@ struct StepPanel {
   StepPanel(const void* matrix, int gates, int64_t depth, int64_t units, int64_t index) {
     unit = index * step_vectors(gates) * kStepWidth;
     vectors = (int)smaller(step_vectors(gates), ceil_div(units - unit, kStepWidth));
-    data = (const Word*)matrix + unit * gates * (kOfHalves<Word> ? ceil_div(depth, 2) : depth);
+    data = (const Word*)matrix + unit * gates * ceil_div(depth, kNumbersOf<Word>);
   }
 };
+
+// A sum of bytes' products, times the units' scales.
+template <class Word>
+FUSED_RNN_INLINE Vector scaled(Vector sum, const float* scales, int64_t column, int valid) {
+  return kNumbersOf<Word> == 4 ? sum * load(scales + column, valid) : sum;
+}
+
+// Calls each(row, unit, valid, sums) for vectors of units of the panels [begin, end) of `matrix`
+// and every row of `a`, sums being those of each gate, times the units' scales if there are any.
+template <class Word, int G, class Each>
+FUSED_RNN_INLINE void for_products(const void* matrix, const float* scales, int64_t depth,
+                                   int64_t units, int64_t batch, const StepRows& a, int64_t begin,
+                                   int64_t end, Each each) {
+  for (int64_t index = begin; index < end; index++) {
+    const StepPanel<Word> panel(matrix, G, depth, units, index);
+    const int parts = panel.vectors * kStepParts;
+    for (int64_t row = 0; row < batch; row += kStepRows) {
+      const int rows = (int)smaller(kStepRows, batch - row);
+      Vector tile[kStepRows * kMaxColumns * kStepParts];
+      multiply_step(G * panel.vectors, rows, depth, a, row, panel.data, tile);
+      for (int m = 0; m < rows; m++) {
+        for (int part = 0; part < parts; part++) {
+          const int64_t unit = panel.unit + part * kWidth;
+          if (unit >= units) break;
+          const int valid = valid_lanes(unit, units);
+          Vector sums[G];
+          FUSED_RNN_UNROLL
+          for (int gate = 0; gate < G; gate++) {
+            sums[gate] = scaled<Word>(tile[(m * G + gate) * parts + part], scales,
+                                      gate * units + unit, valid);
+          }
+          each(row + m, unit, valid, sums);
+        }
+      }
+    }
+  }
+}
+
+template <class Cell, class Word>
+static void packed_input_of(const PackedStepParams& p, int64_t begin, int64_t end) {
+  constexpr int G = Cell::kGates;
+  for_products<Word, G>(
+      p.w_ih, p.scale_ih, p.input, p.hidden, p.batch, p.x, begin, end,
+      [&](int64_t row, int64_t unit, int valid, const Vector* sums) __attribute__((always_inline)) {
+        FUSED_RNN_UNROLL
+        for (int gate = 0; gate < G; gate++) {
+          const int64_t at = gate * p.hidden + unit;
+          const Vector sum = p.bias ? sums[gate] + load(p.bias + at, valid) : sums[gate];
+          store(p.input_side + row * G * p.hidden + at, sum, valid);
+        }
+      });
+}
 
 template <class Cell, class Word>
 static void packed_step_of(const PackedStepParams& p, int64_t begin, int64_t end) {
   constexpr int G = Cell::kGates, kTile = kStepRows * kMaxColumns * kStepParts;
   constexpr int kColumns = G * step_vectors(G);  // of all panels but perhaps the last
   // Where registers hold both products of a row.
-  constexpr bool kTogether = kStepParts == 1 && !kOfHalves<Word>;
+  constexpr bool kTogether = kStepParts == 1 && kNumbersOf<Word> == 1;
   const int64_t hidden = p.hidden;
   const Share all{0, 0, 1, p.batch, 0, 0};
-  float* h = p.unprojected ? p.unprojected : p.h;
-  const ForwardRows r{.h_prev = rows_of(p.h_prev, 0, p.output, all),
+  const ForwardRows r{.h_prev = {p.h_prev.first, p.h_prev.stride},
                       .c_prev = rows_of_or_null(p.c_prev, 0, hidden, all),
-                      .y = rows_of(h, 0, hidden, all),
+                      .y = rows_of(p.unprojected ? p.unprojected : p.h, 0, hidden, all),
                       .c = rows_of_or_null(p.c, 0, hidden, all)};
   // The cells of a panel's units, of row m of the tiles.
   const auto finish = [&](int64_t row, int m, int64_t first, int parts, const Vector* input_tile,
@@ -124,10 +191,14 @@ static void packed_step_of(const PackedStepParams& p, int64_t begin, int64_t end
       Vector gx[G], gh[G];
       FUSED_RNN_UNROLL
       for (int gate = 0; gate < G; gate++) {
-        const int at = (m * G + gate) * parts + part;
-        gx[gate] = input_tile[at];
-        gh[gate] = hidden_tile[at];
-        if (p.bias) gx[gate] += load(p.bias + gate * hidden + unit, valid);
+        const int64_t at = (m * G + gate) * parts + part, column = gate * hidden + unit;
+        gh[gate] = scaled<Word>(hidden_tile[at], p.scale_hh, column, valid);
+        if (p.input_side) {
+          gx[gate] = load(p.input_side + row * G * hidden + column, valid);
+        } else {
+          gx[gate] = scaled<Word>(input_tile[at], p.scale_ih, column, valid);
+          if (p.bias) gx[gate] += load(p.bias + column, valid);
+        }
       }
       if constexpr (G == 3) {
         if (p.hidden_bias) gh[2] += load(p.hidden_bias + unit, valid);
@@ -135,24 +206,26 @@ static void packed_step_of(const PackedStepParams& p, int64_t begin, int64_t end
       forward_units<Cell>(r, row, unit, hidden, valid, gx, gh);
     }
   };
-  for (int64_t index = begin; index < end; index++) {
+  for (int64_t number = begin; number < end; number++) {
+    const int64_t index = p.backwards ? end - 1 - (number - begin) : number;
     const StepPanel<Word> side(p.w_ih, G, p.input, hidden, index);
     const StepPanel<Word> panel(p.w_hh, G, p.output, hidden, index);
     const int columns = G * panel.vectors, parts = panel.vectors * kStepParts;
     Vector input_tile[kTile], hidden_tile[kTile];
     if constexpr (kTogether) {
-      if (p.batch == 1 && columns == kColumns) {
-        multiply_both<kColumns>(p.input, p.output, p.x, side.data, p.h_prev, panel.data, input_tile,
-                                hidden_tile);
+      if (p.batch == 1 && columns == kColumns && !p.input_side) {
+        multiply_both<kColumns>(p.input, p.output, p.x.first, side.data, p.h_prev.first, panel.data,
+                                input_tile, hidden_tile);
         finish(0, 0, panel.unit, kColumns / G, input_tile, hidden_tile);
         continue;
       }
     }
     for (int64_t row = 0; row < p.batch; row += kStepRows) {
       const int rows = (int)smaller(kStepRows, p.batch - row);
-      multiply_step(columns, rows, p.input, p.x + row * p.x_stride, p.x_stride, side.data,
-                    input_tile);
-      multiply_step(columns, rows, p.output, r.h_prev[row], p.output, panel.data, hidden_tile);
+      if (!p.input_side) {
+        multiply_step(columns, rows, p.input, p.x, row, side.data, input_tile);
+      }
+      multiply_step(columns, rows, p.output, p.h_prev, row, panel.data, hidden_tile);
       for (int m = 0; m < rows; m++) {
         finish(row + m, m, panel.unit, parts, input_tile, hidden_tile);
       }
@@ -160,50 +233,53 @@ static void packed_step_of(const PackedStepParams& p, int64_t begin, int64_t end
   }
 }
 
-template <class Word>
-static void packed_step_from(const PackedStepParams& p, int64_t begin, int64_t end) {
-  switch (p.cell) {
-    case CellKind::rnn_tanh:
-      return packed_step_of<RnnCell<Math, false>, Word>(p, begin, end);
-    case CellKind::rnn_relu:
-      return packed_step_of<RnnCell<Math, true>, Word>(p, begin, end);
-    case CellKind::gru:
-      return packed_step_of<GruCell<Math>, Word>(p, begin, end);
-    case CellKind::lstm:
-      return packed_step_of<LstmCell<Math>, Word>(p, begin, end);
-    case CellKind::gru_reset_before:
-      return;  // stepper.cpp refuses it
+// Calls body.operator()<Word>().
+template <class Body>
+FUSED_RNN_INLINE void for_word(StepWord word, Body body) {
+  switch (word) {
+    case StepWord::one_float:
+      return body.template operator()<float>();
+    case StepWord::two_halves:
+      return body.template operator()<HalfPair>();
+    case StepWord::four_bytes:
+      return body.template operator()<ByteQuad>();
   }
+}
+
+// Calls body.operator()<Cell, Word>().
+template <class Body>
+FUSED_RNN_INLINE void for_packed_cell(const PackedStepParams& p, Body body) {
+  for_word(p.word, [&]<class Word>() {
+    switch (p.cell) {
+      case CellKind::rnn_tanh:
+        return body.template operator()<RnnCell<Math, false>, Word>();
+      case CellKind::rnn_relu:
+        return body.template operator()<RnnCell<Math, true>, Word>();
+      case CellKind::gru:
+        return body.template operator()<GruCell<Math>, Word>();
+      case CellKind::lstm:
+        return body.template operator()<LstmCell<Math>, Word>();
+      case CellKind::gru_reset_before:
+        return;  // stepper.cpp refuses it
+    }
+  });
 }
 
 static void packed_step(const PackedStepParams& p, int64_t begin, int64_t end) {
-  (p.half ? packed_step_from<HalfPair> : packed_step_from<float>)(p, begin, end);
+  for_packed_cell(p, [&]<class Cell, class Word>() { packed_step_of<Cell, Word>(p, begin, end); });
 }
 
-template <class Word>
-static void project_step_from(const PackedStepParams& p, int64_t begin, int64_t end) {
-  for (int64_t index = begin; index < end; index++) {
-    const StepPanel<Word> panel(p.w_hr, 1, p.hidden, p.output, index);
-    const int parts = panel.vectors * kStepParts;
-    for (int64_t row = 0; row < p.batch; row += kStepRows) {
-      const int rows = (int)smaller(kStepRows, p.batch - row);
-      Vector tile[kStepRows * kMaxColumns * kStepParts];
-      multiply_step(panel.vectors, rows, p.hidden, p.unprojected + row * p.hidden, p.hidden,
-                    panel.data, tile);
-      for (int m = 0; m < rows; m++) {
-        for (int part = 0; part < parts; part++) {
-          const int64_t unit = panel.unit + part * kWidth;
-          if (unit >= p.output) break;
-          store(p.h + (row + m) * p.output + unit, tile[m * parts + part],
-                valid_lanes(unit, p.output));
-        }
-      }
-    }
-  }
+static void packed_input(const PackedStepParams& p, int64_t begin, int64_t end) {
+  for_packed_cell(p, [&]<class Cell, class Word>() { packed_input_of<Cell, Word>(p, begin, end); });
 }
 
 static void project_step(const PackedStepParams& p, int64_t begin, int64_t end) {
-  (p.half ? project_step_from<HalfPair> : project_step_from<float>)(p, begin, end);
+  for_word(p.word, [&]<class Word>() {
+    for_products<Word, 1>(
+        p.w_hr, p.scale_hr, p.hidden, p.output, p.batch, p.cells, begin, end,
+        [&](int64_t row, int64_t unit, int valid, const Vector* sums)
+            __attribute__((always_inline)) { store(p.h + row * p.output + unit, *sums, valid); });
+  });
 }
 
 #endif

@@ -34,6 +34,11 @@ struct HalfPair {
   unsigned bits;
 };
 
+// Four weights that follow one another in depth, see bytes-inl.h.
+struct ByteQuad {
+  unsigned bits;
+};
+
 template <class Word>
 constexpr bool kOfHalves = false;
 template <>

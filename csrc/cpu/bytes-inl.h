@@ -1,0 +1,170 @@
+// Products of whole numbers: a stepper's weights as bytes, and rows quantised for one step.
+//
+// A weight is its byte less 128, times a scale of its unit; an element of a row is a whole number
+// from -127 to 127, times a scale of the row. Sums of products are exact, so that every instruction
+// set gives the same: the scales come last.
+
+#if !defined(FUSED_RNN_BFLOAT16)
+
+// How a row's numbers lie, four that follow one another in depth at a time: as a word's bytes
+// where AVX512-VNNI multiplies and adds these, else as two pairs of 16 bits, of the even ones and
+// of the odd.
+constexpr int kQuadFloats = FUSED_RNN_VECTOR_WIDTH == 16 ? 1 : 2;
+
+// The rows' numbers are padded to whole blocks of so many.
+constexpr int kQuantisedBlock = 16;
+
+static int64_t quantised_words(int64_t depth) {
+  return ceil_div(depth, kQuantisedBlock) * (kQuantisedBlock / 4) * kQuadFloats;
+}
+
+FUSED_RNN_INLINE int largest_lane(VectorIndex v) {
+  int largest = v[0];
+  for (int i = 1; i < kWidth; i++) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
+FUSED_RNN_INLINE int sum_lanes(VectorIndex v) {
+  int sum = 0;
+  for (int i = 0; i < kWidth; i++) sum += v[i];
+  return sum;
+}
+
+FUSED_RNN_INLINE void store_quads(VectorIndex numbers, int64_t k, void* row) {
+#if FUSED_RNN_VECTOR_WIDTH == 16
+  typedef signed char Bytes __attribute__((vector_size(FUSED_RNN_VECTOR_WIDTH)));
+  const Bytes bytes = __builtin_convertvector(numbers, Bytes);
+  __builtin_memcpy((char*)row + k, &bytes, sizeof(bytes));
+#else
+  short* to = (short*)row + k;
+  FUSED_RNN_UNROLL
+  for (int i = 0; i < kWidth; i += 4) {
+    to[i] = (short)numbers[i];
+    to[i + 1] = (short)numbers[i + 2];
+    to[i + 2] = (short)numbers[i + 1];
+    to[i + 3] = (short)numbers[i + 3];
+  }
+#endif
+}
+
+static void quantise_row(const float* row, int64_t depth, void* numbers, float& scale, int& sum) {
+  // As bits, magnitudes are in the order of their values, infinity and NaN last.
+  VectorIndex largest{};
+  for (int64_t k = 0; k < depth; k += kWidth) {
+    const VectorIndex bits =
+        (VectorIndex)((VectorBits)load(row + k, valid_lanes(k, depth)) & 0x7fffffffu);
+    largest = bits > largest ? bits : largest;
+  }
+  const int magnitude_bits = largest_lane(largest);
+  float magnitude;
+  __builtin_memcpy(&magnitude, &magnitude_bits, sizeof(magnitude));
+  // Of less than that the reciprocal would be infinite.
+  const bool finite = magnitude_bits < 0x7f800000, any = finite && magnitude > 1e-35f;
+  scale = finite ? magnitude / 127.0f : __builtin_nanf("");
+  const float inverse = any ? 127.0f / magnitude : 0.0f;
+  const float round_to_integer = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the integer
+  const VectorBits zero = (VectorBits)broadcast(round_to_integer);
+  VectorIndex total{};
+  const int64_t padded = ceil_div(depth, kQuantisedBlock) * kQuantisedBlock;
+  for (int64_t k = 0; k < padded; k += kWidth) {
+    Vector value{};
+    if (any && k < depth) value = load(row + k, valid_lanes(k, depth)) * inverse;
+    const VectorIndex rounded = (VectorIndex)((VectorBits)(value + round_to_integer) - zero);
+    total += rounded;
+    store_quads(rounded, k, numbers);
+  }
+  sum = sum_lanes(total);
+}
+
+// Rows [begin, end) of what they are quantised from, which lie `stride` apart.
+static void quantise_rows(const StepRows& rows, int64_t depth, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row++) {
+    quantise_row(rows.first + row * rows.stride, depth, rows.numbers + row * quantised_words(depth),
+                 rows.scales[row], rows.sums[row]);
+  }
+}
+
+#if FUSED_RNN_VECTOR_WIDTH == 16
+#define FUSED_RNN_BYTES_TARGET __attribute__((target("avx512vnni")))
+
+// sum + the bytes of each word times those of the quad.
+FUSED_RNN_BYTES_TARGET FUSED_RNN_INLINE VectorIndex add_quad(VectorIndex sum, VectorBits words,
+                                                             const void* quad) {
+  int bytes;
+  __builtin_memcpy(&bytes, quad, sizeof(bytes));
+  return (VectorIndex)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)words, _mm512_set1_epi32(bytes));
+}
+
+#else
+#define FUSED_RNN_BYTES_TARGET
+
+// Of each lane's two numbers of 16 bits, the sum of the products.
+FUSED_RNN_INLINE VectorBits multiply_pairs(VectorBits a, VectorBits b) {
+#if FUSED_RNN_VECTOR_WIDTH == 8
+  return (VectorBits)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (VectorBits)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const VectorIndex low = ((VectorIndex)a << 16 >> 16) * ((VectorIndex)b << 16 >> 16);
+  return (VectorBits)(low + ((VectorIndex)a >> 16) * ((VectorIndex)b >> 16));
+#endif
+}
+
+FUSED_RNN_INLINE VectorIndex add_quad(VectorIndex sum, VectorBits words, const void* quad) {
+  unsigned pairs[2];
+  __builtin_memcpy(pairs, quad, sizeof(pairs));
+  const VectorBits none{};
+  const VectorBits even = multiply_pairs(words & 0x00ff00ffu, none + pairs[0]);
+  const VectorBits odd = multiply_pairs(words >> 8 & 0x00ff00ffu, none + pairs[1]);
+  return (VectorIndex)((VectorBits)sum + even + odd);
+}
+#endif
+
+// tile [ROWS, COLUMNS] = the quantised rows from `row` on times panel [words, COLUMNS], without the
+// units' scales.
+template <int COLUMNS, int ROWS>
+FUSED_RNN_BYTES_TARGET __attribute__((noinline)) void multiply_bytes(
+    int64_t depth, const StepRows& rows, int64_t row, const ByteQuad* panel, Vector* tile) {
+  const int64_t stride = quantised_words(depth), words = ceil_div(depth, 4);
+  const float* numbers = rows.numbers + row * stride;
+  const float* scales = rows.scales + row;
+  const int* sums = rows.sums + row;
+  VectorIndex sum[ROWS][COLUMNS];  // modulo 2^32: only the last needs to fit
+  FUSED_RNN_UNROLL
+  for (int m = 0; m < ROWS; m++) {
+    const unsigned excess = 128u * (unsigned)sums[m];  // of bytes that are 128 too much
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < COLUMNS; i++) sum[m][i] = (VectorIndex)(VectorBits{} - excess);
+  }
+  for (int64_t k = 0; k < words; k++) {
+    VectorBits b[COLUMNS];
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < COLUMNS; i++) b[i] = (VectorBits)load((const float*)(panel + i * kWidth));
+    panel += COLUMNS * kWidth;
+    FUSED_RNN_UNROLL
+    for (int m = 0; m < ROWS; m++) {
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < COLUMNS; i++) {
+        sum[m][i] = add_quad(sum[m][i], b[i], numbers + m * stride + k * kQuadFloats);
+      }
+    }
+  }
+  FUSED_RNN_UNROLL
+  for (int m = 0; m < ROWS; m++) {
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < COLUMNS; i++) {
+      tile[m * COLUMNS + i] = __builtin_convertvector(sum[m][i], Vector) * scales[m];
+    }
+  }
+}
+
+template <int COLUMNS, int ROWS>
+static void multiply_bytes_of(int rows, int64_t depth, const StepRows& a, int64_t row,
+                              const ByteQuad* panel, Vector* tile) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return multiply_bytes_of<COLUMNS, ROWS - 1>(rows, depth, a, row, panel, tile);
+  }
+  multiply_bytes<COLUMNS, ROWS>(depth, a, row, panel, tile);
+}
+
+#endif
