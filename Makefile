@@ -76,7 +76,7 @@ test-all: $(INSTALLED) $(EMULATED) .venv/.toolbox
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 ASAN_TESTS := $(patsubst %,tests/test_%.py,instruction_sets numbers threads ragged_calls \
 	training_calls states_calls function_transforms direct_calls direct_training half_calls \
-	half_training)
+	half_training stepper quantised_stepper)
 ASAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))"
 
