@@ -170,14 +170,3 @@ def test_what_is_too_deep_for_bytes():
         torch.ops.fused_rnn_cpu.step(
             torch.zeros(1), 0, 1, 2**17, 1, 1, True, 4, torch.zeros(1, 2**17), None
         )
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@every_cell
-def test_threads_do_not_change_bits(cell, threads, num_threads):
-    module = make(cell, 200, 390)
-    step, xs = fused_rnn.stepper(module, weight_dtype=torch.int8), torch.randn(5, 9, 200)
-    num_threads(1)
-    expected, _ = step(xs)
-    num_threads(threads)
-    assert torch.equal(step(xs)[0], expected)

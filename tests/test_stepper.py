@@ -149,6 +149,42 @@ def test_large_steps_use_threads(cell, threads, num_threads):
 
 
 @needs_library
+@pytest.mark.parametrize("threads", [2, 3, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@every_cell
+def test_threads_do_not_change_bits(cell, dtype, threads, num_threads):
+    """In a call of several steps, after each of which the threads meet, and of one."""
+    step = fused_rnn.stepper(make(cell, 200, 390, num_layers=2), weight_dtype=dtype)
+    xs = torch.randn(5, 9, 200)
+    num_threads(1)
+    expected, state = step(xs)
+    one, _ = step(xs[0], state)
+    num_threads(threads)
+    for _ in range(3):
+        assert torch.equal(step(xs)[0], expected)
+        assert torch.equal(step(xs[0], state)[0], one)
+
+
+@needs_library
+def test_several_steps_from_several_threads(num_threads):
+    num_threads(2)
+    step = fused_rnn.stepper(fused_rnn.LSTM(200, 390), weight_dtype=torch.int8)
+    inputs = torch.randn(8, 20, 3, 200).unbind()
+    expected, results = [step(xs)[0] for xs in inputs], [None] * len(inputs)
+
+    def work(i):
+        for _ in range(5):
+            results[i] = step(inputs[i])[0]
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(map(torch.equal, results, expected))
+
+
+@needs_library
 @every_cell
 @pytest.mark.parametrize("batch, bias", [(1, True), (7, False)])
 def test_bfloat16_weights_are_rounded_weights(cell, batch, bias, instruction_set):

@@ -93,7 +93,25 @@ const KernelsOf<float>& step_kernels(StepWord word) {
 
 // Of a thread's steps. Every other one takes the panels backwards, whose last ones the one before
 // has left in the cache.
-thread_local unsigned turn = 0;
+thread_local unsigned next_turn = 0;
+
+// x [T, B, input] -> y [T, B, P]; h_prev and c_prev are before the first step, c after the last.
+struct LayerArrays {
+  const float* x;
+  int64_t input;
+  const float *h_prev, *c_prev;
+  float *y, *c;
+};
+
+// A thread's part of everything, in [0, members).
+struct Part {
+  int64_t begin, end, members;
+  Meeting* meeting;  // null where there is one thread
+
+  void wait() const {
+    if (meeting) meeting->wait();
+  }
+};
 
 // Runs the layers of one call.
 class Steps {
@@ -103,74 +121,49 @@ class Steps {
         timesteps_(timesteps),
         batch_(batch),
         word_(word_of(call.per_word)),
+        of_bytes_(word_ == StepWord::four_bytes),
         isa_(step_kernels(word_)),
-        cell_(cell_sizes(static_cast<CellKind>(call.cell))),
+        gates_(cell_sizes(static_cast<CellKind>(call.cell)).gates),
         projected_(call.output != call.hidden),
         // A single step's is computed with its hidden side.
         chunk_(timesteps == 1 ? 1 : std::clamp(kInputRows / batch, int64_t(1), timesteps)) {
-    const int64_t deepest = std::max({call.input, call.output, call.hidden});
+    kept_.reserve(8);
     p_.cell = static_cast<CellKind>(call.cell);
     p_.word = word_;
+    p_.batch = batch;
     p_.hidden = call.hidden;
     p_.output = call.output;
-    kept_.reserve(8);
     if (projected_) p_.unprojected = take(batch * call.hidden);
-    if (timesteps > 1) p_.input_side = take(chunk_ * batch * cell_.gates * call.hidden);
-    if (word_ == StepWord::four_bytes) {
-      const int64_t rows = chunk_ * batch, words = isa_.quantised_words(deepest);
-      for (StepRows* each : {&p_.x, &p_.h_prev, &p_.cells}) {
-        const int64_t own = each == &p_.x ? rows : batch;
-        each->numbers = take(own * (words + 2));
-        each->scales = each->numbers + own * words;
-        each->sums = reinterpret_cast<int32_t*>(each->scales + own);
-      }
+    if (timesteps > 1) p_.input_side = take(chunk_ * batch * gates_ * call.hidden);
+    if (of_bytes_) {
+      make_room(p_.x, std::max(call.input, call.output), chunk_ * batch);
+      make_room(p_.h_prev, call.output, batch);
+      if (projected_) make_room(p_.cells, call.hidden, batch);
     }
+    p_.h_prev.stride = call.output;
+    p_.cells.first = p_.unprojected;
+    p_.cells.stride = call.hidden;
   }
 
-  // x [T, B, input] -> y [T, B, P]; h_prev and c_prev are before the first step, c after the last.
-  void run_layer(const float* weights, const float* x, int64_t input, const float* h_prev,
-                 const float* c_prev, float* y, float* c) {
-    const Offsets at(call_, input);
-    const bool scaled = word_ == StepWord::four_bytes;
-    p_.input = input;
+  void run_layer(const float* weights, const LayerArrays& layer) {
+    const Offsets at(call_, layer.input);
+    p_.input = p_.x.stride = layer.input;
     p_.w_ih = weights;
     p_.w_hh = weights + at.w_hh;
     p_.w_hr = weights + at.w_hr;
-    p_.scale_ih = scaled ? weights + at.scale_ih : nullptr;
-    p_.scale_hh = scaled ? weights + at.scale_hh : nullptr;
-    p_.scale_hr = scaled ? weights + at.scale_hr : nullptr;
+    p_.scale_ih = of_bytes_ ? weights + at.scale_ih : nullptr;
+    p_.scale_hh = of_bytes_ ? weights + at.scale_hh : nullptr;
+    p_.scale_hr = of_bytes_ ? weights + at.scale_hr : nullptr;
     p_.bias = call_.bias ? weights + at.bias : nullptr;
     p_.hidden_bias = call_.bias && p_.cell == CellKind::gru ? weights + at.hidden_bias : nullptr;
-    p_.c = c;
-    float* const input_side = p_.input_side;
-    for (int64_t begin = 0; begin < timesteps_; begin += chunk_) {
-      const int64_t steps = std::min(chunk_, timesteps_ - begin), rows = steps * batch_;
-      p_.x.first = x + begin * batch_ * input;
-      p_.x.stride = input;
-      quantise(p_.x, input, rows);
-      if (input_side) {
-        p_.batch = rows;
-        over_panels(isa_.packed_input, call_.hidden, cell_.gates, rows * input);
-      }
-      p_.batch = batch_;
-      for (int64_t t = begin; t < begin + steps; t++) {
-        p_.h = y + t * batch_ * call_.output;
-        p_.h_prev.first = t ? p_.h - batch_ * call_.output : h_prev;
-        p_.h_prev.stride = call_.output;
-        p_.c_prev = t ? c : c_prev;
-        p_.backwards = turn++ % 2;
-        quantise(p_.h_prev, call_.output, batch_);
-        const int64_t depth = call_.output + (input_side ? 0 : input);
-        over_panels(isa_.packed_step, call_.hidden, cell_.gates, batch_ * depth);
-        if (input_side) p_.input_side += batch_ * cell_.gates * call_.hidden;
-        if (!projected_) continue;
-        p_.cells.first = p_.unprojected;
-        p_.cells.stride = call_.hidden;
-        quantise(p_.cells, call_.hidden, batch_);
-        over_panels(isa_.project_step, call_.output, 1, batch_ * call_.hidden);
-      }
-      p_.input_side = input_side;
+    p_.c = layer.c;
+    const int64_t members = members_of(layer.input);
+    if (timesteps_ == 1) {
+      run_step(layer, members);
+    } else if (members == 1 || !run_together(layer, members)) {
+      run_part(layer, {0, 1, 1, nullptr});
     }
+    next_turn = turn_ += static_cast<unsigned>(timesteps_);
   }
 
   float* take(int64_t floats) {
@@ -179,31 +172,116 @@ class Steps {
   }
 
  private:
-  void quantise(const StepRows& rows, int64_t depth, int64_t count) {
-    if (word_ == StepWord::four_bytes) isa_.quantise_rows(rows, depth, 0, count);
+  void make_room(StepRows& rows, int64_t depth, int64_t count) {
+    const int64_t words = isa_.quantised_words(depth);
+    rows.numbers = take(count * (words + 2));
+    rows.scales = rows.numbers + count * words;
+    rows.sums = reinterpret_cast<int32_t*>(rows.scales + count);
   }
 
-  // `products` of a unit and gate.
-  void over_panels(void (*kernel)(const PackedStepParams&, int64_t, int64_t), int64_t units,
-                   int64_t gates, int64_t products) {
-    const double flops = 2.0 * static_cast<double>(units * gates) * static_cast<double>(products);
-    const int64_t panels = ceil_div(units, kStepWidth * step_vectors(gates));
-    if (flops > kSerialFlops && panels > 1) {
-      const Threads threads = torch_threads();
-      if (threads.count > 1) {
-        return threads.run(panels, 1, [&](int64_t begin, int64_t end) { kernel(p_, begin, end); });
+  // How many threads are worth their meetings, or for one step the region.
+  int64_t members_of(int64_t input) const {
+    const double at_once = of_bytes_ ? 4 : 1;  // multiply-adds, of float32's
+    const auto flops = [&](int64_t depth) {
+      const int64_t products =
+          gates_ * call_.hidden * depth + (projected_ ? call_.output * call_.hidden : 0);
+      return 2.0 * static_cast<double>(batch_ * products) / at_once;
+    };
+    const double all = flops(input + call_.output) * static_cast<double>(timesteps_);
+    if (all <= kSerialFlops || panels(call_.hidden, gates_) == 1) return 1;
+    const int64_t threads = torch_threads().count;
+    if (timesteps_ == 1) return threads;
+    const double meetings = (of_bytes_ ? 2 : 1) * (projected_ ? 2 : 1);
+    const auto worth = static_cast<int64_t>(flops(call_.output) / (meetings * kFlopsPerMeeting));
+    return std::clamp(worth, int64_t(1), threads);
+  }
+
+  static int64_t panels(int64_t units, int64_t gates) {
+    return ceil_div(units, kStepWidth * step_vectors(gates));
+  }
+
+  void quantise(const StepRows& rows, int64_t depth, int64_t count, const Part& part) const {
+    if (!of_bytes_) return;
+    isa_.quantise_rows(rows, depth, count * part.begin / part.members,
+                       count * part.end / part.members);
+  }
+
+  void run_step(const LayerArrays& layer, int64_t threads) {
+    const Part all{0, 1, 1, nullptr};
+    const auto over_panels = [&](auto kernel, int64_t units, int64_t gates) {
+      const int64_t count = panels(units, gates);
+      if (threads == 1 || count == 1) return kernel(p_, 0, count);
+      torch_threads().run(count, 1, [&](int64_t begin, int64_t end) { kernel(p_, begin, end); });
+    };
+    p_.x.first = layer.x;
+    p_.h_prev.first = layer.h_prev;
+    p_.c_prev = layer.c_prev;
+    p_.h = layer.y;
+    p_.backwards = turn_ % 2;
+    quantise(p_.x, layer.input, batch_, all);
+    quantise(p_.h_prev, call_.output, batch_, all);
+    over_panels(isa_.packed_step, call_.hidden, gates_);
+    if (!projected_) return;
+    quantise(p_.cells, call_.hidden, batch_, all);
+    over_panels(isa_.project_step, call_.output, 1);
+  }
+
+  // False where the threads do not run at once: then nothing was done.
+  bool run_together(const LayerArrays& layer, int64_t members) const {
+    Team team(members);
+    Barrier barrier(members);
+    torch_threads().run(members, 1, [&](int64_t begin, int64_t end) {
+      if (!team.assemble(end - begin)) return;
+      Meeting meeting(&barrier, end - begin);
+      run_part(layer, {begin, end, members, &meeting});
+    });
+    return team.went_ahead();
+  }
+
+  // All timesteps of the part's panels. Numbers that all threads need are made by one or the other.
+  void run_part(const LayerArrays& layer, const Part& part) const {
+    PackedStepParams p = p_;
+    const auto over_panels = [&](auto kernel, int64_t units, int64_t gates) {
+      const int64_t count = panels(units, gates);
+      kernel(p, count * part.begin / part.members, count * part.end / part.members);
+    };
+    for (int64_t begin = 0; begin < timesteps_; begin += chunk_) {
+      const int64_t steps = std::min(chunk_, timesteps_ - begin);
+      p.batch = steps * batch_;
+      p.x.first = layer.x + begin * batch_ * layer.input;
+      p.input_side = p_.input_side;
+      quantise(p.x, layer.input, p.batch, part);
+      if (of_bytes_) part.wait();
+      over_panels(isa_.packed_input, call_.hidden, gates_);
+      p.batch = batch_;
+      for (int64_t t = begin; t < begin + steps; t++) {
+        p.h = layer.y + t * batch_ * call_.output;
+        p.h_prev.first = t ? p.h - batch_ * call_.output : layer.h_prev;
+        p.c_prev = t ? layer.c : layer.c_prev;
+        p.backwards = (turn_ + static_cast<unsigned>(t)) % 2;
+        quantise(p.h_prev, call_.output, batch_, part);
+        if (of_bytes_) part.wait();
+        over_panels(isa_.packed_step, call_.hidden, gates_);
+        part.wait();
+        p.input_side += batch_ * gates_ * call_.hidden;
+        if (!projected_) continue;
+        quantise(p.cells, call_.hidden, batch_, part);
+        if (of_bytes_) part.wait();
+        over_panels(isa_.project_step, call_.output, 1);
+        part.wait();
       }
     }
-    kernel(p_, 0, panels);
   }
 
   const StepCall& call_;
   const int64_t timesteps_, batch_;
   const StepWord word_;
+  const bool of_bytes_;
   const KernelsOf<float>& isa_;
-  const CellSizes cell_;
+  const int64_t gates_;
   const bool projected_;
   const int64_t chunk_;  // timesteps whose input side is computed at a time
+  unsigned turn_ = next_turn;
   PackedStepParams p_{};
   std::vector<Memory> kept_;
 };
@@ -249,9 +327,12 @@ void step(const StepCall& s, const Allocator& allocate) {
     float*& scratch = between[layer % 2];
     if (!is_last && scratch == nullptr) scratch = steps.take(timesteps * h_size);
     float* out = is_last ? y : scratch;
-    steps.run_layer(weights, x, layer ? s.output : s.input, zeros ? zeros : h_prev + layer * h_size,
-                    zeros ? zeros : c_prev + layer * c_size, out,
-                    cell.has_c ? c + layer * c_size : nullptr);
+    steps.run_layer(weights, {.x = x,
+                              .input = layer ? s.output : s.input,
+                              .h_prev = zeros ? zeros : h_prev + layer * h_size,
+                              .c_prev = zeros ? zeros : c_prev + layer * c_size,
+                              .y = out,
+                              .c = cell.has_c ? c + layer * c_size : nullptr});
     std::copy_n(out + (timesteps - 1) * h_size, h_size, h + layer * h_size);
     weights += (layer ? others : first).end;
     x = out;
