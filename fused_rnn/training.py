@@ -403,8 +403,10 @@ class _Layer(torch.autograd.Function):
         if isinstance(rows, _Masks):
             ctx.batch_first = rows.batch_first
             rows = outputs[-1]  # the pieces, which nobody else knows
-        ctx.save_for_backward(outputs[0], gates, cells, rows, x, h0, c0, *weights)
-        ctx.cell, ctx.directions = cell, directions
+        # Of a GRU's or an LSTM's timestep nobody needs it: it may be changed in place, as torch's.
+        y = None if ctx.is_step and cell.saved_gates else outputs[0]
+        ctx.save_for_backward(y, gates, cells, rows, x, h0, c0, *weights)
+        ctx.cell, ctx.directions, ctx.dtype = cell, directions, outputs[0].dtype
         ctx.set_materialize_grads(False)
         return *outputs[:given], *((cells,) if return_cells else ())
 
@@ -456,7 +458,7 @@ def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
     """Differentiable ones where grad mode is on."""
     y, gates, cells, rows, *given = saved
     # What autocast had made of them.
-    x, h0, c0, *weights = (t if t is None else t.to(y.dtype) for t in given)
+    x, h0, c0, *weights = (t if t is None else t.to(ctx.dtype) for t in given)
     if ctx.is_step:
         x, h0, c0, y, *grads = (
             None if t is None else t.unsqueeze(0) for t in (x, h0, c0, y, *grads)
@@ -474,6 +476,9 @@ def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
         h0 = x.new_zeros((*leading, weights[1].shape[1]))
         if ctx.cell.has_c:
             c0 = x.new_zeros((*leading, weights[0].shape[0] // ctx.cell.gates))
+    if y is None:
+        with torch.no_grad():
+            y = ops.layer(ctx.cell.name, x, h0, c0, weights).y
     results = ops.layer_gradients(
         (ctx.cell.name, grads[3] is not None, False, "auto"),
         tuple(grads),

@@ -307,6 +307,47 @@ def test_unknown_nonlinearity_is_refused_at_the_first_call():
             cell(torch.zeros(B, I))
 
 
+@pytest.mark.parametrize("form", ["batched", "unbatched"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", ["gru", "lstm"])
+def test_what_a_step_gave_may_be_changed_in_place(variant, dtype, form):
+    """As torch's, before backward: an episode has ended, and its row starts afresh."""
+    theirs, ours = (module.to(dtype) for module in pair(variant))
+    shape = (B, I) if form == "batched" else (I,)
+    xs = torch.randn(3, *shape, dtype=dtype)
+    kept = (torch.arange(shape[0]) % 2).unsqueeze(1).to(dtype) if form == "batched" else 0.5
+
+    def run(cell):
+        total, state = 0, None
+        for x in xs:
+            state = cell(x, state)
+            for s in state if variant == "lstm" else (state,):
+                total = total + (s.float() * torch.linspace(1, 2, s.shape[-1])).sum()
+                s *= kept
+        return torch.autograd.grad(total, list(cell.parameters()))
+
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float64: 1e-12}[dtype]
+    for actual, expected in zip(run(ours), run(theirs), strict=True):
+        assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+@every_variant
+def test_double_backward_of_a_step(variant):
+    """Whose output was not saved."""
+    theirs, ours = pair(variant)
+    x = torch.randn(B, I)
+
+    def penalty(cell):
+        given = x.clone().requires_grad_()
+        found = cell(given)
+        total = sum(s.square().sum() for s in (found if variant == "lstm" else (found,)))
+        (grad,) = torch.autograd.grad(total, given, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), list(cell.parameters()))
+
+    for actual, expected in zip(penalty(ours), penalty(theirs), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_result_of_one_call_is_independent_of_the_next():
     _, ours = pair("lstm")
     x = torch.ones(B, I)

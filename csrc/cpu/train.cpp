@@ -351,13 +351,16 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
   const Shape gates_shape{false, {s.directions, s.count, sizes.saved_gates * s.hidden}};
   const Shape cells_shape{false, {s.directions, s.count, s.hidden}};
   const Array *cells = given.cells, *grad_cells = given.grad_cells;
+  // A single step's rows start from h0.
+  const bool needs_y = s.rows.timesteps > 1 || sizes.saved_gates == 0;
   if (!border.read(given.grad_y, shapes.y, call.grad_y, true) ||
       !border.read(given.grad_h_n, shapes.h, call.grad_h_n, true) ||
       !border.read(given.grad_c_n, shapes.c, call.grad_c_n, true) ||
       !border.read(given.y, shapes.y, call.y) ||
       !border.read(given.gates, gates_shape, call.gates) ||
       (call.gates != nullptr) != (sizes.saved_gates > 0) || (cells != nullptr) != sizes.has_c ||
-      (cells && !(cells->is_plain() && cells_shape.fits(*cells))) || call.y == nullptr) {
+      (cells && !(cells->is_plain() && cells_shape.fits(*cells))) ||
+      (needs_y && call.y == nullptr)) {
     return false;
   }
   if (grad_cells) {
