@@ -3,7 +3,8 @@
 No kernel of ours takes float64. The reference backend does, with a loop in Python: the operations
 are those of torch's loop in C++, so what is small takes up to six times as long. It remains the way
 of everything that torch.nn does not have, of wide layers, and of gradients over more than a few
-timesteps, which it computes itself instead of recording each operation.
+timesteps, which it computes itself instead of recording each operation. A single timestep is
+torch's, however wide.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from .cells import Cell
 from .problem import Problem, wants_gradients
 
-# Of a timestep, rows times units: from here on the reference is as fast.
+# Of a timestep, rows times units: from here on the reference is as fast, where there are several.
 _FEW = 1 << 13
 # With gradients, timesteps. Time of torch's layer over the reference's, forward and backward, of
 # RNN and GRU: one timestep 0.3 and 0.35, 4 0.5 and 0.6, 12 0.7 and 1.0, 16 0.8 and 1.1.
@@ -25,7 +26,7 @@ def is_of(problem: Problem) -> bool:
     """Whether a call of a module that asks for such a layer would come here."""
     beyond = problem.packed or problem.lengths or problem.resets or problem.states
     plain = not (beyond or problem.extras)
-    small = problem.batch_size * problem.hidden_size < _FEW
+    small = problem.timesteps == 1 or problem.batch_size * problem.hidden_size < _FEW
     if problem.training:
         small = small and problem.timesteps <= _FEW_STEPS
     kind = problem.dtype is torch.float64 and problem.device_type == "cpu"
@@ -53,7 +54,8 @@ def layers(
     batch = num_layers * directions, input.shape[batch_dim]
     if input.shape[1 - batch_dim] > _FEW_STEPS and wants_gradients(input, h0, c0, *weights):
         return []
-    states = _states(cell, input, weights, (h0, c0), batch, num_layers, directions)
+    wide = input.shape[1 - batch_dim] == 1
+    states = _states(cell, input, weights, (h0, c0), batch, num_layers, directions, wide)
     if states is None:
         return []
     outputs = getattr(torch._VF, cell.name)(
@@ -87,7 +89,7 @@ def step(
     batched = input.dim() == 2
     if not batched:
         input, h0, c0 = (None if s is None else s.unsqueeze(0) for s in (input, h0, c0))
-    states = _states(cell, input, weights, (h0, c0), (input.shape[0],), 1, 1)
+    states = _states(cell, input, weights, (h0, c0), (input.shape[0],), 1, 1, True)
     if states is None or weights[1].shape[1] != hidden_size:
         return []
     function = getattr(torch._VF, f"{cell.name}_cell")
@@ -104,6 +106,7 @@ def _states(
     batch: tuple[int, ...],  # the shape of states but for their width
     num_layers: int,
     directions: int,
+    wide: bool,  # whether there may be any number of rows and units
 ) -> list[Tensor] | None:
     """The initial states, or None where the arguments are not torch's, or do not fit each other."""
     if len(weights) < 2 or weights[0].dim() != 2 or weights[1].dim() != 2:
@@ -111,7 +114,7 @@ def _states(
     hidden, output = weights[0].shape[0] // cell.gates, weights[1].shape[1]
     biased = len(weights) >= 4 * num_layers * directions
     sizes = input.shape[-1], hidden, output, num_layers, directions, biased
-    if not 0 < batch[-1] * hidden < _FEW or input.numel() == 0:
+    if input.numel() == 0 or hidden == 0 or not (wide or batch[-1] * hidden < _FEW):
         return None
     if [w.shape for w in weights] != _weight_shapes(cell, *sizes):
         return None
