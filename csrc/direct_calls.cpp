@@ -551,11 +551,12 @@ PyObject* train_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t coun
   call.grad_c_n = others[2].get();
   call.grad_cells = others[3].get();
   call.y = others[4].get();
-  // It is what autocast made of the others, if it did; whether it is on now says nothing.
-  if (!call.y) Py_RETURN_NONE;
-  call.type = call.y->type;
-  call.autocast = call.type != NumberType::float32;
   call.gates = others[5].get();
+  // They are what autocast made of the others, if it did; whether it is on now says nothing.
+  const Array* made = call.y ? call.y : call.gates;
+  if (!made) Py_RETURN_NONE;
+  call.type = made->type;
+  call.autocast = call.type != NumberType::float32;
   call.cells = others[6].get();
   Outputs outputs;
   if (!run(connected.calls->train_layer_backward, call, outputs)) Py_RETURN_NONE;

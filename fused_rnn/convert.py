@@ -122,9 +122,9 @@ def flip_update_gate(module: _Module) -> _Module:
         >>> flip_update_gate(module) is module
         True
     """
-    if isinstance(module, (modules.GRU, torch.nn.GRU)):
+    if isinstance(module, (modules.GRU, modules.GRU._torch_class)):
         names = module._flat_weights_names
-    elif isinstance(module, (modules.GRUCell, torch.nn.GRUCell)):
+    elif isinstance(module, (modules.GRUCell, modules.GRUCell._torch_class)):
         names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if module.bias else [])]
     else:
         raise TypeError(f"module: expected a GRU or GRUCell, got {type(module).__name__}")

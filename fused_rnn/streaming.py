@@ -307,11 +307,9 @@ def _packed_layer(cell: Cell, weights: list[Tensor], dtype: torch.dtype) -> Tens
         matrices.append((rest[-1], 1))
     scales = []
     if dtype is torch.int8:
-        matrices, scales = zip(
-            *(((numbers, gates), _padded(scale)) for weight, gates in matrices
-              for numbers, scale in [_quantised(weight)]),
-            strict=True,
-        )  # fmt: skip
+        quantised = [(*_quantised(weight), gates) for weight, gates in matrices]
+        matrices = [(numbers, gates) for numbers, _, gates in quantised]
+        scales = [_padded(scale) for _, scale, _ in quantised]
     parts = [*(_packed_matrix(weight, gates, dtype) for weight, gates in matrices), *scales]
     if len(rest) >= 2:
         b_ih, b_hh = rest[:2]

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from . import direct, looks, ops
+from . import direct, dispatch, looks, ops
 from .cells import Cell
 from .direct import States
 from .problem import NO_NOISE, wants_gradients
@@ -477,7 +477,7 @@ def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
         if ctx.cell.has_c:
             c0 = x.new_zeros((*leading, weights[0].shape[0] // ctx.cell.gates))
     if y is None:
-        with torch.no_grad():
+        with torch.no_grad(), dispatch.backend("auto"):
             y = ops.layer(ctx.cell.name, x, h0, c0, weights).y
     results = ops.layer_gradients(
         (ctx.cell.name, grads[3] is not None, False, "auto"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import warnings
 from itertools import pairwise
 
@@ -596,6 +598,41 @@ def test_parametrized_subclass_is_reported():
     parametrize.register_parametrization(model[0], "weight_hh_l0", Doubled())
     with pytest.raises(ValueError, match="'0'"):
         replace(model, strict=True)
+
+
+def test_bound_to_torchs_names(tmp_path):
+    """As docs/drop-in.md has it for libraries that derive from torch.nn's classes, or look for
+    them."""
+    script = tmp_path / "library.py"
+    script.write_text(
+        f"""
+import torch, fused_rnn
+from torch.nn.modules.rnn import GRU, GRUCell
+
+for name in {NAMES}:
+    setattr(torch.nn, name, getattr(fused_rnn, name))
+
+class Tagger(torch.nn.LSTM):
+    pass
+
+torch.manual_seed(0)
+tagger, layer, x = Tagger(3, 4, bidirectional=True), torch.nn.LSTM(3, 4), torch.randn(5, 2, 3)
+assert isinstance(tagger, torch.nn.LSTM) and isinstance(layer, fused_rnn.LSTM)
+plain = fused_rnn.restore(fused_rnn.LSTM(3, 4, bidirectional=True))
+plain.load_state_dict(tagger.state_dict())
+assert type(plain).__module__ == "torch.nn.modules.rnn" and not isinstance(plain, torch.nn.LSTM)
+torch.testing.assert_close(tagger(x), plain(x))
+assert isinstance(fused_rnn.replace(torch.nn.Sequential(plain))[0], torch.nn.LSTM)
+step = fused_rnn.stepper(fused_rnn.restore(torch.nn.GRU(3, 4)))
+assert step(x)[0].shape == (5, 2, 4)
+for theirs in (GRU(3, 4), GRUCell(3, 4)):
+    fused_rnn.flip_update_gate(theirs)
+from fused_rnn.interop.onnx_weights import to_onnx
+assert to_onnx(GRU(3, 4))[0].operator == "GRU"
+"""
+    )
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_model_without_recurrent_modules_is_left_in_peace():

@@ -213,13 +213,13 @@ def test_arguments_that_do_not_fit_get_none_and_no_error():
     assert calls.infer_cell() is None and calls.prepare_step() is None
     assert calls.infer_cell(3, x[0], weights, (h[0], h[0]), 7) is None
     step = fused_rnn.stepper(fused_rnn.GRU(4, 6))
-    sizes = 2, 1, 4, 6, 6, True, False
+    sizes = 2, 1, 4, 6, 6, True, 1
     prepared = calls.prepare_step(step._weights, *sizes)
     assert prepared(x[0], None) is not None
     assert prepared() is None and prepared(x[0]) is None and prepared(x[0], None, None) is None
     for odd in (step._weights.double(), step._weights[:0], step._weights.view(1, -1), None):
         assert calls.prepare_step(odd, *sizes) is None
-    assert calls.prepare_step(step._weights, *sizes[:-1], 2) is None
+    assert calls.prepare_step(step._weights, *sizes[:-1], False) is None
     assert calls.prepare_step(step._weights) is None
     for short in (step._weights[1:], step._weights[1:].clone()):
         assert calls.prepare_step(short, *sizes)(x[0], None) is None
@@ -310,7 +310,7 @@ def test_weights_outlive_what_they_were_prepared_from():
     calls, step = direct.calls(), fused_rnn.stepper(fused_rnn.GRU(40, 60))
     x = torch.randn(2, 40)
     expected, _ = step(x)
-    prepared = calls.prepare_step(step._weights, 2, 1, 40, 60, 60, True, False)
+    prepared = calls.prepare_step(step._weights, 2, 1, 40, 60, 60, True, 1)
     del step
     gc.collect()
     scratch = [torch.full((20000,), torch.nan) for _ in range(20)]

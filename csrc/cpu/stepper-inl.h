@@ -9,13 +9,6 @@ constexpr int kStepParts = kStepWidth / kWidth;  // vectors of this instruction 
 // row only.
 constexpr int kStepRows = kStepParts == 1 ? 6 : 1;
 
-template <class Word>
-constexpr int kNumbersOf = 1;
-template <>
-constexpr int kNumbersOf<HalfPair> = 2;
-template <>
-constexpr int kNumbersOf<ByteQuad> = 4;
-
 // Calls body.operator()<columns>().
 template <class Body>
 FUSED_RNN_INLINE void for_columns(int columns, Body body) {

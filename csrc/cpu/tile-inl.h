@@ -39,6 +39,14 @@ struct ByteQuad {
   unsigned bits;
 };
 
+// Numbers of a word.
+template <class Word>
+constexpr int kNumbersOf = kPairs;
+template <>
+constexpr int kNumbersOf<HalfPair> = 2;
+template <>
+constexpr int kNumbersOf<ByteQuad> = 4;
+
 template <class Word>
 constexpr bool kOfHalves = false;
 template <>
@@ -118,7 +126,7 @@ void multiply_tile(int64_t depth, const Element* a, int64_t a_stride, const Word
   for (int64_t k = 0; k == 0 || k < depth; k += kChain) {
     multiply_chain<COLUMNS, ROWS, ALL>(smaller(kChain, depth - k), a + k, a_stride, panel, k > 0,
                                        tile);
-    panel += kChain / (kOfHalves<Word> ? 2 : kPairs) * ALL * kWidth;
+    panel += kChain / kNumbersOf<Word> * ALL * kWidth;
   }
 }
 

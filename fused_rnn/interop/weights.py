@@ -9,7 +9,8 @@ from ..cells import CELLS, Cell, DirectionWeights
 from ..convert import option_of_ours
 from ..modules import GRU, LSTM, RNN
 
-_OURS_AND_THEIRS = (RNN, GRU, LSTM, torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM)
+# Not by torch.nn's names, which may be bound to ours.
+_OURS_AND_THEIRS = tuple(kind for cls in (RNN, GRU, LSTM) for kind in (cls, cls._torch_class))
 
 
 def cell_of(module: object, *allowed: str) -> Cell:
