@@ -26,6 +26,7 @@ import torch
 import fused_rnn
 import turns
 from cases import Case
+from providers.onnx_runtimes import onnxruntime_session
 
 SHAPES = {
     "sequence": ("100,1,128", "100,1,512", "100,1,1024", "50,8,512", "50,32,512"),
@@ -45,7 +46,6 @@ def torch_quantized(layer: torch.nn.RNNBase) -> torch.nn.Module:
 def onnx_quantized(layer: torch.nn.RNNBase, case: Case) -> Callable[..., list]:
     """A function of x and a state, as torch.nn's; ImportError where something is missing."""
     import onnx
-    import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     import onnx_layer
@@ -56,12 +56,7 @@ def onnx_quantized(layer: torch.nn.RNNBase, case: Case) -> Callable[..., list]:
         quantize_dynamic(plain, path, weight_type=QuantType.QInt8)
         nodes = [node.op_type for node in onnx.load(path).graph.node]
         assert nodes == ["DynamicQuantizeLSTM"], nodes
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        # After a run its threads would keep the cores from the next way.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path, options)
+        session = onnxruntime_session(path, torch.get_num_threads())
 
     def run(x: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         h, c = (s.numpy() for s in state)

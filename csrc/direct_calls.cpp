@@ -676,8 +676,7 @@ PyMethodDef methods[] = {
      "cpu_is_welcome(): whether FUSED_RNN_BACKEND leaves the choice open, or asks for the CPU's."},
     {"prepare_step", method(prepare_step), METH_FASTCALL,
      "prepare_step(packed, cell, layers, input, hidden, output, bias, per_word): a function of x "
-     "and "
-     "state"},
+     "and state"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -51,6 +51,14 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+def rows_of(program, tmp_path, *options):
+    """What a program that lets ways take turns has measured."""
+    path = tmp_path / "rows.json"
+    result = run(program, *options, "--rounds", 2, "--json", path)
+    assert result.returncode == 0, result.stderr
+    return json.loads(path.read_text())
+
+
 def measured(modules, case, *names, seconds=0.0):
     who = [modules.providers.PROVIDERS[name] for name in names]
     setting = modules.providers.Setting("cpu", torch.get_num_threads())
@@ -78,10 +86,7 @@ def test_program_writes_what_it_measured(modules, tmp_path, capsys):
 
 @measures_the_library
 def test_streaming_program(tmp_path):
-    path = tmp_path / "steps.json"
-    result = run("streaming.py", "--cell", "gru", "--hidden", 9, "--rounds", 2, "--json", path)
-    assert result.returncode == 0, result.stderr
-    (row,) = json.loads(path.read_text())
+    (row,) = rows_of("streaming.py", tmp_path, "--cell", "gru", "--hidden", 9)
     assert all(0 < row["least_us"][way] <= row["median_us"][way] for way in row["least_us"])
     steppers = {"stepper", "bf16 stepper", "int8 stepper"}
     assert steppers | {"layer", "nn layer", "nn cell"} == row["least_us"].keys()
@@ -90,11 +95,8 @@ def test_streaming_program(tmp_path):
 @measures_the_library
 @pytest.mark.parametrize("part", ["sequence", "step"])
 def test_quantised_program(tmp_path, part):
-    path = tmp_path / "quantised.json"
-    options = ("--cell", "gru", "--cell", "lstm", "--shape", "3,2,19", "--rounds", 2)
-    result = run("quantised.py", *options, "--part", part, "--threads", 1, "--json", path)
-    assert result.returncode == 0, result.stderr
-    gru, lstm = json.loads(path.read_text())
+    options = ("--cell", "gru", "--cell", "lstm", "--shape", "3,2,19", "--threads", 1)
+    gru, lstm = rows_of("quantised.py", tmp_path, *options, "--part", part)
     ways = {"ours", "torch int8", "torch.nn", "bfloat16", "float32"}
     assert gru["ms"].keys() == gru["errors"].keys() == ways
     assert ways <= lstm["ms"].keys() <= ways | {"ONNX Runtime int8"}
@@ -416,11 +418,8 @@ def test_precision_leaves_cudnn_on_and_puts_everything_back(modules):
 
 @pytest.mark.parametrize("part", ["training", "inference"])
 def test_ragged_program(tmp_path, part):
-    path = tmp_path / "ragged.json"
-    options = ("--cell", "lstm", "--shape", "6,3,9", "--rounds", 2, "--part", part)
-    result = run("ragged.py", *options, "--json", path)
-    assert result.returncode == 0, result.stderr
-    (row,) = json.loads(path.read_text())
+    options = ("--cell", "lstm", "--shape", "6,3,9", "--part", part)
+    (row,) = rows_of("ragged.py", tmp_path, *options)
     assert row["shape"] == [6, 3, 9] and row["part"] == part
     assert {"full", "lengths", "packed", "resets", "nn packed"} == row["ns"].keys()
     assert all(time > 0 for time in row["ns"].values())
@@ -428,11 +427,8 @@ def test_ragged_program(tmp_path, part):
 
 @pytest.mark.parametrize("part", ["penalty", "forward"])
 def test_second_order_program(tmp_path, part):
-    path = tmp_path / "second_order.json"
-    options = ("--cell", "gru", "--cell", "lstm", "--shape", "6,3,9", "--rounds", 2)
-    result = run("second_order.py", *options, "--part", part, "--threads", 1, "--json", path)
-    assert result.returncode == 0, result.stderr
-    gru, lstm = json.loads(path.read_text())
+    options = ("--cell", "gru", "--cell", "lstm", "--shape", "6,3,9", "--threads", 1)
+    gru, lstm = rows_of("second_order.py", tmp_path, *options, "--part", part)
     ways = {"ours", "plain operations"}
     assert gru["ms"].keys() == ways | {"torch.nn"}
     assert lstm["ms"].keys() == ways | ({"torch.nn"} if part == "penalty" else set())
@@ -441,11 +437,8 @@ def test_second_order_program(tmp_path, part):
 
 @pytest.mark.parametrize("part", ["samples", "ensemble"])
 def test_transforms_program(tmp_path, part):
-    path = tmp_path / "transforms.json"
-    options = ("--cell", "lstm", "--shape", "6,3,9", "--rounds", 2)
-    result = run("transforms.py", *options, "--part", part, "--threads", 1, "--json", path)
-    assert result.returncode == 0, result.stderr
-    (row,) = json.loads(path.read_text())
+    options = ("--cell", "lstm", "--shape", "6,3,9", "--threads", 1, "--part", part)
+    (row,) = rows_of("transforms.py", tmp_path, *options)
     assert row["ms"].keys() == {"ours", "plain operations", "torch.nn in a loop"}
     assert all(time > 0 for time in row["ms"].values())
 
@@ -453,11 +446,8 @@ def test_transforms_program(tmp_path, part):
 @measures_the_library
 @pytest.mark.parametrize("part", ["training", "inference"])
 def test_regularised_program(tmp_path, part):
-    path = tmp_path / "regularised.json"
-    options = ("--cell", "gru", "--cell", "lstm", "--shape", "6,3,9", "--rounds", 2)
-    result = run("regularised.py", *options, "--part", part, "--threads", 1, "--json", path)
-    assert result.returncode == 0, result.stderr
-    gru, lstm = json.loads(path.read_text())
+    options = ("--cell", "gru", "--cell", "lstm", "--shape", "6,3,9", "--threads", 1)
+    gru, lstm = rows_of("regularised.py", tmp_path, *options, "--part", part)
     drawn = {"recurrent dropout"} if part == "training" else set()
     ways = {"plain", "zoneout", "layer norm", "all of these"} | drawn
     assert {one["way"] for one in gru["ms"]} == ways

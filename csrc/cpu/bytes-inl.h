@@ -62,14 +62,13 @@ static void quantise_row(const float* row, int64_t depth, void* numbers, float& 
   const bool finite = magnitude_bits < 0x7f800000, any = finite && magnitude > 1e-35f;
   scale = finite ? magnitude / 127.0f : __builtin_nanf("");
   const float inverse = any ? 127.0f / magnitude : 0.0f;
-  const float round_to_integer = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the integer
-  const VectorBits zero = (VectorBits)broadcast(round_to_integer);
+  const VectorBits zero = (VectorBits)broadcast(kRoundToInteger);
   VectorIndex total{};
   const int64_t padded = ceil_div(depth, kQuantisedBlock) * kQuantisedBlock;
   for (int64_t k = 0; k < padded; k += kWidth) {
     Vector value{};
     if (any && k < depth) value = load(row + k, valid_lanes(k, depth)) * inverse;
-    const VectorIndex rounded = (VectorIndex)((VectorBits)(value + round_to_integer) - zero);
+    const VectorIndex rounded = (VectorIndex)((VectorBits)(value + kRoundToInteger) - zero);
     total += rounded;
     store_quads(rounded, k, numbers);
   }

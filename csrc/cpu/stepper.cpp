@@ -206,24 +206,38 @@ class Steps {
                        count * part.end / part.members);
   }
 
-  void run_step(const LayerArrays& layer, int64_t threads) {
+  // What follows the input side in step t, or computes it too; over_panels(kernel, units, gates)
+  // does the part's panels.
+  template <class OverPanels>
+  void take_step(PackedStepParams& p, const LayerArrays& layer, int64_t t, const Part& part,
+                 const OverPanels& over_panels) const {
+    p.h = layer.y + t * batch_ * call_.output;
+    p.h_prev.first = t ? p.h - batch_ * call_.output : layer.h_prev;
+    p.c_prev = t ? layer.c : layer.c_prev;
+    p.backwards = (turn_ + static_cast<unsigned>(t)) % 2;
+    quantise(p.h_prev, call_.output, batch_, part);
+    if (of_bytes_) part.wait();
+    over_panels(isa_.packed_step, call_.hidden, gates_);
+    part.wait();
+    if (!projected_) return;
+    quantise(p.cells, call_.hidden, batch_, part);
+    if (of_bytes_) part.wait();
+    over_panels(isa_.project_step, call_.output, 1);
+    part.wait();
+  }
+
+  // A single step, with a region for each product.
+  void run_step(const LayerArrays& layer, int64_t threads) const {
     const Part all{0, 1, 1, nullptr};
+    PackedStepParams p = p_;
     const auto over_panels = [&](auto kernel, int64_t units, int64_t gates) {
       const int64_t count = panels(units, gates);
-      if (threads == 1 || count == 1) return kernel(p_, 0, count);
-      torch_threads().run(count, 1, [&](int64_t begin, int64_t end) { kernel(p_, begin, end); });
+      if (threads == 1 || count == 1) return kernel(p, 0, count);
+      torch_threads().run(count, 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
     };
-    p_.x.first = layer.x;
-    p_.h_prev.first = layer.h_prev;
-    p_.c_prev = layer.c_prev;
-    p_.h = layer.y;
-    p_.backwards = turn_ % 2;
-    quantise(p_.x, layer.input, batch_, all);
-    quantise(p_.h_prev, call_.output, batch_, all);
-    over_panels(isa_.packed_step, call_.hidden, gates_);
-    if (!projected_) return;
-    quantise(p_.cells, call_.hidden, batch_, all);
-    over_panels(isa_.project_step, call_.output, 1);
+    p.x.first = layer.x;
+    quantise(p.x, layer.input, batch_, all);
+    take_step(p, layer, 0, all, over_panels);
   }
 
   // False where the threads do not run at once: then nothing was done.
@@ -255,20 +269,8 @@ class Steps {
       over_panels(isa_.packed_input, call_.hidden, gates_);
       p.batch = batch_;
       for (int64_t t = begin; t < begin + steps; t++) {
-        p.h = layer.y + t * batch_ * call_.output;
-        p.h_prev.first = t ? p.h - batch_ * call_.output : layer.h_prev;
-        p.c_prev = t ? layer.c : layer.c_prev;
-        p.backwards = (turn_ + static_cast<unsigned>(t)) % 2;
-        quantise(p.h_prev, call_.output, batch_, part);
-        if (of_bytes_) part.wait();
-        over_panels(isa_.packed_step, call_.hidden, gates_);
-        part.wait();
+        take_step(p, layer, t, part, over_panels);
         p.input_side += batch_ * gates_ * call_.hidden;
-        if (!projected_) continue;
-        quantise(p.cells, call_.hidden, batch_, part);
-        if (of_bytes_) part.wait();
-        over_panels(isa_.project_step, call_.output, 1);
-        part.wait();
       }
     }
   }

@@ -122,12 +122,14 @@ FUSED_RNN_INLINE Vector sum_rows(Vector (&rows)[kWidth]) {
   }
 }
 
+// 1.5 * 2^23: added to less than a third of it, the low bits of the sum are the nearest integer.
+constexpr float kRoundToInteger = 12582912.0f;
+
 // exp(x) = scale * (1 + fraction) with scale a power of two and |fraction| < 0.42; Cephes'
 // polynomial. Wants -87.9 < x <= 89, where scale overflows to inf from 88.4 on. NaN gives NaN.
 FUSED_RNN_INLINE void split_exp(Vector x, Vector& scale, Vector& fraction) {
-  const float round_to_integer = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the integer
-  const Vector shifted = x * 1.44269504088896341f + round_to_integer;
-  const Vector n = shifted - round_to_integer;
+  const Vector shifted = x * 1.44269504088896341f + kRoundToInteger;
+  const Vector n = shifted - kRoundToInteger;
   scale = (Vector)(((VectorBits)shifted + 127u) << 23);
   Vector r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
