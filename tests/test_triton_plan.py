@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fused_rnn.backends.triton.plan import Config, Device, Row, UnfitError, make
 from fused_rnn.cells import CELLS
 from fused_rnn.problem import Problem
 
+ROOT = Path(__file__).parents[1]
 H200 = Device("sm90", 132, 232448, True)
 A100 = Device("sm80", 108, 166912, True)
 B200 = Device("sm100", 148, 232448, True)
@@ -127,6 +129,53 @@ def test_two_products_in_a_step_take_two_exchanges_or_launches(regime, part):
         config = make_plan(problem, H200, "ieee", regime).forward.config
         times.append(getattr(planner.model(config, problem, H200, "forward"), part))
     assert times[1] == 2 * times[0] > 0
+
+
+_KINDS = {
+    "bfloat16": (torch.bfloat16, "ieee"),
+    "float32, exact": (torch.float32, "ieee"),
+    "float32, TF32": (torch.float32, "tf32"),
+}
+
+
+def _modelled_steps():
+    """The table of docs/triton-kernels.md: cell, units, kind and pass, and the numbers beside."""
+    named, last = "", ""
+    for line in (ROOT / "docs" / "triton-kernels.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 11 or cells[1] not in ("forward", "backward"):
+            continue
+        named = cells[0] or named
+        if named.startswith("the same, reset before"):
+            cell, hidden, kind = "gru_reset_before", *last[1:]
+        else:
+            name, hidden, kind = named.split(maxsplit=2)
+            cell, last = name.lower(), (name, hidden, kind)
+        regime, tiles, programs = cells[2].split(", ")
+        yield pytest.param(
+            cell, int(hidden), kind, cells[1], regime, tiles, int(programs), cells[3], cells[7:],
+            id=f"{cell}-{hidden}-{kind}-{cells[1]}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden", "kind", "which", "regime", "tiles", "programs", "source", "times"),
+    list(_modelled_steps()),
+)
+def test_the_documented_steps_are_the_models(
+    cell, hidden, kind, which, regime, tiles, programs, source, times
+):
+    dtype, precision = _KINDS[kind]
+    problem = _problem(cell, hidden, dtype=dtype)
+    found = getattr(make_plan(problem, H200, precision), which)
+    config = found.config
+    exact = kind.endswith("exact")
+    step = planner.model(config, problem, H200, which, exact)
+    shown = [step.exchange, step.weights, step.state, step.microseconds]
+    assert config.regime == regime and f"{config.block_b}x{config.block_h}" == tiles
+    assert found.hidden_tiles == programs and ("chip" if config.resident else "L2") == source
+    assert [f"{t:.2f}" if t else "" for t in shown[:3]] + [f"{shown[3]:.1f}"] == times
+    assert found.microseconds == step.microseconds
 
 
 def test_refused_regimes_keep_their_reasons():

@@ -155,7 +155,7 @@ def _plan_pass(
         if why := unfit(config, problem, device, which):
             refusals.append(f"{which} {name}: {why}")
             continue
-        found = place(config, problem, device, which)
+        found = place(config, problem, device, which, _is_exact(kind, device))
         if best is None or found.microseconds < best.microseconds:
             best = found
     if best is None:
@@ -163,14 +163,21 @@ def _plan_pass(
     return best._replace(refusals=tuple(refusals))
 
 
-def place(config: Config, problem: Problem, device: Device, which: str) -> PassPlan:
-    """The tiles of a configuration that fits."""
+def _is_exact(kind: str, device: Device) -> bool:
+    """Whether products are made without tensor cores, which a vendor's float32 may be."""
+    return kind == "float32" and device.vendor == "cuda"
+
+
+def place(
+    config: Config, problem: Problem, device: Device, which: str, exact: bool = False
+) -> PassPlan:
+    """The tiles of a configuration that fits, and what `model` says of it."""
     hidden_tiles = -(-problem.hidden_size // config.block_h)
     batch_tiles = -(-problem.batch_size // config.block_b)
     at_once = batch_tiles
     if config.regime == "b":
         at_once = min(batch_tiles, device.multiprocessors // (hidden_tiles * problem.directions))
-    time = model(config, problem, device, which).microseconds
+    time = model(config, problem, device, which, exact).microseconds
     return PassPlan(config, hidden_tiles, batch_tiles, max(at_once, 1), time, ())
 
 
@@ -203,7 +210,7 @@ def rule(problem: Problem, device: Device, kind: str, regime: str) -> Config:
         if regime == "a":
             return Config("a", SMALLEST_TILE, padded, padded, 1, True)
         return Config(regime, SMALLEST_TILE, tile, tile, 1, regime == "b")
-    exact = kind == "float32" and device.vendor == "cuda"
+    exact = _is_exact(kind, device)
     if regime == "a":
         # Exact float32 products keep their operands in registers, a short piece at a time.
         block_k = 16 if exact else padded
@@ -289,7 +296,9 @@ _EXACT_PRODUCTS = 128  # float32 multiply-adds per clock and multiprocessor
 _LAUNCH = 8.0  # microseconds: Triton's launcher; in a CUDA graph 2.5
 
 
-def model(config: Config, problem: Problem, device: Device, which: str) -> StepModel:
+def model(
+    config: Config, problem: Problem, device: Device, which: str, exact: bool = False
+) -> StepModel:
     """What a timestep should take. Good for comparing regimes, not for promising times."""
     size, gates, hidden = problem.dtype.itemsize, problem.cell.gates, problem.hidden_size
     products = products_of_step(problem)
@@ -303,9 +312,9 @@ def model(config: Config, problem: Problem, device: Device, which: str) -> StepM
         weights = (slice_bytes + config.warps * state_bytes) / _SHARED_BYTES
     else:
         weights = slice_bytes / _L2_BYTES
-    if size == 4 and config.block_k < 32:
-        products = gates * hidden * config.block_h * config.block_b / _EXACT_PRODUCTS
-        weights = max(weights, products)
+    if exact:
+        multiply_adds = gates * hidden * config.block_h * config.block_b
+        weights = max(weights, multiply_adds / _EXACT_PRODUCTS)
     alone = config.regime == "a"
     clocks = (
         products * _EXCHANGE if config.regime == "b" else 0,
