@@ -257,11 +257,13 @@ def _autocast(input, states, reset_states, weights):
         return input, states, reset_states, weights
     dtype = torch.get_autocast_dtype(device_type)
 
-    def cast(tensor):
-        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
+    def cast(given):  # what is no tensor is refused after this
+        eligible = isinstance(given, Tensor) and given.is_floating_point()
+        return given.to(dtype) if eligible and given.dtype != torch.float64 else given
 
     states, reset_states = (
         None if given is None else tuple(cast(s) for s in given) for given in (states, reset_states)
     )
-    return cast(input), states, reset_states, [cast(w) for w in weights]
+    if isinstance(weights, (list, tuple)):
+        weights = [cast(weight) for weight in weights]
+    return cast(input), states, reset_states, weights
