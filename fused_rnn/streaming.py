@@ -19,7 +19,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import checks, direct, dispatch, flops, modules
 from .cells import CELLS, Cell
-from .convert import from_torch, option_of_ours
+from .convert import from_torch
 from .native import cpu_library_error
 from .once import once
 from .problem import in_memory
@@ -239,8 +239,8 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
     float32 on the CPU runs from packed weights, in one operator call for all layers, and gives bit
     for bit what the module gives for a sequence, but where that sums in another order: in calls of
     up to 48 rows, and with AMX of 512 or more. Every other dtype and device, `reset_after=False`,
-    subclasses, and a backend other than the CPU's chosen by `FUSED_RNN_BACKEND` or `backend`, run
-    through a copy of the module: slower.
+    `layer_norm`, `peepholes`, `zoneout`, subclasses, and a backend other than the CPU's chosen by
+    `FUSED_RNN_BACKEND` or `backend`, run through a copy of the module: slower.
 
     Raises:
         TypeError: `module` is not a recurrent module.
@@ -286,7 +286,9 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
 
 
 def _packs(module: torch.nn.RNNBase, cell: Cell) -> bool:
-    if type(module) not in _PLAIN or option_of_ours(module, besides=("stateful",)):
+    if type(module) not in _PLAIN or cell.name == "gru_reset_before":
+        return False
+    if not module._regularisation.is_idle(training=False):
         return False
     if cpu_library_error() is not None or dispatch.requested() not in ("", "cpu"):
         return False

@@ -266,7 +266,13 @@ def test_the_general_way(module, dtype):
 @needs_library
 def test_options_that_change_nothing_are_packed():
     x = torch.randn(1, 5)
-    for options in ({"stateful": True}, {"recompute": True}, {"dropout": 0.5, "num_layers": 2}):
+    for options in (
+        {"stateful": True},
+        {"recompute": True},
+        {"dropout": 0.5, "num_layers": 2},
+        {"recurrent_dropout": 0.5, "weight_dropout": 0.5},
+        {"zoneout": (0, 0.0), "forget_bias": 1.0, "init": "orthogonal"},
+    ):
         module = fused_rnn.LSTM(5, 7, batch_first=True, **options)
         step = fused_rnn.stepper(module)
         assert step.packed
