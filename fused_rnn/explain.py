@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from . import dispatch
 from .modules import _RecurrentCell, _RecurrentLayers
@@ -34,6 +37,10 @@ class LayerChoice:
             "bidirectional" if p.directions == 2 else "",
             "" if p.bias else "no bias",
             "packed" if p.packed else "",
+            "lengths" if p.lengths else "",
+            "resets" if p.resets else "",
+            "all states" if p.states else "",
+            *p.extras,
             str(p.dtype).removeprefix("torch."),
             p.device_type,
             "training" if p.training else "inference",
@@ -109,7 +116,7 @@ def explain(module: torch.nn.Module, *args, **kwargs) -> Explanation:
         layers.append(LayerChoice(name, len(layers), problem, chosen.name, kernel, refusals))
 
     try:
-        with torch.random.fork_rng(), dispatch.recording(record):
+        with _random_state_kept(module, args, kwargs), dispatch.recording(record):
             module(*args, **kwargs)
     finally:
         for handle in handles:
@@ -117,3 +124,14 @@ def explain(module: torch.nn.Module, *args, **kwargs) -> Explanation:
         for child, *states in carried:
             child.state_h, child.state_c = states
     return Explanation([layer for _, layers in calls for layer in layers])
+
+
+def _random_state_kept(module: torch.nn.Module, *arguments: Any) -> AbstractContextManager:
+    """For what the call may draw from: the CPU's generator, and those of devices that hold its
+    tensors. torch's own choice, all devices, would initialise every one."""
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cuda" if accelerator is None else accelerator.type
+    tensors = [*module.parameters(), *module.buffers(), *tree_leaves(arguments)]
+    devices = (getattr(tensor, "device", None) for tensor in tensors)
+    used = {d.index or 0 for d in devices if isinstance(d, torch.device) and d.type == kind}
+    return torch.random.fork_rng(sorted(used), device_type=kind)

@@ -59,7 +59,8 @@ class Problem:
     @property
     def saved_columns(self) -> int:
         """Of `gates`, where forward saves. Who normalises keeps behind the gates of all rows the
-        normalised values of both sides, of an LSTM's c, and five factors of each row."""
+        normalised values of the hidden side, of an LSTM's c and of the input side, and five factors
+        of each row: in this order, since in a compiled graph another backend may run backward."""
         cell, columns = self.cell, self.cell.saved_gates * self.hidden_size
         if "layer_norm" not in self.extras:
             return columns

@@ -380,6 +380,23 @@ def test_explain_leaves_no_trace():
     assert dispatch._recorder.get() is None
 
 
+def test_explain_asks_only_devices_that_hold_tensors(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", asked.append)
+    assert fused_rnn.explain(fused_rnn.GRU(3, 4), torch.randn(5, 2, 3)).layers
+    assert asked == []
+
+
+def test_explain_tells_what_was_asked_for():
+    layer = fused_rnn.LSTM(3, 4, layer_norm=True, recurrent_dropout=0.5)
+    lengths, resets = torch.tensor([5, 3]), torch.zeros(5, 2, dtype=torch.bool)
+    options = {"lengths": lengths, "resets": resets, "return_states": True}
+    text = str(fused_rnn.explain(layer, torch.randn(5, 2, 3), **options))
+    assert "H=4, lengths, resets, all states, recurrent_dropout, layer_norm, float32" in text
+
+
 def test_explain_leaves_the_states_of_a_stateful_module():
     layer = fused_rnn.LSTM(3, 4, stateful=True)
     for _ in range(2):  # with no states yet, then with some

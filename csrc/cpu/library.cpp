@@ -198,15 +198,15 @@ int64_t saved_columns(const LayerShape& s) {
   return cell_sizes(s.cell).saved_gates * s.hidden + norm_columns(s);
 }
 
-// From behind the gates.
+// From behind the gates, in the order that every backend keeps (`Problem.saved_columns`).
 template <class T>
 NormValuesOf<T> norm_values(const LayerShape& s, T* gates) {
   const CellSizes sizes = cell_sizes(s.cell);
   const int64_t units = s.directions * s.count * s.hidden;
-  T* ih = gates + sizes.saved_gates * units;
-  T* hh = ih + sizes.gates * units;
+  T* hh = gates + sizes.saved_gates * units;
   T* c = hh + sizes.gates * units;
-  return {ih, hh, sizes.has_c ? c : nullptr, sizes.has_c ? c + units : c};
+  T* ih = sizes.has_c ? c + units : c;
+  return {ih, hh, sizes.has_c ? c : nullptr, ih + sizes.gates * units};
 }
 
 // What is random in the recurrence: the last arguments of the operators.
