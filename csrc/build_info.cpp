@@ -47,10 +47,15 @@ py::dict build_facts() {
 
 py::dict cpu_features() {
   py::dict features;
+#if defined(__aarch64__)
+  features["dotprod"] = fused_rnn::cpu_has_dot_products();
+#else
   features["amx"] = fused_rnn::cpu_has_amx();
   features["avx512bf16"] = fused_rnn::cpu_has_avx512bf16();
+  features["avx512vnni"] = fused_rnn::cpu_has_avx512vnni();
   features["avx512"] = fused_rnn::cpu_has_avx512();
   features["avx2"] = fused_rnn::cpu_has_avx2();
+#endif
   return features;
 }
 

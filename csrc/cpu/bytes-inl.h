@@ -7,9 +7,13 @@
 #if !defined(FUSED_RNN_BFLOAT16)
 
 // How a row's numbers lie, four that follow one another in depth at a time: as a word's bytes
-// where AVX512-VNNI multiplies and adds these, else as two pairs of 16 bits, of the even ones and
-// of the odd.
-constexpr int kQuadFloats = FUSED_RNN_VECTOR_WIDTH == 16 ? 1 : 2;
+// where instructions multiply and add these, AVX512-VNNI's or ARM's, else as two pairs of 16 bits,
+// of the even ones and of the odd.
+#if FUSED_RNN_VECTOR_WIDTH == 16 || defined(__aarch64__)
+constexpr int kQuadFloats = 1;
+#else
+constexpr int kQuadFloats = 2;
+#endif
 
 // The rows' numbers are padded to whole blocks of so many.
 constexpr int kQuantisedBlock = 16;
@@ -31,7 +35,7 @@ FUSED_RNN_INLINE int sum_lanes(VectorIndex v) {
 }
 
 FUSED_RNN_INLINE void store_quads(VectorIndex numbers, int64_t k, void* row) {
-#if FUSED_RNN_VECTOR_WIDTH == 16
+#if FUSED_RNN_VECTOR_WIDTH == 16 || defined(__aarch64__)
   typedef signed char Bytes __attribute__((vector_size(FUSED_RNN_VECTOR_WIDTH)));
   const Bytes bytes = __builtin_convertvector(numbers, Bytes);
   __builtin_memcpy((char*)row + k, &bytes, sizeof(bytes));
@@ -85,8 +89,22 @@ static void quantise_rows(const StepRows& rows, int64_t depth, int64_t begin, in
 
 #if FUSED_RNN_VECTOR_WIDTH == 16
 #define FUSED_RNN_BYTES_TARGET __attribute__((target("avx512vnni")))
+#elif defined(__aarch64__) && defined(__GNUC__) && !defined(__clang__)
+#define FUSED_RNN_BYTES_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#define FUSED_RNN_DOT_PRODUCTS
+#else
+#define FUSED_RNN_BYTES_TARGET
+#if defined(__ARM_FEATURE_DOTPROD)  // clang's header has them only then
+#define FUSED_RNN_DOT_PRODUCTS
+#endif
+#endif
 
-// sum + the bytes of each word times those of the quad.
+// add_quad: sum + the bytes of each word times those of the quad; with DOTS by instructions that
+// not every CPU of the instruction set has.
+
+#if FUSED_RNN_VECTOR_WIDTH == 16
+
+template <bool DOTS>
 FUSED_RNN_BYTES_TARGET FUSED_RNN_INLINE VectorIndex add_quad(VectorIndex sum, VectorBits words,
                                                              const void* quad) {
   int bytes;
@@ -94,8 +112,23 @@ FUSED_RNN_BYTES_TARGET FUSED_RNN_INLINE VectorIndex add_quad(VectorIndex sum, Ve
   return (VectorIndex)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)words, _mm512_set1_epi32(bytes));
 }
 
+#elif defined(__aarch64__)
+
+template <bool DOTS>
+FUSED_RNN_BYTES_TARGET FUSED_RNN_INLINE VectorIndex add_quad(VectorIndex sum, VectorBits words,
+                                                             const void* quad) {
+  const int8x16_t weights = (int8x16_t)(words ^ 0x80808080u);
+  const int8x16_t numbers = vreinterpretq_s8_s32(vld1q_dup_s32((const int*)quad));
+#if defined(FUSED_RNN_DOT_PRODUCTS)
+  if constexpr (DOTS) return (VectorIndex)vdotq_s32((int32x4_t)sum, weights, numbers);
+#endif
+  // A product is 2^14 at most, so that the sum of two fits.
+  const int16x8_t low = vmull_s8(vget_low_s8(weights), vget_low_s8(numbers));
+  const int16x8_t high = vmull_high_s8(weights, numbers);
+  return (VectorIndex)vpadalq_s16((int32x4_t)sum, vpaddq_s16(low, high));
+}
+
 #else
-#define FUSED_RNN_BYTES_TARGET
 
 // Of each lane's two numbers of 16 bits, the sum of the products.
 FUSED_RNN_INLINE VectorBits multiply_pairs(VectorBits a, VectorBits b) {
@@ -109,6 +142,7 @@ FUSED_RNN_INLINE VectorBits multiply_pairs(VectorBits a, VectorBits b) {
 #endif
 }
 
+template <bool DOTS>
 FUSED_RNN_INLINE VectorIndex add_quad(VectorIndex sum, VectorBits words, const void* quad) {
   unsigned pairs[2];
   __builtin_memcpy(pairs, quad, sizeof(pairs));
@@ -119,9 +153,16 @@ FUSED_RNN_INLINE VectorIndex add_quad(VectorIndex sum, VectorBits words, const v
 }
 #endif
 
-// tile [ROWS, COLUMNS] = the quantised rows from `row` on times panel [words, COLUMNS], without the
-// units' scales.
-template <int COLUMNS, int ROWS>
+// What a byte is more than its weight, where it is multiplied as it is.
+#if defined(__aarch64__)
+constexpr unsigned kExcess = 0;
+#else
+constexpr unsigned kExcess = 128;
+#endif
+
+// tile [ROWS, COLUMNS] = the quantised rows from `row` on times panel [words, COLUMNS], which are
+// of ALL columns that lie side by side, without the units' scales.
+template <int COLUMNS, int ROWS, int ALL, bool DOTS>
 FUSED_RNN_BYTES_TARGET __attribute__((noinline)) void multiply_bytes(
     int64_t depth, const StepRows& rows, int64_t row, const ByteQuad* panel, Vector* tile) {
   const int64_t stride = quantised_words(depth), words = ceil_div(depth, 4);
@@ -131,7 +172,7 @@ FUSED_RNN_BYTES_TARGET __attribute__((noinline)) void multiply_bytes(
   VectorIndex sum[ROWS][COLUMNS];  // modulo 2^32: only the last needs to fit
   FUSED_RNN_UNROLL
   for (int m = 0; m < ROWS; m++) {
-    const unsigned excess = 128u * (unsigned)sums[m];  // of bytes that are 128 too much
+    const unsigned excess = kExcess * (unsigned)sums[m];
     FUSED_RNN_UNROLL
     for (int i = 0; i < COLUMNS; i++) sum[m][i] = (VectorIndex)(VectorBits{} - excess);
   }
@@ -139,12 +180,12 @@ FUSED_RNN_BYTES_TARGET __attribute__((noinline)) void multiply_bytes(
     VectorBits b[COLUMNS];
     FUSED_RNN_UNROLL
     for (int i = 0; i < COLUMNS; i++) b[i] = (VectorBits)load((const float*)(panel + i * kWidth));
-    panel += COLUMNS * kWidth;
+    panel += ALL * kWidth;
     FUSED_RNN_UNROLL
     for (int m = 0; m < ROWS; m++) {
       FUSED_RNN_UNROLL
       for (int i = 0; i < COLUMNS; i++) {
-        sum[m][i] = add_quad(sum[m][i], b[i], numbers + m * stride + k * kQuadFloats);
+        sum[m][i] = add_quad<DOTS>(sum[m][i], b[i], numbers + m * stride + k * kQuadFloats);
       }
     }
   }
@@ -152,18 +193,25 @@ FUSED_RNN_BYTES_TARGET __attribute__((noinline)) void multiply_bytes(
   for (int m = 0; m < ROWS; m++) {
     FUSED_RNN_UNROLL
     for (int i = 0; i < COLUMNS; i++) {
-      tile[m * COLUMNS + i] = __builtin_convertvector(sum[m][i], Vector) * scales[m];
+      tile[m * ALL + i] = __builtin_convertvector(sum[m][i], Vector) * scales[m];
     }
   }
 }
 
-template <int COLUMNS, int ROWS>
+template <int COLUMNS, int ROWS, int ALL = COLUMNS>
 static void multiply_bytes_of(int rows, int64_t depth, const StepRows& a, int64_t row,
                               const ByteQuad* panel, Vector* tile) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return multiply_bytes_of<COLUMNS, ROWS - 1>(rows, depth, a, row, panel, tile);
+    if (rows < ROWS) {
+      return multiply_bytes_of<COLUMNS, ROWS - 1, ALL>(rows, depth, a, row, panel, tile);
+    }
   }
-  multiply_bytes<COLUMNS, ROWS>(depth, a, row, panel, tile);
+#if defined(__aarch64__)
+  if (!cpu_has_dot_products()) {
+    return multiply_bytes<COLUMNS, ROWS, ALL, false>(depth, a, row, panel, tile);
+  }
+#endif
+  multiply_bytes<COLUMNS, ROWS, ALL, true>(depth, a, row, panel, tile);
 }
 
 #endif

@@ -6,6 +6,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace fused_rnn {
 
@@ -39,6 +42,19 @@ static inline bool cpu_has_avx512bf16() {
 static inline bool cpu_has_avx512vnni() {
 #if defined(FUSED_RNN_X86)
   return cpu_has_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+// ARM's of bytes.
+static inline bool cpu_has_dot_products() {
+#if defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  static const bool has = (getauxval(AT_HWCAP) & kDotProducts) != 0;
+  return has;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  return true;  // as all of Apple's for computers
 #else
   return false;
 #endif

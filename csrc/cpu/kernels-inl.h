@@ -7,10 +7,13 @@
 // for everybody.
 
 #include "../cells.h"
+#include "features.h"
 #include "kernels.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace fused_rnn::FUSED_RNN_ISA {

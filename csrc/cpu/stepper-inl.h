@@ -5,9 +5,14 @@
 #if !defined(FUSED_RNN_BFLOAT16)
 
 constexpr int kStepParts = kStepWidth / kWidth;  // vectors of this instruction set in one of those
-// Where vectors are narrower than the layout's, the registers hold the columns of a panel for one
-// row only.
-constexpr int kStepRows = kStepParts == 1 ? 6 : 1;
+// Where vectors are narrower than the layout's, the registers hold all columns of a panel for one
+// row only. Of more rows so many columns are multiplied at a time.
+constexpr int kStepColumns = kTwoColumnsAtATime ? 2 : kMaxColumns;
+template <class Word>  // of which those of several numbers need registers to take them apart
+constexpr int kStepRows =
+    kStepParts == 1                                   ? 6
+    : kTwoColumnsAtATime && kNumbersOf<Word> > kPairs ? 4
+                                                      : vector_rows(kStepColumns);
 
 // Calls body.operator()<columns>().
 template <class Body>
@@ -24,21 +29,45 @@ FUSED_RNN_INLINE void for_columns(int columns, Body body) {
   }
 }
 
+// Calls multiply.operator()<COLUMNS, ROWS, ALL>(first) for pieces of the columns of a panel,
+// `first` being a piece's first one, ALL how many there are, and ROWS those of a tile of `rows`, up
+// to MOST.
+template <int MOST, class Multiply>
+FUSED_RNN_INLINE void for_pieces(int columns, int rows, Multiply multiply) {
+  for_columns(columns, [&]<int COLUMNS>() {
+    constexpr int ALL = COLUMNS * kStepParts;
+    // Of two rows, two columns are too few sums to hide the latency of multiply-adds.
+    constexpr int kWide = ALL % 4 == 0 ? 4 : ALL % 3 == 0 ? 3 : 2;
+    if (kStepParts == 1) {
+      multiply.template operator()<ALL, MOST, ALL>(0);
+    } else if (rows == 1) {
+      multiply.template operator()<ALL, 1, ALL>(0);
+    } else if (rows == 2) {
+      for (int i = 0; i < ALL; i += kWide) multiply.template operator()<kWide, 2, ALL>(i);
+    } else {
+      for (int i = 0; i < ALL; i += kStepColumns) {
+        multiply.template operator()<kStepColumns, MOST, ALL>(i);
+      }
+    }
+  });
+}
+
 // tile [rows][columns][kStepParts] = those rows of `a`, from `row` on, times a panel of the
 // stepper's layout.
 template <class Word>
 static void multiply_step(int columns, int rows, int64_t depth, const StepRows& a, int64_t row,
                           const Word* panel, Vector* tile) {
   const float* first = a.first + row * a.stride;
-  if constexpr (kNumbersOf<Word> == 4) {
-    for_columns(columns, [&]<int COLUMNS>() {
-      multiply_bytes_of<COLUMNS * kStepParts, kStepRows>(rows, depth, a, row, panel, tile);
-    });
-  } else if constexpr (kStepParts == 1) {
+  if constexpr (kStepParts == 1 && kNumbersOf<Word> < 4) {
     multiply_words(columns, rows, depth, first, a.stride, panel, tile);
   } else {
-    for_columns(columns, [&]<int COLUMNS>() {
-      multiply_tile<COLUMNS * kStepParts, 1>(depth, first, a.stride, panel, tile);
+    for_pieces<kStepRows<Word>>(columns, rows, [&]<int COLUMNS, int ROWS, int ALL>(int column) {
+      const Word* words = panel + column * kWidth;
+      if constexpr (kNumbersOf<Word> == 4) {
+        multiply_bytes_of<COLUMNS, ROWS, ALL>(rows, depth, a, row, words, tile + column);
+      } else {
+        multiply_rows<COLUMNS, ROWS, ALL>(rows, depth, first, a.stride, words, tile + column);
+      }
     });
   }
 }
@@ -125,9 +154,9 @@ FUSED_RNN_INLINE void for_products(const void* matrix, const float* scales, int6
   for (int64_t index = begin; index < end; index++) {
     const StepPanel<Word> panel(matrix, G, depth, units, index);
     const int parts = panel.vectors * kStepParts;
-    for (int64_t row = 0; row < batch; row += kStepRows) {
-      const int rows = (int)smaller(kStepRows, batch - row);
-      Vector tile[kStepRows * kMaxColumns * kStepParts];
+    for (int64_t row = 0; row < batch; row += kStepRows<Word>) {
+      const int rows = (int)smaller(kStepRows<Word>, batch - row);
+      Vector tile[kStepRows<Word> * kMaxColumns * kStepParts];
       multiply_step(G * panel.vectors, rows, depth, a, row, panel.data, tile);
       for (int m = 0; m < rows; m++) {
         for (int part = 0; part < parts; part++) {
@@ -164,7 +193,7 @@ static void packed_input_of(const PackedStepParams& p, int64_t begin, int64_t en
 
 template <class Cell, class Word>
 static void packed_step_of(const PackedStepParams& p, int64_t begin, int64_t end) {
-  constexpr int G = Cell::kGates, kTile = kStepRows * kMaxColumns * kStepParts;
+  constexpr int G = Cell::kGates, kTile = kStepRows<Word> * kMaxColumns * kStepParts;
   constexpr int kColumns = G * step_vectors(G);  // of all panels but perhaps the last
   // Where registers hold both products of a row.
   constexpr bool kTogether = kStepParts == 1 && kNumbersOf<Word> == 1;
@@ -213,8 +242,8 @@ static void packed_step_of(const PackedStepParams& p, int64_t begin, int64_t end
         continue;
       }
     }
-    for (int64_t row = 0; row < p.batch; row += kStepRows) {
-      const int rows = (int)smaller(kStepRows, p.batch - row);
+    for (int64_t row = 0; row < p.batch; row += kStepRows<Word>) {
+      const int rows = (int)smaller(kStepRows<Word>, p.batch - row);
       if (!p.input_side) {
         multiply_step(columns, rows, p.input, p.x, row, side.data, input_tile);
       }
