@@ -185,8 +185,8 @@ def recurrent(
     Args:
         cell_name: "rnn_tanh", "rnn_relu", "gru", "gru_reset_before" or "lstm".
         input, hx, weights: as for the function of that cell.
-        num_layers, bidirectional, dropout, training, batch_first, batch_sizes, lengths, resets,
-            reset_hx, return_states, recompute: see `Options`.
+        num_layers, bidirectional, dropout, training, batch_first: see `Options`.
+        batch_sizes, lengths, resets, reset_hx, return_states, recompute: see `Options`.
         general: the recurrence where it is not the cell's own, see `fused_rnn.general_scan`.
 
     Returns:
