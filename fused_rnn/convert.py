@@ -73,7 +73,12 @@ def restore(model: _Module, *, strict: bool = False) -> _Module:
 def from_torch(module: torch.nn.Module) -> torch.nn.Module:
     """Our module for one recurrent module or cell of torch.nn, which stays as it is.
 
-    Both share their Parameter objects.
+    Args:
+        module: a torch.nn.RNN, GRU, LSTM, RNNCell, GRUCell or LSTMCell, parametrized or not.
+
+    Returns:
+        An RNN, GRU, LSTM or cell of ours with the same options and hooks. Both share their
+        Parameter objects, whatever their shapes, dtype and device.
 
     Raises:
         TypeError: `module` is not one of torch.nn's six recurrent classes.

@@ -44,9 +44,11 @@ def rnn_tanh(
     """Elman layers with tanh, h' = tanh(W_ih x + b_ih + W_hh h + b_hh).
 
     Args:
-        input: [T, B, I], [B, T, I] with `batch_first`, or packed rows [N, I] with `batch_sizes`.
+        input: [T, B, I], [B, T, I] with `batch_first`, or packed rows [N, I] with `batch_sizes`;
+            any floating-point dtype of 16 bits or more, which hx, weights and results have too.
         hx: [num_layers*D, B, H], or None for zeros; D is 2 when bidirectional, else 1.
-        weights: see the module's docstring.
+        weights: w_ih [H, I], w_hh [H, H] and, if there are biases, b_ih and b_hh [H] of each layer
+            and direction, in the order that the module's docstring tells.
         options: see `Options`; what they mean is told at `fused_rnn.RNN`.
 
     Returns:
@@ -55,7 +57,12 @@ def rnn_tanh(
         with `batch_first`, [num_layers*D, N, H] when packed).
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument does not fit; the message names it.
+        TypeError: an argument, which the message names, is of another type, or there is no option
+            of its name.
+        ValueError: input has another dtype than w_ih, there are too few or too many weights, or an
+            option has a value that it cannot have.
+        RuntimeError: shapes, devices, other dtypes or values do not fit.
+        UnsupportedProblemError: a backend was forced that cannot take the layer.
 
     Example:
         >>> w = [torch.randn(4, 3), torch.randn(4, 4)]
@@ -69,7 +76,23 @@ def rnn_tanh(
 def rnn_relu(
     input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], **options: Unpack[Options]
 ) -> tuple[Tensor, ...]:
-    """Elman layers with relu; otherwise as `rnn_tanh`."""
+    """Elman layers with relu, h' = relu(W_ih x + b_ih + W_hh h + b_hh).
+
+    Args:
+        input, hx, weights, options: as for `rnn_tanh`.
+
+    Returns:
+        output [T, B, D*H] and h_n [num_layers*D, B, H], and the states as `rnn_tanh`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `rnn_tanh` does.
+
+    Example:
+        >>> w = [torch.randn(4, 3), torch.randn(4, 4), torch.randn(4), torch.randn(4)]
+        >>> output, h_n = rnn_relu(torch.randn(5, 2, 3), torch.zeros(1, 2, 4), w)
+        >>> output.min() >= 0
+        tensor(True)
+    """
     return recurrent("rnn_relu", input, hx, weights, **options)
 
 
@@ -84,7 +107,23 @@ def gru(
     """Gated recurrent units (Cho et al. 2014), the reset gate after the product as in torch.nn,
     or before it without `reset_after`.
 
-    Arguments and results as for `rnn_tanh`; G is 3, the gates in the order r, z, n.
+    Args:
+        input, hx, options: as for `rnn_tanh`.
+        weights: w_ih [3*H, I], w_hh [3*H, H] and, if there are biases, b_ih and b_hh [3*H] of each
+            layer and direction, the gates in the order r, z, n.
+        reset_after: whether r multiplies W_hn h + b_hn; else h, before the product.
+
+    Returns:
+        output [T, B, D*H] and h_n [num_layers*D, B, H], and the states as `rnn_tanh`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `rnn_tanh` does.
+
+    Example:
+        >>> w = [torch.randn(12, 3), torch.randn(12, 4)]
+        >>> output, h_n = gru(torch.randn(5, 2, 3), None, w, lengths=torch.tensor([3, 5]))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
     """
     return recurrent("gru" if reset_after else "gru_reset_before", input, hx, weights, **options)
 
@@ -98,9 +137,26 @@ def lstm(
     """Long short-term memory (Hochreiter and Schmidhuber 1997), projected (Sak et al. 2014) where
     `weights` hold a w_hr.
 
-    Arguments as for `rnn_tanh`, but hx is (h_0 [num_layers*D, B, P], c_0 [num_layers*D, B, H]);
-    G is 4, the gates in the order i, f, g, o. Returns output [T, B, D*P] and (h_n, c_n); states
-    are (h, c).
+    Args:
+        input, options: as for `rnn_tanh`.
+        hx: (h_0 [num_layers*D, B, P], c_0 [num_layers*D, B, H]), or None for zeros; P is H where
+            nothing is projected.
+        weights: w_ih [4*H, I], w_hh [4*H, P], then, if there are, biases b_ih and b_hh [4*H] and
+            the projection w_hr [P, H] of each layer and direction, the gates in the order
+            i, f, g, o.
+
+    Returns:
+        output [T, B, D*P] and (h_n, c_n), of [num_layers*D, B, P] and [num_layers*D, B, H]. With
+        `return_states` also (h, c), of [num_layers*D, T, B, P] and [num_layers*D, T, B, H].
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `rnn_tanh` does.
+
+    Example:
+        >>> w = [torch.randn(16, 3), torch.randn(16, 4)]
+        >>> output, (h_n, c_n) = lstm(torch.randn(5, 2, 3), None, w)
+        >>> output.shape, h_n.shape, c_n.shape
+        (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]), torch.Size([1, 2, 4]))
     """
     return recurrent("lstm", input, hx, weights, **options)
 
@@ -124,9 +180,27 @@ def recurrent(
     recompute: bool = False,
     general: GeneralScan | None = None,
 ):
-    """Layers of the cell of that name in `cells.CELLS`; see the functions above.
+    """Layers of the cell of that name in `cells.CELLS`: what the functions above call.
 
-    `general`: the recurrence where it is not the cell's own, see `fused_rnn.general_scan`.
+    Args:
+        cell_name: "rnn_tanh", "rnn_relu", "gru", "gru_reset_before" or "lstm".
+        input, hx, weights: as for the function of that cell.
+        num_layers, bidirectional, dropout, training, batch_first: see `Options`.
+        batch_sizes, lengths, resets, reset_hx, return_states, recompute: see `Options`.
+        general: the recurrence where it is not the cell's own, see `fused_rnn.general_scan`.
+
+    Returns:
+        What the function of that cell returns.
+
+    Raises:
+        KeyError: there is no cell of that name.
+        TypeError, ValueError, RuntimeError: as `rnn_tanh` does.
+
+    Example:
+        >>> w = [torch.randn(12, 3), torch.randn(12, 4)]
+        >>> output, h_n = recurrent("gru_reset_before", torch.randn(5, 2, 3), None, w)
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
     """
     cell, directions = CELLS[cell_name], 2 if bidirectional else 1
     packed = batch_sizes is not None

@@ -91,6 +91,48 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         reset_hx: Any = None,
         return_states: bool = False,
     ):
+        """Runs the layers over a sequence.
+
+        T timesteps, B batch, I input_size, H hidden_size, P proj_size of an LSTM that has one, else
+        H, L num_layers, D directions. All tensors but `lengths` and `resets` have the dtype and
+        device of the parameters; under autocast they may have others, and the results have
+        autocast's dtype.
+
+        Args:
+            input: [T, B, I] ([B, T, I] with `batch_first`), [T, I] unbatched, or a PackedSequence
+                of rows [N, I].
+            hx: the states to start from, [D*L, B, P] ([D*L, P] unbatched), of an LSTM a pair with c
+                [D*L, B, H]; None for zeros, or for the last call's where `stateful`.
+            lengths: integers [B] from 0 to T: row b ends before step lengths[b].
+            resets: bool [T, B] ([B, T] with `batch_first`, [T] unbatched): before which steps a row
+                starts afresh.
+            reset_hx: shaped as hx: the states it then starts from; None for zeros.
+            return_states: whether to give the states of every layer and step as well.
+
+        Returns:
+            output [T, B, D*P], laid out as the input is, and h_n [D*L, B, P], of an LSTM
+            (h_n, c_n), c_n [D*L, B, H]. With `return_states` also a tuple (h,), or (h, c), of
+            [D*L, T, B, P or H] ([D*L, B, T, ...] with `batch_first`, [D*L, N, ...] for a
+            PackedSequence).
+
+        Raises:
+            TypeError: an argument is of another type, or `lengths` or `resets` of another dtype.
+            ValueError: input has another dtype or number of dimensions; `lengths` or `resets`
+                come with what has its own, or `reset_hx` without `resets`.
+            RuntimeError: shapes, devices, states or values of `lengths` do not fit.
+            UnsupportedProblemError: no backend takes the layer, or not the one that was forced.
+
+        Example:
+            >>> layer = GRU(10, 20, batch_first=True)
+            >>> x, resets = torch.randn(3, 5, 10), torch.zeros(3, 5, dtype=torch.bool)
+            >>> resets[0, 2] = True
+            >>> output, h_n = layer(x, resets=resets)
+            >>> output.shape, h_n.shape
+            (torch.Size([3, 5, 20]), torch.Size([1, 3, 20]))
+            >>> output, h_n, (h,) = layer(x, lengths=torch.tensor([2, 5, 4]), return_states=True)
+            >>> h.shape
+            torch.Size([1, 3, 5, 20])
+        """
         carries = self.stateful and self._carries()
         if carries:
             self._check_carries()
@@ -325,8 +367,8 @@ class RNN(_RecurrentLayers):
             W_ih Glorot uniform, both gate by gate, and biases zero.
 
     Inputs:
-        input: [T, B, I] (or [B, T, I]), [T, I] unbatched, or a PackedSequence. The dtype is the
-            parameters'.
+        input: [T, B, I] (or [B, T, I]), [T, I] unbatched, or a PackedSequence. The dtype, any
+            floating-point one of 16 bits or more, is the parameters', and the results'.
         hx: [D*L, B, H] ([D*L, H] unbatched) initial states, or None for zeros.
         lengths: integers [B] from 0 to T, in any order: row b ends before step lengths[b]. Its
             h_n is the state at its own end, its output after that is zero, and the reverse
@@ -345,7 +387,11 @@ class RNN(_RecurrentLayers):
             PackedSequence).
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument does not fit, as in torch.nn.
+        TypeError: an argument of the constructor or of a call is of another type.
+        ValueError: an option has another value than those above; input has another dtype or
+            number of dimensions.
+        RuntimeError: shapes, devices or states do not fit.
+        UnsupportedProblemError: a backend was forced that cannot take the layer.
 
     Example:
         >>> layer = RNN(10, 20, num_layers=2)
@@ -398,8 +444,8 @@ class GRU(_RecurrentLayers):
     n_t = tanh(W_in x_t + b_in + r_t * (W_hn h_{t-1} + b_hn))
     h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
-    A drop-in replacement for `torch.nn.GRU`. Arguments, inputs, results and errors are
-    those of `RNN`, without `nonlinearity`, and
+    A drop-in replacement for `torch.nn.GRU`. Arguments are those of `RNN`, without
+    `nonlinearity`, and
 
     Args:
         reset_after: without it the reset gate comes before the product, as in the first paper
@@ -412,6 +458,22 @@ class GRU(_RecurrentLayers):
 
     z_t keeps the old state, here as in torch.nn. Where a text has h_t = z_t * n_t +
     (1 - z_t) * h_{t-1}, the rows of its z, of both weights and biases, change their sign.
+
+    Inputs:
+        input, hx, lengths, resets, reset_hx, return_states: as for `RNN`; input [T, B, I] and hx
+            [D*L, B, H] in the parameters' dtype, any floating-point one of 16 bits or more.
+
+    Returns:
+        output: [T, B, D*H], laid out as the input is.
+        h_n: [D*L, B, H].
+        states, with `return_states`: (h,), of [D*L, T, B, H].
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: an option has a value that it cannot have; input has another dtype or number of
+            dimensions.
+        RuntimeError: shapes, devices or states do not fit.
+        UnsupportedProblemError: a backend was forced that cannot take the layer.
 
     Example:
         >>> layer = GRU(10, 20, batch_first=True, bidirectional=True)
@@ -468,8 +530,8 @@ class LSTM(_RecurrentLayers):
     c_t = f_t * c_{t-1} + i_t * g_t
     h_t = o_t * tanh(c_t), times W_hr where proj_size > 0
 
-    A drop-in replacement for `torch.nn.LSTM`. Arguments, inputs, results and errors are
-    those of `RNN`, with these differences.
+    A drop-in replacement for `torch.nn.LSTM`. Arguments are those of `RNN`, with these
+    differences.
 
     Args:
         proj_size: if positive, the size P < H of the states h and of the output; else P is H.
@@ -485,12 +547,22 @@ class LSTM(_RecurrentLayers):
             1.0 in Jozefowicz et al. 2015).
 
     Inputs:
-        hx: a pair (h_0 [D*L, B, P], c_0 [D*L, B, H]), or None for zeros.
+        input: [T, B, I], as for `RNN`, in the parameters' dtype, any floating-point one of 16 bits
+            or more.
+        hx: a pair (h_0 [D*L, B, P], c_0 [D*L, B, H]), or None for zeros; reset_hx likewise.
+        lengths, resets, return_states: as for `RNN`.
 
     Returns:
         output: [T, B, D*P], laid out as the input is.
         (h_n, c_n): [D*L, B, P] and [D*L, B, H].
         states, with `return_states`: (h, c), of [D*L, T, B, P] and [D*L, T, B, H].
+
+    Raises:
+        TypeError: an argument is of another type, as hx that is no pair.
+        ValueError: an option has a value that it cannot have, as a P of H or more; input
+            has another dtype or number of dimensions.
+        RuntimeError: shapes, devices or states do not fit.
+        UnsupportedProblemError: a backend was forced that cannot take the layer.
 
     Example:
         >>> layer = LSTM(10, 20, proj_size=5)
@@ -557,6 +629,29 @@ class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
     _torch_class: type[torch.nn.RNNCellBase]
 
     def forward(self, input: Tensor, hx: Any = None):
+        """One timestep.
+
+        Args:
+            input: [B, I], or [I] for a single row, in the dtype of the parameters (under autocast
+                in any).
+            hx: h [B, H], or [H], of an LSTMCell a pair (h, c) of these; None for zeros.
+
+        Returns:
+            The new h, of an LSTMCell (h, c), shaped as hx.
+
+        Raises:
+            TypeError: an argument is of another type.
+            ValueError: input has another number of dimensions than 1 or 2.
+            RuntimeError: shapes, dtypes or devices do not fit.
+            UnsupportedProblemError: no backend takes the cell, or not the one that was forced.
+
+        Example:
+            >>> cell, h = GRUCell(10, 20), None
+            >>> for x in torch.randn(5, 3, 10):
+            ...     h = cell(x, h)
+            >>> h.shape
+            torch.Size([3, 20])
+        """
         cell, looked = self._cell(), []  # see `looks`
         if not torch.compiler.is_compiling():
             shortest = training if torch.is_grad_enabled() else direct
@@ -604,13 +699,19 @@ class RNNCell(_RecurrentCell):
         input_size, hidden_size: I and H.
         bias: whether to add b_ih and b_hh.
         nonlinearity: "tanh" or "relu".
+        device, dtype: of the parameters.
 
     Inputs:
-        input: [B, I], or [I].
+        input: [B, I], or [I], in the parameters' dtype, any floating-point one of 16 bits or more.
         hx: [B, H], or [H]; None for zeros.
 
     Returns:
-        h': shaped as hx.
+        h': [B, H], or [H], in that dtype.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: input has another number of dimensions than 1 or 2.
+        RuntimeError: shapes, dtypes or devices do not fit; another nonlinearity, at the first call.
 
     Example:
         >>> RNNCell(10, 20)(torch.randn(3, 10)).shape
@@ -642,7 +743,22 @@ class RNNCell(_RecurrentCell):
 class GRUCell(_RecurrentCell):
     r"""One step of a `GRU`. A drop-in replacement for `torch.nn.GRUCell`.
 
-    Arguments, inputs and results are those of `RNNCell`, without `nonlinearity`.
+    Args:
+        input_size, hidden_size: I and H.
+        bias: whether to add b_ih and b_hh.
+        device, dtype: of the parameters.
+
+    Inputs:
+        input: [B, I], or [I], in the parameters' dtype, any floating-point one of 16 bits or more.
+        hx: [B, H], or [H]; None for zeros.
+
+    Returns:
+        h': [B, H], or [H], in that dtype.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: input has another number of dimensions than 1 or 2.
+        RuntimeError: shapes, dtypes or devices do not fit.
 
     Example:
         >>> GRUCell(10, 20)(torch.randn(10)).shape
@@ -661,8 +777,22 @@ class GRUCell(_RecurrentCell):
 class LSTMCell(_RecurrentCell):
     r"""One step of an `LSTM`. A drop-in replacement for `torch.nn.LSTMCell`.
 
-    Arguments and inputs are those of `GRUCell`, but hx is a pair (h, c), each [B, H] or
-    [H], and so is the result.
+    Args:
+        input_size, hidden_size: I and H.
+        bias: whether to add b_ih and b_hh.
+        device, dtype: of the parameters.
+
+    Inputs:
+        input: [B, I], or [I], in the parameters' dtype, any floating-point one of 16 bits or more.
+        hx: a pair (h, c), each [B, H], or [H]; None for zeros.
+
+    Returns:
+        (h', c'): each [B, H], or [H], in that dtype.
+
+    Raises:
+        TypeError: input is no tensor, or hx no pair of tensors.
+        ValueError: input has another number of dimensions than 1 or 2.
+        RuntimeError: shapes, dtypes or devices do not fit.
 
     Example:
         >>> h, c = LSTMCell(10, 20)(torch.randn(3, 10))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .cells import CELLS, ONNX_GATES, ONNX_PEEPHOLES, DirectionWeights, reorder_gates
 
-# Theirs, i o f c and z r h, out of ours.
 _DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
@@ -115,7 +114,7 @@ def _operator(cell: str) -> str:
 
 
 def _reorder(cell: str, parameter: Tensor) -> Tensor:
-    """[G*H, ...] with the gates in ONNX's order."""
+    """[G*H, ...] with the gates in ONNX's order, i o f c and z r h, out of ours."""
     return reorder_gates(parameter, ONNX_GATES[cell])
 
 

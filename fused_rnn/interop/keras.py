@@ -74,6 +74,12 @@ def to_keras(module: torch.nn.RNNBase, layer: Any) -> Any:
         ImportError: keras is not installed.
         TypeError: an argument is not of the kinds above.
         ValueError: they do not compute the same, or differ in their sizes. Nothing is written.
+
+    Example:
+        >>> import keras  # doctest: +SKIP
+        >>> theirs = keras.layers.GRU(4, return_sequences=True)  # doctest: +SKIP
+        >>> to_keras(GRU(3, 4, batch_first=True), theirs) is theirs  # doctest: +SKIP
+        True
     """
     cell = module_weights.cell_of(module)
     layers = _directions(layer)

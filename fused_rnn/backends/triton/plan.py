@@ -333,7 +333,7 @@ class Row(NamedTuple):
     """One line of a table of tuned configurations."""
 
     family: str  # a device's family, or a vendor for all of them
-    cell: str  # "rnn", "gru", "lstm"
+    cell: str  # "rnn", "gru", "lstm", "gru_reset_before"
     kind: str
     which: str  # "forward" or "backward"
     hidden: int  # for up to so many units
