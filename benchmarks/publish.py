@@ -75,10 +75,17 @@ def _known(ratios: Iterator[float | None]) -> list[float]:
     return [ratio for ratio in ratios if ratio is not None]
 
 
+def place(run: Run) -> str:
+    """When and where it ran."""
+    meta, machine = run.meta, run.meta["machine"]
+    return f"{meta['date'][:10]}, " + (
+        machine.get("gpu") or f"{machine['cpu']}, {meta['threads']} threads"
+    )
+
+
 def setting(run: Run) -> str:
     """One sentence: when, where, with what."""
     meta, machine = run.meta, run.meta["machine"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {meta['threads']} threads"
     timed = [row for row in run.rows if row.ms]
     wild = sum(row.wild for row in timed)
     busy = f", load average {machine['load']:.1f} before the run" if machine["load"] > 0.5 else ""
@@ -88,7 +95,7 @@ def setting(run: Run) -> str:
     )
     return (
         (f"No time was left for {late}. " if late else "")
-        + f"{meta['date'][:10]}, {where}{busy}; {len(timed)} medians, {wild} of them with a spread "
+        + f"{place(run)}{busy}; {len(timed)} medians, {wild} of them with a spread "
         f"above {WILD:.0%}; commit {meta['commit'][:12]}; {versions}."
     )
 
@@ -97,16 +104,14 @@ def readme_cpu() -> str:
     run = load("cpu")
     if run is None:
         return "Not yet measured."
-    shown = [
-        f"{summary(run)}\n\nRatios of medians, geometric means over six shapes. {setting(run)}"
-    ]
-    shown += [f"On another CPU:\n\n{summary(run)}\n\n{setting(run)}" for run in others("cpu")]
+    shown = [f"{summary(run)}\n\n{place(run)}."]
+    shown += [f"On another CPU:\n\n{summary(run)}\n\n{place(run)}." for run in others("cpu")]
     return "\n\n".join(shown)
 
 
 def readme_gpu() -> str:
     run = load("gpu")
-    return NOT_YET if run is None else f"{summary(run)}\n\n{setting(run)}"
+    return NOT_YET if run is None else f"{summary(run)}\n\n{place(run)}."
 
 
 def readme() -> str:
