@@ -27,7 +27,12 @@ from ninja import ninja_syntax
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
+
+def is_set(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+DEBUG = is_set("DEBUG")
 MACOS = sys.platform == "darwin"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Plain shared libraries, no Python modules.
@@ -93,10 +98,6 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-def is_set(name: str) -> bool:
-    return os.environ.get(name, "0") not in ("", "0")
-
-
 def wants_cuda() -> bool:
     """Whether to build the CUDA library; ends the build where it is forced and cannot be."""
     forced = is_set("FORCE_CUDA")
@@ -131,7 +132,7 @@ def library_sources() -> list[str]:
 
 
 def extensions() -> list[Extension]:
-    if os.environ.get("FUSED_RNN_SKIP_BUILD", "0") not in ("", "0"):
+    if is_set("FUSED_RNN_SKIP_BUILD"):
         say("FUSED_RNN_SKIP_BUILD is set: building nothing, the package will be pure Python")
         return []
     if find_compiler() is None:

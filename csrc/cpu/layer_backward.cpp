@@ -218,7 +218,7 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
   int64_t most_rows = 0;
   for (const Chunk& chunk : chunks) most_rows = std::max(most_rows, chunk.rows);
   Products<E> products(work, isa, call, most_rows);
-  BackwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  BackwardParamsOf<E> p{call};
   const int64_t batch = s.rows.batch;
   int64_t words = 0;  // of a share's own memory
   for (int64_t d = 0; d < s.directions; d++) {

@@ -52,7 +52,7 @@ const float* input_bias(const LayerShape& s, const WeightsOf<E>& w, LayerCall<E>
 template <class E>
 void run_step(LayerCall<E>& work, const KernelsOf<E>& isa, const ForwardCallOf<E>& call) {
   const LayerShape& s = call.shape;
-  StepParamsOf<E> p{call, nullptr, nullptr, false, nullptr};
+  StepParamsOf<E> p{call};
   const auto step = [&] {
     work.run(s.directions * ceil_div(s.hidden, isa.width),
              [&](int64_t begin, int64_t end) { isa.step(p, begin, end); });
@@ -85,7 +85,7 @@ void run_packed(LayerCall<E>& work, const KernelsOf<E>& isa, const ForwardCallOf
   const int gates = static_cast<int>(sizes.gates);
   const int64_t batch = s.rows.batch;
   int64_t words = 0;  // of a share's own memory
-  ForwardParamsOf<E> p{call, {}, {}, {}, {}, {}, {}, {}, 0, 0, {}, {}};
+  ForwardParamsOf<E> p{call};
   p.chunk_rows = std::min(s.count, rows_for(kInputSideBytes * (work.plan().parallel ? 2 : 1),
                                             sizes.gates * s.hidden, kInputSideRows));
   p.scratch_rows = std::max(p.chunk_rows, batch);

@@ -176,11 +176,10 @@ void read_grads(const LayerShape& s, const std::vector<Tensor>& tensors, WeightG
   for_each_weight(s, tensors.size(), "grad_weights",
                   [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
                     WeightGrads& g = grads[d];
-                    float** fields[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr, &g.peephole};
                     const bool wanted = tensors[i].dim() == static_cast<int64_t>(shape.size());
                     float* data = wanted ? output(tensors[i], "grad_weights", shape) : nullptr;
                     if (which != kNorm) {
-                      *fields[which] = data;
+                      weight_grad(g, which) = data;
                     } else if (wanted) {
                       g.norm = norm_gains(s, data, *shape.begin());
                     }

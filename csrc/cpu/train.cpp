@@ -406,10 +406,10 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
   const int64_t per_direction = given.weight_count / s.directions;
   for (int64_t i = 0; i < given.weight_count; i++) {
     WeightGrads& g = call.grads[i / per_direction];
-    float** fields[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr};
     const int64_t which = i % per_direction;
     const bool is_projection = projected(s) && which == per_direction - 1;
-    *fields[is_projection ? kProjection : which] = grads.template next<float>(given.weights[i]);
+    weight_grad(g, is_projection ? kProjection : which) =
+        grads.template next<float>(given.weights[i]);
   }
   layer_backward(isa, call, torch_threads());
   if (pieces) {

@@ -30,6 +30,18 @@ FUSED_RNN_INLINE void for_cell(const LayerShape& s, Body body) {
   }
 }
 
+// What is no template knows a cell's facts by its kind.
+template <class Cell>
+constexpr bool has_sizes(const CellSizes& s) {
+  return s.gates == Cell::kGates && s.saved_gates == Cell::kSavedGates &&
+         s.grad_gates == Cell::kGradGates && s.has_c == Cell::kHasC;
+}
+static_assert(has_sizes<RnnCell<Math, false>>(cell_sizes(CellKind::rnn_tanh)));
+static_assert(has_sizes<RnnCell<Math, true>>(cell_sizes(CellKind::rnn_relu)));
+static_assert(has_sizes<GruCell<Math>>(cell_sizes(CellKind::gru)));
+static_assert(has_sizes<LstmCell<Math>>(cell_sizes(CellKind::lstm)));
+static_assert(has_sizes<GruResetBeforeCell<Math>>(cell_sizes(CellKind::gru_reset_before)));
+
 template <class Cell, bool MORE>
 FUSED_RNN_INLINE Vector forward_cell(const ForwardRows& r, int64_t unit, int64_t hidden, int valid,
                                      const Vector* gx, const Vector* gh, Vector h_prev, Vector& c,

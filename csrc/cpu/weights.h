@@ -85,4 +85,10 @@ void set_weight(WeightsOf<E>& w, size_t which, const void* data) {
   }
 }
 
+// Likewise.
+inline float*& weight_grad(WeightGrads& g, size_t which) {
+  float** fields[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr, &g.peephole};
+  return *fields[which];
+}
+
 }  // namespace fused_rnn
