@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
-from . import checks, compiled, direct, functional, looks, ops, symbolic, torchscript, training
+from . import checks, compiled, direct, functional, looks, symbolic, torchscript, training
 from .cells import CELLS, Cell
-from .problem import is_batched
 from .regularised import (
     NAMES,
     PLAIN,
@@ -24,6 +23,7 @@ from .regularised import (
     RegularisationOptions,
     RegularisedLayers,
 )
+from .transformed import is_batched, is_transformed
 
 
 class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RNNBase):
@@ -235,7 +235,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
                 f"{self._get_name()}: expected stateful=False where a program is exported, which "
                 "carries no states from call to call; pass hx"
             )
-        if self.state_h is None or torch.compiler.is_compiling() or ops.is_transformed():
+        if self.state_h is None or torch.compiler.is_compiling() or is_transformed():
             return
         if is_batched(self.state_h):
             raise RuntimeError(

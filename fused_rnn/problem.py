@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 from .cells import CELLS, Cell, state_dtype
+from .transformed import without_transforms
 
 
 class Stack(NamedTuple):
@@ -102,7 +102,7 @@ class Masks(NamedTuple):
         if self.lengths is None or self.lengths.numel() == 0:
             return
         compiling = torch.compiler.is_compiling()
-        lengths = self.lengths if compiling else _without_transforms(self.lengths)
+        lengths = self.lengths if compiling else without_transforms(self.lengths)
         if lengths.is_cpu and not compiling:
             low, high = (int(bound) for bound in torch.aminmax(lengths))
             if not 0 <= low <= high <= timesteps:
@@ -305,22 +305,6 @@ def in_memory(tensor: Tensor) -> Tensor:
     """Zeros without memory, as the backward of torch.sgn gives, get some: `contiguous` makes none
     of them, and nothing is written into them."""
     return tensor.clone() if tensor._is_zerotensor() else tensor
-
-
-def _without_transforms(tensor: Tensor) -> Tensor:
-    """The numbers that transforms have in hand, of all items of a vmap."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-    return tensor
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether vmap has it in hand, in whichever other transforms."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_batchedtensor(tensor):
-            return True
-        tensor = _functorch.get_unwrapped(tensor)
-    return False
 
 
 def _abridged(values: list[int]) -> str:

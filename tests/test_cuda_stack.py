@@ -9,8 +9,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from fused_rnn import dispatch, native, ops, stack, testing
+from fused_rnn import dispatch, native, stack, testing
 from fused_rnn import problem as problem_module
+from fused_rnn.layer_call import make_problem
 from fused_rnn.testing import LayerCase
 
 BACKEND = "cuda_emulated"
@@ -283,7 +284,7 @@ def test_explain_says_so(monkeypatch):
 def test_the_planner_decides_where_nobody_forces(monkeypatch, library):
     """On the emulated device, whose 6 SMs are enough for two clusters of 2."""
     monkeypatch.delenv(CHUNK)
-    problem = ops.make_problem(*testing.make_inputs(LayerCase("gru", 9, 3, 5, 32)).args, True)
+    problem = make_problem(*testing.make_inputs(LayerCase("gru", 9, 3, 5, 32)).args, True)
 
     def chosen(layers, **changes):
         return dispatch.find(BACKEND).stack(replace(problem, **changes), layers, True)
