@@ -22,7 +22,11 @@ class Stack(NamedTuple):
     backward: int
 
 
-@dataclass(frozen=True)
+# What a recurrence may have beyond its cell's own.
+EXTRAS = ("recurrent_dropout", "zoneout", "layer_norm", "peepholes")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """One layer call, as far as the choice of a backend may depend on it."""
 
@@ -31,17 +35,17 @@ class Problem:
     batch_size: int
     input_size: int
     hidden_size: int
-    proj_size: int  # 0: no projection
-    directions: int
-    bias: bool
-    packed: bool
+    proj_size: int = 0  # 0: no projection
+    directions: int = 1
+    bias: bool = True
+    packed: bool = False
     training: bool  # whether backward will follow
     dtype: torch.dtype
     device_type: str
     lengths: bool = False  # whether rows end at lengths of their own
     resets: bool = False  # whether rows start afresh at resets
     states: bool = False  # whether c after every step is an output
-    extras: tuple[str, ...] = ()  # what its recurrence has beyond the cell's own, by name
+    extras: tuple[str, ...] = ()  # those of EXTRAS that it has
     averaged: bool = False  # whether zoneout takes the expectation
     stack: Stack | None = None  # what it is a layer of, where layers run side by side
 
