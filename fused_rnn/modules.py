@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
 from . import checks, compiled, direct, functional, looks, symbolic, torchscript, training
-from .cells import CELLS, Cell
+from .cells import CELLS, Cell, zero_states
 from .regularised import (
     NAMES,
     PLAIN,
@@ -192,8 +192,8 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         """What None stands for. A compiler needs to know the batch size without looking at the
         values of batch_sizes, or it breaks its graph."""
         layers = self.num_layers * (2 if self.bidirectional else 1)
-        widths = (self.proj_size or self.hidden_size, self.hidden_size)
-        return tuple(data.new_zeros((layers, batch_size, w)) for w in widths[: 1 + cell.has_c])
+        output = self.proj_size or self.hidden_size
+        return zero_states(cell, data, (layers, batch_size), output, self.hidden_size)
 
     def _run(self, cell, looked, input, hx, masks, return_states, batch_sizes=None):
         if hx is not None and not cell.has_c:

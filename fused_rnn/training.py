@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import direct, dispatch, looks, ops
-from .cells import Cell
+from .cells import Cell, zero_states
 from .direct import States
 from .layer_call import BackwardCall, LayerCall, with_resets, without_resets
 from .problem import wants_gradients
@@ -475,9 +475,8 @@ def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
         gates, cells = (_with_room(t, x.shape[:2].numel()) for t in (gates, cells))
     leading = ctx.directions, x.shape[1] if batch_sizes is None else int(batch_sizes[0])
     if h0 is None:
-        h0 = x.new_zeros((*leading, weights[1].shape[1]))
-        if ctx.cell.has_c:
-            c0 = x.new_zeros((*leading, weights[0].shape[0] // ctx.cell.gates))
+        widths = weights[1].shape[1], weights[0].shape[0] // ctx.cell.gates
+        h0, c0 = (*zero_states(ctx.cell, x, leading, *widths), None)[:2]
     if y is None:
         with torch.no_grad(), dispatch.backend("auto"):
             y = ops.layer(ctx.cell.name, x, h0, c0, weights).y

@@ -19,7 +19,7 @@ from fused_rnn.layer_call import make_problem
 from fused_rnn.testing import LayerCase
 
 BACKEND = "cuda_emulated"
-KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+KERNELS = testing.TORCH_CELLS  # the cells that have their own
 DTYPES = dict.fromkeys(KERNELS, (torch.bfloat16, torch.float16, torch.float32))
 
 

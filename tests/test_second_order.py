@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import fused_rnn
 from fused_rnn import derivatives, second_order
 from fused_rnn.modules import make_module
+from fused_rnn.testing import TORCH_CELLS
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 
 
 class Answers:
