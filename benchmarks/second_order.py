@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 import fused_rnn
 import turns
-from fused_rnn import ops
+from fused_rnn import derivatives
 
 SHAPES = ("20,16,32", "50,32,128", "100,16,256")
 WAYS = ("ours", "plain operations", "torch.nn")
@@ -51,8 +51,8 @@ def ways(
     step = penalty if part == "penalty" else forward
 
     def by_plain_operations() -> list[torch.Tensor]:
-        name = "_has_fast_second_order" if part == "penalty" else "_with_tangents"
-        with mock.patch.object(ops, name, lambda *_: None):
+        name = "are_fast" if part == "penalty" else "with_tangents"
+        with mock.patch.object(derivatives, name, lambda *_: None):
             return step(ours)
 
     calls = {

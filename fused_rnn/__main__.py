@@ -86,7 +86,16 @@ def _devices() -> list[str]:
 
 
 def _problem(cell: str, dtype: torch.dtype, device_type: str) -> Problem:
-    return Problem(cell, 64, 32, 128, 128, 0, 1, True, False, True, dtype, device_type)
+    return Problem(
+        cell_name=cell,
+        timesteps=64,
+        batch_size=32,
+        input_size=128,
+        hidden_size=128,
+        training=True,
+        dtype=dtype,
+        device_type=device_type,
+    )
 
 
 def _choices() -> Iterator[str]:

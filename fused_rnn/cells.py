@@ -128,6 +128,34 @@ CELLS = {
 }
 
 
+def weight_shapes(
+    cell: Cell,
+    features: int,
+    hidden: int,
+    output: int,  # other than `hidden` where there is a projection
+    num_layers: int,
+    directions: int,
+    biased: bool,
+) -> list[tuple[int, ...]]:
+    """Of a stack's weights, in the order of torch.nn's `_flat_weights`."""
+    rows = cell.gates * hidden
+    tail = [(rows, output)]  # what follows w_ih: w_hh, b_ih, b_hh, w_hr
+    if biased:
+        tail += [(rows,), (rows,)]
+    if output != hidden:
+        tail.append((output, hidden))
+    later = [(rows, output * directions), *tail]
+    return [(rows, features), *tail] * directions + later * (directions * (num_layers - 1))
+
+
+def zero_states(
+    cell: Cell, like: Tensor, leading: tuple[int, ...], output: int, hidden: int
+) -> tuple[Tensor, ...]:
+    """Where none are given: h [..., P] and, where the cell has it, c [..., H]."""
+    h0 = like.new_zeros((*leading, output))
+    return (h0, like.new_zeros((*leading, hidden))) if cell.has_c else (h0,)
+
+
 # Which of our gates come first, second, ... in another format. Keras' kernels are transposed.
 ONNX_GATES = {
     "rnn_tanh": (0,),

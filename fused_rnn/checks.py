@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .cells import Cell
+from .cells import Cell, weight_shapes
 
 
 def is_dense_tensor(value: Any, name: str, expected: str = "a Tensor") -> Tensor:
@@ -116,7 +116,8 @@ def recurrent_arguments(
     out = hidden_size
     if per_direction in (3, 5):
         out = _projection_size(weights, per_direction - 1, hidden_size)
-    _weight_shapes(cell, weights, per_direction, directions, hidden_size, out, first)
+    sizes = first.shape[1], hidden_size, out, num_layers, directions, per_direction >= 4
+    _have_shapes(weights, weight_shapes(cell, *sizes), first)
     if hx is not None:
         _state_shapes(cell, hx, (num_layers * directions, batch_size), hidden_size, out, first)
 
@@ -144,24 +145,9 @@ def _matches_weights(input: Tensor, weight: Tensor) -> None:
         )
 
 
-def _weight_shapes(
-    cell: Cell,
-    weights: Sequence[Tensor],
-    per_direction: int,
-    directions: int,
-    hidden_size: int,
-    out: int,
-    first: Tensor,
+def _have_shapes(
+    weights: Sequence[Tensor], expected: Sequence[tuple[int, ...]], first: Tensor
 ) -> None:
-    rows = cell.gates * hidden_size
-    tail = [(rows, out)]  # what follows w_ih: w_hh, b_ih, b_hh, w_hr
-    if per_direction >= 4:
-        tail += [(rows,), (rows,)]
-    if per_direction in (3, 5):
-        tail.append((out, hidden_size))
-    later = [(rows, out * directions), *tail]
-    expected = [(rows, first.shape[1]), *tail] * directions
-    expected += later * (len(weights) // per_direction - directions)
     dtype, device = first.dtype, first.device
     for i, (weight, shape) in enumerate(zip(weights, expected, strict=True)):
         if is_dense_tensor(weight, f"weights[{i}]").shape != shape:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import direct, flops, functional, looks, onnx, ops
+from . import direct, flops, functional, looks, onnx
 from .cells import CELLS
+from .transformed import is_transformed
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
 _library.define(
@@ -40,7 +41,7 @@ def layers(
     while a compiler traces."""
     if torch.is_grad_enabled() or torch.compiler.is_exporting() or onnx.is_exporting():
         return None
-    if torch._C._is_any_autocast_enabled() or ops.is_transformed():
+    if torch._C._is_any_autocast_enabled() or is_transformed():
         return None
     num_layers, dropout, has_c = module.num_layers, module.dropout, module.mode == "LSTM"
     if type(num_layers) is not int or type(dropout) is not float:

@@ -12,16 +12,15 @@ puts something else in its place:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch, flops, ops
+from . import dispatch, flops, onnx, plain
 from .cells import CELLS, state_dtype
+from .layer_call import LayerCall, LayerResult, make_problem
 from .native import cpu_library_error
 from .once import once
-from .problem import Masks, Noise
 
 Decompositions = dict[torch._ops.OperatorBase, Callable]
 
@@ -97,63 +96,26 @@ def _table(decomposition: Callable) -> Decompositions:
     return table
 
 
-class _Call(NamedTuple):
-    """The arguments of `fused_rnn::layer_forward`."""
-
-    x: Tensor
-    h0: Tensor
-    c0: Tensor | None
-    weights: list[Tensor]
-    batch_sizes: Tensor | None
-    lengths: Tensor | None
-    resets: Tensor | None
-    reset_h: Tensor | None
-    reset_c: Tensor | None
-    cell: str
-    save: bool
-    states: bool
-    recompute: bool
-    backend: str
-    h_factor: Tensor | None = None
-    kept_h: Tensor | None = None
-    kept_c: Tensor | None = None
-    part_h: float = 0.0
-    part_c: float = 0.0
-
-    @property
-    def masks(self) -> Masks:
-        return Masks(self.lengths, self.resets, self.reset_h, self.reset_c)
-
-    @property
-    def noise(self) -> Noise:
-        return Noise(self.h_factor, self.kept_h, self.kept_c, self.part_h, self.part_c)
-
-    @property
-    def inputs(self) -> tuple:
-        return self.cell, self.x, self.h0, self.c0, self.weights, self.batch_sizes, self.masks
-
-
 def _steps(*arguments):
-    call = _Call(*arguments)
+    call = LayerCall(*arguments)
     _padded("core_aten", call.batch_sizes)
     if isinstance(call.x.shape[0], torch.SymInt):
         raise RuntimeError(
             "export.core_aten: input: expected a fixed number of timesteps, since core ATen has "
             "no loop, got a dynamic one; export the model with that dimension static"
         )
-    recurrence = ops.recurrence_of(call.noise, None)
-    return _as_operator(call, ops.oracle(*call.inputs, states=call.states, recurrence=recurrence))
+    return _as_operator(call, plain.of_call(call))
 
 
 def _onnx_node(*arguments):
-    call = _Call(*arguments)
+    call = LayerCall(*arguments)
     _padded("onnx_operators", call.batch_sizes)
-    return _as_operator(call, ops.onnx_layer(*call.inputs, call.states, call.noise))
+    return _as_operator(call, onnx.layer(*call.inputs, call.states, call.noise))
 
 
 def _library_call(*arguments):
-    call = _Call(*arguments)
-    problem = ops.make_problem(*call.inputs, False, call.states, call.noise)
+    call = LayerCall(*arguments)
+    problem = make_problem(*call.inputs, False, call.states, call.noise)
     unlike = problem.packed or problem.lengths or problem.resets or problem.states or problem.extras
     wanted = call.x.dtype == torch.float32 and not unlike
     if not wanted or dispatch.BACKENDS["cpu"].unsupported(problem) is not None:
@@ -167,7 +129,7 @@ def _library_call(*arguments):
         None if call.c0 is None else call.c0.contiguous(),
     )
     y = y.unflatten(0, (call.x.shape[0], call.x.shape[1]))
-    return _as_operator(call, ops.LayerResult(y, h_n, None if call.c0 is None else c_n))
+    return _as_operator(call, LayerResult(y, h_n, None if call.c0 is None else c_n))
 
 
 @once
@@ -189,7 +151,7 @@ def _padded(table: str, batch_sizes: Tensor | None) -> None:
         )
 
 
-def _as_operator(call: _Call, out: ops.LayerResult) -> tuple[Tensor, ...]:
+def _as_operator(call: LayerCall, out: LayerResult) -> tuple[Tensor, ...]:
     """A layer's results as `fused_rnn::layer_forward` returns them, with no gates saved."""
     x, directions = call.x, call.h0.shape[0]
     count = x.shape[0] * x.shape[1]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS
+from .layer_call import BackwardCall
 
 _COUNTER = "torch.utils.flop_counter"
 _formulas: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
@@ -84,15 +85,13 @@ def library_layer(cell: int, x: Tensor, weights: Sequence[Tensor], *_: Any, **__
     return forward(x, weights)
 
 
-def layer_backward(
-    grad_y, grad_h_n, grad_c_n, grad_cells,
-    x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
-    y, gates, cells, cell, needs, states, recompute, *_: Any, **__: Any,
-) -> int:  # fmt: skip
+def layer_backward(*arguments: Any, **_: Any) -> int:
     """Of fused_rnn::layer_backward: a product for the gradient of each matrix, and one for that of
     what the matrix was multiplied by."""
+    _, call, _, needs = BackwardCall.of(*arguments)
     needs_x, needs_h0, _, needs_reset, _, *needs_weights = needs
-    rows, directions = _rows(x), h0.shape[0]
+    weights, cell = call.weights, CELLS[call.cell]
+    rows, directions = _rows(call.x), call.h0.shape[0]
     products = sum(
         rows * w.numel()
         for w, need in zip(weights, needs_weights, strict=True)
@@ -104,9 +103,9 @@ def layer_backward(
         products += rows * (w_ih.numel() * needs_x + w_hh.numel() + sum(w.numel() for w in w_hr))
         if not (needs_h0 or needs_reset):
             # The first step's is that of h0. A reset gate before the product needs n's still.
-            first = 2 if cell == "gru_reset_before" else CELLS[cell].gates
-            products -= h0.shape[1] * w_hh.numel() * first // CELLS[cell].gates
-    return 2 * products + (forward(x, weights) if recompute else 0)
+            first = 2 if cell.name == "gru_reset_before" else cell.gates
+            products -= call.h0.shape[1] * w_hh.numel() * first // cell.gates
+    return 2 * products + (forward(call.x, weights) if call.recompute else 0)
 
 
 def step(packed, cell, layers, input, hidden, output, bias, per_word, x, *_: Any, **__: Any) -> int:

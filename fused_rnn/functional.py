@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import checks, stack, transforms
-from .cells import CELLS
+from .cells import CELLS, zero_states
 from .general_scan import GeneralScan
 from .problem import Masks, Rows, in_memory
 
@@ -235,7 +235,9 @@ def recurrent(
         masks = _masks(lengths, resets, input.device, swapped)
     per_layer = len(weights) // num_layers
     if states is None:
-        states = _zero_states(cell, input, weights, num_layers * directions, batch_size, per_layer)
+        leading = num_layers * directions, batch_size
+        widths = weights[1].shape[1], weights[0].shape[0] // cell.gates
+        states = zero_states(cell, input, leading, *widths)
     plain = masks is None and general is None and not (return_states or recompute or packed)
     together = stack.layers(
         cell_name, input, states, weights, num_layers,
@@ -315,13 +317,6 @@ def _first_batch_size(batch_sizes: Tensor, states: Sequence[Tensor] | None, inpu
         # Which raises, before there are states for so many rows, or no memory for them.
         Rows(batch_sizes.shape[0], first, batch_sizes, input.shape[0])
     return first
-
-
-def _zero_states(cell, input, weights, layers, batch_size, per_layer) -> tuple[Tensor, ...]:
-    hidden = weights[0].shape[0] // cell.gates
-    out = weights[1].shape[1]
-    h0 = input.new_zeros((layers, batch_size, out))
-    return (h0, input.new_zeros((layers, batch_size, hidden))) if cell.has_c else (h0,)
 
 
 def _autocast(input, states, reset_states, weights):

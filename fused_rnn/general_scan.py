@@ -23,11 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import dispatch, ops
+from . import dispatch, ops, plain
 from .cells import Cell, DirectionWeights, state_dtype
+from .layer_call import LayerResult, make_problem
 from .oracle import Recurrence
 from .problem import Masks, Noise
 from .recurrences import Extras, general_recurrence, noise_of_steps
+from .transformed import is_transformed, needs_oracle
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class GeneralScan:
     training: bool = False  # whether zoneout draws masks, or takes the expectation
     traits: tuple[str, ...] = ()  # what to call it all
 
-    def layer(self, index: int) -> Callable[..., ops.LayerResult]:
+    def layer(self, index: int) -> Callable[..., LayerResult]:
         """`ops.layer` for the layer of that number."""
         return partial(self._layer, index)
 
@@ -57,19 +59,19 @@ class GeneralScan:
         *,
         states: bool = False,
         recompute: bool = False,
-    ) -> ops.LayerResult:
-        transformed = ops.is_transformed()
+    ) -> LayerResult:
+        transformed = is_transformed()
         dtype, directions = state_dtype(x.dtype), h0.shape[0]
         noise = self._draw(x, h0, c0, dtype)
         extras = self.extras[index * directions : (index + 1) * directions]
         if torch.compiler.is_compiling():
             is_one_call = not transformed
         else:
-            problem = ops.make_problem(
+            problem = make_problem(
                 cell, x, h0, c0, weights, batch_sizes, masks, torch.is_grad_enabled(), states, noise
             )
             problem = dataclasses.replace(problem, extras=self.traits)
-            is_one_call = not ops.needs_oracle(x) and dispatch.choose(problem).has_extras(problem)
+            is_one_call = not needs_oracle(x) and dispatch.choose(problem).has_extras(problem)
             if not is_one_call:
                 dispatch.select(problem)
         if is_one_call:
@@ -93,7 +95,7 @@ class GeneralScan:
                 steps = noise_of_steps(noise, d, batch_sizes)
                 return general_recurrence(cell, w, of_directions[d].to(dtype), steps)
 
-            return ops.oracle(
+            return plain.layer(
                 cell, x, h0, c0, own, batch_sizes,
                 None if masks is None else Masks(lengths, resets, reset_h, reset_c),
                 states=states, recurrence=recurrence,

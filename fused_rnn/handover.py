@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cells import Cell
+from .cells import Cell, weight_shapes
 from .problem import Problem, wants_gradients
 
 # Of a timestep, rows times units: from here on the reference is as fast, where there are several.
@@ -116,7 +116,7 @@ def _states(
     sizes = input.shape[-1], hidden, output, num_layers, directions, biased
     if input.numel() == 0 or hidden == 0 or not (wide or batch[-1] * hidden < _FEW):
         return None
-    if [w.shape for w in weights] != _weight_shapes(cell, *sizes):
+    if [w.shape for w in weights] != weight_shapes(cell, *sizes):
         return None
     shapes = [(*batch, output), (*batch, hidden)][: 1 + cell.has_c]
     states = [state for state in given if state is not None]
@@ -125,25 +125,6 @@ def _states(
     if [state.shape for state in states] != shapes or not _are_alike([input, *weights, *states]):
         return None
     return states
-
-
-def _weight_shapes(
-    cell: Cell,
-    features: int,
-    hidden: int,
-    output: int,
-    num_layers: int,
-    directions: int,
-    biased: bool,
-) -> list[tuple[int, ...]]:
-    rows = cell.gates * hidden
-    rest = [(rows, output)] + [(rows,)] * (2 * biased)
-    if output != hidden:
-        rest.append((output, hidden))
-    widths = [features] + [directions * output] * (num_layers - 1)
-    return [
-        shape for width in widths for _ in range(directions) for shape in [(rows, width), *rest]
-    ]
 
 
 def _are_alike(tensors: list[Tensor]) -> bool:

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
-from . import checks, compiled, direct, functional, looks, ops, symbolic, torchscript, training
-from .cells import CELLS, Cell
-from .problem import is_batched
+from . import checks, compiled, direct, functional, looks, symbolic, torchscript, training
+from .cells import CELLS, Cell, zero_states
 from .regularised import (
     NAMES,
     PLAIN,
@@ -24,6 +23,7 @@ from .regularised import (
     RegularisationOptions,
     RegularisedLayers,
 )
+from .transformed import is_batched, is_transformed
 
 
 class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RNNBase):
@@ -234,8 +234,8 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         """What None stands for. A compiler needs to know the batch size without looking at the
         values of batch_sizes, or it breaks its graph."""
         layers = self.num_layers * (2 if self.bidirectional else 1)
-        widths = (self.proj_size or self.hidden_size, self.hidden_size)
-        return tuple(data.new_zeros((layers, batch_size, w)) for w in widths[: 1 + cell.has_c])
+        output = self.proj_size or self.hidden_size
+        return zero_states(cell, data, (layers, batch_size), output, self.hidden_size)
 
     def _run(self, cell, looked, input, hx, masks, return_states, batch_sizes=None):
         if hx is not None and not cell.has_c:
@@ -277,7 +277,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
                 f"{self._get_name()}: expected stateful=False where a program is exported, which "
                 "carries no states from call to call; pass hx"
             )
-        if self.state_h is None or torch.compiler.is_compiling() or ops.is_transformed():
+        if self.state_h is None or torch.compiler.is_compiling() or is_transformed():
             return
         if is_batched(self.state_h):
             raise RuntimeError(

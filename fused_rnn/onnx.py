@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import plain
 from .cells import CELLS, ONNX_GATES, ONNX_PEEPHOLES, DirectionWeights, reorder_gates
+from .layer_call import LayerResult, split_by_direction
+from .problem import NO_NOISE, Masks, Noise
 
 _DTYPES = (torch.float16, torch.float32, torch.float64)
 
@@ -26,6 +29,44 @@ is_exporting._dynamo_marked_constant = True
 
 
 def layer(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Masks | None,
+    states: bool,
+    noise: Noise = NO_NOISE,
+) -> LayerResult:
+    """What `ops.layer` computes, as a node of ONNX, or of a layer that has more in its recurrence
+    than ONNX's, step after step.
+
+    Raises:
+        RuntimeError: ONNX has no such operator, or the steps are not a fixed number.
+    """
+    masks = masks or Masks()
+    for name, given in (
+        ("a PackedSequence as input; give the model the padded batch, and lengths", batch_sizes),
+        ("resets", masks.resets),
+        ("return_states of an LSTM", states or None),
+    ):
+        if given is not None:
+            raise RuntimeError(f"torch.onnx.export: ONNX's recurrent operators do not have {name}")
+    split = split_by_direction(h0, c0, weights)
+    if not noise.names and split[0].norm is None:
+        return LayerResult(*_nodes(cell, x, h0, c0, split, masks.lengths), None)
+    if isinstance(x.shape[0], torch.SymInt):
+        raise RuntimeError(
+            "torch.onnx.export: input: expected a fixed number of timesteps, since ONNX's "
+            "recurrent operators have no layer normalisation, zoneout and recurrent dropout, got a "
+            "dynamic one; export the model with that dimension static"
+        )
+    recurrence = plain.recurrence_of(noise, None)
+    return plain.layer(cell, x, h0, c0, weights, None, masks, recurrence=recurrence)
+
+
+def _nodes(
     cell: str,
     x: Tensor,
     h0: Tensor,

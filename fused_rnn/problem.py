@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 from .cells import CELLS, Cell, state_dtype
+from .transformed import without_transforms
 
 
 class Stack(NamedTuple):
@@ -22,7 +22,11 @@ class Stack(NamedTuple):
     backward: int
 
 
-@dataclass(frozen=True)
+# What a recurrence may have beyond its cell's own.
+EXTRAS = ("recurrent_dropout", "zoneout", "layer_norm", "peepholes")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """One layer call, as far as the choice of a backend may depend on it."""
 
@@ -31,17 +35,17 @@ class Problem:
     batch_size: int
     input_size: int
     hidden_size: int
-    proj_size: int  # 0: no projection
-    directions: int
-    bias: bool
-    packed: bool
+    proj_size: int = 0  # 0: no projection
+    directions: int = 1
+    bias: bool = True
+    packed: bool = False
     training: bool  # whether backward will follow
     dtype: torch.dtype
     device_type: str
     lengths: bool = False  # whether rows end at lengths of their own
     resets: bool = False  # whether rows start afresh at resets
     states: bool = False  # whether c after every step is an output
-    extras: tuple[str, ...] = ()  # what its recurrence has beyond the cell's own, by name
+    extras: tuple[str, ...] = ()  # those of EXTRAS that it has
     averaged: bool = False  # whether zoneout takes the expectation
     stack: Stack | None = None  # what it is a layer of, where layers run side by side
 
@@ -103,7 +107,7 @@ class Masks(NamedTuple):
         if self.lengths is None or self.lengths.numel() == 0:
             return
         compiling = torch.compiler.is_compiling()
-        lengths = self.lengths if compiling else _without_transforms(self.lengths)
+        lengths = self.lengths if compiling else without_transforms(self.lengths)
         if lengths.is_cpu and not compiling:
             low, high = (int(bound) for bound in torch.aminmax(lengths))
             if not 0 <= low <= high <= timesteps:
@@ -306,22 +310,6 @@ def in_memory(tensor: Tensor) -> Tensor:
     """Zeros without memory, as the backward of torch.sgn gives, get some: `contiguous` makes none
     of them, and nothing is written into them."""
     return tensor.clone() if tensor._is_zerotensor() else tensor
-
-
-def _without_transforms(tensor: Tensor) -> Tensor:
-    """The numbers that transforms have in hand, of all items of a vmap."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-    return tensor
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether vmap has it in hand, in whichever other transforms."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_batchedtensor(tensor):
-            return True
-        tensor = _functorch.get_unwrapped(tensor)
-    return False
 
 
 def _abridged(values: list[int]) -> str:

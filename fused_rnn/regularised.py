@@ -31,8 +31,7 @@ from torch import Tensor
 from . import checks, looks
 from .cells import Cell, state_dtype
 from .general_scan import Extras, GeneralScan
-
-_SCANNED = ("recurrent_dropout", "zoneout", "layer_norm", "peepholes")  # what changes a step
+from .problem import EXTRAS
 
 
 def _number(name: str, value: Any) -> None:
@@ -134,7 +133,7 @@ class Regularisation:
         """The names of what is in effect and needs the general scan."""
         return tuple(
             name
-            for name in _SCANNED
+            for name in EXTRAS
             if getattr(self, name) not in (0, (0, 0)) and (training or name != "recurrent_dropout")
         )
 

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import direct, dispatch, ops
+from . import direct, dispatch, plain
 from .backends.base import Dropout, Needs, OutputGrads, StackOutput
 from .cells import CELLS
+from .layer_call import make_problem, split_by_direction, unflatten, with_resets
 from .problem import Problem, wants_gradients
+from .transformed import are_batched, needs_oracle
 
 
 def layers(
@@ -44,7 +46,7 @@ def layers(
     """
     if num_layers < 2 or torch.compiler.is_compiling() or not dispatch.has_stacks(x.device.type):
         return None
-    if ops.needs_oracle(x) or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
+    if needs_oracle(x) or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
         return None
     if not direct.are_plain((x, *states, *weights)):
         return None
@@ -52,7 +54,7 @@ def layers(
     h0, c0 = states if CELLS[cell].has_c else (states[0], None)
     of_one = len(weights) // h0.shape[0]  # layer and direction
     first = h0[:1], None if c0 is None else c0[:1], list(weights[:of_one])
-    problem = ops.make_problem(cell, x, *first, None, None, training)
+    problem = make_problem(cell, x, *first, None, None, training)
     if h0.shape[0] != num_layers:  # two directions
         problem = replace(problem, directions=2)
     name = dispatch.requested() or "auto"
@@ -72,7 +74,7 @@ def layers(
     else:
         with torch.no_grad():
             out = _forward(options, x, h0, c0, weights, False)
-        y, h_n, c_n = ops.unflatten(out.ys[-1], x), out.h_n, out.c_n
+        y, h_n, c_n = unflatten(out.ys[-1], x), out.h_n, out.c_n
     return y, (h_n, c_n) if c0 is not None else h_n
 
 
@@ -85,11 +87,11 @@ def _draw(x: Tensor, h0: Tensor, p: float) -> Dropout:
     return Dropout(kept, 1 / (1 - p) if p < 1 else 0.0)
 
 
-def _by_layer(cell: str, h0: Tensor, weights: Sequence[Tensor]) -> list:
+def _by_layer(h0: Tensor, weights: Sequence[Tensor]) -> list:
     """The DirectionWeights of each layer."""
     size = len(weights) // h0.shape[0]
     return [
-        ops.split_by_direction(h0[:1], None, list(weights[i : i + size]))[0]
+        split_by_direction(h0[:1], None, list(weights[i : i + size]))[0]
         for i in range(0, len(weights), size)
     ]
 
@@ -106,7 +108,7 @@ def _forward(
     save: bool,
 ) -> StackOutput:
     problem, name, dropout = options
-    by_layer = _by_layer(problem.cell_name, h0, weights)
+    by_layer = _by_layer(h0, weights)
     return dispatch.find(name).stack_forward(
         problem, x.flatten(0, 1), by_layer, h0, c0, dropout, save
     )
@@ -117,7 +119,7 @@ class _StackFunction(torch.autograd.Function):
     def forward(ctx, options, x, h0, c0, *weights):
         out = _forward(options, x, h0, c0, weights, True)
         problem, name, dropout = options
-        y = ops.unflatten(out.ys[-1], x)
+        y = unflatten(out.ys[-1], x)
         ctx.save_for_backward(
             *dropout.kept, *out.gates, *out.cells, *out.ys[:-1], y, x, h0, c0, *weights
         )
@@ -147,7 +149,7 @@ class _StackFunction(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * (1 + len(needs))
         create_graph = torch.is_grad_enabled()
-        if create_graph or ops.are_batched(grads):
+        if create_graph or are_batched(grads):
             with torch.enable_grad():
                 results = _differentiable_backward(
                     problem, dropout, grads, kept, needs, create_graph
@@ -158,26 +160,26 @@ class _StackFunction(torch.autograd.Function):
             problem,
             OutputGrads(None if grad_y is None else grad_y.flatten(0, 1), *grads[1:]),
             x.flatten(0, 1),
-            _by_layer(problem.cell_name, h0, weights),
+            _by_layer(h0, weights),
             h0,
             c0,
             dropout,
             StackOutput(ys, None, None, gates, cells),
-            Needs(*needs[:3], False, False, list(needs[3:])),
+            Needs.of(with_resets(needs, False)),
         )
         grad_x = None if result.x is None else result.x.view(x.shape)
         return (None, grad_x, result.h0, result.c0, *result.weights)
 
 
 def _differentiable_backward(problem, dropout, grads, inputs, needs, create_graph):
-    """As that of a single layer in `ops`, through every layer."""
+    """As `plain.gradients` of a single layer, through every layer."""
     views = [None if i is None else i.view_as(i) for i in inputs]
     x, h0, c0, *weights = views
     count, finals = problem.stack.layers, []
     per_layer = len(weights) // count
     for layer in range(count):
         one = slice(layer, layer + 1)
-        x, *final, _ = ops.oracle(
+        x, *final, _ = plain.layer(
             problem.cell_name,
             x if layer == 0 else _dropped(x, layer - 1, dropout),
             h0[one],
@@ -187,7 +189,7 @@ def _differentiable_backward(problem, dropout, grads, inputs, needs, create_grap
         finals.append(final)
     states = [torch.cat(parts) for parts in zip(*finals, strict=True) if parts[0] is not None]
     outputs = (x, *states, *[None] * (2 - len(states)))
-    return ops.differentiable_grads(outputs, grads, views, needs, create_graph)
+    return plain.differentiable_grads(outputs, grads, views, needs, create_graph)
 
 
 def _dropped(y: Tensor, layer: int, dropout: Dropout) -> Tensor:

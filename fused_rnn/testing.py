@@ -1,7 +1,7 @@
 """What tests and benchmarks share: layer inputs, the three ways of computing them, comparison.
 
 The tolerance rule has no numbers chosen per test. A result in some dtype is compared to
-`ops.oracle` run in float64 on the very same inputs, and may be wrong by at most twice as much as
+`plain.layer` run in float64 on the very same inputs, and may be wrong by at most twice as much as
 torch.nn's own result in that dtype is, plus a few roundings of the dtype (see `ROUNDINGS`).
 Errors are measured twice: over the whole tensor, and at its worst element, for which twice that
 is allowed, since one element of many is a matter of luck.
@@ -21,8 +21,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from . import dispatch, ops
+from . import dispatch, ops, plain
 from .cells import CELLS, state_dtype
+from .layer_call import BackwardCall, LayerCall, LayerResult, make_problem
 from .modules import make_module as make_module
 from .problem import Masks
 
@@ -122,7 +123,13 @@ class LayerInputs:
 
     def forward_args(self, save: bool, backend: str, recompute: bool = False) -> tuple:
         """The arguments of fused_rnn::layer_forward."""
-        return *self.args[1:-1], *self.masks, self.cell, save, self.states, recompute, backend
+        return tuple(self._call(save, backend, recompute))
+
+    def _call(self, save: bool, backend: str, recompute: bool) -> LayerCall:
+        return LayerCall(
+            self.x, self.h0, self.c0, self.weights, self.batch_sizes, *self.masks,
+            self.cell, save, self.states, recompute, backend,
+        )  # fmt: skip
 
     def backward_args(
         self,
@@ -133,17 +140,13 @@ class LayerInputs:
         recompute: bool = False,
     ) -> tuple:
         """The arguments of fused_rnn::layer_backward."""
-        given = map(grads.get, OUTPUT_NAMES)
-        return (
-            *given, *self.args[1:-1], *self.masks, *saved, self.cell, needs, self.states,
-            recompute, backend,
-        )  # fmt: skip
+        given, call = tuple(map(grads.get, OUTPUT_NAMES)), self._call(True, backend, recompute)
+        return BackwardCall(given, call, tuple(saved), needs).arguments
 
     @property
     def given(self) -> list[bool]:
         """Which of x, h0, c0, reset_h, reset_c, *weights there are."""
-        optional = (self.c0, self.masks.reset_h, self.masks.reset_c)
-        return [True, True, *(t is not None for t in optional), *[True] * len(self.weights)]
+        return [t is not None for t in self._call(True, "", False).differentiable]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -253,7 +256,7 @@ def cpu_capability(name: str) -> Iterator[None]:
 
 def refusal(backend: str, inputs: LayerInputs, training: bool = True) -> str | None:
     """Why the backend of that name cannot take these inputs, or None if it can."""
-    problem = ops.make_problem(*inputs.args, training, inputs.states)
+    problem = make_problem(*inputs.args, training, inputs.states)
     reason = dispatch.find(backend).unsupported(problem)
     return reason and f"{backend}: {reason}"
 
@@ -265,7 +268,7 @@ def run_layer(inputs: LayerInputs) -> Outputs:
 
 def run_oracle(inputs: LayerInputs) -> Outputs:
     """The same by the cells' equations as they are written down."""
-    return _outputs(ops.oracle(*inputs.args, states=inputs.states))
+    return _outputs(plain.layer(*inputs.args, states=inputs.states))
 
 
 def run_torch(inputs: LayerInputs) -> Outputs:
@@ -283,7 +286,7 @@ def run_torch(inputs: LayerInputs) -> Outputs:
     return function(inputs.x, inputs.batch_sizes, hx, inputs.weights, *options)
 
 
-def _outputs(result: ops.LayerResult) -> Outputs:
+def _outputs(result: LayerResult) -> Outputs:
     """As the operators lay them out: cells [D, N, H]."""
     y, h_n, c_n, cells = result
     if cells is not None and cells.dim() == 4:

@@ -24,9 +24,11 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import direct, dispatch, looks, ops
-from .cells import Cell
+from .cells import Cell, zero_states
 from .direct import States
-from .problem import NO_NOISE, wants_gradients
+from .layer_call import BackwardCall, LayerCall, with_resets, without_resets
+from .problem import wants_gradients
+from .transformed import are_batched
 
 # Up to so many floats, 1 MiB, the copy that input in another order needs is kept for backward. The
 # general way makes it anew there, which is less memory, and no time beside what more rows take.
@@ -388,7 +390,7 @@ def _are_plain(grads: list[Tensor | None]) -> bool:
     # Zeros without memory, as the backward of torch.sgn gives, stay so when made contiguous.
     if any(grad is not None and grad._is_zerotensor() for grad in grads):
         return False
-    return not ops.are_batched(grads)
+    return not are_batched(grads)
 
 
 class _Layer(torch.autograd.Function):
@@ -473,24 +475,21 @@ def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
         gates, cells = (_with_room(t, x.shape[:2].numel()) for t in (gates, cells))
     leading = ctx.directions, x.shape[1] if batch_sizes is None else int(batch_sizes[0])
     if h0 is None:
-        h0 = x.new_zeros((*leading, weights[1].shape[1]))
-        if ctx.cell.has_c:
-            c0 = x.new_zeros((*leading, weights[0].shape[0] // ctx.cell.gates))
+        widths = weights[1].shape[1], weights[0].shape[0] // ctx.cell.gates
+        h0, c0 = (*zero_states(ctx.cell, x, leading, *widths), None)[:2]
     if y is None:
         with torch.no_grad(), dispatch.backend("auto"):
             y = ops.layer(ctx.cell.name, x, h0, c0, weights).y
-    results = ops.layer_gradients(
-        (ctx.cell.name, grads[3] is not None, False, "auto"),
-        tuple(grads),
-        (y, gates, cells),
-        (batch_sizes, lengths, resets, NO_NOISE),
-        (x, h0, c0, None, None, *weights),
-        (*needs[:3], False, False, *needs[3:]),
-    )
+    call = LayerCall(
+        x, h0, c0, weights, batch_sizes, lengths, resets, None, None,
+        ctx.cell.name, True, grads[3] is not None, False, "auto",
+    )  # fmt: skip
+    asked = BackwardCall(tuple(grads), call, (y, gates, cells), with_resets(needs, False))
+    results = without_resets(ops.layer_gradients(asked))
     states = [g.squeeze(0) if ctx.is_step and g is not None else g for g in results[:3]]
     if ctx.batch_first and states[0] is not None:
         states[0] = states[0].transpose(0, 1)
-    results = zip([*states, *results[5:]], given, strict=True)
+    results = zip([*states, *results[3:]], given, strict=True)
     return [g if g is None or t is None else g.to(t.dtype) for g, t in results]
 
 

@@ -9,7 +9,7 @@ and get them. Nothing but inputs is kept for backward, which runs the layer anew
 of one larger batch does not lie item by item.
 
 Gradients of these gradients are plain operations, and so is the layer inside any other transform
-(forward mode), or with anything beyond torch.nn's arguments (`ops.needs_oracle`).
+(forward mode), or with anything beyond torch.nn's arguments (`needs_oracle`).
 
 Shapes: as in `ops`; V items of a vmap.
 """
@@ -24,9 +24,11 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from . import direct, dispatch, ops
+from . import direct, dispatch, ops, plain
 from .cells import CELLS
+from .layer_call import LayerResult, make_problem
 from .problem import NO_NOISE, Masks, wants_gradients
+from .transformed import is_transformed
 
 _KNOWN = {_functorch.TransformType.Vmap, _functorch.TransformType.Grad}
 _Tensors = Sequence[Tensor | None]  # None: absent
@@ -58,12 +60,12 @@ def layer(
     *,
     states: bool = False,
     recompute: bool = False,
-) -> ops.LayerResult:
+) -> LayerResult:
     """`ops.layer`, inside transforms too."""
     plain = batch_sizes is None and masks is None and not states
     if plain and _are_known() and _has_kernels(cell, x, h0, c0, weights):
         y, h_n, *c_n = _Layer.apply(cell, x, h0, c0, *weights)
-        return ops.LayerResult(y, h_n, *c_n or (None,))
+        return LayerResult(y, h_n, *c_n or (None,))
     return ops.layer(
         cell, x, h0, c0, weights, batch_sizes, masks, states=states, recompute=recompute
     )
@@ -71,7 +73,7 @@ def layer(
 
 def _are_known() -> bool:
     """Whether there are transforms, and only such as have a rule here."""
-    if torch.compiler.is_compiling() or not ops.is_transformed():
+    if torch.compiler.is_compiling() or not is_transformed():
         return False
     if forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
         return False
@@ -84,7 +86,7 @@ def _has_kernels(
     """Whether the layer outside of transforms would be the cpu backend's."""
     if not x.is_cpu or dispatch.requested() not in ("", "auto", "cpu"):
         return False
-    problem = ops.make_problem(cell, x, h0, c0, weights, None, None, torch.is_grad_enabled())
+    problem = make_problem(cell, x, h0, c0, weights, None, None, torch.is_grad_enabled())
     taken = (name for name, refusal in dispatch.reasons(problem) if refusal is None)
     return next(taken, None) == "cpu"
 
@@ -114,7 +116,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, cell, *tensors):
         def run(x, h0, c0, *weights):
-            if not ops.is_transformed() and not wants_gradients(x, h0, c0, *weights):
+            if not is_transformed() and not wants_gradients(x, h0, c0, *weights):
                 outputs = direct.infer_layer(CELLS[cell], x, h0, c0, *weights)
                 if outputs is not None:
                     return tuple(outputs)
@@ -161,7 +163,7 @@ class _Gradients(torch.autograd.Function):
         return items.one_by_one(run, plain, _BACKWARD)
 
 
-def _outputs(result: ops.LayerResult) -> tuple[Tensor, ...]:
+def _outputs(result: LayerResult) -> tuple[Tensor, ...]:
     return tuple(t for t in result if t is not None)
 
 
@@ -240,8 +242,8 @@ class _Items:
 def _plain_outputs(cell: str, inputs: _Tensors) -> tuple[Tensor, ...]:
     """What `_Layer` gives, in plain operations."""
     x, h0, c0, *weights = inputs
-    recurrence = ops.recurrence_of(NO_NOISE, None)
-    return _outputs(ops.oracle(cell, x, h0, c0, weights, recurrence=recurrence))
+    recurrence = plain.recurrence_of(NO_NOISE, None)
+    return _outputs(plain.layer(cell, x, h0, c0, weights, recurrence=recurrence))
 
 
 def _plain_gradients(

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned", "library"),
 ]
 
-KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+KERNELS = testing.TORCH_CELLS  # the cells that have their own
 REGIMES = ("cluster", "grid", "steps")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

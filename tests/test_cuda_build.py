@@ -17,9 +17,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import fused_rnn
-from fused_rnn import dispatch, native, ops, testing
+from fused_rnn import dispatch, native, testing
 from fused_rnn.backends.cuda import CudaEmulatedBackend
 from fused_rnn.cells import CELLS
+from fused_rnn.layer_call import make_problem
 from fused_rnn.testing import LayerCase
 
 ROOT = Path(__file__).parents[1]
@@ -238,7 +239,7 @@ def test_a_compiler_knows_the_shapes_of_a_layer_on_cuda(cell):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_backend_has_a_reason(cuda_library):
-    problem = ops.make_problem(*testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)).args, True)
+    problem = make_problem(*testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)).args, True)
     reason = dispatch.find("cuda").unsupported(replace(problem, device_type="cuda"))
     assert reason == "torch finds no GPU"
 
@@ -283,7 +284,7 @@ def test_a_device_that_cannot_be_used_is_a_reason():
         def library_error(self):
             return None
 
-    problem = ops.make_problem(*testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)).args, True)
+    problem = make_problem(*testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)).args, True)
     reason = Backend().unsupported(problem)
     assert reason == "the device cannot be used: CUDA: driver version is insufficient"
 

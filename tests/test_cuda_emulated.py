@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import fused_rnn
-from fused_rnn import dispatch, native, ops, testing
+from fused_rnn import dispatch, native, testing
 from fused_rnn.cells import CELLS
+from fused_rnn.layer_call import make_problem
 from fused_rnn.testing import LayerCase
 
 BACKEND = "cuda_emulated"
-KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+KERNELS = testing.TORCH_CELLS  # the cells that have their own
 DTYPES = dict.fromkeys(KERNELS, (torch.bfloat16, torch.float16, torch.float32))
 
 
@@ -172,7 +173,7 @@ def test_autocast_ends_where_a_layer_runs_in_float32():
 
 def test_only_who_asks_gets_it(monkeypatch):
     monkeypatch.delenv("FUSED_RNN_BACKEND", raising=False)
-    problem = ops.make_problem(*testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)).args, True)
+    problem = make_problem(*testing.make_inputs(LayerCase("gru", 3, 2, 4, 5)).args, True)
     assert BACKEND not in dict(dispatch.reasons(problem))
     assert dispatch.select(problem).name != BACKEND
     assert dispatch.select(problem, BACKEND).name == BACKEND
@@ -289,7 +290,7 @@ def test_a_gpu_that_is_shared_gets_no_scan_across_the_grid(library, monkeypatch)
     library.device(90, 6, 16, True)  # capability, SMs, CTAs of a cluster, whether it is shared
     try:
         monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "")
-        problem = ops.make_problem(*inputs.args, True)
+        problem = make_problem(*inputs.args, True)
         assert "scan a product per step" in dispatch.find(BACKEND).describe(problem)
         monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "grid")
         with (

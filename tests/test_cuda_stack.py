@@ -9,13 +9,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from fused_rnn import dispatch, native, ops, stack, testing
+from fused_rnn import dispatch, native, stack, testing
 from fused_rnn import problem as problem_module
-from fused_rnn.testing import LayerCase
+from fused_rnn.layer_call import make_problem
+from fused_rnn.testing import TORCH_CELLS, LayerCase
 
 BACKEND = "cuda_emulated"
 CHUNK = "FUSED_RNN_CUDA_CHUNK"
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
 
 @pytest.fixture(autouse=True)
@@ -105,8 +105,13 @@ def assert_accurate(actual: dict[str, torch.Tensor], case: StackCase) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        *(c for cell in CELLS for c in _cases(cell, [torch.float32])),
-        *(c for cell in CELLS if cell != "rnn_relu" for c in _cases(cell, [torch.bfloat16])[:3]),
+        *(c for cell in TORCH_CELLS for c in _cases(cell, [torch.float32])),
+        *(
+            c
+            for cell in TORCH_CELLS
+            if cell != "rnn_relu"
+            for c in _cases(cell, [torch.bfloat16])[:3]
+        ),
         StackCase("lstm", 5, 3, 16, 2, 2, dtype=torch.float16),
     ],
     ids=lambda case: f"{str(case.dtype).removeprefix('torch.')}-{case}",
@@ -123,7 +128,7 @@ def test_accuracy(case):
 @pytest.mark.parametrize(
     ("cell", "dtype", "dropout"),
     [
-        *itertools.product(CELLS, [torch.float32], [0.0, 0.4, 1.0]),
+        *itertools.product(TORCH_CELLS, [torch.float32], [0.0, 0.4, 1.0]),
         # Of the other probabilities, torch's dropout on the CPU rounds 1 / (1 - p).
         *itertools.product(["rnn_tanh", "gru", "lstm"], [torch.bfloat16], [0.0, 0.5, 1.0]),
     ],
@@ -211,7 +216,7 @@ def test_backward_may_be_called_again_and_needs_what_it_saved():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_double_backward_goes_through_the_oracle(cell, dropout, monkeypatch):
     case = StackCase(cell, 4, 2, 8, 2, 2, dropout, dtype=torch.float32)
     second = []
@@ -283,7 +288,7 @@ def test_explain_says_so(monkeypatch):
 def test_the_planner_decides_where_nobody_forces(monkeypatch, library):
     """On the emulated device, whose 6 SMs are enough for two clusters of 2."""
     monkeypatch.delenv(CHUNK)
-    problem = ops.make_problem(*testing.make_inputs(LayerCase("gru", 9, 3, 5, 32)).args, True)
+    problem = make_problem(*testing.make_inputs(LayerCase("gru", 9, 3, 5, 32)).args, True)
 
     def chosen(layers, **changes):
         return dispatch.find(BACKEND).stack(replace(problem, **changes), layers, True)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import fused_rnn
-from fused_rnn import dispatch, functional, ops, testing
+from fused_rnn import dispatch, functional, testing
 from fused_rnn.backends.base import Backend
+from fused_rnn.layer_call import make_problem
 from fused_rnn.testing import LayerCase
 
 CASE = LayerCase("gru", 3, 2, 4, 5)
@@ -54,7 +55,7 @@ def backends(monkeypatch):
 
 def _problem(**changes):
     case = testing.make_inputs(CASE)
-    return replace(ops.make_problem(*case.args, True), **changes)
+    return replace(make_problem(*case.args, True), **changes)
 
 
 def _run():

@@ -12,7 +12,7 @@ from test_streaming import flat, states
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vjp, vmap
 
 import fused_rnn
-from fused_rnn import direct, ops, transforms
+from fused_rnn import direct, ops, plain, transforms
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
@@ -39,7 +39,7 @@ class Counts:
         self._watch(monkeypatch, ops, "layer", "layers")
         self._watch(monkeypatch, direct, "infer_layer", "layers")
         self._watch(monkeypatch, ops, "gradients_anew", "gradients")
-        self._watch(monkeypatch, ops, "oracle", "plain")
+        self._watch(monkeypatch, plain, "layer", "plain")
 
     def _watch(self, monkeypatch, module, name, count):
         function = getattr(module, name)

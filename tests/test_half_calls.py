@@ -11,10 +11,10 @@ import fused_rnn
 from fused_rnn import direct, dispatch
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
+from fused_rnn.testing import TORCH_CELLS
 
 pytestmark = has_direct_calls
 HALVES = [torch.bfloat16, torch.float16]
-LAYERS = ["rnn_tanh", "rnn_relu", "gru", "lstm"]
 
 
 @pytest.fixture(params=HALVES, ids=str)
@@ -47,7 +47,7 @@ def states_of(dtype, cell, *shape):
     return tuple(s.to(dtype) for s in h) if isinstance(h, tuple) else h.to(dtype)
 
 
-@pytest.mark.parametrize("cell", LAYERS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 @pytest.mark.parametrize(
     "options", [{}, {"bias": False}, {"num_layers": 3, "bidirectional": True, "batch_first": True}]
 )
@@ -61,7 +61,7 @@ def test_layers_have_the_general_ways_bits(cell, options, dtype):
             assert_short_way_agrees(module, x, hx)
 
 
-@pytest.mark.parametrize("cell", LAYERS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_of_every_instruction_set(instruction_set, cell, dtype):
     for sizes in ((3, 1), (33, 100)):
         module = make_module(cell, *sizes, num_layers=2).to(dtype)
@@ -103,7 +103,7 @@ def test_input_may_lie_in_any_order(layout, dtype):
                 assert size == 1 or stride == wanted
 
 
-@pytest.mark.parametrize("cell", LAYERS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_autocast_is_heeded(cell, dtype):
     module = make_module(cell, 5, 17, num_layers=2, bidirectional=True)
     x = torch.randn(7, 3, 5)
@@ -177,4 +177,4 @@ def test_rows_do_not_depend_on_the_call(dtype):
 
 
 def test_every_cell_is_known():
-    assert set(LAYERS) | {"gru_reset_before"} == set(CELLS)
+    assert set(TORCH_CELLS) | {"gru_reset_before"} == set(CELLS)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fused_rnn import dispatch, native, ops, testing
 from fused_rnn.cells import CELLS
+from fused_rnn.layer_call import make_problem
 from fused_rnn.testing import LayerCase
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -245,7 +246,7 @@ def test_instruction_sets_agree(case, instruction_set, set_capability):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_tell_what_runs_them(dtype, instruction_set):
     inputs = testing.make_inputs(LayerCase("gru", 3, 2, 4, 5, dtype=dtype))
-    problem = ops.make_problem(*inputs.args, True)
+    problem = make_problem(*inputs.args, True)
     description = dispatch.BACKENDS["cpu"].describe(problem)
     if dtype == torch.bfloat16 and native.bfloat16_capability():
         assert instruction_set in ("amx", "avx512")

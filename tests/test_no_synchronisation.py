@@ -14,6 +14,7 @@ import fused_rnn
 from fused_rnn import ops, testing
 from fused_rnn.backends import cuda_arguments
 from fused_rnn.cells import CELLS
+from fused_rnn.layer_call import make_problem
 from fused_rnn.problem import Masks, Rows
 from fused_rnn.testing import LayerCase
 
@@ -149,7 +150,7 @@ def test_arguments_of_the_kernels(cell, form):
         masks = Masks(torch.ones(3, dtype=torch.int64, device="meta"), resets)
     sizes = torch.tensor([4, 3, 2]) if form == "packed" else None
     rows = Rows(3, 4 if form == "packed" else 3, sizes, 9, masks)
-    problem = ops.make_problem(
+    problem = make_problem(
         cell, like[:3, None], like[:1, None], like[:1, None] if cells.has_c else None,
         [like[:1]] * 2, sizes, masks, True,
     )  # fmt: skip

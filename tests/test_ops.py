@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 from fused_rnn import testing
 from fused_rnn.cells import CELLS
+from fused_rnn.layer_call import BackwardCall, LayerCall
 from fused_rnn.testing import LayerCase
 
 forward = torch.ops.fused_rnn.layer_forward.default
@@ -62,6 +63,19 @@ def _needs_choices(inputs: testing.LayerInputs) -> list[list[bool]]:
         [False, True, *[False] * 3, *[i % 2 == 0 for i in range(count)]],
         [True, False, given[2], False, given[4], *[False] * count],
     ]
+
+
+def test_calls_have_the_order_of_the_schemas():
+    names, backward_names = (
+        tuple(argument.name for argument in operator._schema.arguments)
+        for operator in (forward, backward)
+    )
+    assert LayerCall._fields == names
+    assert BackwardCall.of(*backward_names).arguments == backward_names
+    options = names.index("weights") + 1  # the names stand for the tensors, w for the weights
+    call = LayerCall(*names[: options - 1], ["w"], *names[options:])
+    assert LayerCall.joined(*call.apart()) == call
+    assert call.at(call.differentiable) == call
 
 
 @every_backend

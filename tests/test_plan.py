@@ -6,6 +6,7 @@ import re
 import pytest
 
 from fused_rnn.cells import CELLS
+from fused_rnn.testing import TORCH_CELLS
 
 _C = pytest.importorskip("fused_rnn._C", reason="the C++ parts were not built")
 
@@ -17,7 +18,7 @@ H100_PCIE = {**H200, "processors": 114}
 B200 = {"capability": 100, "processors": 148, "shared_bytes": 232448, "max_cluster": 16}
 DEVICES = {"H200": H200, "A100": A100, "RTX 4090": RTX_4090, "B200": B200}
 DEVICES["H100 PCIe"] = H100_PCIE
-KERNELS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+KERNELS = TORCH_CELLS  # the cells that have their own
 
 
 def plan(cell, element_bytes, hidden, batch=8, directions=1, device=H200, **options):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import ops, testing
+from fused_rnn import testing
 from fused_rnn.cells import CELLS
+from fused_rnn.layer_call import make_problem
 from fused_rnn.testing import LayerCase
 
 either = st.booleans()
@@ -279,7 +280,7 @@ def test_packed_rows_equal_padded_ones_of_full_length(lengths, reverse, seed):
 @given(layer_cases())
 def test_the_problem_says_what_the_arguments_are(case_and_seed):
     case, seed = case_and_seed
-    problem = ops.make_problem(*testing.make_inputs(case, seed).args, True)
+    problem = make_problem(*testing.make_inputs(case, seed).args, True)
     for name in ("timesteps", "batch_size", "input_size", "hidden_size", "proj_size", "dtype"):
         assert getattr(problem, name) == getattr(case, name), name
     assert (problem.bias, problem.packed) == (case.bias, bool(case.lengths))

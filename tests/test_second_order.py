@@ -10,25 +10,25 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_rnn
-from fused_rnn import ops, second_order
+from fused_rnn import derivatives, second_order
 from fused_rnn.modules import make_module
+from fused_rnn.testing import TORCH_CELLS
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 
 
 class Answers:
-    """Of `ops._has_fast_second_order`, which may be told to say no."""
+    """Of `derivatives.are_fast`, which may be told to say no."""
 
     def __init__(self, monkeypatch):
         self.given, self.enabled = [], True
-        ask = ops._has_fast_second_order
+        ask = derivatives.are_fast
 
         def answer(*args):
             self.given.append(self.enabled and ask(*args))
             return self.given[-1]
 
-        monkeypatch.setattr(ops, "_has_fast_second_order", answer)
+        monkeypatch.setattr(derivatives, "are_fast", answer)
 
     def taken(self):
         """Since the last time."""
@@ -295,19 +295,19 @@ def by_func_jvp(module, x, v, hx=None):
 
 @pytest.fixture
 def tangents(monkeypatch):
-    """Whether `ops._with_tangents` took each call; `without` calls past it."""
+    """Whether `derivatives.with_tangents` took each call; `without` calls past it."""
 
     class Calls(Answers):
         def __init__(self):
             self.given, self.enabled = [], True
-            run = ops._with_tangents
+            run = derivatives.with_tangents
 
             def call(*args):
                 result = run(*args) if self.enabled else None
                 self.given.append(result is not None)
                 return result
 
-            monkeypatch.setattr(ops, "_with_tangents", call)
+            monkeypatch.setattr(derivatives, "with_tangents", call)
 
     return Calls()
 

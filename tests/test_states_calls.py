@@ -9,7 +9,7 @@ from test_training_calls import run, weighted
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_rnn
-from fused_rnn import direct, ops, training
+from fused_rnn import derivatives, direct, training
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
@@ -155,9 +155,9 @@ def test_gradients_of_c_to_one_input(ways):
 def test_second_derivatives(of_c, ways, monkeypatch):
     """By scans, unless they are of c."""
     module, x = all_states(fused_rnn.LSTM(3, 4)), torch.randn(5, 2, 3)
-    scans, fast = [], ops._has_fast_second_order
+    scans, fast = [], derivatives.are_fast
     monkeypatch.setattr(
-        ops, "_has_fast_second_order", lambda *args: scans.append(fast(*args)) or scans[-1]
+        derivatives, "are_fast", lambda *args: scans.append(fast(*args)) or scans[-1]
     )
 
     def penalty():

@@ -31,7 +31,10 @@ in_common_process = pytest.mark.skipif(
 
 
 def _problem(**changes):
-    problem = Problem("lstm", 8, 16, 32, 64, 0, 1, True, False, True, torch.bfloat16, "cuda")
+    problem = Problem(
+        cell_name="lstm", timesteps=8, batch_size=16, input_size=32, hidden_size=64,
+        training=True, dtype=torch.bfloat16, device_type="cuda",
+    )  # fmt: skip
     return replace(problem, **changes)
 
 

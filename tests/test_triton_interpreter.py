@@ -434,7 +434,10 @@ def test_tuning_ends_in_a_table_that_is_used(monkeypatch, tmp_path):
     path = tmp_path / "cache" / "triton.json"
     monkeypatch.setenv("FUSED_RNN_TRITON_TUNING", str(path))
     device = planner.Device("sm90", 132, 232448, True)
-    problem = Problem("rnn_tanh", 1, 2, 3, 40, 0, 1, True, False, True, torch.float32, "cuda")
+    problem = Problem(
+        cell_name="rnn_tanh", timesteps=1, batch_size=2, input_size=3, hidden_size=40,
+        training=True, dtype=torch.float32, device_type="cuda",
+    )  # fmt: skip
 
     def clock(call):
         call()

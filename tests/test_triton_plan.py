@@ -27,7 +27,10 @@ def no_table_of_the_user(monkeypatch, tmp_path):
 
 
 def _problem(cell="lstm", hidden=128, batch=16, dtype=torch.bfloat16, **changes):
-    problem = Problem(cell, 100, batch, 64, hidden, 0, 1, True, False, True, dtype, "cuda")
+    problem = Problem(
+        cell_name=cell, timesteps=100, batch_size=batch, input_size=64, hidden_size=hidden,
+        training=True, dtype=dtype, device_type="cuda",
+    )  # fmt: skip
     return replace(problem, **changes)
 
 

@@ -175,7 +175,7 @@ def run_normed(problem: Problem, noisy: bool) -> None:
 
 
 def normed_compilations(target: str, cell: str, hidden: int, noisy: bool) -> list[Compilation]:
-    problem = Problem(cell, 2, 1, 1, hidden, 0, 1, True, False, True, torch.float32, "cuda")
+    problem = _problem(cell, 1, hidden, torch.float32)
     with recording(target) as compilations:
         run_normed(replace(problem, extras=("layer_norm",)), noisy)
     return compilations
@@ -186,7 +186,14 @@ def problem_of(row: Row) -> Problem:
     dtype = torch.bfloat16 if row.kind == "half" else torch.float32
     cell = "rnn_tanh" if row.cell == "rnn" else row.cell
     batch = max(row.batch, row.config.block_b)
-    return Problem(cell, 2, batch, 1, row.hidden, 0, 1, True, False, True, dtype, "cuda")
+    return _problem(cell, batch, row.hidden, dtype)
+
+
+def _problem(cell: str, batch: int, hidden: int, dtype: torch.dtype) -> Problem:
+    return Problem(
+        cell_name=cell, timesteps=2, batch_size=batch, input_size=1, hidden_size=hidden,
+        training=True, dtype=dtype, device_type="cuda",
+    )  # fmt: skip
 
 
 def compilations_of(row: Row, target: str, noisy: bool = False) -> list[Compilation]:

@@ -12,7 +12,10 @@ from fused_rnn.backends.triton import plan as planner
 from fused_rnn.problem import Problem
 
 H200 = planner.Device("sm90", 132, 232448, True)
-PROBLEM = Problem("lstm", 8, 16, 1, 300, 0, 1, True, False, True, torch.bfloat16, "cuda")
+PROBLEM = Problem(
+    cell_name="lstm", timesteps=8, batch_size=16, input_size=1, hidden_size=300,
+    training=True, dtype=torch.bfloat16, device_type="cuda",
+)  # fmt: skip
 
 
 def compilations(problems, which):

@@ -6,6 +6,7 @@ P output size, G gates, S = cell.saved_gates, Q = cell.grad_gates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -97,4 +98,9 @@ class Needs(NamedTuple):
     c0: bool
     reset_h: bool
     reset_c: bool
-    weights: list[bool]
+    weights: Sequence[bool]
+
+    @classmethod
+    def of(cls, needs: Sequence[bool]) -> Needs:
+        """In the order of `LayerCall.differentiable`."""
+        return cls(*needs[:5], needs[5:])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cells import DirectionWeights, is_half, state_dtype
 from ..native import bfloat16_capability, cpu_capability, cpu_library_error
-from ..problem import Problem, Rows
+from ..problem import EXTRAS, Problem, Rows
 from .base import Backend, is_relu_of_half
 from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, allocate_saved
 
@@ -19,7 +19,7 @@ from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, allocate_saved
 class CpuBackend(Backend):
     name = "cpu"
     device_type = "cpu"
-    extras = frozenset({"recurrent_dropout", "zoneout", "layer_norm", "peepholes"})
+    extras = frozenset(EXTRAS)
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":

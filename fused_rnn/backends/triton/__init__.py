@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...cells import DirectionWeights, is_half
-from ...problem import Problem, Rows
+from ...problem import EXTRAS, Problem, Rows
 from ..base import Backend, float32_precision, is_relu_of_half
 from ..bundles import InputGrads, LayerOutput, OutputGrads, ScanGrads
 from .plan import Device, Plan, UnfitError, make_plan, requested_regime
@@ -35,7 +35,7 @@ _MOST_NORMED_UNITS = 4096
 
 class TritonBackend(Backend):
     name = "triton"
-    extras = frozenset({"recurrent_dropout", "zoneout", "layer_norm", "peepholes"})
+    extras = frozenset(EXTRAS)
 
     @property
     def device_type(self) -> str | None:

@@ -100,6 +100,11 @@ def kind_of(problem: Problem, precision: str) -> str:
     return "tf32" if precision == "tf32" else "float32"
 
 
+def cell_of(problem: Problem) -> str:
+    """As rows name it: the RNNs' activations make no difference."""
+    return "rnn" if problem.cell_name.startswith("rnn") else problem.cell_name
+
+
 def products_of_step(problem: Problem) -> int:
     """How many products with parts of W_hh a step has, one after the other: two where a GRU resets
     before the product."""
@@ -185,7 +190,7 @@ def configuration(
     problem: Problem, device: Device, kind: str, table: Table, which: str, regime: str
 ) -> Config:
     """What would run the problem in a regime: the row tuned for it, or else what the rule makes."""
-    cell = "rnn" if problem.cell_name.startswith("rnn") else problem.cell_name
+    cell = cell_of(problem)
     matching = [
         row
         for row in table
@@ -203,7 +208,7 @@ def configuration(
 
 def rule(problem: Problem, device: Device, kind: str, regime: str) -> Config:
     """A configuration for what no row of the table covers."""
-    padded = _power_of_two(problem.hidden_size)
+    padded = power_of_two(problem.hidden_size)
     if device.family == "interpreter":
         # Small, so that small problems have several tiles; larger where they would have too many.
         tile = SMALLEST_TILE if padded <= 64 else 64
@@ -406,5 +411,6 @@ def _shipped_rows() -> Table:
     return read_rows(_SHIPPED)
 
 
-def _power_of_two(size: int) -> int:
+def power_of_two(size: int) -> int:
+    """The width of the smallest tile that so many units fit into."""
     return max(SMALLEST_TILE, 1 << (size - 1).bit_length())

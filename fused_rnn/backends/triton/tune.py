@@ -19,7 +19,7 @@ from ...cells import CELLS, DirectionWeights
 from ...problem import Problem, Rows
 from ..bundles import LayerOutput, OutputGrads
 from . import TritonBackend, device_facts, plan
-from .plan import PASSES, SMALLEST_TILE, Config, Device, Plan, Row
+from .plan import PASSES, Config, Device, Plan, Row
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Timer = Callable[[Callable[[], object]], float]  # a call -> its time, in any unit
@@ -45,13 +45,21 @@ def _positive(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
     problems = [
-        Problem(cell, arguments.timesteps, batch, hidden, hidden, 0, 1, True, False, True, dtype,
-                "cuda")
+        Problem(
+            cell_name=cell,
+            timesteps=arguments.timesteps,
+            batch_size=batch,
+            input_size=hidden,
+            hidden_size=hidden,
+            training=True,
+            dtype=dtype,
+            device_type="cuda",
+        )
         for cell, hidden, batch in itertools.product(
             arguments.cell, arguments.hidden, arguments.batch
         )
         for dtype in map(_DTYPES.get, arguments.dtype)
-    ]  # fmt: skip
+    ]
     if reason := TritonBackend().unsupported(problems[0]):
         print(f"tune: nothing to measure; triton: {reason}")
         return 1
@@ -87,7 +95,7 @@ def tune(
     """The fastest configuration of each regime for both passes of each problem; tells of all."""
     for problem in problems:
         kind = plan.kind_of(problem, precision)
-        cell = "rnn" if problem.cell_name.startswith("rnn") else problem.cell_name
+        cell = plan.cell_of(problem)
         call = _Call(problem, precision, where)
         for which in PASSES:
             print(f"{problem.cell_name} {kind} H={problem.hidden_size} B={problem.batch_size}")
@@ -110,7 +118,7 @@ def tune(
 
 def candidates(problem: Problem, device: Device, which: str) -> Iterator[Config]:
     """Every configuration worth a try that fits the device."""
-    whole = max(SMALLEST_TILE, 1 << (problem.hidden_size - 1).bit_length())
+    whole = plan.power_of_two(problem.hidden_size)
     for block_b, block_h, block_k, warps, resident in itertools.product(
         (16, 32), sorted({16, 32, 64, whole}), sorted({16, 32, 64, whole}), (4, 8), (True, False)
     ):
