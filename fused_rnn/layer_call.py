@@ -165,6 +165,7 @@ def make_problem(
         training=training,
         dtype=x.dtype,
         device_type=x.device.type,
+        device_index=x.device.index,
         lengths=masks.lengths is not None,
         resets=masks.resets is not None,
         states=states,

@@ -48,10 +48,16 @@ class Problem:
     extras: tuple[str, ...] = ()  # those of EXTRAS that it has
     averaged: bool = False  # whether zoneout takes the expectation
     stack: Stack | None = None  # what it is a layer of, where layers run side by side
+    device_index: int | None = None  # which of several GPUs; None: the current one
 
     @property
     def cell(self) -> Cell:
         return CELLS[self.cell_name]
+
+    @property
+    def gpu(self) -> int:
+        """The number of the GPU that its tensors are on."""
+        return torch.cuda.current_device() if self.device_index is None else self.device_index
 
     def keeps_cells(self, save: bool) -> bool:
         """Whether forward has to keep c after every step, given whether it saves for backward.

@@ -214,7 +214,7 @@ def as_on_a_gpu(monkeypatch):
     """The answers of a machine with an H200."""
     device = planner.Device("sm90", 132, 232448, True)
     monkeypatch.setattr(backend, "_installed", lambda: True)
-    monkeypatch.setattr(backend, "_device_refusal", lambda: None)
+    monkeypatch.setattr(backend, "_device_refusal", lambda problem: None)
     monkeypatch.setattr(backend, "device_facts", lambda index: device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return dispatch.BACKENDS["triton"]
@@ -245,10 +245,18 @@ def test_an_old_gpu(as_on_a_gpu, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(backend, "_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (index + 6, 5))
     monkeypatch.setattr(torch.version, "hip", None)
     expected = "needs compute capability 8.0 or newer, got 7.5"
-    assert dispatch.BACKENDS["triton"].unsupported(_problem()) == expected
+    assert dispatch.BACKENDS["triton"].unsupported(_problem(device_index=1)) == expected
+
+
+def test_the_gpu_is_that_of_the_tensors(as_on_a_gpu, monkeypatch):
+    """Whichever is current: cards in one machine may differ."""
+    kinds = [planner.Device("sm90", 132, 232448, True), planner.Device("sm80", 108, 166912, False)]
+    monkeypatch.setattr(backend, "device_facts", kinds.__getitem__)
+    plans = [as_on_a_gpu.describe(_problem(hidden_size=512, device_index=i)) for i in (None, 0, 1)]
+    assert plans[0] == plans[1] != plans[2]
 
 
 def test_a_regime_that_does_not_fit(as_on_a_gpu, monkeypatch):

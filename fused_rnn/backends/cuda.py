@@ -87,7 +87,7 @@ class CudaBackend(Backend):
         return f"{self.name}/{kernels}{through}{together}"
 
     def _plan_arguments(self, problem: Problem) -> tuple:
-        device = torch.cuda.current_device() if self.device_type == "cuda" else 0
+        device = problem.gpu if self.device_type == "cuda" else 0
         return (
             problem.cell.index,
             4 if self.in_float32(problem) else problem.dtype.itemsize,

@@ -66,7 +66,7 @@ class TritonBackend(Backend):
                 "has no backward of zoneout's expectation for an RNN, whose y does not tell what a "
                 "step by itself gave"
             )
-        if problem.device_type == "cuda" and (reason := _device_refusal()):
+        if problem.device_type == "cuda" and (reason := _device_refusal(problem)):
             return reason
         if _normalises(problem):
             if problem.hidden_size > _MOST_NORMED_UNITS:
@@ -156,15 +156,14 @@ class TritonBackend(Backend):
                 RuntimeWarning,
                 stacklevel=2,
             )
-            _uncooperative.add(torch.cuda.current_device())
+            _uncooperative.add(problem.gpu)
             return scan(problem, self._plan(problem), float32_precision(), *args)
 
     def _plan(self, problem: Problem) -> Plan:
         device = _INTERPRETER
         if problem.device_type == "cuda":
-            index = torch.cuda.current_device()
-            device = device_facts(index)
-            if index in _uncooperative:
+            device = device_facts(problem.gpu)
+            if problem.gpu in _uncooperative:
                 device = device._replace(cooperative=False)
         if self.in_float32(problem):
             problem = replace(problem, dtype=torch.float32)
@@ -196,13 +195,13 @@ def device_facts(index: int) -> Device:
     return Device(family, facts.multi_processor_count, facts.shared_memory_per_block_optin, True)
 
 
-def _device_refusal() -> str | None:
-    """Why the current GPU cannot run the kernels."""
+def _device_refusal(problem: Problem) -> str | None:
+    """Why its GPU cannot run the kernels."""
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     if torch.version.hip:
         return None
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(problem.gpu)
     if (major, minor) < (8, 0):
         return f"needs compute capability 8.0 or newer, got {major}.{minor}"
     return None
