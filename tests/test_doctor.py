@@ -63,6 +63,17 @@ def test_doctor_shows_every_variable_of_the_docs(capsys, monkeypatch):
     assert [name for name in names if f"  {name}=0\n" not in text] == []
 
 
+def test_the_docs_have_every_variable_that_is_read():
+    page = (ROOT / "docs" / "backends.md").read_text().partition("## Environment variables")[2]
+    read = set()
+    for path in [ROOT / "setup.py", *(ROOT / "fused_rnn").rglob("*.py")]:
+        found = re.findall(r'(?:environ\.get|environ|is_set)[(\[]"(\w+)"', path.read_text())
+        read |= set(found)
+    assert {"FUSED_RNN_BACKEND", "FORCE_CUDA"} <= read
+    undocumented = {name for name in read if f"`{name}`" not in page}
+    assert undocumented == {"XDG_CACHE_HOME"}  # whose meaning is the system's
+
+
 def test_instruction_sets_of_the_doctor_are_those_of_the_library(set_capability):
     module = pytest.importorskip("fused_rnn._C", reason="the extension module was not built")
     built, features = module.build_facts()["capabilities"], module.cpu_features()
