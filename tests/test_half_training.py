@@ -8,7 +8,7 @@ import contextlib
 import pytest
 import torch
 from test_direct_calls import LAID_OUT, has_direct_calls
-from test_half_calls import HALVES, LAYERS, states_of
+from test_half_calls import HALVES, states_of
 from test_ragged_calls import Masked
 from test_streaming import Ways, states
 from test_training_calls import assert_both_ways, run
@@ -18,6 +18,7 @@ import fused_rnn
 from fused_rnn import training
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
+from fused_rnn.testing import TORCH_CELLS
 
 pytestmark = [pytest.mark.usefixtures("cpu_backend"), has_direct_calls]
 
@@ -47,7 +48,7 @@ def test_layers_have_the_general_ways_bits(cell, options, dtype, ways):
             assert_both_ways(ways, module, x, hx)
 
 
-@pytest.mark.parametrize("cell", LAYERS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_of_every_instruction_set(instruction_set, cell, dtype, ways):
     for sizes in ((3, 1), (20, 33)):
         module = make_module(cell, *sizes).to(dtype)

@@ -38,7 +38,7 @@ FUSED_RNN_INLINE void for_pieces(int columns, int rows, Multiply multiply) {
     constexpr int ALL = COLUMNS * kStepParts;
     // Of two rows, two columns are too few sums to hide the latency of multiply-adds.
     constexpr int kWide = ALL % 4 == 0 ? 4 : ALL % 3 == 0 ? 3 : 2;
-    if (kStepParts == 1) {
+    if constexpr (kStepParts == 1) {
       multiply.template operator()<ALL, MOST, ALL>(0);
     } else if (rows == 1) {
       multiply.template operator()<ALL, 1, ALL>(0);
