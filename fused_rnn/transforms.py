@@ -62,8 +62,8 @@ def layer(
     recompute: bool = False,
 ) -> LayerResult:
     """`ops.layer`, inside transforms too."""
-    plain = batch_sizes is None and masks is None and not states
-    if plain and _are_known() and _has_kernels(cell, x, h0, c0, weights):
+    is_plain = batch_sizes is None and masks is None and not states
+    if is_plain and _are_known() and _has_kernels(cell, x, h0, c0, weights):
         y, h_n, *c_n = _Layer.apply(cell, x, h0, c0, *weights)
         return LayerResult(y, h_n, *c_n or (None,))
     return ops.layer(
