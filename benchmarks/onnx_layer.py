@@ -1,6 +1,6 @@
 """A torch.nn.RNN, GRU or LSTM as an ONNX model, which OpenVINO and ONNX Runtime both read.
 
-Written by hand, not exported: one standard node per layer, static shapes, weights as constants.
+Not exported: one standard node per layer, static shapes, weights as constants.
 
     input   x            [T, B, I]
             h0_<l> c0_<l> [D, B, H]  of layer l; only with states, c only for LSTM
@@ -16,12 +16,11 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from cases import GATES, Case
+from cases import Case
+from fused_rnn.interop.onnx_weights import to_onnx
 
 # From 14 on the three nodes have not changed; both runtimes have known it for years.
 OPSET, IR_VERSION = 14, 8
-# Where ONNX's gates are found among torch's: z, r, n in r, z, n; i, o, f, g in i, f, g, o.
-GATE_ORDER = {"rnn": (0,), "gru": (1, 0, 2), "lstm": (0, 3, 1, 2)}
 
 
 def build(layer: torch.nn.RNNBase, case: Case, states: bool) -> bytes:
@@ -33,8 +32,11 @@ def build(layer: torch.nn.RNNBase, case: Case, states: bool) -> bytes:
     outputs, nodes, constants = [], [], []
 
     previous = "x"
-    for index in range(case.layers):
-        constants += _weights(layer, case.cell, index, directions)
+    for index, node in enumerate(to_onnx(layer)):
+        constants += [
+            numpy_helper.from_array(getattr(node, name).numpy(), f"{name}_{index}")
+            for name in ("W", "R", "B")
+        ]
         y = "y" if index == case.layers - 1 else f"y_{index}"
         started = [f"{s}0_{index}" for s in state_names] if states else []
         ended = [f"{s}n_{index}" for s in state_names] if states else []
@@ -43,13 +45,11 @@ def build(layer: torch.nn.RNNBase, case: Case, states: bool) -> bytes:
         in_torch_order = directions == 1 and y == "y"
         nodes.append(
             helper.make_node(
-                case.cell.upper(),
+                node.operator,
                 # The empty name is that of sequence_lens, which is absent.
                 [previous, f"W_{index}", f"R_{index}", f"B_{index}", "", *started],
                 [y if in_torch_order else f"Y_{index}", *ended],
-                hidden_size=hidden,
-                direction="bidirectional" if case.bidirectional else "forward",
-                **({"linear_before_reset": 1} if case.cell == "gru" else {}),
+                **node.attributes,
             )
         )
         if not in_torch_order:  # [T, D, B, H] -> [T, B, D*H]
@@ -72,24 +72,3 @@ def build(layer: torch.nn.RNNBase, case: Case, states: bool) -> bytes:
 
 def _value(name: str, shape: list[int]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-
-
-def _weights(
-    layer: torch.nn.RNNBase, cell: str, index: int, directions: int
-) -> list[onnx.TensorProto]:
-    """W [D, G*H, I], R [D, G*H, H] and B [D, 2*G*H], gates in ONNX's order."""
-
-    def stacked(kind: str) -> np.ndarray:
-        """[D, G*H, ...]"""
-        suffixes = ("", "_reverse")[:directions]
-        tensors = [getattr(layer, f"{kind}_l{index}{suffix}").detach() for suffix in suffixes]
-        return np.stack([_reordered(tensor, cell) for tensor in tensors])
-
-    biases = np.concatenate([stacked("bias_ih"), stacked("bias_hh")], 1)
-    named = {"W": stacked("weight_ih"), "R": stacked("weight_hh"), "B": biases}
-    return [numpy_helper.from_array(array, f"{name}_{index}") for name, array in named.items()]
-
-
-def _reordered(tensor: torch.Tensor, cell: str) -> np.ndarray:
-    gates = tensor.chunk(GATES[cell])
-    return torch.cat([gates[i] for i in GATE_ORDER[cell]]).numpy()

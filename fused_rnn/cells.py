@@ -109,6 +109,9 @@ class Cell:
     has_c: bool
     step: Callable[[Tensor, tuple[Tensor, ...], DirectionWeights], tuple[Tensor, ...]]
     index: int  # how csrc names the cell
+    products: tuple[int, ...]  # gates of each product with rows of W_hh, one after the other
+    gates_b_hn: bool = False  # whether r multiplies b_hn, which then is no part of the input side
+    in_torch: bool = True  # whether torch.nn has it
 
     @property
     def torch_mode(self) -> str:
@@ -119,11 +122,11 @@ class Cell:
 CELLS = {
     cell.name: cell
     for cell in (
-        Cell("rnn_tanh", 1, 0, 1, False, rnn_tanh_step, 0),
-        Cell("rnn_relu", 1, 0, 1, False, rnn_relu_step, 1),
-        Cell("gru", 3, 4, 4, False, gru_step, 2),
-        Cell("lstm", 4, 4, 4, True, lstm_step, 3),
-        Cell("gru_reset_before", 3, 3, 3, False, gru_reset_before_step, 4),
+        Cell("rnn_tanh", 1, 0, 1, False, rnn_tanh_step, 0, (1,)),
+        Cell("rnn_relu", 1, 0, 1, False, rnn_relu_step, 1, (1,)),
+        Cell("gru", 3, 4, 4, False, gru_step, 2, (3,), gates_b_hn=True),
+        Cell("lstm", 4, 4, 4, True, lstm_step, 3, (4,)),
+        Cell("gru_reset_before", 3, 3, 3, False, gru_reset_before_step, 4, (2, 1), in_torch=False),
     )
 }
 

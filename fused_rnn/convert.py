@@ -16,7 +16,6 @@ import torch
 from torch.nn.utils import parametrize
 
 from . import modules
-from .cells import CELLS
 from .regularised import PLAIN
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
@@ -204,7 +203,7 @@ def option_of_ours(module: torch.nn.Module, besides: tuple[str, ...] = ()) -> st
     named in `besides` do not count."""
     if isinstance(module, modules._RecurrentLayers):
         # Not by the attributes, which may have been there before `replace`.
-        if module.mode == CELLS["gru_reset_before"].torch_mode and "reset_after" not in besides:
+        if not module._cell().in_torch and "reset_after" not in besides:
             return "reset_after=False"
         if module._carries() and "stateful" not in besides:
             return "stateful=True"

@@ -103,7 +103,7 @@ def layer_backward(*arguments: Any, **_: Any) -> int:
         products += rows * (w_ih.numel() * needs_x + w_hh.numel() + sum(w.numel() for w in w_hr))
         if not (needs_h0 or needs_reset):
             # The first step's is that of h0. A reset gate before the product needs n's still.
-            first = 2 if cell.name == "gru_reset_before" else cell.gates
+            first = cell.products[0]
             products -= call.h0.shape[1] * w_hh.numel() * first // cell.gates
     return 2 * products + (forward(call.x, weights) if call.recompute else 0)
 

@@ -30,7 +30,7 @@ def is_of(problem: Problem) -> bool:
     if problem.training:
         small = small and problem.timesteps <= _FEW_STEPS
     kind = problem.dtype is torch.float64 and problem.device_type == "cpu"
-    return plain and small and kind and problem.cell_name != "gru_reset_before"
+    return plain and small and kind and problem.cell.in_torch
 
 
 def layers(
@@ -45,7 +45,7 @@ def layers(
 ) -> list[Tensor]:
     """y, h_n and c_n of plain tensors; nothing where the call is not for torch, which would object
     to some arguments and broadcast others."""
-    if cell.name == "gru_reset_before" or input.dim() not in (2, 3) or num_layers < 1:
+    if not cell.in_torch or input.dim() not in (2, 3) or num_layers < 1:
         return []
     batched, batch_dim = input.dim() == 3, 1 if time_first else 0
     if not batched:

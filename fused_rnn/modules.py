@@ -163,7 +163,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
     def _traced(self, looked, input, hx, masks: dict[str, Any], return_states: bool):
         own = return_states or any(mask is not None for mask in masks.values())
         regularised = not self._regularisation.is_idle(self.training)
-        if own or regularised or self._cell().name == "gru_reset_before":
+        if own or regularised or not self._cell().in_torch:
             options = "".join(f", {option}" for option in self._regularisation.changes())
             raise RuntimeError(
                 f"torch.jit.trace of fused_rnn.{self._torch_class.__name__}: expected no lengths, "

@@ -1,8 +1,7 @@
 """A layer as the standard ONNX operator, LSTM, GRU or RNN, while torch.onnx.export traces.
 
-The operators are specified at https://onnx.ai/onnx/operators. What differs from ours: the gates
-and peepholes come in another order, the biases of a direction in one vector, the directions of Y in
-a dimension of their own; and there is no projection, which is turned into an LSTM without one.
+What differs from ours, beside the weights (`onnx_node.py`): the directions of Y have a dimension of
+their own; and there is no projection, which is turned into an LSTM without one.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from . import plain
-from .cells import CELLS, ONNX_GATES, ONNX_PEEPHOLES, DirectionWeights, reorder_gates
+from .cells import CELLS, DirectionWeights
 from .layer_call import LayerResult, split_by_direction
+from .onnx_node import node_of, operator_of
 from .problem import NO_NOISE, Masks, Noise
 
 _DTYPES = (torch.float16, torch.float32, torch.float64)
@@ -89,8 +89,8 @@ def _nodes(
     """
     if x.dtype not in _DTYPES:
         raise RuntimeError(
-            f"torch.onnx.export: input: ONNX's {_operator(cell)} takes float16, float32 and "
-            f"float64, got {x.dtype}; export the model in float32"
+            f"torch.onnx.export: input: ONNX's {operator_of(CELLS[cell])} takes float16, float32 "
+            f"and float64, got {x.dtype}; export the model in float32"
         )
     projections, initial = [w.w_hr for w in weights], (h0, c0)
     if projections[0] is not None:
@@ -116,47 +116,20 @@ def _node(
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operator itself. Its Y is [T, D, B, H]."""
-    spec, directions = CELLS[cell], len(weights)
-    batch, hidden = h0.shape[1:]
-    biases = None
-    if weights[0].b_ih is not None:
-        parts = [torch.cat([_reorder(cell, w.b_ih), _reorder(cell, w.b_hh)]) for w in weights]
-        biases = torch.stack(parts)
-    attributes = {
-        "hidden_size": hidden,
-        "direction": "bidirectional" if directions == 2 else "forward",
-    }
-    if cell.startswith("gru"):
-        attributes["linear_before_reset"] = int(cell == "gru")
-    if cell.startswith("rnn"):
-        attributes["activations"] = [cell.removeprefix("rnn_").capitalize()] * directions
-    inputs = [
-        x,
-        torch.stack([_reorder(cell, w.w_ih) for w in weights]),
-        torch.stack([_reorder(cell, w.w_hh) for w in weights]),
-        biases,
-        None if lengths is None else lengths.to(torch.int32),
-        h0,
-    ]
+    node = node_of(CELLS[cell], weights)
+    directions, batch, hidden = h0.shape
+    ends = None if lengths is None else lengths.to(torch.int32)
+    inputs = [x, node.W, node.R, node.B, ends, h0]
     shapes = [(x.shape[0], directions, batch, hidden), (directions, batch, hidden)]
-    if spec.has_c:
+    if c0 is not None:
         inputs.append(c0)
         shapes.append(shapes[1])
-    if weights[0].peephole is not None:
-        inputs.append(torch.stack([reorder_gates(w.peephole, ONNX_PEEPHOLES) for w in weights]))
+    if node.P is not None:
+        inputs.append(node.P)
     outputs = torch.onnx.ops.symbolic_multi_out(
-        _operator(cell), inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
+        node.operator, inputs, node.attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
     )
-    return tuple(outputs) if spec.has_c else (*outputs, None)
-
-
-def _operator(cell: str) -> str:
-    return cell.split("_")[0].upper()
-
-
-def _reorder(cell: str, parameter: Tensor) -> Tensor:
-    """[G*H, ...] with the gates in ONNX's order, i o f c and z r h, out of ours."""
-    return reorder_gates(parameter, ONNX_GATES[cell])
+    return tuple(outputs) if c0 is not None else (*outputs, None)
 
 
 def _without_projection(

@@ -286,7 +286,7 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
 
 
 def _packs(module: torch.nn.RNNBase, cell: Cell) -> bool:
-    if type(module) not in _PLAIN or cell.name == "gru_reset_before":
+    if type(module) not in _PLAIN or not cell.in_torch:
         return False
     if not module._regularisation.is_idle(training=False):
         return False
@@ -315,7 +315,7 @@ def _packed_layer(cell: Cell, weights: list[Tensor], dtype: torch.dtype) -> Tens
     parts = [*(_packed_matrix(weight, gates, dtype) for weight, gates in matrices), *scales]
     if len(rest) >= 2:
         b_ih, b_hh = rest[:2]
-        if cell.name == "gru":
+        if cell.gates_b_hn:
             # r multiplies the hidden side of n with its bias.
             parts.append(_padded(torch.cat((b_ih[: 2 * hidden] + b_hh[: 2 * hidden],
                                             b_ih[2 * hidden :]))))  # fmt: skip

@@ -42,7 +42,7 @@ ROUNDINGS_FLOAT64 = 64
 # How often a row starts afresh, where it does.
 RESET_CHANCE = 0.25
 # The cells that torch.nn has too.
-TORCH_CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+TORCH_CELLS = tuple(name for name, cell in CELLS.items() if cell.in_torch)
 # Results of small layers are compared over so many draws that every tensor has this many elements:
 # in a single number, cancellation can make any relative error large, and luck make it zero.
 ELEMENTS_TO_COMPARE = 32

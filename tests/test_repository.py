@@ -24,7 +24,7 @@ PACKAGE = ROOT / "fused_rnn"
 LAYERS = [
     {"_C"},
     {"cells", "looks", "native", "once", "symbolic", "torchscript", "transformed"},
-    {"problem", "checks"},
+    {"problem", "checks", "onnx_node"},
     {"oracle", "handover", "layer_call"},
     {"recurrences", "flops"},
     {"plain"},

@@ -379,7 +379,7 @@ def gate_bias(cell: Cell, w: DirectionWeights) -> Tensor | None:
     """[G*H] the biases that add directly to gx: all of them but GRU's b_hn, which r multiplies."""
     if w.b_ih is None:
         return None
-    if cell.name != "gru":
+    if not cell.gates_b_hn:
         return w.b_ih + w.b_hh
     hidden = w.w_hh.shape[0] // 3
     bias = w.b_ih.clone()
@@ -387,9 +387,16 @@ def gate_bias(cell: Cell, w: DirectionWeights) -> Tensor | None:
     return bias
 
 
+def hidden_bias(cell: Cell, weights: list[DirectionWeights]) -> Tensor | None:
+    """float32 [D, H] GRU's b_hn; None for other cells and without biases."""
+    if not cell.gates_b_hn or weights[0].b_hh is None:
+        return None
+    return torch.stack([w.b_hh.chunk(3)[2] for w in weights]).to(torch.float32)
+
+
 def input_side(cell: Cell, grad_gates: Tensor) -> Tensor:
     """[..., G*H] the columns that face W_ih and b_ih, a view."""
-    if cell.name != "gru":
+    if cell.grad_gates == cell.gates:
         return grad_gates
     hidden = grad_gates.shape[-1] // 4
     return grad_gates.narrow(-1, hidden, 3 * hidden)
@@ -397,7 +404,7 @@ def input_side(cell: Cell, grad_gates: Tensor) -> Tensor:
 
 def hidden_side(cell: Cell, grad_gates: Tensor) -> Tensor:
     """[..., G*H] the columns that face W_hh and b_hh, a view; GRU in the order (n, r, z)."""
-    if cell.name != "gru":
+    if cell.grad_gates == cell.gates:
         return grad_gates
     return grad_gates.narrow(-1, 0, grad_gates.shape[-1] // 4 * 3)
 
@@ -405,7 +412,7 @@ def hidden_side(cell: Cell, grad_gates: Tensor) -> Tensor:
 def hidden_order(cell: Cell, grad_gates: Tensor) -> Tensor:
     """[..., G*H] `hidden_side` in torch's gate order: of a GRU a copy, else a view."""
     side = hidden_side(cell, grad_gates)
-    return side.roll(-(side.shape[-1] // 3), -1) if cell.name == "gru" else side
+    return side if cell.grad_gates == cell.gates else side.roll(-(side.shape[-1] // 3), -1)
 
 
 def recurrent_weight_grad(
@@ -419,7 +426,7 @@ def recurrent_weight_grad(
 ) -> Tensor:
     """[G*H, P] the gradient of W_hh. `gates` [N, S*H] are the saved ones, h0 is [D, B, P]."""
     grad = times_operands(cell, hidden_side(cell, grad_gates), y, gates, h0, rows, direction)
-    return grad.roll(-(grad.shape[0] // 3), 0) if cell.name == "gru" else grad
+    return grad if cell.grad_gates == cell.gates else grad.roll(-(grad.shape[0] // 3), 0)
 
 
 def times_operands(
@@ -436,13 +443,13 @@ def times_operands(
     factor = rows.noise.h_factor
     count, batch, reverse = side.shape[0], rows.batch_size, direction == 1
     plain = rows.masks is None and factor is None
-    if rows.packed or cell.name == "gru_reset_before" or not plain:
+    if rows.packed or len(cell.products) > 1 or not plain:
         reset = None if rows.masks is None else rows.masks.reset_h
         reset = None if reset is None else reset[direction]
         before = rows.shift(y, h0[direction], reverse, reset)
         if factor is not None:
             before = (before * rows.spread(factor[direction])).to(y.dtype)
-        if cell.name == "gru_reset_before":
+        if len(cell.products) > 1:
             hidden = before.shape[1]
             rz, n = side.split((2 * hidden, hidden), 1)
             return torch.cat((rz.t() @ before, n.t() @ (gates[:, :hidden] * before)))

@@ -17,7 +17,13 @@ from .. import native
 from ..cells import Cell, DirectionWeights, is_half
 from ..problem import Problem, Rows, Stack
 from . import cuda_stack
-from .base import Backend, allocate_output, float32_precision, is_relu_of_half
+from .base import (
+    Backend,
+    allocate_output,
+    float32_precision,
+    hidden_bias,
+    is_relu_of_half,
+)
 from .bundles import (
     Dropout,
     InputGrads,
@@ -30,7 +36,6 @@ from .bundles import (
 from .cuda_arguments import (
     aligned,
     current_stream,
-    hidden_bias,
     requested_chunk,
     requested_graph,
     requested_regime,

@@ -7,7 +7,6 @@ import os
 import torch
 from torch import Tensor
 
-from ..cells import Cell, DirectionWeights
 from ..problem import Rows
 
 REGIMES = ("cluster", "grid", "steps")
@@ -61,13 +60,6 @@ def aligned(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor |
     if not dense.is_contiguous():
         dense = dense.contiguous()
     return dense.clone() if dense.data_ptr() % 16 else dense
-
-
-def hidden_bias(cell: Cell, weights: list[DirectionWeights]) -> Tensor | None:
-    """float32 [D, H], GRU's b_hn, which r multiplies; None for other cells and without biases."""
-    if cell.name != "gru" or weights[0].b_hh is None:
-        return None
-    return torch.stack([w.b_hh.chunk(3)[2] for w in weights]).to(torch.float32)
 
 
 def row_tensors(rows: Rows, like: Tensor, wide: torch.dtype) -> tuple[Tensor | None, ...]:

@@ -19,9 +19,9 @@ from torch import Tensor
 from ..cells import DirectionWeights
 from ..once import once
 from ..problem import Problem, Rows, Stack
-from .base import allocate_output, float32_precision, gate_bias, input_grads
+from .base import allocate_output, float32_precision, gate_bias, hidden_bias, input_grads
 from .bundles import Dropout, InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads, StackOutput
-from .cuda_arguments import aligned, current_stream, hidden_bias, requested_regime
+from .cuda_arguments import aligned, current_stream, requested_regime
 
 
 def describe(stack: Stack, training: bool) -> str:

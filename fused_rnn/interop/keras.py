@@ -189,7 +189,7 @@ def _read(layer: Any, cell: Cell) -> DirectionWeights:
     if not layer.use_bias:
         return DirectionWeights(w_ih, w_hh)
     bias = _tensor(layer.cell.bias)
-    both = bias if cell.name == "gru" else torch.stack((bias, torch.zeros_like(bias)))
+    both = bias if cell.gates_b_hn else torch.stack((bias, torch.zeros_like(bias)))
     return DirectionWeights(w_ih, w_hh, *(restore_gates(b, order) for b in both))
 
 
@@ -204,7 +204,7 @@ def _write(layer: Any, cell: Cell, w: DirectionWeights) -> None:
         bias = torch.zeros(tuple(inside.bias.shape))
     else:
         b_ih, b_hh = (reorder_gates(b, order) for b in (w.b_ih, w.b_hh))
-        bias = torch.stack((b_ih, b_hh)) if cell.name == "gru" else b_ih + b_hh
+        bias = torch.stack((b_ih, b_hh)) if cell.gates_b_hn else b_ih + b_hh
     inside.bias.assign(_array(bias))
 
 

@@ -1,15 +1,13 @@
 """Weights of ONNX's LSTM, GRU and RNN nodes: into our modules, and back.
 
-W [D, G*H, I], R [D, G*H, H], B [D, 2*G*H] and P [D, 3*H] as https://onnx.ai/onnx/operators has
-them: gates i, o, f, c for LSTM and z, r, h for GRU, B the biases of input and recurrence one after
-the other, P the peepholes of an LSTM to the gates i, o, f.
-For a whole model, `torch.onnx.export` writes these nodes by itself.
+`fused_rnn/onnx_node.py` says how they lie. For a whole model, `torch.onnx.export` writes these
+nodes by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,30 +18,11 @@ from ..cells import (
     ONNX_PEEPHOLES,
     Cell,
     DirectionWeights,
-    reorder_gates,
     restore_gates,
 )
 from ..modules import GRU, LSTM, RNN, make_module
+from ..onnx_node import ACTIVATIONS, OnnxNode, node_of
 from . import weights as module_weights
-
-_ACTIVATIONS = {
-    "lstm": ("Sigmoid", "Tanh", "Tanh"),
-    "gru": ("Sigmoid", "Tanh"),
-    "gru_reset_before": ("Sigmoid", "Tanh"),
-    "rnn_tanh": ("Tanh",),
-    "rnn_relu": ("Relu",),
-}
-
-
-class OnnxNode(NamedTuple):
-    """What a node of ONNX needs to compute a layer."""
-
-    operator: str  # "LSTM", "GRU" or "RNN"
-    W: Tensor  # [D, G*H, I]
-    R: Tensor  # [D, G*H, H]
-    B: Tensor | None  # [D, 2*G*H]
-    attributes: dict[str, Any]  # of the node: hidden_size, direction, ...
-    P: Tensor | None = None  # [D, 3*H], LSTM with peepholes
 
 
 def to_onnx(module: torch.nn.RNNBase) -> list[OnnxNode]:
@@ -68,29 +47,7 @@ def to_onnx(module: torch.nn.RNNBase) -> list[OnnxNode]:
         {'hidden_size': 4, 'direction': 'bidirectional', 'linear_before_reset': 1}
     """
     cell = module_weights.cell_of(module, "peepholes")
-    order = ONNX_GATES[cell.name]
-    attributes: dict[str, Any] = {
-        "hidden_size": module.hidden_size,
-        "direction": "bidirectional" if module.bidirectional else "forward",
-    }
-    if cell.gates == 3:
-        attributes["linear_before_reset"] = int(cell.name == "gru")
-    if cell.name == "rnn_relu":
-        attributes["activations"] = ["Relu"] * (1 + module.bidirectional)
-    nodes = []
-    for layer in range(module.num_layers):
-        directions = module_weights.read(module, layer)
-        w, r = (torch.stack([reorder_gates(d[i], order) for d in directions]) for i in (0, 1))
-        b = None
-        if module.bias:
-            b = torch.stack(
-                [torch.cat([reorder_gates(bias, order) for bias in d[2:4]]) for d in directions]
-            )
-        p = None
-        if directions[0].peephole is not None:
-            p = torch.stack([reorder_gates(d.peephole, ONNX_PEEPHOLES) for d in directions])
-        nodes.append(OnnxNode(cell.name.split("_")[0].upper(), w, r, b, dict(attributes), p))
-    return nodes
+    return [node_of(cell, module_weights.read(module, layer)) for layer in range(module.num_layers)]
 
 
 def from_onnx(
@@ -201,9 +158,9 @@ def _cell(
     # Their names are case-insensitive.
     given = [str(name).capitalize() for name in activations]
     for name in candidates:
-        if given == list(_ACTIVATIONS[name]) * directions:
+        if given == list(ACTIVATIONS[name]) * directions:
             return CELLS[name]
-    expected = " or ".join(str(list(_ACTIVATIONS[name]) * directions) for name in candidates)
+    expected = " or ".join(str(list(ACTIVATIONS[name]) * directions) for name in candidates)
     raise ValueError(f"activations: expected {expected}, got {list(activations)}")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...cells import DirectionWeights
 from ...problem import Masks, Noise, Problem, Rows
-from ..base import allocate_output
+from ..base import allocate_output, hidden_bias
 from ..bundles import LayerOutput, OutputGrads, ScanGrads
 from . import scan
 from .cells import FUNCTIONS
@@ -46,7 +46,7 @@ def forward(
     arguments = {
         "gx": gx,
         "w": stacked([w.w_hh for w in weights]),
-        "b_hn": _hidden_bias(problem, weights),
+        "b_hn": hidden_bias(problem.cell, weights),
         "peephole": _peepholes(weights),
         "h0": h0.contiguous(),
         **row_arguments(problem, rows, gx.device),
@@ -114,7 +114,7 @@ def backward(
         "Q": cell.grad_gates,
         "COLUMNS": 2 if resets_before(problem) else cell.grad_gates,
         # The gradients of GRU's gates face W_hh in the order n, r, z.
-        "ROTATE": 2 if cell.name == "gru" else 0,
+        "ROTATE": cell.grad_gates // 2 if cell.grad_gates > cell.gates else 0,
     }
     _run(
         scan.scan_backward, problem, plan.backward, precision, arguments, constants,
@@ -286,13 +286,6 @@ def _noise_arguments(noise: Noise, has_c: bool) -> dict[str, Tensor | float | No
 
 def _contiguous(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype).contiguous()
-
-
-def _hidden_bias(problem: Problem, weights: list[DirectionWeights]) -> Tensor | None:
-    """[D, H] GRU's b_hn."""
-    if problem.cell_name != "gru" or weights[0].b_hh is None:
-        return None
-    return stacked([w.b_hh[2 * problem.hidden_size :] for w in weights])
 
 
 def _peepholes(weights: list[DirectionWeights]) -> Tensor | None:

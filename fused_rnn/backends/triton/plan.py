@@ -108,7 +108,7 @@ def cell_of(problem: Problem) -> str:
 def products_of_step(problem: Problem) -> int:
     """How many products with parts of W_hh a step has, one after the other: two where a GRU resets
     before the product."""
-    return 2 if problem.cell_name == "gru_reset_before" else 1
+    return len(problem.cell.products)
 
 
 def requested_regime() -> str:
