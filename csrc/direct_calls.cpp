@@ -235,8 +235,11 @@ int is_time(Py_ssize_t guards) {
 }
 
 // Whether FUSED_RNN_BACKEND leaves the choice open, or asks for this library. Only with Python's
-// lock, which whoever changes os.environ has, too.
+// lock, which whoever changes os.environ has, too; where there is none a guard asks in Python.
 bool cpu_is_welcome() {
+#if defined(Py_GIL_DISABLED)
+  return true;
+#endif
   const char* name = std::getenv("FUSED_RNN_BACKEND");
   return name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0 ||
          std::strcmp(name, "cpu") == 0;
@@ -366,8 +369,9 @@ PyObject* infer_module(PyObject* self, PyObject* const* args, Py_ssize_t count) 
   if (connected.calls == nullptr || count != 3) Py_RETURN_NONE;
   const ModuleFacts module(args[0]);
   bool both = false, batch_first = false;
-  if (!module.are_complete() || !module.drops_nothing() || !read(module.bidirectional(), both) ||
-      !read(module.batch_first(), batch_first)) {
+  int64_t layers = 0;
+  if (!module.are_complete() || !read(module.layers(), layers) || !module.drops_nothing(layers) ||
+      !read(module.bidirectional(), both) || !read(module.batch_first(), batch_first)) {
     Py_RETURN_NONE;
   }
   const py::object cell = value_of(connected.cells, module.mode()), weights = module.weights(),

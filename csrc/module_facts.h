@@ -57,12 +57,13 @@ class ModuleFacts {
     return true;
   }
 
-  // Whether dropout is a number that lets everything through.
-  bool drops_nothing() const {
+  // Whether nothing is dropped between so many layers: `dropout_of` of fused_rnn/looks.py is 0.
+  bool drops_nothing(int64_t layers) const {
     PyObject* p = found_[kDropout].ptr();
     if (!PyFloat_CheckExact(p)) return false;
     const double dropout = PyFloat_AS_DOUBLE(p);
-    return dropout == 0 || (dropout > 0 && dropout <= 1 && found_[kTraining].ptr() == Py_False);
+    const bool is_active = layers > 1 && found_[kTraining].ptr() != Py_False;
+    return dropout == 0 || (dropout > 0 && dropout <= 1 && !is_active);
   }
 
   // The parameters in a list of the caller's own, or an empty object. What is parametrized or was

@@ -5,7 +5,7 @@ from . import functional as functional
 from . import interop as interop
 from .convert import flip_update_gate, from_torch, replace, restore
 from .dispatch import UnsupportedProblemError, backend
-from .explain import explain
+from .explanation import Explanation, LayerChoice, explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .streaming import Stepper, stepper
 from .truncated import tbptt
@@ -16,8 +16,10 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Explanation",
     "GRUCell",
     "LSTMCell",
+    "LayerChoice",
     "RNNCell",
     "Stepper",
     "UnsupportedProblemError",

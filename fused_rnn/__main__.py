@@ -16,20 +16,8 @@ import torch
 from . import __version__, bench, dispatch, native
 from .backends.triton import tune
 from .cells import CELLS
+from .environment import VARIABLES
 from .problem import Problem
-
-_VARIABLES = (
-    "FUSED_RNN_BACKEND",
-    "FUSED_RNN_CPU_CAPABILITY",
-    "FUSED_RNN_CUDA_CHUNK",
-    "FUSED_RNN_CUDA_GRAPH",
-    "FUSED_RNN_CUDA_REGIME",
-    "FUSED_RNN_LOG",
-    "FUSED_RNN_SKIP_BUILD",
-    "FUSED_RNN_TRITON_REGIME",
-    "FUSED_RNN_TRITON_TUNING",
-    "TRITON_INTERPRET",
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +55,7 @@ def _sections() -> Iterator[tuple[str, list[str]]]:
     facts = {k: _text(v) for k, v in native.build_facts().items()}
     yield "Compiled parts", [f"{name.replace('_', ' ')}: {value}" for name, value in facts.items()]
     yield "Devices", _devices()
-    variables = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     yield "Environment", variables or ["no FUSED_RNN_ variable is set"]
     yield "What runs where (training, T=64 B=32 I=H=128)", list(_choices())
     yield "What to do", _advice()

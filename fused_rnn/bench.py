@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .convert import replace
 from .dispatch import BACKENDS, backend
-from .explain import explain
+from .explanation import explain
 
 _LAYERS = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

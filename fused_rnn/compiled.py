@@ -43,10 +43,8 @@ def layers(
         return None
     if torch._C._is_any_autocast_enabled() or is_transformed():
         return None
-    num_layers, dropout, has_c = module.num_layers, module.dropout, module.mode == "LSTM"
-    if type(num_layers) is not int or type(dropout) is not float:
-        return None
-    if dropout != 0 and (module.training or not 0 <= dropout <= 1):
+    num_layers, has_c = module.num_layers, module.mode == "LSTM"
+    if type(num_layers) is not int or looks.dropout_of(module) != 0:
         return None
     weights = looks.attributes(module, module._flat_weights_names, looked)
     h0, c0 = hx if has_c and _is_pair(hx) else (hx, None)

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 
 from . import dispatch, handover
 from .cells import CELLS, Cell
-from .looks import cell_weights, layer_weights
+from .looks import cell_weights, dropout_of, layer_weights
 from .native import cpu_library_error, library_path
 from .once import once
 
@@ -61,10 +61,8 @@ def layers(
     result = calls().infer_module(module, input, hx)
     if result is not None:
         return result
-    cell, dropout, num_layers = CELL_OF.get(module.mode), module.dropout, module.num_layers
-    if cell is None or type(num_layers) is not int or type(dropout) is not float:
-        return None
-    if dropout != 0 and ((module.training and num_layers > 1) or not 0 <= dropout <= 1):
+    cell, num_layers = CELL_OF.get(module.mode), module.num_layers
+    if cell is None or type(num_layers) is not int or dropout_of(module) != 0:
         return None
     if is_watched() or (states := given_states(cell, hx)) is None:
         return None

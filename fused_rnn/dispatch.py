@@ -7,6 +7,7 @@ The choice is a pure function of the problem and of what the user forced, with
 from __future__ import annotations
 
 import os
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,7 +94,10 @@ def cpu_is_welcome() -> bool:
 
 def redirections() -> tuple[Callable[[], object], ...]:
     """Functions, one of which gives something true where a `with` block asks for another backend
-    than the cpu's, or for a record of choices."""
+    than the cpu's, or for a record of choices; and, without Python's lock, where the environment
+    does, which C++ (`cpu_is_welcome` of csrc/direct_calls.cpp) reads only under that lock."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return _recorder.get, _off_the_cpu.get, lambda: not cpu_is_welcome()
     return _recorder.get, _off_the_cpu.get
 
 

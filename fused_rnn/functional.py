@@ -9,7 +9,7 @@ H.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import checks, stack, transforms
-from .cells import CELLS, zero_states
+from .cells import CELLS, Cell, zero_states
 from .general_scan import GeneralScan
 from .problem import Masks, Rows, in_memory
 
@@ -193,8 +193,8 @@ def recurrent(
         What the function of that cell returns.
 
     Raises:
-        KeyError: there is no cell of that name.
-        TypeError, ValueError, RuntimeError: as `rnn_tanh` does.
+        ValueError: there is no cell of that name; or as `rnn_tanh` does.
+        TypeError, RuntimeError: as `rnn_tanh` does.
 
     Example:
         >>> w = [torch.randn(12, 3), torch.randn(12, 4)]
@@ -202,8 +202,90 @@ def recurrent(
         >>> output.shape, h_n.shape
         (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
     """
-    cell, directions = CELLS[cell_name], 2 if bidirectional else 1
-    packed = batch_sizes is not None
+    if cell_name not in CELLS:
+        raise ValueError(f"cell_name: expected one of {', '.join(CELLS)}; got {cell_name!r}")
+    cell = CELLS[cell_name]
+    given = _checked(
+        cell, input, hx, weights, num_layers, bidirectional, dropout, batch_first, batch_sizes,
+        lengths, resets, reset_hx,
+    )  # fmt: skip
+    dropout = dropout if training else 0.0
+    is_plain = given.masks is None and general is None and given.batch_sizes is None
+    together = stack.layers(
+        cell_name, given.input, given.states, given.weights, num_layers, dropout=dropout,
+        is_plain=is_plain and not (return_states or recompute or bidirectional),
+    )  # fmt: skip
+    if together is not None:
+        x, final = together
+        return x.transpose(0, 1) if given.swapped else x, final
+    directions = 2 if bidirectional else 1
+    per_layer = len(given.weights) // num_layers
+    x, masks = given.input, given.masks
+    finals, histories = [], []
+    for layer in range(num_layers):
+        span = slice(layer * directions, (layer + 1) * directions)
+        h0, *c0 = given.states if num_layers == 1 else (state[span] for state in given.states)
+        c0 = c0[0] if cell.has_c else None
+        layer_weights = list(given.weights[layer * per_layer : (layer + 1) * per_layer])
+        if given.reset_states is not None:
+            masks = Masks(masks.lengths, masks.resets, *(s[span] for s in given.reset_states))
+        run = transforms.layer if general is None else general.layer(layer)
+        x, *final, cells = run(
+            cell_name, x, h0, c0, layer_weights, given.batch_sizes, masks,
+            states=return_states, recompute=recompute,
+        )  # fmt: skip
+        finals.append(final)
+        if return_states:
+            by_direction = torch.stack(x.chunk(directions, -1))
+            histories.append((by_direction, cells.to(x.dtype)) if cell.has_c else (by_direction,))
+        if dropout and layer < num_layers - 1:
+            x = F.dropout(x, dropout, True)
+    if given.swapped:
+        x = x.transpose(0, 1)
+    h_n, c_n = _of_all_layers(finals)
+    final = (h_n, c_n) if cell.has_c else h_n
+    if not return_states:
+        return x, final
+    history = _of_all_layers(histories)
+    return x, final, tuple(h.transpose(1, 2) for h in history) if given.swapped else history
+
+
+def _of_all_layers(parts: list[Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
+    """Each layer's tensors, [D, ...], as those of all layers, [num_layers*D, ...]."""
+    return tuple(
+        of_layers[0] if len(of_layers) == 1 or of_layers[0] is None else torch.cat(of_layers)
+        for of_layers in zip(*parts, strict=True)
+    )
+
+
+class _Checked(NamedTuple):
+    """The tensors of a call as layers take them."""
+
+    input: Tensor  # [T, B, I], [T, I] or, with batch_sizes, [N, I]
+    states: tuple[Tensor, ...]
+    weights: Sequence[Tensor]
+    batch_sizes: Tensor | None
+    masks: Masks | None  # without the states that resets lead to
+    reset_states: tuple[Tensor, ...] | None
+    swapped: bool  # whether the caller's input was [B, T, I]
+
+
+def _checked(
+    cell: Cell,
+    input: Tensor,
+    hx,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    dropout: float,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_hx,
+) -> _Checked:
+    """As `recurrent` takes them; raises what it raises."""
+    directions, packed = 2 if bidirectional else 1, batch_sizes is not None
     checks.is_dense_tensor(input, "input")
     checks.stack_options(num_layers, dropout)
     states = None if hx is None else checks.states(hx, cell.has_c)
@@ -233,52 +315,11 @@ def recurrent(
         if reset_states is not None:
             checks.reset_states(cell, reset_states, weights, num_layers, directions, batch_size)
         masks = _masks(lengths, resets, input.device, swapped)
-    per_layer = len(weights) // num_layers
     if states is None:
         leading = num_layers * directions, batch_size
         widths = weights[1].shape[1], weights[0].shape[0] // cell.gates
         states = zero_states(cell, input, leading, *widths)
-    plain = masks is None and general is None and not (return_states or recompute or packed)
-    together = stack.layers(
-        cell_name, input, states, weights, num_layers,
-        dropout=dropout if training else 0.0, is_plain=plain and directions == 1,
-    )  # fmt: skip
-    if together is not None:
-        x, final = together
-        return x.transpose(0, 1) if swapped else x, final
-    x = input
-    finals, histories = [], []
-    for layer in range(num_layers):
-        span = slice(layer * directions, (layer + 1) * directions)
-        h0, *c0 = states if num_layers == 1 else (state[span] for state in states)
-        c0 = c0[0] if cell.has_c else None
-        layer_weights = list(weights[layer * per_layer : (layer + 1) * per_layer])
-        if reset_states is not None:
-            masks = Masks(masks.lengths, masks.resets, *(s[span] for s in reset_states))
-        run = transforms.layer if general is None else general.layer(layer)
-        x, *final, cells = run(
-            cell_name, x, h0, c0, layer_weights, batch_sizes, masks,
-            states=return_states, recompute=recompute,
-        )  # fmt: skip
-        finals.append(final)
-        if return_states:
-            by_direction = torch.stack(x.chunk(directions, -1))
-            histories.append((by_direction, cells.to(x.dtype)) if cell.has_c else (by_direction,))
-        if dropout and training and layer < num_layers - 1:
-            x = F.dropout(x, dropout, True)
-    if swapped:
-        x = x.transpose(0, 1)
-    h_n, c_n = (
-        parts[0] if num_layers == 1 or parts[0] is None else torch.cat(parts)
-        for parts in zip(*finals, strict=True)
-    )
-    final = (h_n, c_n) if cell.has_c else h_n
-    if not return_states:
-        return x, final
-    history = tuple(
-        parts[0] if num_layers == 1 else torch.cat(parts) for parts in zip(*histories, strict=True)
-    )
-    return x, final, tuple(h.transpose(1, 2) for h in history) if swapped else history
+    return _Checked(input, states, weights, batch_sizes, masks, reset_states, swapped)
 
 
 def _masks(

@@ -27,7 +27,7 @@ from . import dispatch, ops, plain
 from .cells import Cell, DirectionWeights, state_dtype
 from .layer_call import LayerResult, make_problem
 from .oracle import Recurrence
-from .problem import Masks, Noise
+from .problem import Masks, Noise, wants_gradients
 from .recurrences import Extras, general_recurrence, noise_of_steps
 from .transformed import is_transformed, needs_oracle
 
@@ -67,8 +67,9 @@ class GeneralScan:
         if torch.compiler.is_compiling():
             is_one_call = not transformed
         else:
+            saves = wants_gradients(x, h0, c0, *weights, *chain(*extras), *(masks or ()))
             problem = make_problem(
-                cell, x, h0, c0, weights, batch_sizes, masks, torch.is_grad_enabled(), states, noise
+                cell, x, h0, c0, weights, batch_sizes, masks, saves, states, noise
             )
             problem = dataclasses.replace(problem, extras=self.traits)
             is_one_call = not needs_oracle(x) and dispatch.choose(problem).has_extras(problem)

@@ -46,6 +46,14 @@ def cell_weights(module: torch.nn.RNNCellBase, looked: list[Any]) -> list[Any]:
     return those_given(attributes(module, CELL_WEIGHTS, looked) if own is None else own)
 
 
+def dropout_of(module: torch.nn.RNNBase) -> float | None:
+    """What a call drops of what goes from layer to layer; None for no such probability."""
+    dropout = module.dropout
+    if type(dropout) is not float or not 0 <= dropout <= 1:
+        return None
+    return dropout if module.training and module.num_layers > 1 else 0.0
+
+
 def those_given(weights: list[Any]) -> list[Any]:
     """A cell without biases has an entry for each, which is None."""
     return weights[:2] if weights[2] is weights[3] is None else weights

@@ -8,11 +8,12 @@ environment makes all of them count as absent, as if the package had been built 
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from .environment import is_set
 
 _FOLDER = Path(__file__).parent
 _LIBRARY = _FOLDER / "libfused_rnn_cpu.so"
@@ -20,13 +21,9 @@ _CUDA_LIBRARY = _FOLDER / "libfused_rnn_cuda.so"
 _CUDA_EMULATED_LIBRARY = _FOLDER / "libfused_rnn_cuda_emulated.so"
 
 
-def _skipped() -> bool:
-    return os.environ.get("FUSED_RNN_SKIP_BUILD", "0") not in ("", "0")
-
-
 def _load_error(path: Path, kind: str, absent: str) -> str | None:
     """Loads a library. Why it cannot be used, or None when its operators work."""
-    if _skipped():
+    if is_set("FUSED_RNN_SKIP_BUILD"):
         return "FUSED_RNN_SKIP_BUILD is set"
     if not path.exists():
         return f"the {kind} library was not built: {absent}"
@@ -88,7 +85,7 @@ def build_facts() -> dict[str, object]:
         "cpu_library": cpu_library_error() or str(_LIBRARY),
         "cuda_library": cuda_library_error() or str(_CUDA_LIBRARY),
     }
-    if _skipped():
+    if is_set("FUSED_RNN_SKIP_BUILD"):
         return facts
     try:
         from . import _C

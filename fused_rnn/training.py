@@ -59,10 +59,11 @@ def layers(
     return_states: Any = False,
 ) -> tuple[Any, ...] | None:
     """What `module.forward(input, hx, ...)` has to return, or None: take the general way."""
-    cell, dropout, num_layers = direct.CELL_OF.get(module.mode), module.dropout, module.num_layers
-    if cell is None or type(num_layers) is not int or type(dropout) is not float:
+    cell, num_layers = direct.CELL_OF.get(module.mode), module.num_layers
+    if cell is None or type(num_layers) is not int or type(return_states) is not bool:
         return None
-    if not 0 <= dropout <= 1 or module.recompute or type(return_states) is not bool:
+    dropout = looks.dropout_of(module)
+    if dropout is None or module.recompute:
         return None
     is_packed, masks = type(input) is PackedSequence, None
     if lengths is not None or resets is not None:
@@ -90,7 +91,6 @@ def layers(
     weights = looks.layer_weights(module, looked)
     if not direct.are_plain(weights):
         return None
-    dropout = dropout if module.training and num_layers > 1 else 0.0
     if dropout and masks is not None and module.batch_first:
         # The general way drops elements in the order of timesteps, here there would be others.
         return None

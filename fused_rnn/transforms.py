@@ -86,6 +86,7 @@ def _has_kernels(
     """Whether the layer outside of transforms would be the cpu backend's."""
     if not x.is_cpu or dispatch.requested() not in ("", "auto", "cpu"):
         return False
+    # Whether a tensor requires gradients, a transform outside of this one may hide.
     problem = make_problem(cell, x, h0, c0, weights, None, None, torch.is_grad_enabled())
     taken = (name for name, refusal in dispatch.reasons(problem) if refusal is None)
     return next(taken, None) == "cpu"

@@ -566,6 +566,9 @@ gru, lstm = functional.gru, functional.lstm
 
 # call, classes that will do, words in the message
 FUNCTIONS = {
+    "no such cell": (
+        lambda: fused_rnn.functional.recurrent("gruu", x, None, weights(3)), ValueError,
+        ("cell_name", "gru_reset_before", "'gruu'")),
     "no weights": (lambda: gru(x, None, []), ValueError, ("weights", "4", "0")),
     "one weight": (lambda: gru(x, None, weights(3)[:1]), ValueError, ("weights", "4", "1")),
     "three weights": (lambda: gru(x, None, weights(3)[:3]), ValueError, ("weights", "4", "3")),

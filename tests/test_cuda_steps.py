@@ -273,6 +273,8 @@ def test_a_choice_of_graphs_that_is_none(value, monkeypatch):
     layer = fused_rnn.GRU(3, 4)
     with (
         fused_rnn.backend(BACKEND),
-        pytest.raises(ValueError, match=f"FUSED_RNN_CUDA_GRAPH: expected 0 or 1; got '{value}'"),
+        pytest.raises(
+            ValueError, match=f"FUSED_RNN_CUDA_GRAPH: expected one of 0, 1; got '{value}'"
+        ),
     ):
         layer(torch.randn(2, 1, 3))

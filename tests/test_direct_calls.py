@@ -11,7 +11,7 @@ import torch
 from test_streaming import flat, states
 
 import fused_rnn
-from fused_rnn import direct, native
+from fused_rnn import direct, looks, native
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
@@ -259,6 +259,17 @@ def test_modules_that_drop_are_left_to_the_operators():
         assert infer_module(module.eval(), x, None) is not None
         del module.weight_hh_l1
         assert infer_module(module, x, None) is None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0, -0.5, 1.5, float("nan"), 1])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("training", [False, True])
+def test_dropout_is_understood_alike(dropout, num_layers, training):
+    module, x = fused_rnn.GRU(4, 6, num_layers), torch.randn(1, 2, 4)
+    module.train(training).dropout = dropout
+    with torch.no_grad():
+        is_taken = direct.calls().infer_module(module, x, None) is not None
+    assert is_taken == (looks.dropout_of(module) == 0)
 
 
 def test_modes_and_transforms_are_left_to_the_operators():

@@ -258,6 +258,14 @@ def test_no_warning_on_the_cpu(recwarn):
     assert not [w for w in recwarn if "fused_rnn" in str(w.message)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("learns", [False, True])
+def test_explain_calls_it_training_where_a_gradient_is_asked_for(dtype, learns):
+    layer = fused_rnn.LSTM(3, 4, dtype=dtype, zoneout=0.1).requires_grad_(learns)
+    text = str(fused_rnn.explain(layer, torch.randn(5, 2, 3, dtype=dtype)))
+    assert ("training" in text) == learns and ("inference" in text) != learns
+
+
 def test_explain_one_layer():
     layer = fused_rnn.GRU(3, 4, bias=False, bidirectional=True)
     explanation = fused_rnn.explain(layer, torch.randn(5, 2, 3))

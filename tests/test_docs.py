@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import operator
 import re
 import subprocess
 import sys
@@ -217,6 +218,8 @@ def test_every_public_name_is_in_the_api_pages():
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     described = set(re.findall(r"^::: fused_rnn\.(\S+)$", pages, re.MULTILINE))
     assert set(fused_rnn.__all__) <= described
+    for name in described:
+        operator.attrgetter(name)(fused_rnn)  # what is described is there
 
 
 def test_names_in_tables_break_where_a_reader_would(hooks):

@@ -67,7 +67,9 @@ def test_the_docs_have_every_variable_that_is_read():
     page = (ROOT / "docs" / "backends.md").read_text().partition("## Environment variables")[2]
     read = set()
     for path in [ROOT / "setup.py", *(ROOT / "fused_rnn").rglob("*.py")]:
-        found = re.findall(r'(?:environ\.get|environ|is_set)[(\[]"(\w+)"', path.read_text())
+        found = re.findall(
+            r'\b(?:environ\.get|environ|is_set|choice|number)[(\[]"(\w+)"', path.read_text()
+        )
         read |= set(found)
     assert {"FUSED_RNN_BACKEND", "FORCE_CUDA"} <= read
     undocumented = {name for name in read if f"`{name}`" not in page}

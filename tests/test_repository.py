@@ -23,6 +23,7 @@ PACKAGE = ROOT / "fused_rnn"
 # where that is a package (backends).
 LAYERS = [
     {"_C"},
+    {"environment"},
     {"cells", "looks", "native", "once", "symbolic", "torchscript", "transformed"},
     {"problem", "checks", "onnx_node"},
     {"oracle", "handover", "layer_call"},
@@ -37,7 +38,7 @@ LAYERS = [
     {"functional", "regularised"},
     {"compiled", "training"},
     {"modules"},
-    {"convert", "explain", "export", "testing"},
+    {"convert", "explanation", "export", "testing"},
     {"bench", "interop", "streaming", "truncated"},
     {"__init__"},
     {"__main__"},

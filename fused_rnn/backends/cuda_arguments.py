@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from .. import environment
 from ..problem import Rows
 
 REGIMES = ("cluster", "grid", "steps")
@@ -18,12 +17,7 @@ def requested_regime() -> str:
     Raises:
         ValueError: it is set to something else than a regime.
     """
-    regime = os.environ.get("FUSED_RNN_CUDA_REGIME", "")
-    if regime not in ("", *REGIMES):
-        raise ValueError(
-            f"FUSED_RNN_CUDA_REGIME: expected one of {', '.join(REGIMES)}; got {regime!r}"
-        )
-    return regime
+    return environment.choice("FUSED_RNN_CUDA_REGIME", REGIMES)
 
 
 def requested_chunk() -> int | None:
@@ -32,12 +26,7 @@ def requested_chunk() -> int | None:
     Raises:
         ValueError: it is set to something else than a number of timesteps.
     """
-    text = os.environ.get("FUSED_RNN_CUDA_CHUNK", "")
-    if not text:
-        return None
-    if not text.isdecimal():
-        raise ValueError(f"FUSED_RNN_CUDA_CHUNK: expected timesteps, or 0; got {text!r}")
-    return int(text)
+    return environment.number("FUSED_RNN_CUDA_CHUNK", "timesteps, or 0")
 
 
 def requested_graph() -> bool:
@@ -46,10 +35,7 @@ def requested_graph() -> bool:
     Raises:
         ValueError: it is set to something else than 0 or 1.
     """
-    value = os.environ.get("FUSED_RNN_CUDA_GRAPH", "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"FUSED_RNN_CUDA_GRAPH: expected 0 or 1; got {value!r}")
-    return value == "1"
+    return environment.choice("FUSED_RNN_CUDA_GRAPH", ("0", "1")) == "1"
 
 
 def aligned(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:

@@ -10,7 +10,6 @@ CPU tensors: slow, for tests.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ... import environment
 from ...cells import DirectionWeights, is_half
 from ...problem import EXTRAS, Problem, Rows
 from ..base import Backend, float32_precision, is_relu_of_half
@@ -181,7 +181,7 @@ def _installed() -> bool:
 
 def interpreting() -> bool:
     """Whether Triton's interpreter runs, or would run, the kernels."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    return environment.is_set("TRITON_INTERPRET")
 
 
 @lru_cache(maxsize=16)

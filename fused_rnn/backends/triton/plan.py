@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ... import environment
 from ...cells import is_half
 from ...problem import Problem
 
@@ -117,12 +118,7 @@ def requested_regime() -> str:
     Raises:
         ValueError: it is set to something else than a regime.
     """
-    regime = os.environ.get("FUSED_RNN_TRITON_REGIME", "")
-    if regime not in ("", *REGIMES):
-        raise ValueError(
-            f"FUSED_RNN_TRITON_REGIME: expected one of {', '.join(REGIMES)}; got {regime!r}"
-        )
-    return regime
+    return environment.choice("FUSED_RNN_TRITON_REGIME", REGIMES)
 
 
 def make_plan(problem: Problem, device: Device, precision: str, regime: str = "") -> Plan:
