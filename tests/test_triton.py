@@ -260,14 +260,14 @@ def test_the_gpu_is_that_of_the_tensors(as_on_a_gpu, monkeypatch):
 
 
 def test_a_regime_that_does_not_fit(as_on_a_gpu, monkeypatch):
-    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "a")
+    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "program")
     assert "regime 'a' does not fit" in as_on_a_gpu.unsupported(_problem(hidden_size=2000))
     with pytest.raises(fused_rnn.UnsupportedProblemError, match="regime 'a' does not fit"):
         dispatch.select(_problem(hidden_size=2000), "triton")
 
 
 def test_what_explain_prints(as_on_a_gpu):
-    assert as_on_a_gpu.describe(_problem()).startswith("triton scan (a: tiles 16x64")
+    assert as_on_a_gpu.describe(_problem()).startswith("triton scan (program: tiles 16x64")
     assert "in float32" in as_on_a_gpu.describe(_problem(cell_name="rnn_relu"))
     normed = as_on_a_gpu.describe(_problem(extras=("layer_norm",)))
     assert normed.startswith("triton step by step in float32 (layer normalisation")
@@ -283,7 +283,7 @@ def test_a_refused_launch_goes_on_one_step_at_a_time(as_on_a_gpu, monkeypatch):
 
     def scan(problem, plan, precision):
         regimes.append(plan.forward.config.regime)
-        if plan.forward.config.regime == "b":
+        if plan.forward.config.regime == "grid":
             raise launch.RefusedLaunchError("too many blocks in cooperative launch")
         return "done"
 
@@ -291,7 +291,7 @@ def test_a_refused_launch_goes_on_one_step_at_a_time(as_on_a_gpu, monkeypatch):
     with pytest.warns(RuntimeWarning, match="too many blocks in cooperative launch"):
         assert as_on_a_gpu._run(scan, problem) == "done"
     assert as_on_a_gpu._run(scan, problem) == "done"
-    assert regimes == ["b", "c", "c"]
+    assert regimes == ["grid", "steps", "steps"]
 
 
 @pytest.mark.parametrize(
@@ -316,17 +316,17 @@ GPU_CASES = [
     for cell in CELLS
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for regime, sizes, options in (
-        ("a", (7, 3, 5, 17), {"directions": 2}),
-        ("a", (33, 129, 15, 64), {}),
-        ("b", (9, 33, 7, 100), {"directions": 2, "bias": False}),
-        ("b", (50, 16, 64, 256), {}),
-        ("b", (20, 300, 9, 500), {}),
-        ("c", (5, 3, 4, 9), {}),
-        ("c", (9, 33, 7, 650), {"directions": 2}),
-        ("a", (9, 5, 3, 33), {"lengths": (9, 9, 4, 2, 1), "directions": 2}),
-        ("b", (9, 5, 3, 130), {"lengths": (9, 9, 4, 2, 1), "directions": 2}),
-        ("b", (9, 5, 3, 130), {**_MASKED, "directions": 2}),
-        ("c", (9, 5, 3, 1), _MASKED),
+        ("program", (7, 3, 5, 17), {"directions": 2}),
+        ("program", (33, 129, 15, 64), {}),
+        ("grid", (9, 33, 7, 100), {"directions": 2, "bias": False}),
+        ("grid", (50, 16, 64, 256), {}),
+        ("grid", (20, 300, 9, 500), {}),
+        ("steps", (5, 3, 4, 9), {}),
+        ("steps", (9, 33, 7, 650), {"directions": 2}),
+        ("program", (9, 5, 3, 33), {"lengths": (9, 9, 4, 2, 1), "directions": 2}),
+        ("grid", (9, 5, 3, 130), {"lengths": (9, 9, 4, 2, 1), "directions": 2}),
+        ("grid", (9, 5, 3, 130), {**_MASKED, "directions": 2}),
+        ("steps", (9, 5, 3, 1), _MASKED),
     )
 ]  # fmt: skip
 
@@ -390,7 +390,7 @@ def test_the_host_never_waits_for_a_layer_that_normalises(on_the_gpu):
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "gru_reset_before", "lstm"])
 def test_two_hundred_runs_are_one(cell, on_the_gpu, monkeypatch):
     """A race in the exchange would show as another bit, now and then."""
-    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "b")
+    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "grid")
     case = testing.LayerCase(cell, 64, 48, 8, 500, 2, dtype=torch.bfloat16, device="cuda")
     if reason := testing.refusal("triton", testing.make_inputs(case)):
         pytest.skip(reason)
@@ -404,7 +404,7 @@ def test_two_hundred_runs_are_one(cell, on_the_gpu, monkeypatch):
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("regime", ["a", "b", "c"])
+@pytest.mark.parametrize("regime", ["program", "grid", "steps"])
 def test_cuda_graph(regime, on_the_gpu, monkeypatch):
     """Forward and backward in a graph, replayed on other numbers."""
     monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", regime)
@@ -436,7 +436,7 @@ def test_cuda_graph(regime, on_the_gpu, monkeypatch):
 @pytest.mark.parametrize(
     "options", [{}, _MASKED, {"lengths": (9, 9, 4, 2, 1)}], ids=["padded", "masked", "packed"]
 )
-@pytest.mark.parametrize("regime", ["a", "b", "c"])
+@pytest.mark.parametrize("regime", ["program", "grid", "steps"])
 @pytest.mark.parametrize("cell", ["gru", "gru_reset_before"])
 def test_the_host_never_waits(cell, regime, options, on_the_gpu, monkeypatch):
     monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", regime)

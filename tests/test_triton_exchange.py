@@ -1,4 +1,4 @@
-"""The waiting inside of regime b, on the CPU: one process per program, tensors in shared memory.
+"""The waiting inside of regime grid, on the CPU: one process per program, tensors in shared memory.
 
 The interpreter's atomic operations act across processes, so that programs really wait for each
 other. What this shows is the protocol: who waits for how many arrivals of whom. It cannot show
@@ -114,13 +114,13 @@ def _grads(case):
 
 
 @pytest.fixture
-def by_regime_b(monkeypatch):
+def by_regime_grid(monkeypatch):
     monkeypatch.setenv("FUSED_RNN_BACKEND", "triton")
-    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "b")
+    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "grid")
 
 
 def _wait(monkeypatch, behave):
-    """From here on regime b waits as on a GPU."""
+    """From here on regime grid waits as on a GPU."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "launch_options", lambda *_: {})
     for name in ("scan_forward", "scan_backward"):
@@ -129,7 +129,7 @@ def _wait(monkeypatch, behave):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_equal_to_one_step_per_launch_bit_for_bit(case, by_regime_b, monkeypatch):
+def test_equal_to_one_step_per_launch_bit_for_bit(case, by_regime_grid, monkeypatch):
     expected = _grads(case)
     _wait(monkeypatch, _random_delays)
     actual = _grads(case)
@@ -150,7 +150,7 @@ TILES = 3  # of the hidden units of either case
     ],
     ids=["of_one", "of_all", "of_one_with_h", "of_one_with_the_second_operand"],
 )
-def test_a_wait_too_short_is_seen(cell, pardon, by_regime_b, monkeypatch):
+def test_a_wait_too_short_is_seen(cell, pardon, by_regime_grid, monkeypatch):
     """The mutations that show the test above can fail: nobody waits for the slowest, or at all, or
     in one of the two exchanges of a step."""
     case = CASES[cell]

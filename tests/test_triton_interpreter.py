@@ -40,12 +40,12 @@ def _fast_cases(cell):
     """(regime, case): one tile and several, of units and of rows; "" leaves it to the planner."""
     case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
     cases = [
-        ("a", case(4, 3, 4, 7, directions=2)),
-        ("a", packed([4, 2, 1], 3, 18, directions=2, bias=False)),
-        ("b", case(2, 17, 5, 20)),
-        ("b", packed([3, 2], 3, 20, directions=2)),
-        ("c", case(2, 3, 5, 33, directions=2, bias=False)),
-        ("c", packed([3, 2], 2, 16)),
+        ("program", case(4, 3, 4, 7, directions=2)),
+        ("program", packed([4, 2, 1], 3, 18, directions=2, bias=False)),
+        ("grid", case(2, 17, 5, 20)),
+        ("grid", packed([3, 2], 3, 20, directions=2)),
+        ("steps", case(2, 3, 5, 33, directions=2, bias=False)),
+        ("steps", packed([3, 2], 2, 16)),
         ("", case(2, 2, 4, 100)),
         ("", case(1, 18, 40, 3)),
         ("", case(3, 0, 4, 5, directions=2)),
@@ -61,29 +61,29 @@ def _masked_cases(cell):
     c = {"states": True} if CELLS[cell].has_c else {}
     full = {"resets": True, "reset_states": True, **c}
     return [
-        ("a", case(5, 3, 3, 7, ends=(5, 0, 3), directions=2, **full)),
-        ("b", case(3, 4, 3, 18, ends=(2, 3, 0, 1), directions=2, **full)),
-        ("c", case(4, 2, 3, 5, resets=True, directions=2)),
-        ("a", case(9, 18, 3, 5, ends=tuple(i % 10 for i in range(18)), bias=False)),
-        ("b", case(9, 5, 3, 40, resets=True, **c)),
-        ("c", case(6, 17, 3, 33, ends=tuple(i % 7 for i in range(17)), directions=2, **full)),
-        ("a", case(3, 2, 3, 4, ends=(0, 0), resets=True, reset_states=True, directions=2)),
+        ("program", case(5, 3, 3, 7, ends=(5, 0, 3), directions=2, **full)),
+        ("grid", case(3, 4, 3, 18, ends=(2, 3, 0, 1), directions=2, **full)),
+        ("steps", case(4, 2, 3, 5, resets=True, directions=2)),
+        ("program", case(9, 18, 3, 5, ends=tuple(i % 10 for i in range(18)), bias=False)),
+        ("grid", case(9, 5, 3, 40, resets=True, **c)),
+        ("steps", case(6, 17, 3, 33, ends=tuple(i % 7 for i in range(17)), directions=2, **full)),
+        ("program", case(3, 2, 3, 4, ends=(0, 0), resets=True, reset_states=True, directions=2)),
     ]
 
 
 def _bfloat16_cases(cell):
     return [
-        ("a", LayerCase(cell, 4, 3, 4, 15)),
-        ("c", LayerCase(cell, 3, 3, 3, 5, ends=(3, 0, 2), resets=True, reset_states=True)),
+        ("program", LayerCase(cell, 4, 3, 4, 15)),
+        ("steps", LayerCase(cell, 3, 3, 3, 5, ends=(3, 0, 2), resets=True, reset_states=True)),
     ]
 
 
 def _float16_cases(cell):
-    return [("b", LayerCase.packed(cell, [3, 1], 3, 20))]
+    return [("grid", LayerCase.packed(cell, [3, 1], 3, 20))]
 
 
 def _one_loss_cases(cell):
-    return [("b", LayerCase.packed(cell, [3, 2], 3, 20, directions=2))] if cell == "lstm" else []
+    return [("grid", LayerCase.packed(cell, [3, 2], 3, 20, directions=2))] if cell == "lstm" else []
 
 
 def _slow_cases(cell):
@@ -94,16 +94,16 @@ def _slow_cases(cell):
         (regime, case(t, b, i, h, directions=d, bias=bias))
         for t, b, h in shapes
         for i, d, bias in ((1, 1, True), (15, 2, False))
-        for regime in ("a", "b", "c")
+        for regime in ("program", "grid", "steps")
     ]
     cases += [("", case(2, 3, 33, 650)), ("", case(2, 17, 3, 300, directions=2))]
     cases += [
         (regime, packed(lengths, 11, h, directions=2))
         for lengths in ([7] + [1] * 20, list(range(7, 0, -1)), [5, 5, 4, 2, 2, 1])
         for h in (17, 100)
-        for regime in ("a", "b", "c")
+        for regime in ("program", "grid", "steps")
     ]
-    cases += [(regime, packed([3, 1, 1], 11, 1, directions=2)) for regime in ("a", "c")]
+    cases += [(regime, packed([3, 1, 1], 11, 1, directions=2)) for regime in ("program", "steps")]
     return cases + _masked_cases(cell)[3:]
 
 
@@ -133,10 +133,10 @@ def _noise_params():
 @pytest.mark.parametrize(
     ("regime", "hidden", "form"),
     [
-        ("a", 7, "padded"),
-        ("b", 20, "packed"),
-        ("c", 18, "masked"),
-        ("b", 20, "bfloat16"),
+        ("program", 7, "padded"),
+        ("grid", 20, "packed"),
+        ("steps", 18, "masked"),
+        ("grid", 20, "bfloat16"),
     ],
 )
 def test_more_in_the_recurrence(cell, options, training, regime, hidden, form, monkeypatch):
@@ -338,7 +338,7 @@ def _random_cases(draw):
     max_examples=5 if os.environ.get("CI") else 30,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(_random_cases(), st.sampled_from(("", "c")))
+@given(_random_cases(), st.sampled_from(("", "steps")))
 def test_any_problem(case, regime):
     _check(regime, case)
 
@@ -444,14 +444,16 @@ def test_tuning_ends_in_a_table_that_is_used(monkeypatch, tmp_path):
         return -call.args[0].block_h
 
     monkeypatch.setattr(
-        tune, "candidates", lambda *_: [planner.Config("b", 16, h, 16, 4, False) for h in (16, 32)]
+        tune,
+        "candidates",
+        lambda *_: [planner.Config("grid", 16, h, 16, 4, False) for h in (16, 32)],
     )
     found = list(tune.tune([problem], device, "ieee", clock, torch.device("cpu")))
     assert [(row.which, row.config.block_h) for row in found] == [("forward", 32), ("backward", 32)]
     tune.write(found, path)
     tune.write(found[:1], path)  # again: in place of the same row, beside the others
     assert sorted(planner.read_rows(path)) == sorted(found)
-    assert planner.make_plan(problem, device, "ieee", "b").forward.config == found[0].config
+    assert planner.make_plan(problem, device, "ieee", "grid").forward.config == found[0].config
 
 
 def test_a_model_with_layers_of_every_kind():
@@ -472,7 +474,7 @@ def test_a_model_with_layers_of_every_kind():
 
 
 def test_a_regime_that_does_not_fit_is_an_error_that_says_why(monkeypatch):
-    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "b")
+    monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "grid")
     layer = fused_rnn.GRU(3, 5)
     with pytest.raises(fused_rnn.UnsupportedProblemError, match="regime 'b' does not fit"):
         layer(torch.randn(2, 1, 3))
@@ -498,7 +500,7 @@ LATER = 2**28  # timesteps
 OF_TIMESTEPS = ("gx", "y", "gates", "cells", "grad_y", "grad_cells", "grad_gates")
 
 
-@pytest.mark.parametrize("regime", ["a", "c"])
+@pytest.mark.parametrize("regime", ["program", "steps"])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "gru_reset_before", "lstm"])
 def test_offsets_have_64_bits(cell, regime, monkeypatch):
     """All timesteps but the first again as the last of many more, in memory that begins so far

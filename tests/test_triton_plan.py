@@ -37,25 +37,25 @@ def _problem(cell="lstm", hidden=128, batch=16, dtype=torch.bfloat16, **changes)
 @pytest.mark.parametrize(
     ("device", "problem", "precision", "forward", "backward"),
     [
-        (H200, _problem(hidden=64), "ieee", "a", "a"),
-        (H200, _problem(hidden=128, batch=2000), "ieee", "a", "a"),
-        (H200, _problem(hidden=17, batch=1), "ieee", "a", "a"),
-        (H200, _problem(hidden=256), "ieee", "b", "b"),
-        (H200, _problem(hidden=512), "ieee", "b", "b"),
-        (H200, _problem(hidden=1024), "ieee", "b", "b"),
-        (H200, _problem(hidden=4096), "ieee", "c", "c"),
-        (H200, _problem("gru", 200, directions=2), "ieee", "b", "b"),
-        (H200, _problem("rnn_tanh", 256), "ieee", "a", "a"),
-        (H200, _problem("gru_reset_before", 128), "ieee", "a", "a"),
-        (H200, _problem("gru_reset_before", 512), "ieee", "b", "b"),
-        (H200, _problem("gru_reset_before", 4096), "ieee", "c", "c"),
-        (H200, _problem(hidden=256, dtype=torch.float32), "ieee", "b", "b"),
-        (H200, _problem(hidden=256, dtype=torch.float32), "tf32", "b", "b"),
-        (A100, _problem(hidden=128), "ieee", "a", "a"),
-        (A100, _problem(hidden=512, directions=2), "ieee", "b", "b"),
-        (B200, _problem(hidden=512), "ieee", "b", "b"),
-        (H200._replace(cooperative=False), _problem(hidden=512), "ieee", "c", "c"),
-        (H200._replace(multiprocessors=4), _problem(hidden=512), "ieee", "c", "c"),
+        (H200, _problem(hidden=64), "ieee", "program", "program"),
+        (H200, _problem(hidden=128, batch=2000), "ieee", "program", "program"),
+        (H200, _problem(hidden=17, batch=1), "ieee", "program", "program"),
+        (H200, _problem(hidden=256), "ieee", "grid", "grid"),
+        (H200, _problem(hidden=512), "ieee", "grid", "grid"),
+        (H200, _problem(hidden=1024), "ieee", "grid", "grid"),
+        (H200, _problem(hidden=4096), "ieee", "steps", "steps"),
+        (H200, _problem("gru", 200, directions=2), "ieee", "grid", "grid"),
+        (H200, _problem("rnn_tanh", 256), "ieee", "program", "program"),
+        (H200, _problem("gru_reset_before", 128), "ieee", "program", "program"),
+        (H200, _problem("gru_reset_before", 512), "ieee", "grid", "grid"),
+        (H200, _problem("gru_reset_before", 4096), "ieee", "steps", "steps"),
+        (H200, _problem(hidden=256, dtype=torch.float32), "ieee", "grid", "grid"),
+        (H200, _problem(hidden=256, dtype=torch.float32), "tf32", "grid", "grid"),
+        (A100, _problem(hidden=128), "ieee", "program", "program"),
+        (A100, _problem(hidden=512, directions=2), "ieee", "grid", "grid"),
+        (B200, _problem(hidden=512), "ieee", "grid", "grid"),
+        (H200._replace(cooperative=False), _problem(hidden=512), "ieee", "steps", "steps"),
+        (H200._replace(multiprocessors=4), _problem(hidden=512), "ieee", "steps", "steps"),
     ],
 )
 def test_regime(device, problem, precision, forward, backward):
@@ -87,10 +87,10 @@ def test_every_plan_fits(cell, dtype, device):
                     assert one.hidden_tiles * config.block_h >= hidden
                     assert one.batch_tiles * config.block_b >= batch
                     assert one.launches * one.tiles_per_launch >= one.batch_tiles
-                    assert one.launches == 1 or config.regime == "b"
-                    if config.regime == "a":
+                    assert one.launches == 1 or config.regime == "grid"
+                    if config.regime == "program":
                         assert one.hidden_tiles == 1
-                    if config.regime == "b":
+                    if config.regime == "grid":
                         programs = one.hidden_tiles * directions * one.tiles_per_launch
                         assert programs <= device.multiprocessors
 
@@ -98,7 +98,7 @@ def test_every_plan_fits(cell, dtype, device):
 def test_a_large_batch_waits_in_waves():
     """More programs than run at once: the batch is cut, and no program waits for one that has no
     place."""
-    one = make_plan(_problem(hidden=256, batch=1000), H200, "ieee", "b").forward
+    one = make_plan(_problem(hidden=256, batch=1000), H200, "ieee", "grid").forward
     assert one.launches > 1
     assert one.hidden_tiles * one.tiles_per_launch <= H200.multiprocessors
 
@@ -106,13 +106,18 @@ def test_a_large_batch_waits_in_waves():
 @pytest.mark.parametrize(
     ("regime", "problem", "device", "why"),
     [
-        ("a", _problem(hidden=512), H200, "bytes on the chip, sm90 has 232448"),
-        ("b", _problem(hidden=8), H200, "8 units are one tile: there is nothing to exchange"),
-        ("b", _problem(hidden=512), H200._replace(cooperative=False), "all programs run at once"),
-        ("b", _problem(hidden=4096), H200, "programs at least, 132 run at once"),
-        ("b", _problem(hidden=512, timesteps=2**30), H200, "more than 32 bits count"),
+        ("program", _problem(hidden=512), H200, "bytes on the chip, sm90 has 232448"),
+        ("grid", _problem(hidden=8), H200, "8 units are one tile: there is nothing to exchange"),
         (
-            "b",
+            "grid",
+            _problem(hidden=512),
+            H200._replace(cooperative=False),
+            "all programs run at once",
+        ),
+        ("grid", _problem(hidden=4096), H200, "programs at least, 132 run at once"),
+        ("grid", _problem(hidden=512, timesteps=2**30), H200, "more than 32 bits count"),
+        (
+            "grid",
             _problem("gru_reset_before", 512, timesteps=2**25),  # two arrivals a step
             H200,
             "more than 32 bits count",
@@ -124,7 +129,7 @@ def test_a_forced_regime_that_does_not_fit(regime, problem, device, why):
         make_plan(problem, device, "ieee", regime)
 
 
-@pytest.mark.parametrize(("regime", "part"), [("b", "exchange"), ("c", "launch")])
+@pytest.mark.parametrize(("regime", "part"), [("grid", "exchange"), ("steps", "launch")])
 def test_two_products_in_a_step_take_two_exchanges_or_launches(regime, part):
     times = []
     for cell in ("gru", "gru_reset_before"):
@@ -183,14 +188,14 @@ def test_the_documented_steps_are_the_models(
 
 def test_refused_regimes_keep_their_reasons():
     found = make_plan(_problem(hidden=512), H200, "ieee").forward
-    assert any(reason.startswith("forward a: ") for reason in found.refusals)
+    assert any(reason.startswith("forward program: ") for reason in found.refusals)
 
 
-def test_regime_c_always_fits():
+def test_stepping_always_fits():
     for device in DEVICES:
         for hidden in (1, 500, 10_000):
-            found = make_plan(_problem(hidden=hidden, batch=7), device, "ieee", "c")
-            assert found.forward.config.regime == "c"
+            found = make_plan(_problem(hidden=hidden, batch=7), device, "ieee", "steps")
+            assert found.forward.config.regime == "steps"
 
 
 def test_shipped_table():
@@ -209,13 +214,13 @@ def test_shipped_table():
 
 
 def _row(**changes):
-    config = Config("a", 16, 64, 64, 4, True)
+    config = Config("program", 16, 64, 64, 4, True)
     return Row("sm90", "lstm", "half", "forward", 64, 1, config)._replace(**changes)
 
 
 def test_the_table_of_the_user_goes_first(monkeypatch, tmp_path):
     path = tmp_path / "mine.json"
-    mine = _row(config=Config("a", 32, 64, 64, 8, True))
+    mine = _row(config=Config("program", 32, 64, 64, 8, True))
     path.write_text(planner.dump_rows([mine]))
     assert planner.read_rows(path) == (mine,)
     monkeypatch.setenv("FUSED_RNN_TRITON_TUNING", str(path))
@@ -225,23 +230,23 @@ def test_the_table_of_the_user_goes_first(monkeypatch, tmp_path):
 
 def test_the_closest_class_of_sizes_is_taken():
     table = (
-        _row(hidden=128, config=Config("a", 16, 128, 128, 8, True)),
+        _row(hidden=128, config=Config("program", 16, 128, 128, 8, True)),
         _row(hidden=64),
-        _row(hidden=64, batch=100, config=Config("a", 32, 64, 64, 8, True)),
+        _row(hidden=64, batch=100, config=Config("program", 32, 64, 64, 8, True)),
     )
     for hidden, batch, expected in ((64, 99, 1), (33, 100, 2), (65, 5, 0), (33, 1, 1)):
         problem = _problem(hidden=hidden, batch=batch)
-        config = planner.configuration(problem, H200, "half", table, "forward", "a")
+        config = planner.configuration(problem, H200, "half", table, "forward", "program")
         assert config == table[expected].config
 
 
 def test_rows_of_a_family_stand_before_those_of_its_vendor():
     """But a row for more units than another is the poorer fit, whosoever it is."""
-    own = _row(hidden=128, config=Config("a", 16, 128, 128, 16, True))
+    own = _row(hidden=128, config=Config("program", 16, 128, 128, 16, True))
     table = (_row(family="cuda"), _row(family="cuda", hidden=128), own)
     for device, hidden, expected in ((H200, 100, own), (A100, 100, table[1]), (H200, 9, table[0])):
         found = planner.configuration(
-            _problem(hidden=hidden), device, "half", table, "forward", "a"
+            _problem(hidden=hidden), device, "half", table, "forward", "program"
         )
         assert found == expected.config
 
@@ -252,14 +257,17 @@ def test_rows_of_a_family_stand_before_those_of_its_vendor():
         ("{", "Expecting"),
         ("[]", "list indices"),
         ('{"configurations": [{}]}', "regime"),
-        (planner.dump_rows([_row(which="sideways")]), "entry 0: got regime 'a', pass 'sideways'"),
+        (planner.dump_rows([_row(which="sideways")]), "entry 0: got regime 'program', pass 'sideways'"),
         (
-            planner.dump_rows([_row(), _row(config=Config("a", 16, 8, 64, 4, True))]),
+            planner.dump_rows([_row(), _row(config=Config("program", 16, 8, 64, 4, True))]),
             "entry 1: .*16",
         ),
-        (planner.dump_rows([_row(config=Config("a", 16, 48, 64, 4, True))]), "powers of two"),
-        (planner.dump_rows([_row(config=Config("a", 16, "64", 64, 4, True))]), "powers of two"),
-        (planner.dump_rows([_row(config=Config("b", 16, 64, 64, 4, True))]), "several hidden"),
+        (planner.dump_rows([_row(config=Config("program", 16, 48, 64, 4, True))]), "powers of two"),
+        (
+            planner.dump_rows([_row(config=Config("program", 16, "64", 64, 4, True))]),
+            "powers of two",
+        ),
+        (planner.dump_rows([_row(config=Config("grid", 16, 64, 64, 4, True))]), "several hidden"),
         (
             json.dumps({"configurations": [{**_row().config._asdict(), "speed": 1}]}),
             "speed|missing",

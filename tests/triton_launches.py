@@ -40,7 +40,7 @@ def check_grids(which):
     """Programs that wait for each other are launched to run at once or not at all, and no more of
     them than fit; nothing else asks for that."""
     waves = replace(PROBLEM, batch_size=1000, directions=2)
-    plan = planner.make_plan(waves, H200, "ieee", "b")
+    plan = planner.make_plan(waves, H200, "ieee", "grid")
     with triton_ahead.recording("cuda:90") as found:
         triton_ahead.run(waves, plan, "ieee", which)
     (only,) = found
@@ -53,7 +53,7 @@ def check_grids(which):
         tiles += grid[0]
     one = plan.forward if which == "forward" else plan.backward
     assert tiles == one.batch_tiles
-    for regime, hidden in (("a", 64), ("c", 300)):
+    for regime, hidden in (("program", 64), ("steps", 300)):
         problem = replace(PROBLEM, hidden_size=hidden)
         with triton_ahead.recording("cuda:90") as found:
             triton_ahead.run(
@@ -61,7 +61,7 @@ def check_grids(which):
             )
         assert not found[0].options["launch_cooperative_grid"]
         steps = problem.timesteps + (which == "backward")
-        assert len(found[0].launches) == (1 if regime == "a" else steps)
+        assert len(found[0].launches) == (1 if regime == "program" else steps)
 
 
 def check_precision(which):

@@ -69,7 +69,7 @@ def check(device: str, small: bool) -> int:
     """Runs everything; the number of cases that were wrong or failed."""
     bad = 0
     for backend in backends(device):
-        ways = [("", cases(small)), *([("c", exchanging())] if backend == "triton" else [])]
+        ways = [("", cases(small)), *([("steps", exchanging())] if backend == "triton" else [])]
         for regime, chosen in ways:
             os.environ["FUSED_RNN_TRITON_REGIME"] = regime
             for case in chosen:

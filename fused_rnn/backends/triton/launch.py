@@ -200,9 +200,9 @@ _REFUSALS = re.compile("cooperative launch|operation not supported")
 def _exchange(plan: PassPlan) -> str:
     """How the programs of a launch get at each other's h; see `scan.py`."""
     config = plan.config
-    if config.regime == "c":
+    if config.regime == "steps":
         return "launch"
-    if config.regime == "b":
+    if config.regime == "grid":
         # The interpreter runs one program after the other: nobody there could be waited for.
         return "launch" if INTERPRETED else "grid"
     return "registers" if config.block_k == config.block_h and config.resident else "program"

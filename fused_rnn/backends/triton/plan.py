@@ -1,9 +1,9 @@
 """Which regime, tiles and warps a scan gets: plain functions of the problem and of device facts.
 
-    a  one program per batch tile holds all of W_hh for the whole sequence
-    b  a grid of batch tiles times hidden tiles runs at once, each program with its slice of W_hh,
-       and exchanges h in every step
-    c  one step per launch
+    program  one program per batch tile holds all of W_hh for the whole sequence
+    grid     a grid of batch tiles times hidden tiles runs at once, each program with its slice of
+             W_hh, and exchanges h in every step
+    steps    one step per launch
 
 A table of tuned configurations comes first: the user's own (`python -m fused_rnn tune`), then
 `tuned.json`. A rule makes configurations for what no row covers. Among those that fit, the
@@ -24,7 +24,7 @@ from ... import environment
 from ...cells import is_half
 from ...problem import Problem
 
-REGIMES = ("a", "b", "c")
+REGIMES = ("program", "grid", "steps")
 PASSES = ("forward", "backward")
 _SHIPPED = Path(__file__).with_name("tuned.json")
 # The triton.language.dot of every target multiplies tiles of at least this many rows and columns.
@@ -176,7 +176,7 @@ def place(
     hidden_tiles = -(-problem.hidden_size // config.block_h)
     batch_tiles = -(-problem.batch_size // config.block_b)
     at_once = batch_tiles
-    if config.regime == "b":
+    if config.regime == "grid":
         at_once = min(batch_tiles, device.multiprocessors // (hidden_tiles * problem.directions))
     time = model(config, problem, device, which, exact).microseconds
     return PassPlan(config, hidden_tiles, batch_tiles, max(at_once, 1), time, ())
@@ -208,31 +208,31 @@ def rule(problem: Problem, device: Device, kind: str, regime: str) -> Config:
     if device.family == "interpreter":
         # Small, so that small problems have several tiles; larger where they would have too many.
         tile = SMALLEST_TILE if padded <= 64 else 64
-        if regime == "a":
-            return Config("a", SMALLEST_TILE, padded, padded, 1, True)
-        return Config(regime, SMALLEST_TILE, tile, tile, 1, regime == "b")
+        if regime == "program":
+            return Config("program", SMALLEST_TILE, padded, padded, 1, True)
+        return Config(regime, SMALLEST_TILE, tile, tile, 1, regime == "grid")
     exact = _is_exact(kind, device)
-    if regime == "a":
+    if regime == "program":
         # Exact float32 products keep their operands in registers, a short piece at a time.
         block_k = 16 if exact else padded
-        return Config("a", 16, padded, block_k, 8 if padded > 32 else 4, True)
-    if regime == "b":
-        return Config("b", 16, 16, 16 if exact else 64, 4, False)
+        return Config("program", 16, padded, block_k, 8 if padded > 32 else 4, True)
+    if regime == "grid":
+        return Config("grid", 16, 16, 16 if exact else 64, 4, False)
     if exact:
-        return Config("c", 16, 32, 16, 8, False)
+        return Config("steps", 16, 32, 16, 8, False)
     wide = 64 if problem.dtype.itemsize == 2 else 32
-    return Config("c", 16 if problem.batch_size <= 16 else 32, 32, wide, 8, False)
+    return Config("steps", 16 if problem.batch_size <= 16 else 32, 32, wide, 8, False)
 
 
 def unfit(config: Config, problem: Problem, device: Device, which: str) -> str | None:
     """Why a configuration cannot run, or None if it can."""
     hidden, tiles = problem.hidden_size, -(-problem.hidden_size // config.block_h)
-    if config.regime == "a" and tiles > 1:
+    if config.regime == "program" and tiles > 1:
         return f"{hidden} units are more than one program's {config.block_h}"
     need = on_chip_bytes(config, problem, which, device.vendor)
     if need > device.shared_memory:
         return f"needs {need} bytes on the chip, {device.family} has {device.shared_memory}"
-    if config.regime != "b":
+    if config.regime != "grid":
         return None
     if tiles == 1:
         return f"{hidden} units are one tile: there is nothing to exchange"
@@ -263,7 +263,7 @@ def on_chip_bytes(config: Config, problem: Problem, which: str, vendor: str = "c
         return stages * stage + turned
     slice_bytes = gates * padded * config.block_h * size
     if vendor == "hip":
-        if config.regime == "b":
+        if config.regime == "grid":
             slice_bytes = 0  # in registers
         return slice_bytes + operand + turned  # which do not share their room there
     return slice_bytes + max(operand, turned)
@@ -316,16 +316,16 @@ def model(
     if exact:
         multiply_adds = gates * hidden * config.block_h * config.block_b
         weights = max(weights, multiply_adds / _EXACT_PRODUCTS)
-    alone = config.regime == "a"
+    alone = config.regime == "program"
     clocks = (
-        products * _EXCHANGE if config.regime == "b" else 0,
+        products * _EXCHANGE if config.regime == "grid" else 0,
         weights,
         0 if alone else products * _L2_LATENCY + state_bytes / _L2_BYTES,
         _POINTWISE,
     )
     return StepModel(
         *(c / _CLOCKS_PER_MICROSECOND for c in clocks),
-        launch=products * _LAUNCH if config.regime == "c" else 0.0,
+        launch=products * _LAUNCH if config.regime == "steps" else 0.0,
         waves=waves,
     )
 
@@ -375,8 +375,8 @@ def _check(row: Row, number: int) -> None:
         raise ValueError(f"entry {number}: expected tiles of {SMALLEST_TILE} or more")
     if c.regime not in REGIMES or row.which not in PASSES:
         raise ValueError(f"entry {number}: got regime {c.regime!r}, pass {row.which!r}")
-    if c.regime == "b" and c.block_h >= row.hidden:
-        raise ValueError(f"entry {number}: expected several hidden tiles in regime b")
+    if c.regime == "grid" and c.block_h >= row.hidden:
+        raise ValueError(f"entry {number}: expected several hidden tiles in regime grid")
 
 
 def dump_rows(rows: Table | list[Row]) -> str:

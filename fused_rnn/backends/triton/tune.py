@@ -128,7 +128,7 @@ def candidates(problem: Problem, device: Device, which: str) -> Iterator[Config]
             continue
         for regime in plan.REGIMES:
             config = Config(regime, block_b, block_h, block_k, warps, resident)
-            useless = regime == "c" and resident
+            useless = regime == "steps" and resident
             if not useless and plan.unfit(config, problem, device, which) is None:
                 yield config
 
