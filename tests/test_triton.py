@@ -261,8 +261,8 @@ def test_the_gpu_is_that_of_the_tensors(as_on_a_gpu, monkeypatch):
 
 def test_a_regime_that_does_not_fit(as_on_a_gpu, monkeypatch):
     monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "program")
-    assert "regime 'a' does not fit" in as_on_a_gpu.unsupported(_problem(hidden_size=2000))
-    with pytest.raises(fused_rnn.UnsupportedProblemError, match="regime 'a' does not fit"):
+    assert "regime 'program' does not fit" in as_on_a_gpu.unsupported(_problem(hidden_size=2000))
+    with pytest.raises(fused_rnn.UnsupportedProblemError, match="regime 'program' does not fit"):
         dispatch.select(_problem(hidden_size=2000), "triton")
 
 
