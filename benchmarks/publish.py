@@ -11,12 +11,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from captions import CAPTIONS
-from cases import GATES
-from report import number, percent
-from results import WILD, Row, Run
-from sets import SETS
-from targets import eager_over_compiled, geometric_mean, judge, over_best, over_torch
+from harness.captions import CAPTIONS
+from harness.cases import GATES
+from harness.report import number, percent
+from harness.results import WILD, Row, Run
+from harness.sets import SETS
+from harness.targets import eager_over_compiled, geometric_mean, judge, over_best, over_torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is not what benchmarks/results says: make publish")
         return 1 if stale else 0
-    from plots import plot_all
+    from harness.plots import plot_all
 
     for device in ("cpu", "gpu"):
         if run := load(device):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-import turns
+from harness import turns
 
 SHAPES = ("50,32,64", "100,32,128", "128,32,256", "50,64,512")
 WAYS = ("full", "lengths", "packed", "resets", "nn packed")

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 import fused_rnn
-import turns
+from harness import turns
 
 HAVE = {"peepholes": ("LSTM",), "layer_norm": ("GRU", "LSTM")}  # others have all options
 SHAPES = ("128,32,256", "50,64,512")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,22 +28,13 @@ measures_the_library = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def modules(monkeypatch):
-    """The modules of benchmarks/, which is no package but a folder of scripts."""
+    """Those of benchmarks/harness, which the commands find beside them."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     pytest.importorskip("rich")  # of the tables
-    import cases
-    import data
-    import memory
-    import providers
-    import report
-    import results
-    import runner
-    import sets
-    import targets
-
-    return SimpleNamespace(**{m.__name__: m for m in (
-        cases, data, memory, providers, report, results, runner, sets, targets
-    )})  # fmt: skip
+    names = (
+        "cases", "data", "memory", "providers", "report", "results", "runner", "sets", "targets"
+    )  # fmt: skip
+    return SimpleNamespace(**{name: import_module(f"harness.{name}") for name in names})
 
 
 def run(script, *arguments):
@@ -285,7 +277,7 @@ def test_bound_is_the_largest_of_three(modules):
 
 
 def test_peak_counts_only_chains_that_run(modules):
-    import ceiling
+    from harness import ceiling
 
     if (library := ceiling._library()) is None:
         pytest.skip("no compiler for the ceilings")
@@ -393,7 +385,7 @@ def test_documents_say_what_the_results_say(modules, capsys):
 
 def test_plots_are_made_from_a_run(modules, tmp_path):
     pytest.importorskip("matplotlib")
-    import plots
+    from harness import plots
 
     run_of_cpu = modules.results.Run.load(BENCHMARKS / "results" / "cpu.json")
     written = plots.plot_all(run_of_cpu, tmp_path, "cpu")
@@ -403,7 +395,7 @@ def test_plots_are_made_from_a_run(modules, tmp_path):
 
 def test_precision_leaves_cudnn_on_and_puts_everything_back(modules):
     """What torch's own context manager is not told, it changes: cuDNN goes off."""
-    from precision import gpu_precision
+    from harness.precision import gpu_precision
 
     flags = torch.backends.cudnn
     before = flags.enabled, flags.allow_tf32, torch.get_float32_matmul_precision()

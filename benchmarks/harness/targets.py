@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
-from cases import GATES, Case
-from results import Row, Run
-from sets import SETS
+from harness.cases import GATES, Case
+from harness.results import Row, Run
+from harness.sets import SETS
 
 Ratio = Callable[[list[Row], Run], "float | None"]  # None: the rows do not tell
 

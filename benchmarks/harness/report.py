@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from results import WILD, Row, Run
-from sets import SETS
-from targets import Outcome, geometric_mean, over_best, over_torch, second_over_first
+from harness.results import WILD, Row, Run
+from harness.sets import SETS
+from harness.targets import Outcome, geometric_mean, over_best, over_torch, second_over_first
 
 # A smaller change is never called one, however small the spread within each run.
 NOISE = 0.03
