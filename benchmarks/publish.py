@@ -55,8 +55,8 @@ def summary(run: Run) -> str:
                 if group[0].set in ("standing", "gpu-standing")
                 and (group[0].case.cell, group[0].case.mode) == (cell, mode)
             ]
-            torch_ratios = _known(over_torch(group, run) for group in rows)
-            best_ratios = _known(over_best(group, run) for group in rows)
+            torch_ratios = _known(over_torch(group) for group in rows)
+            best_ratios = _known(over_best(group) for group in rows)
             if torch_ratios:
                 lines.append(
                     [
@@ -196,12 +196,12 @@ def _set(run: Run, name: str) -> str:
                 [
                     str(case),
                     *(_time(rows.get(provider)) for provider in providers),
-                    number(over_torch(list(rows.values()), run)),
-                    number(over_best(list(rows.values()), run)),
+                    number(over_torch(list(rows.values()))),
+                    number(over_best(list(rows.values()))),
                     percent(ours.of_bound) if ours else "",
                     number(ours.peak_mib, 1) if ours else "",
                     number(theirs.peak_mib, 1) if theirs else "",
-                    number(eager_over_compiled(list(rows.values()), run)),
+                    number(eager_over_compiled(list(rows.values()))),
                     ours.kernel if ours else "",
                 ]
             )

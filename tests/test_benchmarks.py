@@ -324,7 +324,7 @@ def test_layer_under_compile_is_measured_beside_the_eager_one(modules):
         modules, modules.cases.Case("gru", 5, 2, 8, 8), "fused_rnn", "fused_rnn compiled"
     )
     assert not any(row.note for row in rows.values())
-    assert modules.targets.eager_over_compiled(list(rows.values()), None) > 0
+    assert modules.targets.eager_over_compiled(list(rows.values())) > 0
 
 
 def run_of(modules, commit, *sets, cpu="a"):
@@ -360,10 +360,10 @@ def test_memory_and_compile_are_targets(modules):
     row = modules.results.Row("memory", 0, 0, case, "fused_rnn", ms=4.0, peak_mib=10.0)
     theirs = replace(row, provider="torch.nn", peak_mib=15.0)
     compiled = replace(row, provider="fused_rnn compiled", ms=5.0)
-    assert modules.targets.memory_of_torch([theirs, row], None) == 1.5
-    assert modules.targets.eager_over_compiled([compiled, row], None) == 0.8
-    assert modules.targets.eager_over_compiled([replace(compiled, note="wrong: x"), row], None) == 0
-    assert modules.targets.memory_of_torch([row], None) is None
+    assert modules.targets.memory_of_torch([theirs, row]) == 1.5
+    assert modules.targets.eager_over_compiled([compiled, row]) == 0.8
+    assert modules.targets.eager_over_compiled([replace(compiled, note="wrong: x"), row]) == 0
+    assert modules.targets.memory_of_torch([row]) is None
 
 
 def test_names_of_sets_and_providers(modules):

@@ -77,9 +77,9 @@ def _lines(group: list[Row], run: Run, providers: list[str]) -> Iterator[list[st
         yield [
             *(case.cell, case.shape, case.mode, case.traits),
             *(milliseconds(rows[name]) if name in rows else "" for name in providers),
-            number(over_torch(list(rows.values()), run)),
-            number(over_best(list(rows.values()), run)),
-            number(second_over_first(group, run)) if ours.variant == 1 else "",
+            number(over_torch(list(rows.values()))),
+            number(over_best(list(rows.values()))),
+            number(second_over_first(group)) if ours.variant == 1 else "",
             number(ours.gflops, 1),
             percent(run.of_peak(ours)),
             percent(ours.of_bound),
