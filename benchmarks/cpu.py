@@ -21,12 +21,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cases import DTYPES, GATES, MODES, Case
-from ceiling import Ceiling
 from fresh_memory import peak_mib
 from fused_rnn.dispatch import BACKENDS
-from providers import PROVIDERS, Provider, Setting, default, is_ours
-from report import (
+from harness.cases import DTYPES, GATES, MODES, Case
+from harness.ceiling import Ceiling
+from harness.providers import PROVIDERS, Provider, Setting, default, is_ours
+from harness.report import (
     print_ceiling,
     print_comparison,
     print_noise,
@@ -34,10 +34,10 @@ from report import (
     print_rows,
     print_setting,
 )
-from results import Run, describe_run
-from runner import measure
-from sets import INFERENCE_AND_TRAINING, SETS, Group
-from targets import judge
+from harness.results import Run, describe_run
+from harness.runner import measure
+from harness.sets import INFERENCE_AND_TRAINING, SETS, Group
+from harness.targets import judge
 
 CPU_SETS = [name for name, case_set in SETS.items() if case_set.device == "cpu"]
 RESULTS = Path(__file__).parent / "results" / "cpu.json"

@@ -15,10 +15,10 @@ from dataclasses import asdict, replace
 
 import torch
 
-from cases import Case
-from data import make_data
-from memory import PeakMemory
-from providers import PROVIDERS, Setting
+from harness.cases import Case
+from harness.data import make_data
+from harness.memory import PeakMemory
+from harness.providers import PROVIDERS, Setting
 
 WARM_UP_STEPS = 2  # timesteps of the call before, for what a process needs once
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 
 import fused_rnn
-from memory import PeakMemory
+from harness.memory import PeakMemory
 
 WAYS = ("torch.nn", "fused_rnn", "recompute", "tbptt", "tbptt overlapped")
 

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from captions import CAPTIONS
-from cases import GATES
-from report import number, percent
-from results import WILD, Row, Run
-from sets import SETS
-from targets import eager_over_compiled, geometric_mean, judge, over_best, over_torch
+from harness.captions import CAPTIONS
+from harness.cases import GATES
+from harness.report import number, percent
+from harness.results import WILD, Row, Run
+from harness.sets import SETS
+from harness.targets import eager_over_compiled, geometric_mean, judge, over_best, over_torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -55,8 +55,8 @@ def summary(run: Run) -> str:
                 if group[0].set in ("standing", "gpu-standing")
                 and (group[0].case.cell, group[0].case.mode) == (cell, mode)
             ]
-            torch_ratios = _known(over_torch(group, run) for group in rows)
-            best_ratios = _known(over_best(group, run) for group in rows)
+            torch_ratios = _known(over_torch(group) for group in rows)
+            best_ratios = _known(over_best(group) for group in rows)
             if torch_ratios:
                 lines.append(
                     [
@@ -196,12 +196,12 @@ def _set(run: Run, name: str) -> str:
                 [
                     str(case),
                     *(_time(rows.get(provider)) for provider in providers),
-                    number(over_torch(list(rows.values()), run)),
-                    number(over_best(list(rows.values()), run)),
+                    number(over_torch(list(rows.values()))),
+                    number(over_best(list(rows.values()))),
                     percent(ours.of_bound) if ours else "",
                     number(ours.peak_mib, 1) if ours else "",
                     number(theirs.peak_mib, 1) if theirs else "",
-                    number(eager_over_compiled(list(rows.values()), run)),
+                    number(eager_over_compiled(list(rows.values()))),
                     ours.kernel if ours else "",
                 ]
             )
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is not what benchmarks/results says: make publish")
         return 1 if stale else 0
-    from plots import plot_all
+    from harness.plots import plot_all
 
     for device in ("cpu", "gpu"):
         if run := load(device):

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 
 import fused_rnn
-import turns
-from cases import Case
-from providers.onnx_runtimes import onnxruntime_session
+from harness import turns
+from harness.cases import Case
+from harness.providers.onnx_runtimes import onnxruntime_session
 
 SHAPES = {
     "sequence": ("100,1,128", "100,1,512", "100,1,1024", "50,8,512", "50,32,512"),
@@ -48,7 +48,7 @@ def onnx_quantized(layer: torch.nn.RNNBase, case: Case) -> Callable[..., list]:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    import onnx_layer
+    from harness import onnx_layer
 
     with tempfile.TemporaryDirectory() as folder:
         plain, path = Path(folder, "plain.onnx"), Path(folder, "quantised.onnx")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-import turns
+from harness import turns
 
 SHAPES = ("50,32,64", "100,32,128", "128,32,256", "50,64,512")
 WAYS = ("full", "lengths", "packed", "resets", "nn packed")
@@ -61,7 +61,8 @@ def main() -> None:
         calls = ways(cell, *sizes, args.part == "training")
         for call, _ in calls.values():
             call()
-        seconds = turns.medians({way: call for way, (call, _) in calls.items()}, args.rounds)
+        taken = turns.in_rounds({way: call for way, (call, _) in calls.items()}, args.rounds)
+        seconds = turns.medians(taken)
         # Per valid timestep.
         ns = {way: seconds[way] / steps * 1e9 for way, (_, steps) in calls.items()}
         ratios = (f"{ns[way] / ns['full']:.2f}" for way in WAYS[1:])

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 import fused_rnn
-import turns
+from harness import turns
 
 HAVE = {"peepholes": ("LSTM",), "layer_norm": ("GRU", "LSTM")}  # others have all options
 SHAPES = ("128,32,256", "50,64,512")
@@ -87,7 +87,8 @@ def main() -> None:
     clock = time.process_time if args.cpu_time else time.perf_counter
 
     def measure(cell: str, sizes: tuple[int, ...]) -> tuple[dict, list[str]]:
-        seconds = turns.medians(ways(cell, *sizes, args.part == "training"), args.rounds, clock)
+        calls = ways(cell, *sizes, args.part == "training")
+        seconds = turns.medians(turns.in_rounds(calls, args.rounds, clock))
         found = {way: taken * 1e3 for way, taken in seconds.items()}
         ms = [{"way": way, "backend": on, "ms": taken} for (way, on), taken in found.items()]
         return {"ms": ms}, [shown(found, name) for name in WAYS]

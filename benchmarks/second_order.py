@@ -21,8 +21,8 @@ import torch
 from torch.autograd import forward_ad
 
 import fused_rnn
-import turns
 from fused_rnn import derivatives
+from harness import turns
 
 SHAPES = ("20,16,32", "50,32,128", "100,16,256")
 WAYS = ("ours", "plain operations", "torch.nn")

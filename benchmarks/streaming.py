@@ -12,19 +12,15 @@ a machine that others use too, only the second says what the code costs.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import fused_rnn
+from harness import turns
 
-CELLS = ("RNN", "GRU", "LSTM")
+HIDDEN = (64, 128, 256, 512, 1024)
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 WAYS = ("stepper", "bf16 stepper", "int8 stepper", "layer", "nn layer", "nn cell")
 TOLERANCES = {"bf16 stepper": 2e-2, "int8 stepper": 1e-1}
@@ -62,67 +58,35 @@ def ways(cell: str, hidden: int, batch: int) -> dict[str, Callable[[], object]]:
     return calls
 
 
-def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds per call of every turn."""
-    repeats = {}
-    for name, call in calls.items():
-        start = time.perf_counter()
-        for _ in range(5):
-            call()
-        repeats[name] = max(1, int(TURN_SECONDS / ((time.perf_counter() - start) / 5)))
-    turns = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            call()  # what another way has pushed out of the caches comes back
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            turns[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
-    return turns
+def lines(args: argparse.Namespace) -> Iterator[turns.Line]:
+    for cell, hidden in product(turns.cells(args), args.hidden or HIDDEN):
+        calls = ways(cell, hidden, args.batch)
+        taken = turns.in_rounds(calls, args.rounds, turn=TURN_SECONDS)
+        median = {name: s * 1e6 for name, s in turns.medians(taken).items()}
+        least = {name: min(s) * 1e6 for name, s in taken.items()}
+        times = (f"{median[name]:.1f} ({least[name]:.1f})" for name in WAYS)
+        ratios = (
+            f"{median[way] / median['stepper']:.1f} ({least[way] / least['stepper']:.1f})"
+            for way in ("nn layer", "nn cell")
+        )
+        bandwidth = 8 * GATES[cell] * hidden**2 / least["stepper"] / 1e3
+        found = {"cell": cell, "hidden": hidden, "median_us": median, "least_us": least}
+        yield [found], [cell, str(hidden), *times, *ratios, f"{bandwidth:.0f}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = turns.common_options(__doc__)
     add = parser.add_argument
-    add("--cell", action="append", choices=[c.lower() for c in CELLS], help="may be given again")
     add("--hidden", action="append", type=int, help="H and I; may be given again")
     add("--batch", type=int, default=1)
     add("--rounds", type=int, default=100, help="turns of each way")
     add("--threads", type=int, default=1)
-    add("--json", type=Path, help="write what was measured to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    table = Table(title=f"one step, B = {args.batch}, {args.threads} thread(s), median (least) us")
-    for column in ("cell", "H", *WAYS, "layer/stepper", "cell/stepper", "weights GB/s"):
-        table.add_column(column, justify="right")
-    rows = []
-    cells = [c for c in CELLS if not args.cell or c.lower() in args.cell]
+    title = f"one step, B = {args.batch}, {args.threads} thread(s), median (least) us"
+    columns = ("cell", "H", *WAYS, "layer/stepper", "cell/stepper", "weights GB/s")
     with torch.no_grad():
-        for cell in cells:
-            for hidden in args.hidden or (64, 128, 256, 512, 1024):
-                turns = measure(ways(cell, hidden, args.batch), args.rounds)
-                median = {name: statistics.median(t) for name, t in turns.items()}
-                least = {name: min(t) for name, t in turns.items()}
-                bandwidth = 8 * GATES[cell] * hidden**2 / least["stepper"] / 1e3
-                rows.append(
-                    {"cell": cell, "hidden": hidden, "median_us": median, "least_us": least}
-                )
-                table.add_row(
-                    cell,
-                    str(hidden),
-                    *(f"{median[name]:.1f} ({least[name]:.1f})" for name in WAYS),
-                    *(
-                        f"{median[way] / median['stepper']:.1f} "
-                        f"({least[way] / least['stepper']:.1f})"
-                        for way in ("nn layer", "nn cell")
-                    ),
-                    f"{bandwidth:.0f}",
-                )
-                if args.json:
-                    args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    Console(width=130).print(table)
+        turns.show(title, columns, lines(args), args.json, width=130)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ pytest benchmarks/ --benchmark-only
 import pytest
 import torch
 
-from cases import GATES, Case
-from data import expected_results, make_data
-from providers import PROVIDERS, Setting
-from results import Row
-from runner import Contender, entrant_of
+from harness.cases import GATES, Case
+from harness.data import expected_results, make_data
+from harness.providers import PROVIDERS, Setting
+from harness.results import Row
+from harness.runner import Contender, entrant_of
 
 CASES = [
     Case(cell, *shape, mode)

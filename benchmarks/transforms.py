@@ -20,7 +20,7 @@ import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import fused_rnn
-import turns
+from harness import turns
 
 SHAPES = ("20,16,32", "50,32,128", "100,8,256", "10,1000,16")
 WAYS = ("ours", "plain operations", "torch.nn in a loop")

@@ -12,23 +12,19 @@ Both are compared first.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 from torch.nn.utils.parametrizations import weight_norm
 
 import fused_rnn
 from fused_rnn.bench import in_turns
+from harness import turns
 
-CELLS = ("RNN", "GRU", "LSTM")
 PARTS = ("inference", "training")
 SHAPE = "20,16,16,32"
 
@@ -169,32 +165,11 @@ def calls(name: str, cell: str, sizes: tuple[int, ...], training: bool) -> list[
     return [lambda module=module: run(module) for module in modules]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--way", action="append", choices=WAYS, help="may be given again")
-    add("--cell", action="append", choices=[c.lower() for c in CELLS], help="may be given again")
-    add("--part", action="append", choices=PARTS, help="may be given again")
-    add("--shape", default=SHAPE, help="T,B,I,H")
-    add("--seconds", type=float, default=0.5, help="of each way of a cell")
-    add("--json", type=Path, help="write what was measured to this file")
-    args = parser.parse_args()
-    columns = [
-        (cell, part)
-        for part in args.part or PARTS
-        for cell in CELLS
-        if not args.cell or cell.lower() in args.cell
-    ]
-    threads = torch.get_num_threads()
-    title = f"torch.nn's time over ours, (T, B, I, H) = ({args.shape}), {threads} thread(s)"
-    table = Table("way", title=title)
-    for cell, part in columns:
-        table.add_column(f"{cell}, {part}", justify="right")
-    rows, sizes = [], tuple(map(int, args.shape.split(",")))
+def lines(args: argparse.Namespace, columns: list[tuple[str, str]]) -> Iterator[turns.Line]:
+    """A line for each way, with a figure for each cell and part."""
+    sizes = tuple(map(int, args.shape.split(",")))
     for name in args.way or WAYS:
-        shown = []
+        rows, shown = [], []
         for cell, part in columns:
             found = calls(name, cell, sizes, part == "training")
             if not found:
@@ -203,10 +178,22 @@ def main() -> None:
             theirs, ours = (statistics.median(s) * 1e3 for s in in_turns(found, args.seconds))
             rows.append({"way": name, "cell": cell, "part": part, "nn_ms": theirs, "ms": ours})
             shown.append(f"{theirs / ours:.2f}")
-        table.add_row(escape(name), *shown)
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    Console(width=110).print(table)
+        yield rows, [escape(name), *shown]
+
+
+def main() -> None:
+    parser = turns.common_options(__doc__)
+    add = parser.add_argument
+    add("--way", action="append", choices=WAYS, help="may be given again")
+    add("--part", action="append", choices=PARTS, help="may be given again")
+    add("--shape", default=SHAPE, help="T,B,I,H")
+    add("--seconds", type=float, default=0.5, help="of each way of a cell")
+    args = parser.parse_args()
+    columns = [(cell, part) for part in args.part or PARTS for cell in turns.cells(args)]
+    threads = torch.get_num_threads()
+    title = f"torch.nn's time over ours, (T, B, I, H) = ({args.shape}), {threads} thread(s)"
+    shown = ("way", *(f"{cell}, {part}" for cell, part in columns))
+    turns.show(title, shown, lines(args, columns), args.json, width=110, words=1)
 
 
 if __name__ == "__main__":

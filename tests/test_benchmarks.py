@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,22 +28,13 @@ measures_the_library = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def modules(monkeypatch):
-    """The modules of benchmarks/, which is no package but a folder of scripts."""
+    """Those of benchmarks/harness, which the commands find beside them."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     pytest.importorskip("rich")  # of the tables
-    import cases
-    import data
-    import memory
-    import providers
-    import report
-    import results
-    import runner
-    import sets
-    import targets
-
-    return SimpleNamespace(**{m.__name__: m for m in (
-        cases, data, memory, providers, report, results, runner, sets, targets
-    )})  # fmt: skip
+    names = (
+        "cases", "data", "memory", "providers", "report", "results", "runner", "sets", "targets"
+    )  # fmt: skip
+    return SimpleNamespace(**{name: import_module(f"harness.{name}") for name in names})
 
 
 def run(script, *arguments):
@@ -285,7 +277,7 @@ def test_bound_is_the_largest_of_three(modules):
 
 
 def test_peak_counts_only_chains_that_run(modules):
-    import ceiling
+    from harness import ceiling
 
     if (library := ceiling._library()) is None:
         pytest.skip("no compiler for the ceilings")
@@ -332,7 +324,7 @@ def test_layer_under_compile_is_measured_beside_the_eager_one(modules):
         modules, modules.cases.Case("gru", 5, 2, 8, 8), "fused_rnn", "fused_rnn compiled"
     )
     assert not any(row.note for row in rows.values())
-    assert modules.targets.eager_over_compiled(list(rows.values()), None) > 0
+    assert modules.targets.eager_over_compiled(list(rows.values())) > 0
 
 
 def run_of(modules, commit, *sets, cpu="a"):
@@ -368,10 +360,10 @@ def test_memory_and_compile_are_targets(modules):
     row = modules.results.Row("memory", 0, 0, case, "fused_rnn", ms=4.0, peak_mib=10.0)
     theirs = replace(row, provider="torch.nn", peak_mib=15.0)
     compiled = replace(row, provider="fused_rnn compiled", ms=5.0)
-    assert modules.targets.memory_of_torch([theirs, row], None) == 1.5
-    assert modules.targets.eager_over_compiled([compiled, row], None) == 0.8
-    assert modules.targets.eager_over_compiled([replace(compiled, note="wrong: x"), row], None) == 0
-    assert modules.targets.memory_of_torch([row], None) is None
+    assert modules.targets.memory_of_torch([theirs, row]) == 1.5
+    assert modules.targets.eager_over_compiled([compiled, row]) == 0.8
+    assert modules.targets.eager_over_compiled([replace(compiled, note="wrong: x"), row]) == 0
+    assert modules.targets.memory_of_torch([row]) is None
 
 
 def test_names_of_sets_and_providers(modules):
@@ -393,7 +385,7 @@ def test_documents_say_what_the_results_say(modules, capsys):
 
 def test_plots_are_made_from_a_run(modules, tmp_path):
     pytest.importorskip("matplotlib")
-    import plots
+    from harness import plots
 
     run_of_cpu = modules.results.Run.load(BENCHMARKS / "results" / "cpu.json")
     written = plots.plot_all(run_of_cpu, tmp_path, "cpu")
@@ -403,7 +395,7 @@ def test_plots_are_made_from_a_run(modules, tmp_path):
 
 def test_precision_leaves_cudnn_on_and_puts_everything_back(modules):
     """What torch's own context manager is not told, it changes: cuDNN goes off."""
-    from precision import gpu_precision
+    from harness.precision import gpu_precision
 
     flags = torch.backends.cudnn
     before = flags.enabled, flags.allow_tf32, torch.get_float32_matmul_precision()

@@ -57,7 +57,7 @@ def test_dry_run(tmp_path):
 def gpu_sets():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        from sets import SETS
+        from harness.sets import SETS
     finally:
         sys.path.pop(0)
     return {name for name, case_set in SETS.items() if case_set.device == "cuda"}
@@ -95,7 +95,7 @@ def test_device_error_is_blamed_and_the_rest_goes_on(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import bench
 
-    from providers import PROVIDERS, Provider
+    from harness.providers import PROVIDERS, Provider
 
     def broken(case, data, setting):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

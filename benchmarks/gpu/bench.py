@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from cases import Case
-from ceiling import Ceiling
-from data import make_data
-from gpu_ceiling import gpu_ceiling
-from providers import PROVIDERS, Provider, Setting, default, is_ours
-from results import Row, Run, describe_run
-from runner import DeviceLostError, entrant_of, measure
-from sets import SETS, Group
+from harness.cases import Case
+from harness.ceiling import Ceiling
+from harness.data import make_data
+from harness.gpu_ceiling import gpu_ceiling
+from harness.providers import PROVIDERS, Provider, Setting, default, is_ours
+from harness.results import Row, Run, describe_run
+from harness.runner import DeviceLostError, entrant_of, measure
+from harness.sets import SETS, Group
 
 GPU_SETS = [name for name, case_set in SETS.items() if case_set.device == "cuda"]
 AGAIN = 3  # exit status: start the same command again

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from cases import GATES, Case
-from data import expected_results, make_data
-from providers import PROVIDERS, Setting
-from results import Row
-from runner import Contender, entrant_of
+from harness.cases import GATES, Case
+from harness.data import expected_results, make_data
+from harness.providers import PROVIDERS, Setting
+from harness.results import Row
+from harness.runner import Contender, entrant_of
 
 SHAPES = ((3, 2, 16, 16), (5, 9, 24, 40), (4, 17, 64, 128))  # T, B, I, H
 EXCHANGING = (3, 18, 16, 300)  # where several programs or blocks of threads share a layer

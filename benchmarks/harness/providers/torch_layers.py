@@ -13,11 +13,11 @@ from functools import partial
 import torch
 
 import fused_rnn
-from cases import Case
-from data import Data, module_call
 from fused_rnn.dispatch import BACKENDS
-from loop import STEPS, Loop
-from providers.base import CannotDoError, Provider, Session, Setting, torch_settings
+from harness.cases import Case
+from harness.data import Data, module_call
+from harness.loop import STEPS, Loop
+from harness.providers.base import CannotDoError, Provider, Session, Setting, torch_settings
 
 
 def _fused_rnn(

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cases import Case
-from data import Data, Results, training_call
-from providers.base import (
+from harness.cases import Case
+from harness.data import Data, Results, training_call
+from harness.providers.base import (
     CannotDoError,
     Provider,
     Session,

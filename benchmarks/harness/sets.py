@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from cases import GATES, LENGTHS, Case
+from harness.cases import GATES, LENGTHS, Case
 
 Group = tuple[Case, ...]  # the case that the others are compared with first
 

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from captions import CAPTIONS
-from cases import GATES, Case
-from results import Row, Run
+from harness.captions import CAPTIONS
+from harness.cases import GATES, Case
+from harness.results import Row, Run
 
 # One colour per provider, the same in every plot; those for colour-blind readers first.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")

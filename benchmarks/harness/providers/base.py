@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 import fused_rnn
-from cases import Case
-from data import Data, Results
-from precision import gpu_precision
+from harness.cases import Case
+from harness.data import Data, Results
+from harness.precision import gpu_precision
 
 
 class CannotDoError(Exception):

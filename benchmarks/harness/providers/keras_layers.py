@@ -12,9 +12,9 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from cases import Case
-from data import Data, Results, training_call
-from providers.base import (
+from harness.cases import Case
+from harness.data import Data, Results, training_call
+from harness.providers.base import (
     CannotDoError,
     Provider,
     Session,

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from cases import Case
-from data import Data, Results
-from providers.base import CannotDoError, Provider, Session, Setting
+from harness.cases import Case
+from harness.data import Data, Results
+from harness.providers.base import CannotDoError, Provider, Session, Setting
 
 
 def _require_float32_inference(case: Case) -> None:
@@ -61,7 +61,7 @@ def _onnxruntime(case: Case, data: Data, setting: Setting) -> Session:
     """Inputs and outputs are bound, which is 3 us (a quarter) faster than session.run in a step of
     H=128, and as fast elsewhere."""
     _require_float32_inference(case)
-    import onnx_layer
+    from harness import onnx_layer
 
     model = onnx_layer.build(data.layer, case, states=bool(data.states))
     session = onnxruntime_session(model, setting.threads)
@@ -92,7 +92,7 @@ def _openvino(case: Case, data: Data, setting: Setting) -> Session:
     _require_float32_inference(case)
     import openvino
 
-    import onnx_layer
+    from harness import onnx_layer
 
     model = onnx_layer.build(data.layer, case, states=bool(data.states))
     settings = {

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from results import WILD, Row, Run
-from sets import SETS
-from targets import Outcome, geometric_mean, over_best, over_torch, second_over_first
+from harness.results import WILD, Row, Run
+from harness.sets import SETS
+from harness.targets import Outcome, geometric_mean, over_best, over_torch, second_over_first
 
 # A smaller change is never called one, however small the spread within each run.
 NOISE = 0.03
@@ -77,9 +77,9 @@ def _lines(group: list[Row], run: Run, providers: list[str]) -> Iterator[list[st
         yield [
             *(case.cell, case.shape, case.mode, case.traits),
             *(milliseconds(rows[name]) if name in rows else "" for name in providers),
-            number(over_torch(list(rows.values()), run)),
-            number(over_best(list(rows.values()), run)),
-            number(second_over_first(group, run)) if ours.variant == 1 else "",
+            number(over_torch(list(rows.values()))),
+            number(over_best(list(rows.values()))),
+            number(second_over_first(group)) if ours.variant == 1 else "",
             number(ours.gflops, 1),
             percent(run.of_peak(ours)),
             percent(ours.of_bound),

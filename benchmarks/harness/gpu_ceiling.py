@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from precision import gpu_precision
+from harness.precision import gpu_precision
 
 GEMM_SIZE = 8192
 COPY_BYTES = (8 << 20, 1 << 30)  # within the L2 cache, and from memory to memory

@@ -16,8 +16,8 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from cases import Case
 from fused_rnn.interop.onnx_weights import to_onnx
+from harness.cases import Case
 
 # From 14 on the three nodes have not changed; both runtimes have known it for years.
 OPSET, IR_VERSION = 14, 8

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from providers.base import CannotDoError, Provider, Session, Setting
-from providers.flashrnn import FLASHRNN
-from providers.gpu_libraries import GPU_LIBRARIES
-from providers.jax_layers import JAX_LAYERS
-from providers.keras_layers import KERAS_LAYERS
-from providers.onnx_runtimes import ONNX_RUNTIMES
-from providers.torch_layers import TORCH_LAYERS
+from harness.providers.base import CannotDoError, Provider, Session, Setting
+from harness.providers.flashrnn import FLASHRNN
+from harness.providers.gpu_libraries import GPU_LIBRARIES
+from harness.providers.jax_layers import JAX_LAYERS
+from harness.providers.keras_layers import KERAS_LAYERS
+from harness.providers.onnx_runtimes import ONNX_RUNTIMES
+from harness.providers.torch_layers import TORCH_LAYERS
 
 __all__ = ["PROVIDERS", "CannotDoError", "Provider", "Session", "Setting", "default", "is_ours"]
 

@@ -7,9 +7,9 @@ import os
 import numpy as np
 import torch
 
-from cases import Case
-from data import Data, Results
-from providers.base import CannotDoError, Provider, Session, Setting, require_plain
+from harness.cases import Case
+from harness.data import Data, Results
+from harness.providers.base import CannotDoError, Provider, Session, Setting, require_plain
 
 
 def _steps(jax):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cases import Case
+from harness.cases import Case
 
 State = tuple[Tensor, ...]  # h [B, H], and c for LSTM
 Step = Callable[[Tensor, State, Tensor, Tensor], State]

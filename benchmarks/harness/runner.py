@@ -11,13 +11,13 @@ from itertools import pairwise
 
 import torch
 
-from cases import Case
-from data import Data, Results, expected_results, make_data, masked
 from fused_rnn.testing import relative_error
-from memory import PeakMemory
-from providers import CannotDoError, Provider, Session, Setting
-from results import Row
-from sets import Group
+from harness.cases import Case
+from harness.data import Data, Results, expected_results, make_data, masked
+from harness.memory import PeakMemory
+from harness.providers import CannotDoError, Provider, Session, Setting
+from harness.results import Row
+from harness.sets import Group
 
 # Relative to the expected results, over a whole tensor: long sums added in another order, and the
 # roundings of a half type or of TF32. What is wrong is wrong by far more.

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import fused_rnn
-from cases import Case
 from fused_rnn.native import cpu_capability, cpu_library_error
-from providers import PROVIDERS, Setting, is_ours
+from harness.cases import Case
+from harness.providers import PROVIDERS, Setting, is_ours
 
 WILD = 0.2  # spread above which a median is not worth much
 ON_CHIP_BYTES = 340 << 10  # of weights, in registers and shared memory of one multiprocessor
@@ -205,7 +205,7 @@ def describe_run(setting: Setting, seconds: float, absent: dict[str, str]) -> di
 
 def _relative(argument: str) -> str:
     """An argument without the folders of this machine."""
-    folder = str(Path(__file__).parents[1])
+    folder = str(Path(__file__).parents[2])
     return argument.removeprefix(folder + os.sep)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from cases import GATES, Case
-from loop import Loop
-from precision import gpu_precision
+from harness.cases import GATES, Case
+from harness.loop import Loop
+from harness.precision import gpu_precision
 
 LAYERS = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}
 Results = dict[str, Tensor]  # what providers have to agree on, by name
