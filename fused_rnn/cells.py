@@ -140,7 +140,7 @@ def weight_shapes(
     directions: int,
     biased: bool,
 ) -> list[tuple[int, ...]]:
-    """Of a stack's weights, in the order of torch.nn's `_flat_weights`."""
+    """The shapes of a stack's weights, in the order of torch.nn's `_flat_weights`."""
     rows = cell.gates * hidden
     tail = [(rows, output)]  # what follows w_ih: w_hh, b_ih, b_hh, w_hr
     if biased:
@@ -154,7 +154,7 @@ def weight_shapes(
 def zero_states(
     cell: Cell, like: Tensor, leading: tuple[int, ...], output: int, hidden: int
 ) -> tuple[Tensor, ...]:
-    """Where none are given: h [..., P] and, where the cell has it, c [..., H]."""
+    """Initial states where none are given: h [..., P] and, where the cell has it, c [..., H]."""
     h0 = like.new_zeros((*leading, output))
     return (h0, like.new_zeros((*leading, hidden))) if cell.has_c else (h0,)
 

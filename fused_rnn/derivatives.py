@@ -38,7 +38,8 @@ def gradients(
     asked: BackwardCall,
     compute: Callable[[], list[Tensor | None]],  # gives their numbers
 ) -> list[Tensor | None]:
-    """Of a call's `differentiable`, as functions of them and of the gradients that come in."""
+    """The gradients of a call's `differentiable`, as functions of them and of the gradients that
+    come in."""
     grads, call, (y, *_), needs = asked
     return list(_Gradients.apply(compute, call, y, needs, *grads[:3], *call.differentiable))
 

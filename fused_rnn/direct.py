@@ -218,7 +218,8 @@ def gradients_anew(
     inputs: Sequence[Tensor | None],  # x, h0, c0, *weights
     needs: Sequence[bool],  # of these
 ) -> list[Tensor | None] | None:
-    """Those of a padded layer of which nothing was saved, or None: the call is not for here."""
+    """The gradients of a padded layer of which nothing was saved, or None: the call is not for
+    here."""
     directions, both = inputs[1].shape[0], calls()
     outputs = both.train_layer(cell.index, directions, True, False, None, *inputs)
     if outputs is None:
@@ -234,11 +235,11 @@ def gradients_anew(
 
 
 def no_answer(*args: Any) -> None:
-    """Of a call that is for the operators."""
+    """The answer to a call that is for the operators: None."""
 
 
 class _NoCalls:
-    """Where the extension module cannot be used."""
+    """Stands in for the extension module where it cannot be used."""
 
     infer_module = infer_layers = infer_cell = prepare_step = staticmethod(no_answer)
     train_layer = train_layer_backward = staticmethod(no_answer)

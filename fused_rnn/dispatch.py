@@ -108,7 +108,7 @@ def reasons(problem: Problem) -> list[tuple[str, str | None]]:
 
 
 def _candidates(problem: Problem) -> Iterator[Backend]:
-    """Those for the problem's device, in order of preference."""
+    """The backends for the problem's device, in order of preference."""
     return (b for b in BACKENDS.values() if b.device_type in (None, problem.device_type))
 
 
@@ -150,7 +150,7 @@ def select(problem: Problem, name: str = "") -> Backend:
 
 
 def choose(problem: Problem, name: str = "") -> Backend:
-    """As `select`, for who only wants to know: nobody is told of the choice."""
+    """What `select` gives, for who only wants to know: nobody is told of the choice."""
     name = name or requested() or "auto"
     return _first_backend(problem) if name == "auto" else _forced_backend(problem, name)
 

@@ -127,8 +127,9 @@ def explain(module: torch.nn.Module, *args, **kwargs) -> Explanation:
 
 
 def _random_state_kept(module: torch.nn.Module, *arguments: Any) -> AbstractContextManager:
-    """For what the call may draw from: the CPU's generator, and those of devices that hold its
-    tensors. torch's own choice, all devices, would initialise every one."""
+    """A `with` block that leaves what the call may draw from as it was: the CPU's generator, and
+    those of devices that hold its tensors. torch's own choice, all devices, would initialise every
+    one."""
     accelerator = torch.accelerator.current_accelerator()
     kind = "cuda" if accelerator is None else accelerator.type
     tensors = [*module.parameters(), *module.buffers(), *tree_leaves(arguments)]

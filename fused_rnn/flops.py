@@ -76,18 +76,18 @@ def forward(x: Tensor, weights: Sequence[Tensor]) -> int:
 def layer_forward(
     x: Tensor, h0: Any, c0: Any, weights: Sequence[Tensor], *_: Any, **__: Any
 ) -> int:
-    """Of fused_rnn::layer_forward and infer_layers."""
+    """FLOPs of fused_rnn::layer_forward and infer_layers."""
     return forward(x, weights)
 
 
 def library_layer(cell: int, x: Tensor, weights: Sequence[Tensor], *_: Any, **__: Any) -> int:
-    """Of fused_rnn_cpu::layer."""
+    """FLOPs of fused_rnn_cpu::layer."""
     return forward(x, weights)
 
 
 def layer_backward(*arguments: Any, **_: Any) -> int:
-    """Of fused_rnn::layer_backward: a product for the gradient of each matrix, and one for that of
-    what the matrix was multiplied by."""
+    """FLOPs of fused_rnn::layer_backward: a product for the gradient of each matrix, and one for
+    that of what the matrix was multiplied by."""
     _, call, _, needs = BackwardCall.of(*arguments)
     needs_x, needs_h0, _, needs_reset, _, *needs_weights = needs
     weights, cell = call.weights, CELLS[call.cell]
@@ -109,7 +109,7 @@ def layer_backward(*arguments: Any, **_: Any) -> int:
 
 
 def step(packed, cell, layers, input, hidden, output, bias, per_word, x, *_: Any, **__: Any) -> int:
-    """Of fused_rnn_cpu::step, whose weights are all in one tensor."""
+    """FLOPs of fused_rnn_cpu::step, whose weights are all in one tensor."""
     gates = next(each.gates for each in CELLS.values() if each.index == cell)
     columns = input + (layers - 1) * output + layers * output
     projection = layers * output * hidden if output != hidden else 0
@@ -117,5 +117,5 @@ def step(packed, cell, layers, input, hidden, output, bias, per_word, x, *_: Any
 
 
 def step_lstm(packed, layers, *args: Any, **options: Any) -> int:
-    """Of fused_rnn_cpu::step_lstm."""
+    """FLOPs of fused_rnn_cpu::step_lstm."""
     return step(packed, CELLS["lstm"].index, layers, *args, **options)

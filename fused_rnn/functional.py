@@ -284,7 +284,7 @@ def _checked(
     resets: Tensor | None,
     reset_hx,
 ) -> _Checked:
-    """As `recurrent` takes them; raises what it raises."""
+    """The arguments of `recurrent`, checked: raises what it raises."""
     directions, packed = 2 if bidirectional else 1, batch_sizes is not None
     checks.is_dense_tensor(input, "input")
     checks.stack_options(num_layers, dropout)
@@ -325,7 +325,7 @@ def _checked(
 def _masks(
     lengths: Tensor | None, resets: Tensor | None, device: torch.device, swapped: bool
 ) -> Masks:
-    """Where `lengths` are on the CPU and `device` is not, they are sent there."""
+    """The masks on `device`, where lengths that are on the CPU are sent without waiting."""
     if lengths is not None:
         lengths = lengths.to(device, torch.int64, non_blocking=True)
     if resets is not None:

@@ -124,8 +124,8 @@ class GeneralScan:
         c0: Tensor | None,  # [D, B, H]
         dtype: torch.dtype,
     ) -> Noise:
-        """Of each direction in turn the mask of recurrent dropout, then those of zoneout for h and
-        for c."""
+        """Draws for each direction in turn the mask of recurrent dropout, then those of zoneout for
+        h and for c."""
         probabilities = self.zoneout if c0 is not None else (self.zoneout[0], 0.0)
         factors, kept = [], ([], [])
         for h in h0:

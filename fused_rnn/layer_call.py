@@ -60,7 +60,7 @@ class LayerCall(NamedTuple):
 
     @property
     def inputs(self) -> tuple:
-        """As `ops.layer` takes them."""
+        """The tensors as `ops.layer` takes them."""
         return self.cell, self.x, self.h0, self.c0, self.weights, self.batch_sizes, self.masks
 
     @property
@@ -106,7 +106,7 @@ class BackwardCall(NamedTuple):
         x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
         y, gates, cells, cell, needs, states, recompute, backend, *noise,
     ) -> BackwardCall:  # fmt: skip
-        """From the operator's arguments."""
+        """The call that the operator's arguments are."""
         call = LayerCall(
             x, h0, c0, weights, batch_sizes, lengths, resets, reset_h, reset_c,
             cell, True, states, recompute, backend, *noise,
@@ -115,7 +115,7 @@ class BackwardCall(NamedTuple):
 
     @property
     def arguments(self) -> tuple:
-        """As the operator takes them."""
+        """The call as the operator takes it."""
         c = self.call
         return (
             *self.grads,
@@ -125,7 +125,7 @@ class BackwardCall(NamedTuple):
 
 
 def with_resets(of_others: Sequence[Any], value: Any) -> tuple[Any, ...]:
-    """In the order of `LayerCall.differentiable` what is there of x, h0, c0 and the weights, with
+    """What is there, in the order of `LayerCall.differentiable`, of x, h0, c0 and the weights, with
     `value` for the states after a reset."""
     return (*of_others[:3], value, value, *of_others[3:])
 

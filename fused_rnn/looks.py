@@ -17,8 +17,8 @@ CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
 
 def own_parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any] | None:
-    """Those that lie in the module, and None where one does not: it is computed, or is a plain
-    attribute. No look."""
+    """The parameters of these names that lie in the module, and None where one does not: it is
+    computed, or is a plain attribute. No look."""
     parameters = module._parameters
     try:
         return [parameters[name] for name in names]
@@ -27,14 +27,14 @@ def own_parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any] |
 
 
 def attributes(module: torch.nn.Module, names: Sequence[str], looked: list[Any]) -> list[Any]:
-    """Whatever they are."""
+    """The module's attributes of these names, whatever they are, read once a call."""
     if not looked:
         looked.extend([getattr(module, name) for name in names])
     return looked
 
 
 def layer_weights(module: torch.nn.RNNBase, looked: list[Any]) -> list[Any]:
-    """As in `functional`, whatever they are."""
+    """A layer module's weights in the order of `functional`, whatever they are."""
     names = module._flat_weights_names
     own = own_parameters(module, names)
     return attributes(module, names, looked) if own is None else own

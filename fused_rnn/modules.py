@@ -605,7 +605,7 @@ class LSTM(_RecurrentLayers):
 
 
 def _reject(options: Mapping[str, Any], owner: str) -> None:
-    """Those that are nobody's."""
+    """Refuses keyword arguments that no option has."""
     if "proj_size" in options:
         raise ValueError(_NO_PROJECTION)
     for name in options:

@@ -56,7 +56,7 @@ def cuda_emulated_library_error() -> str | None:
 
 
 def library_path() -> Path:
-    """Where the CPU library is, for processes that load it without this package."""
+    """The path of the CPU library, for processes that load it without this package."""
     return _LIBRARY
 
 

@@ -41,7 +41,7 @@ def operator_of(cell: Cell) -> str:
 
 
 def node_of(cell: Cell, weights: list[DirectionWeights]) -> OnnxNode:
-    """Of one layer without projection and normalisation; `weights` of each direction."""
+    """The node of one layer without projection and normalisation; `weights` of each direction."""
     order, directions = ONNX_GATES[cell.name], len(weights)
     first = weights[0]
     attributes: dict[str, Any] = {

@@ -299,7 +299,7 @@ def _backward_fake(*arguments):
 
 
 class _LayerFunction(torch.autograd.Function):
-    """Of a call that saves, with its `differentiable`."""
+    """Autograd's function of a call that saves, with its `differentiable`."""
 
     @staticmethod
     def forward(ctx, call, *differentiable):

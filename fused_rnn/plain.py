@@ -73,7 +73,8 @@ def gradients(
     needs: Sequence[bool],
     create_graph: bool,
 ) -> list[Tensor | None]:
-    """Of `call.differentiable`, as functions of them and `grads` where `create_graph`."""
+    """The gradients of `call.differentiable`, as functions of them and `grads` where
+    `create_graph`."""
     with torch.enable_grad():
         # A view of each input, so that differentiation stops there: one may depend on another.
         views = [None if t is None else t.view_as(t) for t in call.differentiable]
@@ -84,7 +85,8 @@ def gradients(
 
 
 def differentiable_grads(outputs, grads, views, needs, create_graph):
-    """Of `views`, where there is a need, the gradients of the outputs that have one in `grads`."""
+    """The gradients of `views`, where there is a need, from those of the outputs that have one in
+    `grads`."""
     used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [v for v, need in zip(views, needs, strict=True) if need]
     found = iter(

@@ -68,9 +68,10 @@ class Problem:
 
     @property
     def saved_columns(self) -> int:
-        """Of `gates`, where forward saves. Who normalises keeps behind the gates of all rows the
-        normalised values of the hidden side, of an LSTM's c and of the input side, and five factors
-        of each row: in this order, since in a compiled graph another backend may run backward."""
+        """The columns of `gates`, where forward saves. Who normalises keeps behind the gates of all
+        rows the normalised values of the hidden side, of an LSTM's c and of the input side, and
+        five factors of each row: in this order, since in a compiled graph another backend may run
+        backward."""
         cell, columns = self.cell, self.cell.saved_gates * self.hidden_size
         if "layer_norm" not in self.extras:
             return columns
@@ -78,8 +79,8 @@ class Problem:
 
     @property
     def saved_dtype(self) -> torch.dtype:
-        """Of `gates`. Gradients go through deviations at every step: rounded to bfloat16 these
-        made an LSTM's five times as inexact as the reference's."""
+        """The dtype of `gates`. Gradients go through deviations at every step: rounded to bfloat16
+        these made an LSTM's five times as inexact as the reference's."""
         return state_dtype(self.dtype) if "layer_norm" in self.extras else self.dtype
 
     @property
@@ -89,7 +90,7 @@ class Problem:
 
 
 class Masks(NamedTuple):
-    """Where the rows of a padded batch end, and where they start afresh.
+    """The ends of a padded batch's rows, and where they start afresh.
 
     Row b takes the steps [0, lengths[b]). Before step t with resets[t, b] its state becomes
     reset_h[:, b] and reset_c[:, b]. So resets cut a row into pieces that know nothing of each
@@ -126,7 +127,7 @@ class Masks(NamedTuple):
             torch._assert_async(fits, f"lengths: expected values from 0 to {timesteps}")
 
     def in_dtype(self, dtype: torch.dtype) -> Masks:
-        """With the states after a reset in `dtype`."""
+        """The same masks with the states after a reset in `dtype`."""
         reset = (None if r is None else r.to(dtype) for r in (self.reset_h, self.reset_c))
         return Masks(self.lengths, self.resets, *reset)
 
@@ -164,13 +165,13 @@ class Noise(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """As in Problem.extras."""
+        """The names of what is in effect, as in Problem.extras."""
         zoneout = self.kept_h is not None or self.kept_c is not None or self.averaged
         given = (("recurrent_dropout", self.h_factor is not None), ("zoneout", zoneout))
         return tuple(name for name, there in given if there)
 
     def of_rows(self) -> Noise:
-        """With masks [D, N, ...]."""
+        """The same noise with masks [D, N, ...]."""
         flat = (k.flatten(1, -2) if k is not None else None for k in (self.kept_h, self.kept_c))
         return Noise(self.h_factor, *flat, self.part_h, self.part_c)
 

@@ -34,7 +34,7 @@ class Extras(NamedTuple):
 
     @classmethod
     def of_weights(cls, cell: Cell, w: DirectionWeights) -> Extras:
-        """Those that go with a direction's weights, see `flat`."""
+        """The extras among a direction's weights, see `flat`."""
         if w.norm is None:
             return cls(w.peephole)
         rows, hidden = w.w_ih.shape[0], w.w_ih.shape[0] // cell.gates
@@ -154,7 +154,7 @@ def _gru_step(reset_after: bool):
 def _lstm_step(
     gx: Tensor, states: States, of_hidden: _OfHidden, w: DirectionWeights, extras: Extras
 ) -> States:
-    """With peepholes as in Graves 2013: i and f see the old c, o the new one."""
+    """A step of an LSTM, with peepholes as in Graves 2013: i and f see the old c, o the new one."""
     h, c = states
     i, f, g, o = (gx + of_hidden(0, h)).chunk(4, -1)
     p_o = None

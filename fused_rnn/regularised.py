@@ -126,7 +126,7 @@ class Regularisation:
         return [f"{name}={value!r}" for name, value, no in values if value not in (no, (0, 0))]
 
     def changes(self) -> list[str]:
-        """Likewise of what makes a module compute something else than torch.nn's."""
+        """The options, as text, that make a module compute something else than torch.nn's."""
         return [text for text in self.given() if not text.startswith(("init=", "forget_bias="))]
 
     def scanned(self, training: bool) -> tuple[str, ...]:
@@ -201,7 +201,7 @@ class RegularisedLayers:
             self._initialise()
 
     def _regularise(self, regularisation: Regularisation) -> None:
-        """To be called once, by the constructor."""
+        """Adds the options and their parameters; for the constructor, once."""
         regularisation.check(self._get_name(), self._cell(), self.bias)
         if regularisation == PLAIN:
             return
@@ -287,7 +287,7 @@ class RegularisedLayers:
         )
 
     def _extras(self, looked: list[Tensor]) -> list[Extras]:
-        """Of each layer and direction."""
+        """The extras of each layer and direction."""
         weights = dict(zip(self._flat_weights_names, looked, strict=True))
         names = ("weight_peephole", "ln_ih_weight", "ln_hh_weight", "ln_c_weight", "ln_c_bias")
         extras = []

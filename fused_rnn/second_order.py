@@ -71,7 +71,7 @@ def _relu_slopes(h: Tensor) -> _Slopes:
 
 
 def _gru(sums: Tensor, h: Tensor) -> Tensor:
-    """Of gx_n, both r's sum, both z's sum, gh_n."""
+    """The new h, from gx_n, both r's sum, both z's sum, gh_n."""
     gx_n, r, z, gh_n = sums.unbind(1)
     n = torch.tanh(gx_n + torch.sigmoid(r) * gh_n)
     return n + torch.sigmoid(z) * (h - n)
@@ -196,7 +196,8 @@ def gradients_in_pieces(
     along: Given,
     masks: Masks,
 ) -> tuple[list[Some], Given]:
-    """As `gradients`, of a padded batch whose rows end early or start afresh, on the CPU."""
+    """What `gradients` gives, of a padded batch whose rows end early or start afresh, on the
+    CPU."""
     timesteps, batch, _ = inputs.x.shape
     pieces = Pieces(masks, timesteps, batch)
 
@@ -421,7 +422,7 @@ class _Direction:
         return torch.cat((states, joining if initial is None else initial[len(states) : size]))
 
     def gradients(self, grads: tuple[Some, Some, Some]) -> tuple[tuple, tuple]:
-        """Of y, h_n, c_n; and of x, h0, c0 and the weights of this direction."""
+        """Two groups of gradients: of y, h_n, c_n; and of x, h0, c0 and the weights of this direction."""
         order, has_output = self.order, self.steps.output is not None
         grad_y, grad_h_n, grad_c_n = grads
         of_h = torch.zeros_like(self.h_before)
@@ -469,7 +470,7 @@ class _Direction:
         return (tangent_h, *finals), (x, h0, c0, weights)
 
     def _scan_back(self, of_h: Tensor, of_carry: Some, of_sums: Some = None) -> _Adjoint:
-        """From the gradients of all h, of each c and of all sums."""
+        """The scan in reverse, from the gradients of all h, of each c and of all sums."""
         order, has_output = self.order, self.steps.output is not None
         sums, h = torch.empty_like(self.slopes.carry_by_sums), torch.empty_like(of_h)
         carry = torch.empty_like(h) if has_output else h
@@ -513,7 +514,7 @@ class _Direction:
         return _Adjoint(sums, h, carry, whole)
 
     def scan_tangents(self) -> tuple[Tensor, Tensor, Some]:
-        """Of the sums, h and c of each step."""
+        """The tangents of the sums, h and c of each step."""
         order, has_output = self.order, self.steps.output is not None
         w_ih, w_hh, b_ih, b_hh = self.along
         sums = self._sums(
@@ -549,7 +550,7 @@ class _Direction:
         return self.order.split(sums.squeeze(1) if self.steps.columns == 1 else sums)
 
     def _weighted_sum(self, by: Tensor, sums: Tensor, into: Tensor) -> None:
-        """Of the columns."""
+        """Sums over the columns of `sums`, weighted."""
         if self.steps.columns == 1:
             torch.mul(by, sums, out=into)
         else:

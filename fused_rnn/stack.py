@@ -79,7 +79,7 @@ def layers(
 
 
 def _draw(x: Tensor, h0: Tensor, p: float) -> Dropout:
-    """As torch's dropout would draw it layer after layer."""
+    """The dropout that torch would draw layer after layer."""
     if p == 0:
         return Dropout([], 1.0)
     ones = x.new_ones((*x.shape[:2], h0.shape[2]))
@@ -172,7 +172,7 @@ class _StackFunction(torch.autograd.Function):
 
 
 def _differentiable_backward(problem, dropout, grads, inputs, needs, create_graph):
-    """As `plain.gradients` of a single layer, through every layer."""
+    """What `plain.gradients` gives for a single layer, through every layer."""
     views = [None if i is None else i.view_as(i) for i in inputs]
     x, h0, c0, *weights = views
     count, finals = problem.stack.layers, []

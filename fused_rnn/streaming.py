@@ -164,7 +164,7 @@ class _Packed(Stepper):
 
 
 class _PackedLSTM(_Packed):
-    """With a c beside h."""
+    """Cells with a c beside h."""
 
     def _by_operator(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         try:
@@ -355,7 +355,7 @@ def _padded(bias: Tensor) -> Tensor:
 
 
 def _operator(has_c: bool) -> Callable[..., Any]:
-    """Of the library, which is there."""
+    """The library's operator of a step; the library has to be there."""
     _describe_operators()
     ops = torch.ops.fused_rnn_cpu
     return (ops.step_lstm if has_c else ops.step).default

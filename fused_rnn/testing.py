@@ -287,7 +287,7 @@ def run_torch(inputs: LayerInputs) -> Outputs:
 
 
 def _outputs(result: LayerResult) -> Outputs:
-    """As the operators lay them out: cells [D, N, H]."""
+    """A layer's outputs as the operators lay them out: cells [D, N, H]."""
     y, h_n, c_n, cells = result
     if cells is not None and cells.dim() == 4:
         cells = cells.flatten(1, 2)
@@ -463,8 +463,8 @@ def assert_same_numbers(
 
 
 def assert_float32_under_autocast(module: torch.nn.RNNBase, x: Tensor) -> None:
-    """Of a layer whose bfloat16 runs through float32: that autocast to bfloat16 rounds what goes in
-    and out and nothing between, in a backward that it surrounds neither."""
+    """Asserts, of a layer whose bfloat16 runs through float32, that autocast to bfloat16 rounds
+    what goes in and out and nothing between, in a backward that it surrounds neither."""
     plain = copy.deepcopy(module)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():

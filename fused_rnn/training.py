@@ -128,8 +128,8 @@ def _one_layer(
     masks: _Masks | None,
     return_states: bool,
 ) -> tuple[Any, ...] | None:
-    """As `layers` for [T, B, I], packed rows or a batch with masks, with nothing asked that the
-    library's call asks by itself."""
+    """What `layers` gives for [T, B, I], packed rows or a batch with masks, with nothing asked that
+    the library's call asks by itself."""
     states = direct.given_states(cell, hx)
     weights = looks.own_parameters(module, module._flat_weights_names)
     if states is None or weights is None:
@@ -154,7 +154,7 @@ def _one_layer(
 def _unbatched(
     module: torch.nn.RNNBase, looked: list[Any], input: Tensor, states: States, return_states: bool
 ) -> tuple[Any, ...] | None:
-    """As `layers` for [T, I] and states [L*D, H]: a batch of one."""
+    """What `layers` gives for [T, I] and states [L*D, H]: a batch of one."""
     if input.is_nested or input.layout != torch.strided:
         return None
     if any(s is not None and s.dim() != 2 for s in states):
@@ -242,7 +242,7 @@ def _in_memory_order(x: Tensor, batch_first: bool = False) -> Tensor | None:
 
 
 def _in_order(states: States, order: Tensor) -> States | None:
-    """Of the rows of a PackedSequence; or None: they are not as many."""
+    """The states in the order of a PackedSequence's rows; or None: they are not as many."""
     # The library looks at the rest.
     if any(s is not None and (s.dim() != 3 or s.shape[1] != order.shape[0]) for s in states):
         return None
@@ -319,8 +319,8 @@ def _run_directly(
     rows: _Rows = None,
     return_states: bool = False,
 ) -> tuple[Tensor, ...] | None:
-    """As `_run`, of any arguments: past torch's dispatcher, with which a small layer takes longer.
-    Asks by itself whether somebody watches."""
+    """What `_run` gives, of any arguments: past torch's dispatcher, with which a small layer takes
+    longer. Asks by itself whether somebody watches."""
     if forward_ad._current_level >= 0:
         return None
     try:
@@ -339,7 +339,8 @@ def _run_directly(
 def _results(
     cell: Cell, outputs: tuple[Tensor, ...] | None, directions: int, return_states: bool
 ) -> tuple[Any, ...] | None:
-    """Of what `_run` gives, y, [h_n] or [h_n, c_n], and with `return_states` (h,) or (h, c)."""
+    """The module's results, of what `_run` gives, y, [h_n] or [h_n, c_n], and with `return_states`
+    (h,) or (h, c)."""
     if outputs is None:
         return None
     y, *final = outputs
@@ -355,7 +356,7 @@ def _results(
 def _run_by_operators(
     cell: Cell, x: Tensor, states: States, weights: list[Tensor], directions: int, rows: _Rows
 ) -> tuple[Tensor, ...] | None:
-    """As `_run`, in float32."""
+    """What `_run` gives, in float32, by operators."""
     if not _is_float32(x):
         return None
     save = wants_gradients(*weights, x, *states)
@@ -494,7 +495,8 @@ def _general_gradients(ctx, grads, saved, needs) -> list[Tensor | None]:
 
 
 def _are_pieces(rows: Tensor | None) -> bool:
-    """Else they are the sizes of packed rows' steps."""
+    """Whether rows in backward are the pieces of a padded batch; else they are the sizes of packed
+    rows' steps."""
     return rows is not None and rows.dim() == 2
 
 

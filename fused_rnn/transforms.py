@@ -130,7 +130,7 @@ class _Layer(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """Of those inputs of a layer that need one, from the gradients of its outputs."""
+    """The gradients of those inputs of a layer that need one, from the gradients of its outputs."""
 
     @staticmethod
     def forward(cell, needs, *tensors):  # where no transform is left

@@ -130,7 +130,7 @@ def _windows(
 
 
 def _masks_of(masks: dict[str, Any], first: int, last: int, time: int) -> dict[str, Any]:
-    """Those of the steps [first, last); none that were not given, for layers without them."""
+    """The masks of the steps [first, last); none that were not given, for layers without them."""
     given = {name: value for name, value in masks.items() if value is not None}
     if "lengths" in given:
         given["lengths"] = (given["lengths"] - first).clamp(0, last - first)

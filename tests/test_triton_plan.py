@@ -257,7 +257,10 @@ def test_rows_of_a_family_stand_before_those_of_its_vendor():
         ("{", "Expecting"),
         ("[]", "list indices"),
         ('{"configurations": [{}]}', "regime"),
-        (planner.dump_rows([_row(which="sideways")]), "entry 0: got regime 'program', pass 'sideways'"),
+        (
+            planner.dump_rows([_row(which="sideways")]),
+            "entry 0: got regime 'program', pass 'sideways'",
+        ),
         (
             planner.dump_rows([_row(), _row(config=Config("program", 16, 8, 64, 4, True))]),
             "entry 1: .*16",

@@ -194,7 +194,7 @@ class Backend:
         dropout: Dropout,
         save: bool,
     ) -> StackOutput:
-        """For a backend whose `stack` gives something."""
+        """Runs a stack of layers side by side; for a backend whose `stack` gives something."""
         raise NotImplementedError
 
     def stack_backward(
@@ -223,7 +223,7 @@ def input_grads(
     saved: LayerOutput,
     needs: Needs,
 ) -> InputGrads:
-    """Those of a layer, from what its backward scan gave."""
+    """The gradients of a layer's inputs, from what its backward scan gave."""
     cell, out = problem.cell, problem.output_size
     x = without_padding(x, rows)
     grad_x = None
@@ -271,7 +271,7 @@ def collected(
     grad_x: Tensor | None,
     grad_weights: list[Tensor | None],
 ) -> InputGrads:
-    """With the gradients of states that a backward scan gave, where they are needed."""
+    """All gradients of a layer's inputs, where they are needed: those of states are in `scan`."""
     states = (
         (scan.h0, needs.h0),
         (scan.c0, needs.c0),
@@ -308,7 +308,8 @@ def peephole_grad(
 
 
 def float32_precision() -> str:
-    """Of float32 products on a GPU, as the user told torch for its own: "ieee" or "tf32"."""
+    """The precision of float32 products on a GPU, as the user told torch for its own: "ieee" or
+    "tf32"."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

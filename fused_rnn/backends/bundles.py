@@ -102,5 +102,5 @@ class Needs(NamedTuple):
 
     @classmethod
     def of(cls, needs: Sequence[bool]) -> Needs:
-        """In the order of `LayerCall.differentiable`."""
+        """What `LayerCall.differentiable` needs gradients of, given in that order."""
         return cls(*needs[:5], needs[5:])

@@ -168,7 +168,7 @@ def _made(device: torch.device, caller: int, number: int) -> torch.cuda.Stream:
 
 @contextmanager
 def _beside(device: torch.device, layer: int) -> Iterator[list[Tensor | None]]:
-    """On a GPU, what is inside the `with` block follows the layer's scans on a stream of its own,
+    """A `with` block whose work on a GPU follows the layer's scans on a stream of its own,
     and what comes after the block follows it. The block puts its results into the list."""
     results: list[Tensor | None] = []
     if device.type != "cuda":

@@ -163,7 +163,8 @@ def forward_in_pieces(
 
 
 def _check_memory(name: str, given: Tensor) -> None:
-    """As csrc/tensor_checks.h does where the library gets a tensor as it is."""
+    """Refuses freed memory, as csrc/tensor_checks.h does where the library gets a tensor as it
+    is."""
     steps = zip(given.shape, given.stride(), strict=True)
     last = given.storage_offset() + sum((size - 1) * stride for size, stride in steps)
     if given.untyped_storage().nbytes() < (last + 1) * given.itemsize:

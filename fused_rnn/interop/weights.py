@@ -34,7 +34,7 @@ def cell_of(module: object, *allowed: str) -> Cell:
 
 
 def read(module: torch.nn.RNNBase, layer: int) -> list[DirectionWeights]:
-    """Of each direction, detached."""
+    """A layer's weights of each direction, detached."""
     per_direction = 4 if module.bias else 2
     directions = 1 + module.bidirectional
     names = module._flat_weights_names[layer * directions * per_direction :]
@@ -52,7 +52,7 @@ def read(module: torch.nn.RNNBase, layer: int) -> list[DirectionWeights]:
 
 
 def write(module: torch.nn.RNNBase, weights: list[DirectionWeights]) -> None:
-    """Into a module of one layer."""
+    """Copies the weights of each direction into a module of one layer."""
     flat: list[Tensor] = [w for direction in weights for w in direction[:4] if w is not None]
     with torch.no_grad():
         for name, weight in zip(module._flat_weights_names, flat, strict=True):

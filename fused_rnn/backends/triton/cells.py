@@ -131,7 +131,7 @@ def lstm_backward(saved, h_before, h_after, c_before, c_after, dh, dc, peephole)
 
 @triton.jit
 def lstm_gates_backward(saved, c_before, dc):
-    """From the whole gradient of the new c to those of the pre-activations of i, f and g."""
+    """The whole gradient of the new c passed on to the pre-activations of i, f and g."""
     i, f, g = saved[0], saved[1], saved[2]
     return dc * g * i * (1.0 - i), dc * c_before * f * (1.0 - f), dc * i * (1.0 - g * g)
 

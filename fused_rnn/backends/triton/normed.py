@@ -58,7 +58,7 @@ def _groups(cell: Cell, hidden: int) -> list[slice]:
 
 
 def _all_extras(cell: Cell, weights: list[DirectionWeights]) -> dict[str, Tensor | None]:
-    """Those of all directions, [D, ...]."""
+    """The extras of all directions, each [D, ...]."""
     of_each = zip(*(Extras.of_weights(cell, w) for w in weights), strict=True)
     return {
         name: None if tensors[0] is None else launch.stacked(tensors)
@@ -89,7 +89,7 @@ class _Half(NamedTuple):
 
 
 def _halves(problem: Problem, weights: list[DirectionWeights], like: Tensor) -> list[_Half]:
-    """In forward's order."""
+    """The halves of a step, in forward's order."""
     w, hidden = launch.stacked([each.w_hh for each in weights]), problem.hidden_size
     names, parts = ("",), [w]
     if launch.resets_before(problem):
@@ -306,7 +306,7 @@ def _fresh_at_first(masks: Masks | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _LayerGrads:
-    """From the scan's gradients to those of the weights, one direction at a time."""
+    """Turns the scan's gradients into those of the weights, one direction at a time."""
 
     problem: Problem
     scan: ScanGrads  # its gates: of what the gates add up
@@ -333,7 +333,8 @@ class _LayerGrads:
     def of_weights(
         self, d: int, w: DirectionWeights, of_input: Tensor, need: list[bool]
     ) -> list[Tensor | None]:
-        """In the order of DirectionWeights, those that there are; None where not needed."""
+        """The gradients of a direction's weights in the order of DirectionWeights, of those that
+        there are; None where not needed."""
         cell, grads = self.problem.cell, self.scan.gates[d]
         made = [lambda: of_input.t() @ self.x, lambda: self._of_recurrent_weights(d)]
         if w.b_ih is not None:

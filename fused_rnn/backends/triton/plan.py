@@ -102,7 +102,7 @@ def kind_of(problem: Problem, precision: str) -> str:
 
 
 def cell_of(problem: Problem) -> str:
-    """As rows name it: the RNNs' activations make no difference."""
+    """The cell's name in rows of the table: the RNNs' activations make no difference."""
     return "rnn" if problem.cell_name.startswith("rnn") else problem.cell_name
 
 
@@ -390,7 +390,8 @@ def dump_rows(rows: Table | list[Row]) -> str:
 
 
 def tuning_file() -> Path:
-    """Where `python -m fused_rnn tune` writes: FUSED_RNN_TRITON_TUNING, or in the user's cache."""
+    """The file that `python -m fused_rnn tune` writes: FUSED_RNN_TRITON_TUNING, or in the user's
+    cache."""
     if path := os.environ.get("FUSED_RNN_TRITON_TUNING"):
         return Path(path)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
