@@ -3,7 +3,6 @@
 import ast
 import doctest
 import importlib
-import os
 import re
 import shutil
 import subprocess
@@ -12,11 +11,11 @@ import types
 from pathlib import Path
 
 import pytest
+from helpers.repository import ROOT, tracked_files
 
 import fused_rnn
 from fused_rnn import native
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fused_rnn"
 
 # From the bottom to the top. A module imports from layers below its own, and within its own only
@@ -43,25 +42,6 @@ LAYERS = [
     {"__main__"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
-
-
-def tracked_files():
-    """What git has or would add; in an unpacked archive, every file but those that tools make."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    if (ROOT / ".git").exists() and shutil.which("git"):
-        names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
-        paths = [ROOT / os.fsdecode(name) for name in names.split(b"\0") if name]
-    else:
-        made = {".venv", ".hypothesis", ".benchmarks", "build", "dist", "out", "__pycache__"}
-        paths = [
-            path
-            for path in ROOT.rglob("*")
-            if not any(
-                part in made or part.endswith((".egg-info", "_cache"))
-                for part in path.relative_to(ROOT).parts
-            )
-        ]
-    return [path for path in paths if path.is_file()]
 
 
 def package_part(path):
