@@ -119,6 +119,17 @@ def test_a_misspelt_name_of_torch_is_seen():
     assert [n for n, _ in names_of_torch(tree) if is_missing(n)] == ["torch.cuda.current_streams"]
 
 
+def test_nothing_imports_a_test_file():
+    """What two of them need is in tests/helpers. Programs that tests write down count, too."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    names = "|".join(path.stem for path in files if path.stem.startswith("test_"))
+    pattern = re.compile(rf"^[ \t]*(?:from|import)\b.*\b(?:{names})\b", re.M)
+    found = [
+        f"{path.name}: {m[0].strip()}" for path in files for m in pattern.finditer(path.read_text())
+    ]
+    assert not found, "\n".join(found)
+
+
 def test_no_paths_of_one_machine():
     # Split, so that this file does not find itself.
     pattern = re.compile(r"(?<![\w.])/(?:ho" + r"me|Use" + r"rs|ro" + r"ot|t" + r"mp)/\w")
