@@ -422,7 +422,7 @@ class _Direction:
         return torch.cat((states, joining if initial is None else initial[len(states) : size]))
 
     def gradients(self, grads: tuple[Some, Some, Some]) -> tuple[tuple, tuple]:
-        """Two groups of gradients: of y, h_n, c_n; and of x, h0, c0 and the weights of this direction."""
+        """Two groups: gradients of y, h_n, c_n; and of x, h0, c0 and this direction's weights."""
         order, has_output = self.order, self.steps.output is not None
         grad_y, grad_h_n, grad_c_n = grads
         of_h = torch.zeros_like(self.h_before)

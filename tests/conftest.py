@@ -5,9 +5,11 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from helpers.inputs import HALVES
+from helpers.ways import Ways
 from hypothesis import settings
 
-from fused_rnn import handover, native, testing
+from fused_rnn import direct, handover, native, testing, training
 
 # Shared machines make any deadline a coin toss. The same examples every time in CI, new ones at
 # a developer's desk; a failing example is remembered only there, so that runs leave no state.
@@ -80,3 +82,70 @@ def instruction_set(request, set_capability):
         assert request.param in str(error)
         pytest.skip(str(error).splitlines()[0])
     return request.param
+
+
+@pytest.fixture
+def shortest():
+    """The module whose calls `ways` counts; a file about another one says so."""
+    return training
+
+
+@pytest.fixture
+def ways(monkeypatch, shortest):
+    """Counts which way calls of modules took."""
+    return Ways(monkeypatch, shortest)
+
+
+@pytest.fixture
+def operators_only(monkeypatch):
+    """Calls a function as if there were no extension module."""
+
+    def call(function, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(direct, "calls", lambda: direct._NoCalls)
+            return function(*args)
+
+    return call
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The answers of the extension module's functions, as they are given."""
+    answers = []
+
+    class Watched:
+        def __getattr__(self, name):
+            function = getattr(direct_calls, name)
+
+            def call(*args):
+                answers.append(function(*args))
+                return answers[-1]
+
+            return call
+
+    direct_calls, watched = direct.calls(), Watched()
+    monkeypatch.setattr(direct, "calls", lambda: watched)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For small sizes, where a team of threads only waits, for minutes where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=HALVES, ids=str)
+def half(request):
+    """Each half type."""
+    return request.param
+
+
+@pytest.fixture
+def cuda_emulated(poisoned):
+    """The library of the CUDA kernels on the CPU."""
+    if reason := native.cuda_emulated_library_error():
+        pytest.skip(reason)
+    return torch.ops.fused_rnn_cuda_emulated

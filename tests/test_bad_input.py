@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_modules import assert_same, copies
+from helpers.modules import seeded_pair
+from helpers.named_outcomes import assert_same, copies
 from torch import Tensor, nn, zeros
 from torch.nn.utils.rnn import PackedSequence
 
@@ -66,11 +67,7 @@ def check(bad: Bad, name: str, theirs: nn.Module, ours: nn.Module) -> None:
 
 
 def both(name: str, suffix: str = "", **options) -> tuple[nn.Module, nn.Module]:
-    modules = []
-    for namespace in (nn, fused_rnn):
-        torch.manual_seed(0)
-        modules.append(getattr(namespace, name + suffix)(I, H, **options))
-    return modules[0], modules[1]
+    return seeded_pair(name + suffix, I, H, **options)
 
 
 def cases(table: list[Bad]):

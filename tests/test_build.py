@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_repository import tracked_files
+from helpers.repository import tracked_files
 
 import fused_rnn
 

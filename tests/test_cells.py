@@ -7,14 +7,15 @@ import pickle
 
 import pytest
 import torch
-from test_modules import (
+from helpers.inputs import spread
+from helpers.modules import seeded_pair
+from helpers.named_outcomes import (
     assert_accurate,
     assert_accurate_run,
     assert_same,
     copies,
     doubled,
     run,
-    spread,
     to,
 )
 from torch import Tensor, nn
@@ -39,11 +40,7 @@ biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def pair(variant: str, **options) -> tuple[nn.Module, nn.Module]:
     """torch.nn's cell and ours, each built from the same seed."""
     name, extra = VARIANTS[variant]
-    built = []
-    for namespace in (nn, fused_rnn):
-        torch.manual_seed(0)
-        built.append(getattr(namespace, name)(I, H, **extra, **options))
-    return built[0], built[1]
+    return seeded_pair(name, I, H, **extra, **options)
 
 
 def arguments(variant: str, form: str, with_hx: bool, dtype=torch.float64) -> tuple:

@@ -15,17 +15,10 @@ import fused_rnn
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "char_lm.py"
 SMALL = ["--hidden", "24", "--batch", "8", "--window", "16", "--lr", "0.03"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """At 24 hidden units a team of threads only waits, for minutes where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

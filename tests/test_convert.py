@@ -13,7 +13,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from test_modules import Output, assert_same, copies, run
+from helpers.modules import NAMES, Output
+from helpers.named_outcomes import assert_same, copies, run
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -22,7 +23,6 @@ import fused_rnn
 from fused_rnn import from_torch, replace, restore
 from fused_rnn.testing import assert_same_numbers
 
-NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
 THEIRS = tuple(getattr(nn, name) for name in NAMES)
 OURS = tuple(getattr(fused_rnn, name) for name in NAMES)
 

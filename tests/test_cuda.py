@@ -9,9 +9,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cuda_emulated import assert_tf32_accurate, tf32
-from test_cuda_stack import CHUNK, StackCase, make_stack, run_stack
-from test_cuda_stack import assert_accurate as assert_stack_accurate
+from helpers.cuda import (
+    CHUNK,
+    DTYPES,
+    KERNELS,
+    StackCase,
+    assert_stack_accurate,
+    assert_tf32_accurate,
+    make_stack,
+    run_stack,
+    tf32,
+)
+from helpers.needs import skip_unless_supported
 
 import fused_rnn
 from fused_rnn import native, testing
@@ -24,9 +33,7 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned", "library"),
 ]
 
-KERNELS = testing.TORCH_CELLS  # the cells that have their own
 REGIMES = ("cluster", "grid", "steps")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +52,6 @@ def _without_bound_jumps(cases: list[LayerCase]) -> list[LayerCase]:
         return case.timesteps * case.batch_size * case.hidden_size * case.directions
 
     return [case for case in cases if case.cell != "rnn_relu" or sums(case) <= MOST_RELUS]
-
-
-def _skip_unless_supported(inputs, training=True):
-    if reason := testing.refusal("cuda", inputs, training):
-        pytest.skip(reason)
 
 
 def _cases(cell: str) -> list[LayerCase]:
@@ -79,7 +81,7 @@ def _cases(cell: str) -> list[LayerCase]:
 )
 def test_accuracy(case, dtype):
     case = replace(case, dtype=dtype, device="cuda")
-    _skip_unless_supported(testing.make_inputs(case))
+    skip_unless_supported("cuda", testing.make_inputs(case))
     with fused_rnn.backend("cuda"):
         actual = testing.results_of_draws(testing.run_layer, case)
     # On the CPU, so that TF32 has no part in what torch.nn is allowed to be wrong by.
@@ -432,7 +434,7 @@ def test_layers_side_by_side(cell, layers, hidden, batch, timesteps, chunk, dtyp
     monkeypatch.setenv(CHUNK, str(chunk))
     monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "cluster")
     layer = LayerCase(cell, 1, batch, 1, hidden, dtype=dtype, device="cuda")
-    _skip_unless_supported(testing.make_inputs(layer))
+    skip_unless_supported("cuda", testing.make_inputs(layer))
     case = StackCase(cell, timesteps, batch, hidden, layers, chunk, dtype=dtype, device="cuda")
     with fused_rnn.backend("cuda"):
         actual = run_stack(make_stack(case), case)

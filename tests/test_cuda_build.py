@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_emulated import forward_arguments
+from helpers.cuda import scan_arguments
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
@@ -217,7 +217,7 @@ def test_it_has_the_operators_of_the_emulation(cuda_library):
 
 def test_cpu_tensors_do_not_get_as_far_as_a_kernel(cuda_library):
     with pytest.raises(NotImplementedError, match=r"fused_rnn_cuda::scan_forward.* 'CPU' backend"):
-        cuda_library.scan_forward(*forward_arguments().values())
+        cuda_library.scan_forward(*scan_arguments().values())
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -6,29 +6,35 @@ left are errors. tests/test_emulator.py shows which mistakes are found.
 """
 
 import functools
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers.cuda import (
+    BACKEND,
+    DTYPES,
+    KERNELS,
+    assert_accurate_with_every_seed,
+    assert_tf32_accurate,
+    case_params,
+    run_emulated,
+    scan_arguments,
+    tf32,
+)
 
 import fused_rnn
-from fused_rnn import dispatch, native, testing
+from fused_rnn import dispatch, testing
 from fused_rnn.cells import CELLS
 from fused_rnn.layer_call import make_problem
 from fused_rnn.testing import LayerCase
 
-BACKEND = "cuda_emulated"
-KERNELS = testing.TORCH_CELLS  # the cells that have their own
-DTYPES = dict.fromkeys(KERNELS, (torch.bfloat16, torch.float16, torch.float32))
+CELL_DTYPES = dict.fromkeys(KERNELS, DTYPES)
 
 
 @pytest.fixture(autouse=True)
-def library(poisoned, monkeypatch):
+def library(cuda_emulated, monkeypatch):
     monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "cluster")
-    if reason := native.cuda_emulated_library_error():
-        pytest.skip(reason)
-    return torch.ops.fused_rnn_cuda_emulated
+    return cuda_emulated
 
 
 def _cases(cell: str) -> list[LayerCase]:
@@ -57,42 +63,12 @@ def _slow_cases(cell: str) -> list[LayerCase]:
     ]
 
 
-def case_params(dtypes, cases, seeds, marks=()):
-    """What test_accuracy takes, for the dtypes of each cell."""
-    return [
-        pytest.param(
-            replace(case, dtype=dtype),
-            seeds,
-            id="-".join((cell, str(dtype).removeprefix("torch."), str(case))),
-            marks=marks,
-        )
-        for cell, each in dtypes.items()
-        for case in cases(cell)
-        for dtype in each
-    ]
-
-
-def run(case: LayerCase, seed: int) -> dict[str, torch.Tensor]:
-    torch.ops.fused_rnn_cuda_emulated.seed(seed)
-    with fused_rnn.backend(BACKEND):
-        return testing.results_of_draws(testing.run_layer, case)
-
-
-def assert_accurate_with_every_seed(case: LayerCase, seeds: int) -> None:
-    """Outputs, states and gradients as accurate as torch.nn's, and the same bits for every seed."""
-    results = [run(case, seed) for seed in range(seeds)]
-    testing.assert_draws_accurate(results[0], case)
-    for seed, other in enumerate(results):
-        for name, tensor in other.items():
-            assert torch.equal(tensor, results[0][name]), f"seed {seed}: other bits in {name}"
-
-
 @pytest.mark.parametrize(
     ("case", "seeds"),
     [
-        *case_params(DTYPES, _cases, 2),
-        *case_params(DTYPES, _cases, 16, [pytest.mark.slow]),
-        *case_params(DTYPES, _slow_cases, 8, [pytest.mark.slow]),
+        *case_params(CELL_DTYPES, _cases, 2),
+        *case_params(CELL_DTYPES, _cases, 16, [pytest.mark.slow]),
+        *case_params(CELL_DTYPES, _slow_cases, 8, [pytest.mark.slow]),
     ],
 )
 def test_accuracy(case, seeds):
@@ -199,34 +175,6 @@ def test_what_it_cannot_take_has_a_reason(case, reason):
 # ---- TF32, where the user lets torch have it.
 
 
-@contextmanager
-def tf32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def assert_tf32_accurate(actual: dict[str, torch.Tensor], case: LayerCase) -> None:
-    """TF32 has float16's mantissa: what torch.nn may be wrong by there is the measure.
-
-    `case` is of float32 on the CPU.
-    """
-    exact = testing.results_of_draws(testing.run_oracle, case, "all", torch.float64)
-    half = replace(case, dtype=torch.float16)
-    of_half = testing.results_of_draws(testing.run_torch, half)
-    exact_of_half = testing.results_of_draws(testing.run_oracle, half, "all", torch.float64)
-    slack = testing.ROUNDINGS * torch.finfo(torch.float16).eps
-    for name, value in actual.items():
-        norm = 2 * testing.relative_error(of_half[name], exact_of_half[name]) + slack
-        worst = testing.worst_element_error(of_half[name], exact_of_half[name])
-        testing.assert_near(name, value, exact[name], norm, 2 * (2 * worst + slack))
-    # And it is not float32.
-    assert testing.relative_error(actual["y"], exact["y"]) > 1e-5
-
-
 def _tf32_cases(cell: str) -> list[LayerCase]:
     case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
     return [
@@ -245,7 +193,7 @@ def _tf32_cases(cell: str) -> list[LayerCase]:
 )
 def test_tf32_is_as_accurate_as_float16(case):
     with tf32():
-        results = [run(case, seed) for seed in range(2)]
+        results = [run_emulated(case, seed) for seed in range(2)]
     assert_tf32_accurate(results[0], case)
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), f"seed 1: other bits in {name}"
@@ -307,34 +255,6 @@ def test_a_gpu_that_is_shared_gets_no_scan_across_the_grid(library, monkeypatch)
 # ---- Bad input, at the operators' border.
 
 
-def forward_arguments(**changes):
-    """Those of scan_forward, for an LSTM with T=2, B=3, H=16."""
-    arguments = {
-        "cell": CELLS["lstm"].index,
-        "gx": torch.zeros(1, 6, 64),
-        "w_hh": [torch.zeros(64, 16)],
-        "b_hn": None,
-        "h0": torch.zeros(1, 3, 16),
-        "c0": torch.zeros(1, 3, 16),
-        "hidden_size": 16,
-        "lengths": None,
-        "offsets": None,
-        "resets": None,
-        "reset_h": None,
-        "reset_c": None,
-        "y": torch.zeros(6, 16),
-        "h_n": torch.zeros(1, 3, 16),
-        "c_n": torch.zeros(1, 3, 16),
-        "gates": torch.zeros(1, 6, 64),
-        "cells": torch.zeros(1, 6, 16),
-        "regime": "",
-        "tf32": False,
-        "graph": False,
-        "stream": 0,
-    }
-    return arguments | changes
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -362,4 +282,4 @@ def forward_arguments(**changes):
 )
 def test_bad_arguments(library, changes, message):
     with pytest.raises(RuntimeError, match=message):
-        library.scan_forward(*forward_arguments(**changes).values())
+        library.scan_forward(*scan_arguments(**changes).values())

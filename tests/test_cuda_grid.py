@@ -7,24 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cuda_emulated import BACKEND, assert_accurate_with_every_seed, case_params
-from test_cuda_emulated import DTYPES as ALL_DTYPES
+from helpers.cuda import BACKEND, DTYPES, KERNELS, assert_accurate_with_every_seed, case_params
 
 import fused_rnn
-from fused_rnn import native, testing
+from fused_rnn import testing
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase
 
 # The half types of relu run through float32.
-DTYPES = {**ALL_DTYPES, "rnn_relu": (torch.float32,)}
+CELL_DTYPES = {**dict.fromkeys(KERNELS, DTYPES), "rnn_relu": (torch.float32,)}
 
 
 @pytest.fixture(autouse=True)
-def library(poisoned, monkeypatch):
+def library(cuda_emulated, monkeypatch):
     monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "grid")
-    if reason := native.cuda_emulated_library_error():
-        pytest.skip(reason)
-    return torch.ops.fused_rnn_cuda_emulated
+    return cuda_emulated
 
 
 @pytest.fixture
@@ -60,9 +57,9 @@ def _slow_cases(cell: str) -> list[LayerCase]:
 @pytest.mark.parametrize(
     ("case", "seeds"),
     [
-        *case_params(DTYPES, _cases, 2),
-        *case_params(DTYPES, _cases, 16, [pytest.mark.slow]),
-        *case_params(DTYPES, _slow_cases, 8, [pytest.mark.slow]),
+        *case_params(CELL_DTYPES, _cases, 2),
+        *case_params(CELL_DTYPES, _cases, 16, [pytest.mark.slow]),
+        *case_params(CELL_DTYPES, _slow_cases, 8, [pytest.mark.slow]),
     ],
 )
 def test_accuracy(case, seeds):

@@ -2,83 +2,33 @@
 events leave it open, so that a chunk that starts before what it reads is there reads NaN."""
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from helpers.cuda import (
+    BACKEND,
+    CHUNK,
+    StackCase,
+    assert_stack_accurate,
+    make_stack,
+    run_emulated_stack,
+    run_stack,
+)
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from fused_rnn import dispatch, native, stack, testing
+from fused_rnn import dispatch, stack, testing
 from fused_rnn import problem as problem_module
 from fused_rnn.layer_call import make_problem
 from fused_rnn.testing import TORCH_CELLS, LayerCase
 
-BACKEND = "cuda_emulated"
-CHUNK = "FUSED_RNN_CUDA_CHUNK"
-
 
 @pytest.fixture(autouse=True)
-def library(poisoned, monkeypatch):
+def library(cuda_emulated, monkeypatch):
     monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "cluster")
     monkeypatch.setenv(CHUNK, "2")
-    if reason := native.cuda_emulated_library_error():
-        pytest.skip(reason)
-    return torch.ops.fused_rnn_cuda_emulated
-
-
-@dataclass(frozen=True)
-class StackCase:
-    cell: str
-    timesteps: int
-    batch_size: int
-    hidden_size: int
-    layers: int
-    chunk: int
-    dropout: float = 0.0
-    bias: bool = True
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-
-    def __str__(self) -> str:
-        sizes = f"T{self.timesteps}-B{self.batch_size}-H{self.hidden_size}-L{self.layers}"
-        traits = f"dropout{self.dropout}" if self.dropout else "", "" if self.bias else "no_bias"
-        return "-".join(filter(None, (self.cell, sizes, f"chunk{self.chunk}", *traits)))
-
-
-def make_stack(case: StackCase, seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    options = {"num_layers": case.layers, "bias": case.bias, "dropout": case.dropout}
-    module = testing.make_module(case.cell, 5, case.hidden_size, dtype=case.dtype, **options)
-    return module.to(case.device)
-
-
-def run_stack(module, case: StackCase, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Outputs and all gradients, of random inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    parameter = next(module.parameters())
-
-    def normal(*shape: int) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator).to(case.dtype)
-        return values.to(parameter.device, parameter.dtype)
-
-    sizes = case.layers, case.batch_size, case.hidden_size
-    x = normal(case.timesteps, case.batch_size, 5).requires_grad_()
-    states = [normal(*sizes).requires_grad_() for _ in range(1 + (case.cell == "lstm"))]
-    torch.manual_seed(seed)  # of dropout
-    y, final = module(x, tuple(states) if len(states) == 2 else states[0])
-    outputs = [y, *(final if len(states) == 2 else [final])]
-    inputs = {"x": x, "h0": states[0], "c0": states[-1]} | dict(module.named_parameters())
-    grads = torch.autograd.grad(outputs, list(inputs.values()), [normal(*o.shape) for o in outputs])
-    named = {f"grad {name}": grad for name, grad in zip(inputs, grads, strict=True)}
-    return dict(zip(("y", "h_n", "c_n"), outputs, strict=False)) | named
-
-
-def ours(case: StackCase, seed: int = 0, chunk: int | None = None) -> dict[str, torch.Tensor]:
-    with pytest.MonkeyPatch.context() as patch, fused_rnn.backend(BACKEND):
-        patch.setenv(CHUNK, str(case.chunk if chunk is None else chunk))
-        torch.ops.fused_rnn_cuda_emulated.seed(seed)
-        return run_stack(make_stack(case), case)
+    return cuda_emulated
 
 
 def _cases(cell: str, dtypes) -> list[StackCase]:
@@ -90,16 +40,6 @@ def _cases(cell: str, dtypes) -> list[StackCase]:
         StackCase(cell, 3, 17, 64, 3, 2),
     ]
     return [replace(case, dtype=dtype) for case in cases for dtype in dtypes]
-
-
-def assert_accurate(actual: dict[str, torch.Tensor], case: StackCase) -> None:
-    """By the repository's rule: a float64 oracle, and torch.nn's own error in the dtype."""
-    host = replace(case, device="cpu")
-    with fused_rnn.backend("reference"):
-        exact = run_stack(make_stack(host).to(torch.float64), host)
-    theirs = run_stack(fused_rnn.restore(make_stack(host)), host)
-    sizes = case.timesteps, case.batch_size, 5, case.hidden_size
-    testing.assert_accurate(actual, exact, theirs, LayerCase(case.cell, *sizes, dtype=case.dtype))
 
 
 @pytest.mark.parametrize(
@@ -118,8 +58,8 @@ def assert_accurate(actual: dict[str, torch.Tensor], case: StackCase) -> None:
 )
 def test_accuracy(case):
     """And the same bits whatever the order of streams and threads."""
-    first, *others = (ours(case, seed) for seed in range(3))
-    assert_accurate(first, case)
+    first, *others = (run_emulated_stack(case, seed) for seed in range(3))
+    assert_stack_accurate(first, case)
     for seed, other in enumerate(others, 1):
         for name, tensor in other.items():
             assert torch.equal(tensor, first[name]), f"seed {seed}: other bits in {name}"
@@ -307,10 +247,10 @@ def test_the_planner_decides_where_nobody_forces(monkeypatch, library):
 def test_a_pass_may_run_side_by_side_alone(monkeypatch):
     """The other then has one chunk, the whole of time."""
     case, one_pass = StackCase("lstm", 6, 3, 16, 2, 2), problem_module.Stack(2, 0, 2)
-    expected = ours(case)
+    expected = run_emulated_stack(case)
     for plan in (one_pass, problem_module.Stack(2, 4, 0)):
         monkeypatch.setattr(dispatch.find(BACKEND), "stack", lambda *_, plan=plan: plan)
-        for name, tensor in ours(case).items():
+        for name, tensor in run_emulated_stack(case).items():
             torch.testing.assert_close(tensor, expected[name])
 
 

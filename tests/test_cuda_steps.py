@@ -7,20 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.cuda import BACKEND, DTYPES
 
 import fused_rnn
-from fused_rnn import native, testing
+from fused_rnn import testing
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase
 
-BACKEND = "cuda_emulated"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
 
 @pytest.fixture(autouse=True)
-def steps(poisoned, monkeypatch):
-    if reason := native.cuda_emulated_library_error():
-        pytest.skip(reason)
+def steps(cuda_emulated, monkeypatch):
     monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", "steps")
 
 
@@ -179,11 +175,6 @@ def test_clusters_that_are_forced_say_why_not(case, reason, monkeypatch):
 GRAPH = "FUSED_RNN_CUDA_GRAPH"
 
 
-@pytest.fixture
-def library():
-    return torch.ops.fused_rnn_cuda_emulated
-
-
 def _graph_cases(cell: str) -> list[LayerCase]:
     case, packed = functools.partial(LayerCase, cell), functools.partial(LayerCase.packed, cell)
     masks = {"resets": True, "reset_states": True, "states": CELLS[cell].has_c}
@@ -251,14 +242,14 @@ def test_too_few_steps_need_no_graph(monkeypatch, capfd):
     assert "graph" not in capfd.readouterr().err
 
 
-def test_what_cannot_be_recorded_runs_in_the_loop(library, monkeypatch, capfd):
+def test_what_cannot_be_recorded_runs_in_the_loop(cuda_emulated, monkeypatch, capfd):
     case = LayerCase("gru_reset_before", 21, 2, 4, 8, directions=2)
     inputs = testing.make_inputs(case)
     with fused_rnn.backend(BACKEND):
         expected = testing.run_layer(inputs)
         monkeypatch.setenv(GRAPH, "1")
         monkeypatch.setenv("FUSED_RNN_LOG", "1")
-        library.fail_to_record()
+        cuda_emulated.fail_to_record()
         actual = testing.run_layer(inputs)
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs)

@@ -8,49 +8,17 @@ import threading
 
 import pytest
 import torch
-from test_streaming import flat, states
+from helpers.inputs import LAID_OUT, states
+from helpers.needs import has_direct_calls
+from helpers.outcomes import flat
 
 import fused_rnn
-from fused_rnn import direct, looks, native
+from fused_rnn import direct, looks
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
-has_direct_calls = pytest.mark.skipif(
-    direct.calls() is direct._NoCalls,
-    reason=native.cpu_library_error() or "no extension module, or torch has no exchange of tensors",
-)
 pytestmark = has_direct_calls
 LAYERS = list(CELLS)
-
-
-@pytest.fixture
-def operators_only(monkeypatch):
-    def switch(module_function, *args):
-        with monkeypatch.context() as patch:
-            patch.setattr(direct, "calls", lambda: direct._NoCalls)
-            return module_function(*args)
-
-    return switch
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """The answers of the extension module's functions, as they are given."""
-    answers = []
-
-    class Watched:
-        def __getattr__(self, name):
-            function = getattr(direct_calls, name)
-
-            def call(*args):
-                answers.append(function(*args))
-                return answers[-1]
-
-            return call
-
-    direct_calls, watched = direct.calls(), Watched()
-    monkeypatch.setattr(direct, "calls", lambda: watched)
-    return answers
 
 
 @pytest.mark.parametrize("cell", LAYERS)
@@ -125,23 +93,6 @@ def test_odd_tensors_are_left_to_the_operators(odd):
             assert calls.infer_layers(2, x, weights, ODD[odd](h), 1, 1, True) is None
         changed = [weights[0], ODD[odd](weights[1].detach()), *weights[2:]]
         assert calls.infer_layers(2, x, changed, h, 1, 1, True) is None
-
-
-# Of a tensor with any number of dimensions, the same numbers in another order of memory.
-LAID_OUT = {
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "reversed": lambda x: (
-        x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
-    ),
-    "every other": lambda x: torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0],
-    "part of wider": lambda x: torch.cat((x, torch.full_like(x, torch.nan)), -1)[
-        ..., : x.shape[-1]
-    ],
-    "part of longer": lambda x: torch.cat((torch.full_like(x, torch.nan), x))[x.shape[0] :],
-    "expanded": lambda x: x[:1].expand(x.shape),
-    "expanded elements": lambda x: x[..., :1].expand(x.shape),
-    "real part": lambda x: torch.complex(x, torch.full_like(x, torch.nan)).real,
-}
 
 
 @pytest.mark.parametrize("layout", LAID_OUT)

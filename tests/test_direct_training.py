@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from test_direct_calls import asked, has_direct_calls, operators_only  # noqa: F401, fixtures
-from test_streaming import flat
-from test_training_calls import MISFITS, SIZES_THAT_DO_NOT_FIT, operator_arguments, run
+from helpers.inputs import MISFITS, SIZES_THAT_DO_NOT_FIT, operator_arguments
+from helpers.needs import has_direct_calls
+from helpers.outcomes import flat, run
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_rnn
@@ -73,7 +73,7 @@ def inputs_of(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_modules_have_the_operators_bits(cell, operators_only, asked):  # noqa: F811
+def test_modules_have_the_operators_bits(cell, operators_only, asked):
     for module, x in inputs_of(cell):
         del asked[:]
         actual = run(module, x)
@@ -226,7 +226,7 @@ def test_who_watches_or_redirects_gets_none(monkeypatch):
     assert answers() == (None, None)
 
 
-def test_large_layers_are_the_operators(asked):  # noqa: F811
+def test_large_layers_are_the_operators(asked):
     for timesteps, is_direct in ((256, True), (600, False)):
         del asked[:]
         x = torch.randn(timesteps, 10, 8)

@@ -431,7 +431,7 @@ import torch
 from fused_rnn import native
 native._CUDA_EMULATED_LIBRARY = type(native._CUDA_EMULATED_LIBRARY)(sys.argv[1])
 sys.path.insert(0, sys.argv[2])
-import test_cuda_emulated as emulated
+from helpers.cuda import run_emulated
 from fused_rnn import testing
 from fused_rnn.testing import LayerCase
 
@@ -456,7 +456,7 @@ with testing.poisoned_memory():
     for seed in range(int(sys.argv[3])):
         for case, expected in zip(cases, references):
             try:
-                testing.assert_accurate(emulated.run(case, seed), *expected, case)
+                testing.assert_accurate(run_emulated(case, seed), *expected, case)
             except (AssertionError, RuntimeError) as error:
                 print(f"caught by seed {seed}: {str(error).splitlines()[0]}")
                 sys.exit()
@@ -469,18 +469,18 @@ import torch
 from fused_rnn import native
 native._CUDA_EMULATED_LIBRARY = type(native._CUDA_EMULATED_LIBRARY)(sys.argv[1])
 sys.path.insert(0, sys.argv[2])
-from test_cuda_stack import StackCase, ours
+from helpers.cuda import StackCase, run_emulated_stack
 from fused_rnn import testing
 
 torch.set_num_threads(1)
 assert native.cuda_emulated_library_error() is None
 cases = [StackCase(cell, 5, 3, 16, 3, 2, dropout=0.5) for cell in sys.argv[5:]]
-references = [ours(case, chunk=0) for case in cases]
+references = [run_emulated_stack(case, chunk=0) for case in cases]
 with testing.poisoned_memory():
     for seed in range(int(sys.argv[3])):
         for case, expected in zip(cases, references):
             try:
-                for name, tensor in ours(case, seed).items():
+                for name, tensor in run_emulated_stack(case, seed).items():
                     testing.assert_near(name, tensor, expected[name], 1e-5, 1e-5)
             except (AssertionError, RuntimeError) as error:
                 print(f"caught by seed {seed}: {str(error).splitlines()[0]}")

@@ -57,14 +57,7 @@ FAST = {"bidirectional", "captions", "gradient_flow", "names", "sentiment", "str
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """At these sizes a team of threads only waits, for minutes where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -8,16 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.needs import needs_library
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_rnn
-from fused_rnn import export, native, ops, plain
+from fused_rnn import export, ops, plain
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase, LayerInputs, make_inputs
-
-needs_library = pytest.mark.skipif(
-    native.cpu_library_error() is not None, reason="counts operators of the C++ library"
-)
 
 
 def count(call, *args, **options) -> int:

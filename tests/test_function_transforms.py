@@ -4,11 +4,15 @@ plain operations give."""
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
 import torch
-from test_streaming import flat, states
+from helpers import outcomes
+from helpers.inputs import states
+from helpers.modules import parameters_of, parts_of
+from helpers.outcomes import flat
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vjp, vmap
 
 import fused_rnn
@@ -21,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]
 INPUTS, HIDDEN, STEPS, ITEMS = 5, 18, 7, 3
+near = functools.partial(outcomes.near, rtol=2e-5, of_largest=True)
 every_cell = pytest.mark.parametrize("cell", CELLS)
 OPTIONS = [
     {},
@@ -68,15 +73,6 @@ def plainly(function, *args):
         return function(*args)
 
 
-def near(actual, expected, tolerance=2e-5):
-    actual, expected = (torch.utils._pytree.tree_leaves(t) for t in (actual, expected))
-    assert len(actual) == len(expected)
-    for a, e in zip(actual, expected, strict=True):
-        assert a.shape == e.shape and a.dtype == e.dtype
-        scale = max(1.0, float(e.detach().abs().max())) if e.numel() else 1.0
-        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * scale)
-
-
 def module_of(cell, options):
     """Of a relu the gradient jumps where two ways round differently."""
     module = make_module(cell, INPUTS, HIDDEN, **options)
@@ -96,20 +92,12 @@ def layers_of(options):
     return options.get("num_layers", 1)
 
 
-def parts_of(options):
-    return layers_of(options) * (1 + options.get("bidirectional", False))
-
-
 def loss_of(module):
     def loss(parameters, *args):
         y, *final = flat(functional_call(module, parameters, args))
         return y.square().sum() + sum(f.sin().sum() for f in final)
 
     return loss
-
-
-def parameters_of(module):
-    return {name: p.detach() for name, p in module.named_parameters()}
 
 
 @every_cell
@@ -135,7 +123,7 @@ def test_a_batch_of_inputs_is_one_larger_batch(cell, options, shared, counts):
             torch.utils._pytree.tree_map(lambda t, d=d, i=i: t if d is None else t[i], part)
             for part, d in zip((x, hx), dims, strict=True)
         ]
-        near([a[i] for a in actual], call(*item), 1e-6)
+        near([a[i] for a in actual], call(*item), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
@@ -173,7 +161,7 @@ def test_per_sample_gradients(cell, options, counts):
     for i in range(ITEMS):
         value = loss(dict(module.named_parameters()), x[i])
         expected = torch.autograd.grad(value, list(module.parameters()))
-        near([a[i] for a in actual.values()], list(expected), 1e-5)
+        near([a[i] for a in actual.values()], list(expected), rtol=1e-5)
 
 
 @every_cell
@@ -229,7 +217,7 @@ def test_what_gradients_need_is_saved_for_some_items_at_a_time(counts, monkeypat
     actual, count = counts.of(function, x)
     outputs = (4 + 1 + 1) * 2 * HIDDEN
     assert count == (1, math.ceil(outputs / 10), 0)
-    near(actual, together, 1e-6)
+    near(actual, together, rtol=1e-6)
     monkeypatch.setattr(transforms, "_MOST_SAVED", 1)
     near(function(x[:2])[1], plainly(function, x[:2])[1])
 
@@ -323,7 +311,7 @@ def test_derivatives_of_derivatives(cell, counts):
     }
     for function in functions.values():
         actual, expected = function(x), plainly(function, x)
-        near(actual, expected, 1e-4)
+        near(actual, expected, rtol=1e-4)
 
 
 @every_cell
@@ -339,7 +327,7 @@ def test_training_through_per_sample_gradients(cell, counts):
 
     actual, _ = counts.of(penalty)
     assert counts.gradients == ITEMS
-    near(actual, plainly(penalty), 1e-4)
+    near(actual, plainly(penalty), rtol=1e-4)
 
 
 @pytest.mark.parametrize("outer", [None, 0])
@@ -361,7 +349,7 @@ def test_in_chunks(counts):
     module, x = fused_rnn.GRU(INPUTS, HIDDEN), torch.randn(5, STEPS, 1, INPUTS)
     together = vmap(grad(loss_of(module)), in_dims=(None, 0))
     by_two = vmap(grad(loss_of(module)), in_dims=(None, 0), chunk_size=2)
-    near(by_two(parameters_of(module), x), together(parameters_of(module), x), 1e-5)
+    near(by_two(parameters_of(module), x), together(parameters_of(module), x), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -374,7 +362,7 @@ def test_half_types(dtype, autocast, counts):
         function = vmap(grad(loss_of(module)), in_dims=(None, 0))
         actual, count = counts.of(function, parameters_of(module), x)
         assert count == (1, ITEMS, 0)
-        near(actual, plainly(function, parameters_of(module), x), 0.03)
+        near(actual, plainly(function, parameters_of(module), x), rtol=0.03)
         assert vmap(lambda x: module(x)[0])(x).dtype == dtype
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_half_calls import general_way, states_of
-from test_streaming import flat
+from helpers.inputs import states
+from helpers.outcomes import flat
+from helpers.ways import general_way
 
 import fused_rnn
 from fused_rnn import handover
@@ -54,7 +55,7 @@ def test_layers_are_torchs(cell, options, taken):
     for shape in ((1, 1, 5), (6, 3, 5), (4, 5)):
         x = torch.randn(shape, dtype=torch.float64)
         batch = shape[:1] if module.batch_first else shape[1:2]
-        for hx in (None, states_of(torch.float64, cell, parts, *batch[: len(shape) - 2], 7)):
+        for hx in (None, states(cell, parts, *batch[: len(shape) - 2], 7, dtype=torch.float64)):
             with torch.no_grad():
                 actual = flat(module(x, hx))
                 assert taken.pop() and not taken
@@ -73,7 +74,7 @@ def test_cells_are_torchs(name, taken):
         theirs.load_state_dict(module.state_dict())
         for batch in ((), (3,)):
             x = torch.randn(*batch, 5, dtype=torch.float64)
-            for hx in (None, states_of(torch.float64, module._cell().name, *batch, 7)):
+            for hx in (None, states(module._cell().name, *batch, 7, dtype=torch.float64)):
                 with torch.no_grad():
                     actual, expected = flat(module(x, hx)), flat(theirs(x, hx))
                     assert taken.pop() and not taken

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.needs import skip_unless_supported
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -135,11 +136,6 @@ def _params(cases, marks=()):
     ]
 
 
-def _skip_unless_supported(case: LayerCase) -> None:
-    if reason := testing.refusal("cpu", testing.make_inputs(case)):
-        pytest.skip(reason)
-
-
 @functools.lru_cache(maxsize=2)
 def _expectations(case: LayerCase):
     oracle = testing.results_of_draws(testing.run_oracle, case, dtype=torch.float64)
@@ -155,7 +151,7 @@ def _check(case: LayerCase) -> None:
 @pytest.mark.parametrize("case", [*_params(_fast_cases), *_params(_slow_cases, [pytest.mark.slow])])
 def test_accuracy(case, instruction_set):
     assert native.cpu_capability() == instruction_set
-    _skip_unless_supported(case)
+    skip_unless_supported("cpu", testing.make_inputs(case))
     _check(case)
 
 
@@ -170,7 +166,7 @@ def amx(set_capability):
 
 @pytest.mark.parametrize("case", _params(_tiles))
 def test_accuracy_of_tiles(case, amx, num_threads):
-    _skip_unless_supported(case)
+    skip_unless_supported("cpu", testing.make_inputs(case))
     num_threads(2)
     _check(case)
 

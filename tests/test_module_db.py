@@ -16,7 +16,16 @@ from functools import partial
 
 import pytest
 import torch
-from test_modules import assert_accurate_run, assert_same, copies, doubled, run, tensors, to
+from helpers.modules import NAMES
+from helpers.named_outcomes import (
+    assert_accurate_run,
+    assert_same,
+    copies,
+    doubled,
+    run,
+    tensors,
+    to,
+)
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -26,7 +35,6 @@ from fused_rnn.testing import assert_same_numbers
 pytest.importorskip("expecttest", reason="torch's own test modules need expecttest")
 from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, module_db
 
-NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
 INFOS = [info for info in module_db if info.module_cls in {getattr(nn, name) for name in NAMES}]
 
 # torch.nn says where oneDNN has no projection.

@@ -12,6 +12,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers.inputs import spread
+from helpers.modules import Output, seeded_pair
+from helpers.named_outcomes import (
+    assert_accurate,
+    assert_accurate_run,
+    assert_same,
+    copies,
+    doubled,
+    run,
+    tensors,
+    to,
+)
+from helpers.outcomes import flat
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
@@ -19,10 +32,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 import fused_rnn
 from fused_rnn import ops
 from fused_rnn.testing import (
-    assert_near,
     assert_same_numbers,
-    relative_error,
-    worst_element_error,
 )
 
 T, B, I, H, P = 5, 3, 4, 6, 2  # noqa: E741
@@ -47,37 +57,7 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS)
 def pair(variant: str, seed: int = 0, **options) -> tuple[nn.Module, nn.Module]:
     """torch.nn's module and ours, each built from the same seed."""
     name, extra = VARIANTS[variant]
-    built = []
-    for namespace in (nn, fused_rnn):
-        torch.manual_seed(seed)
-        built.append(getattr(namespace, name)(I, H, **extra, **options))
-    return built[0], built[1]
-
-
-def copies(value):
-    """The same nest with leaf tensors of its own."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad)
-    if isinstance(value, PackedSequence):
-        return PackedSequence(copies(value.data), *value[1:])
-    if isinstance(value, tuple):
-        return tuple(copies(item) for item in value)
-    return value
-
-
-def to(value, dtype: torch.dtype):
-    """The same nest as leaves of another dtype."""
-    if isinstance(value, Tensor):
-        return value.detach().to(dtype).requires_grad_(value.requires_grad)
-    if isinstance(value, PackedSequence):
-        return PackedSequence(to(value.data, dtype), *value[1:])
-    if isinstance(value, tuple):
-        return tuple(to(item, dtype) for item in value)
-    return value
-
-
-def doubled(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).double()
+    return seeded_pair(name, I, H, seed=seed, **extra, **options)
 
 
 def to_absolute(value):
@@ -87,16 +67,6 @@ def to_absolute(value):
     if isinstance(value, PackedSequence):
         return PackedSequence(to_absolute(value.data), *value[1:])
     return tuple(to_absolute(item) for item in value)
-
-
-def tensors(name: str, value) -> dict[str, Tensor]:
-    """Every tensor with values in a nest, by name."""
-    if isinstance(value, PackedSequence):
-        return {f"{name}.data": value.data}
-    if isinstance(value, tuple):
-        items = (tensors(f"{name}[{i}]", item) for i, item in enumerate(value))
-        return {key: tensor for item in items for key, tensor in item.items()}
-    return {name: value} if isinstance(value, Tensor) else {}
 
 
 def make_input(form: str, batch_first: bool = False, dtype=torch.float64, seed: int = 1):
@@ -121,70 +91,6 @@ def make_states(module: nn.Module, form: str = "padded", dtype=torch.float64, ba
 
     h0 = state(module.proj_size or module.hidden_size)
     return (h0, state(module.hidden_size)) if module.mode == "LSTM" else h0
-
-
-def run(module: nn.Module, *args, seed: int = 3) -> dict[str, Tensor]:
-    """Outputs of one call on copies of `args`, and the gradients of everything that asks."""
-    args = copies(args)
-    module.zero_grad()
-    torch.manual_seed(seed)
-    outputs = module(*args)
-    found = tensors("result", outputs)
-    result = {k: t.detach() for k, t in found.items()}
-    generator = torch.Generator().manual_seed(4)
-    loss = sum(
-        (t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)).sum()
-        for t in found.values()
-    )
-    if loss.requires_grad:
-        loss.backward()
-    for name, tensor in [*tensors("args", args).items(), *module.named_parameters()]:
-        if tensor.requires_grad and tensor.grad is not None:
-            result[f"grad of {name}"] = tensor.grad.detach().clone()
-    return result
-
-
-def assert_accurate(
-    actual: dict[str, Tensor],
-    expected: dict[str, Tensor],
-    torch_own: dict[str, Tensor],
-    dtype: torch.dtype,
-    roundings: int = 8,
-) -> None:
-    """Each tensor is off from `expected`, which is in float64, by at most twice what `torch_own`
-    is, plus a few roundings for where torch.nn happens to be exact."""
-    assert actual.keys() == expected.keys() == torch_own.keys()
-    slack = roundings * torch.finfo(dtype).eps
-    for name, value in actual.items():
-        assert value.dtype == dtype, f"{name}: {value.dtype}, expected {dtype}"
-        bounds = (
-            2 * measure(torch_own[name], expected[name]) + slack
-            for measure in (relative_error, worst_element_error)
-        )
-        assert_near(name, value, expected[name], *bounds)
-
-
-def assert_accurate_run(
-    ours: nn.Module,
-    theirs: nn.Module,
-    exact: nn.Module,
-    *args,
-    dtype: torch.dtype = torch.float32,
-    roundings: int = 8,
-) -> None:
-    """Outputs and gradients in `dtype` are about as near to float64's as torch's own are."""
-    args = to(args, dtype)
-    expected, torch_own = run(exact, *to(args, torch.float64)), run(theirs, *args)
-    for name, tensor in torch_own.items():
-        # A yardstick this far off (another dropout mask, say) would let anything pass.
-        limit = 64 * torch.finfo(dtype).eps
-        assert relative_error(tensor, expected[name]) < limit, f"{name}: torch itself is off"
-    assert_accurate(run(ours, *args), expected, torch_own, dtype, roundings)
-
-
-def assert_same(ours: nn.Module, theirs: nn.Module, *args) -> None:
-    """Both modules give the same outputs and gradients but for rounding. Meant for float64."""
-    assert_same_numbers(run(ours, *args), run(theirs, *args))
 
 
 def option_cross() -> list:
@@ -481,14 +387,6 @@ def test_skip_init(variant):
     assert_same(ours, theirs, make_input("padded"))
 
 
-def spread(tensor: Tensor) -> Tensor:
-    """Equal values, no two neighbours in memory, a storage offset."""
-    parent = tensor.new_full([2 * n + 1 for n in tensor.shape], float("nan"))
-    view = parent[tuple(slice(1, None, 2) for _ in tensor.shape)]
-    view.copy_(tensor.detach())
-    return view
-
-
 def turned(tensor: Tensor) -> Tensor:
     """Equal values with the first and last dimensions swapped in memory."""
     return tensor.detach().transpose(0, -1).contiguous().transpose(0, -1)
@@ -755,13 +653,6 @@ def test_one_parameter_in_two_roles_and_two_modules():
     assert_same_numbers(results[1], results[0])
 
 
-class Output(nn.Module):
-    """The output of a recurrent module, without its states."""
-
-    def forward(self, result):
-        return result[0]
-
-
 @every_variant
 def test_frozen_parameters(variant):
     theirs, ours = pair(variant, num_layers=2, bidirectional=True, dtype=torch.float64)
@@ -943,12 +834,6 @@ def test_inside_sequential_with_hooks(variant):
     (theirs, theirs_seen), (ours, ours_seen) = records
     assert ours_seen == theirs_seen and len(ours_seen) == 4
     assert_same_numbers(ours, theirs)
-
-
-def flat(values) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values]
-    return [t for v in values for t in flat(v)] if isinstance(values, tuple) else []
 
 
 @every_variant

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.needs import skip_unless_supported
 from torch.library import opcheck
 
 from fused_rnn import testing
@@ -38,11 +39,6 @@ every_case = pytest.mark.parametrize(
 )
 every_backend = pytest.mark.parametrize("backend", testing.backends_on("cpu"))
 every_cell = pytest.mark.parametrize("cell", CELLS)
-
-
-def _skip_unless_supported(backend: str, inputs: testing.LayerInputs):
-    if reason := testing.refusal(backend, inputs):
-        pytest.skip(reason)
 
 
 def _forward_args(inputs: testing.LayerInputs, save: bool, backend: str) -> tuple:
@@ -85,7 +81,7 @@ def test_calls_have_the_order_of_the_schemas():
 )
 def test_opcheck_forward(backend, case, requires_grad):
     inputs = testing.make_inputs(case)
-    _skip_unless_supported(backend, inputs)
+    skip_unless_supported(backend, inputs)
     for save in (True, False):
         inputs = testing.make_inputs(case)
         inputs = inputs.leaves() if requires_grad else inputs
@@ -98,7 +94,7 @@ def test_opcheck_forward(backend, case, requires_grad):
 def test_states_of_another_batch(backend, batch, save):
     """4 steps of 2 rows are not 2 steps of 4, nor 8 of one."""
     inputs = testing.make_inputs(LayerCase("gru", 4, 2, 5, 6))
-    _skip_unless_supported(backend, inputs)
+    skip_unless_supported(backend, inputs)
     inputs = replace(inputs, h0=torch.zeros(1, batch, 6))
     with torch.no_grad(), pytest.raises(RuntimeError, match=f"h0: .* batch of 2 .*, got {batch}"):
         forward(*_forward_args(inputs, save, backend))
@@ -108,7 +104,7 @@ def test_states_of_another_batch(backend, batch, save):
 @every_case
 def test_opcheck_backward(backend, case):
     inputs = testing.make_inputs(case)
-    _skip_unless_supported(backend, inputs)
+    skip_unless_supported(backend, inputs)
     for needs in _needs_choices(inputs):
         opcheck(backward, _backward_args(case, inputs, needs, backend))
 
@@ -134,7 +130,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, to
 @every_dtype
 def test_fake_forward_looks_like_the_real_one(backend, case, dtype):
     inputs = testing.make_inputs(replace(case, dtype=dtype))
-    _skip_unless_supported(backend, inputs)
+    skip_unless_supported(backend, inputs)
     for save in (True, False):
         args = _forward_args(inputs, save, backend)
         fakes, reals = forward(*_on_meta(args)), forward(*args)
@@ -149,7 +145,7 @@ def test_fake_forward_looks_like_the_real_one(backend, case, dtype):
 def test_fake_backward_looks_like_the_real_one(backend, case, dtype):
     case = replace(case, dtype=dtype)
     inputs = testing.make_inputs(case)
-    _skip_unless_supported(backend, inputs)
+    skip_unless_supported(backend, inputs)
     for needs in _needs_choices(inputs):
         args = _backward_args(case, inputs, needs, backend)
         fakes, reals = backward(*_on_meta(args)), backward(*args)
@@ -165,7 +161,7 @@ def test_fake_backward_looks_like_the_real_one(backend, case, dtype):
 def test_outputs_share_no_memory(backend, case):
     """Operators must not return their inputs, nor one memory twice."""
     inputs = testing.make_inputs(case)
-    _skip_unless_supported(backend, inputs)
+    skip_unless_supported(backend, inputs)
     args = _forward_args(inputs, True, backend)
     needs = _needs_choices(inputs)[0]
     results = [*forward(*args), *backward(*_backward_args(case, inputs, needs, backend))]

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from test_stepper import SIZES, every_cell, flat, make, needs_library, run, start
+from helpers.needs import needs_library
+from helpers.outcomes import flat
+from helpers.steppers import SIZES, every_cell, make, run, start
 
 import fused_rnn
 from fused_rnn import native

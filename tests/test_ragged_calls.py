@@ -1,73 +1,21 @@
 """The short way of rows that end early or start afresh (fused_rnn/training.py): the general way's
 bits, in training and in inference."""
 
-import itertools
-
 import pytest
 import torch
-from test_direct_calls import asked, operators_only  # noqa: F401, fixtures
-from test_streaming import Ways, assert_general, flat, states
-from test_training_calls import assert_same_bits, run, weighted
-from torch import nn
+from helpers.inputs import states
+from helpers.masked import HIDDEN, INPUTS, MASKS, OPTIONS, STEPS, Masked, masks_of
+from helpers.outcomes import assert_same_bits, flat, run, weighted
+from helpers.ways import assert_general, assert_short
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_rnn
-from fused_rnn import direct, training
+from fused_rnn import direct
 from fused_rnn.backends import pieces
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
-
-INPUTS, HIDDEN, STEPS = 5, 18, 9
-
-
-@pytest.fixture
-def ways(monkeypatch):
-    return Ways(monkeypatch, training)
-
-
-class Masked(nn.Module):
-    """A layer with its masks, called as one without."""
-
-    def __init__(self, module, **masks):
-        super().__init__()
-        self.module, self.masks = module, masks
-
-    def forward(self, *args):
-        return self.module(*args, **self.masks)
-
-
-OPTIONS = [
-    {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first}
-    for layers, bidirectional, batch_first in itertools.product(
-        (1, 2), (False, True), (False, True)
-    )
-]
-MASKS = {
-    "lengths": ((3, 9, 1, 9, 4), 0.0),
-    "rows without a step": ((0, 5, 0, 9, 2), 0.0),
-    "resets": (None, 0.3),
-    "both": ((3, 9, 0, 1, 4), 0.3),
-}
-
-
-def masks_of(name, batch_first, dtype=torch.int64):
-    lengths, part = MASKS[name]
-    masks = {} if lengths is None else {"lengths": torch.tensor(lengths, dtype=dtype)}
-    if part:
-        resets = torch.rand(STEPS, 5) < part
-        masks["resets"] = resets.t() if batch_first else resets
-    return masks
-
-
-def assert_short(ways, function, *args):
-    """The bits of the general way, and not by it."""
-    before = ways.direct
-    actual = function(*args)
-    assert ways.direct == before + 1, "took the general way"
-    assert_same_bits(flat(actual), flat(ways.call_generally(function, *args)))
-    return actual
 
 
 @pytest.mark.parametrize("masks", MASKS)
@@ -305,7 +253,7 @@ def test_lengths_of_a_sequence_that_no_memory_holds():
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("masks", MASKS)
-def test_operators_have_the_same_bits(masks, batch_first, asked, operators_only):  # noqa: F811
+def test_operators_have_the_same_bits(masks, batch_first, asked, operators_only):
     """Those of large layers, and of what the extension module cannot be built for."""
     module = fused_rnn.LSTM(INPUTS, HIDDEN, 2, bidirectional=True, batch_first=batch_first)
     masked = Masked(module, **masks_of(masks, batch_first))

@@ -12,6 +12,8 @@ import pickle
 
 import pytest
 import torch
+from helpers.needs import needs_library
+from helpers.outcomes import flat, leaves, near
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
@@ -24,9 +26,6 @@ from fused_rnn.cells import CELLS
 T, B, I, H = 5, 3, 3, 4  # noqa: E741
 
 every_cell = pytest.mark.parametrize("cell", [*CELLS, "lstm_projected"])
-needs_cpu_library = pytest.mark.skipif(
-    native.cpu_library_error() is not None, reason="no C++ library"
-)
 both_ways = pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
 
 
@@ -58,10 +57,6 @@ def initial(layer, batch=B, dtype=torch.float64):
 
 def as_tuple(states):
     return states if isinstance(states, tuple) else (states,)
-
-
-def near(actual, expected, tolerance=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def grads(outputs, inputs):
@@ -323,13 +318,6 @@ def every_kernel_option(cells=EVERY_CELL):
     return pytest.mark.parametrize(("cell", "options"), pairs)
 
 
-def leaves(states, dtype):
-    """The tensors of a state, or none, as leaves of that dtype."""
-    if states is None:
-        return []
-    return [state.detach().to(dtype).requires_grad_() for state in as_tuple(states)]
-
-
 def as_state(tensors):
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
@@ -337,7 +325,11 @@ def as_state(tensors):
 def results_of(module, backend, x, hx, reset_hx, form, seed):
     """Outputs of the module on that backend in its own dtype, and the gradients of all inputs."""
     dtype = next(module.parameters()).dtype
-    rows, states, fresh = x.to(dtype).requires_grad_(), leaves(hx, dtype), leaves(reset_hx, dtype)
+    rows, states, fresh = (
+        x.to(dtype).requires_grad_(),
+        flat(leaves(hx, dtype)),
+        flat(leaves(reset_hx, dtype)),
+    )
     torch.manual_seed(seed)
     lengths = torch.randint(1, len(x) + 1, x.shape[1:2])
     options = {"return_states": True} if form.get("return_states") else {}
@@ -390,7 +382,7 @@ def check_kernels(cell, form, dtype, options, layers=2):
         assert (ours.double() - theirs).norm() <= bound
 
 
-@needs_cpu_library
+@needs_library
 @every_form
 @every_kernel_option()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -408,7 +400,7 @@ def test_the_cpu_kernels_of_every_instruction_set(
     check_kernels(cell, FORMS[form], torch.float32, options)
 
 
-@needs_cpu_library
+@needs_library
 @every_kernel_option(["gru", "gru_reset_before", "lstm", "lstm_projected"])
 def test_the_cpu_kernels_take_several_chunks_backward(cell, options):
     """Of 8 MiB of gradients each: from one to the next go those of the states."""
@@ -416,7 +408,7 @@ def test_the_cpu_kernels_take_several_chunks_backward(cell, options):
     check_kernels(cell, {"timesteps": 110, "batch": 40, "hidden": 130}, torch.float32, options, 1)
 
 
-@needs_cpu_library
+@needs_library
 @every_kernel_option()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
 def test_the_cpu_kernels_twice_differentiable(cell, options, dtype):
@@ -442,7 +434,7 @@ def test_the_cpu_kernels_twice_differentiable(cell, options, dtype):
         assert (ours.double() - theirs).norm() <= bound
 
 
-@needs_cpu_library
+@needs_library
 @every_kernel_option()
 def test_what_the_cpu_kernels_have_runs_on_them(cell, options):
     options, training = options
@@ -473,7 +465,7 @@ def noisy_arguments(cell, dtype=torch.float32):
     return *inputs, cell, True, False, False, "cpu", *noise
 
 
-@needs_cpu_library
+@needs_library
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("averaged", [False, True], ids=["drawn", "expected"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -487,7 +479,7 @@ def test_the_operator_is_what_torch_wants(cell, averaged, dtype):
     )
 
 
-@needs_cpu_library
+@needs_library
 @pytest.mark.parametrize(
     ("which", "wrong", "message"),
     [
@@ -503,7 +495,7 @@ def test_the_librarys_border(which, wrong, message):
         torch.ops.fused_rnn.layer_forward(*arguments)
 
 
-@needs_cpu_library
+@needs_library
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("states", [False, True])
 def test_the_operator_of_the_reference_is_plain_operations(cell, states):
@@ -528,7 +520,7 @@ def test_the_operator_of_the_reference_is_plain_operations(cell, states):
         assert [f.shape for f in torch.ops.fused_rnn.layer_forward(*faked)] == results["shapes"]
 
 
-@needs_cpu_library
+@needs_library
 @pytest.mark.parametrize(
     "shapes",
     [[], [(3 * H + 1,)], [(3 * H,), (3 * H,)], [(9 * H + 1,)], [(10 * H,)], [(9 * H,), (3 * H,)]],
@@ -546,7 +538,7 @@ def test_the_librarys_border_of_weights(shapes):
         )
 
 
-@needs_cpu_library
+@needs_library
 def test_the_library_has_no_gains_for_an_rnn():
     weights = torch.zeros(H, I), torch.zeros(H, H), torch.ones(2 * H)
     h0 = torch.zeros(1, B, H)
@@ -579,7 +571,7 @@ NORMED_CELLS = "gru", "gru_reset_before", "lstm", "lstm_projected"
 every_normed_cell = pytest.mark.parametrize("cell", NORMED_CELLS)
 
 
-@needs_cpu_library
+@needs_library
 @every_normed_cell
 @pytest.mark.parametrize("hidden", [3, 40])
 def test_normalisations_far_from_zero(cell, hidden, instruction_set):
@@ -599,7 +591,7 @@ def test_normalisations_far_from_zero(cell, hidden, instruction_set):
         assert (ours.double() - expected).norm() <= 2 * error + 1e-4 * expected.norm()
 
 
-@needs_cpu_library
+@needs_library
 @every_normed_cell
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_normalisations_of_half_types_are_as_exact_as_the_reference(cell, dtype):
@@ -614,7 +606,7 @@ def test_normalisations_of_half_types_are_as_exact_as_the_reference(cell, dtype)
         assert (ours.double() - expected).norm() <= 2 * error
 
 
-@needs_cpu_library
+@needs_library
 @every_normed_cell
 def test_normalisations_of_nothing(cell, instruction_set):
     """What does not vary becomes zero, and its gradient is finite: W_hh h of no h, W_ih x of no
@@ -631,7 +623,7 @@ def test_normalisations_of_nothing(cell, instruction_set):
         near(ours.double(), expected, 1e-4 * (1 + expected.abs().max().item()))
 
 
-@needs_cpu_library
+@needs_library
 @every_normed_cell
 @pytest.mark.parametrize("packed", [False, True])
 def test_normalised_bits_do_not_depend_on_threads(cell, packed, num_threads):
@@ -646,7 +638,7 @@ def test_normalised_bits_do_not_depend_on_threads(cell, packed, num_threads):
             assert torch.equal(ours, expected)
 
 
-@needs_cpu_library
+@needs_library
 @every_normed_cell
 def test_normalised_rows_do_not_depend_on_the_batch(cell):
     layer = make(cell, I, 20, bidirectional=True, layer_norm=True).eval()
@@ -658,7 +650,7 @@ def test_normalised_rows_do_not_depend_on_the_batch(cell):
             assert torch.equal(layer(x[:, b : b + 1], as_state(one))[0], y[:, b : b + 1])
 
 
-@needs_cpu_library
+@needs_library
 @pytest.mark.parametrize(
     ("option", "names"),
     [

@@ -3,7 +3,6 @@
 import ast
 import doctest
 import importlib
-import os
 import re
 import shutil
 import subprocess
@@ -12,11 +11,11 @@ import types
 from pathlib import Path
 
 import pytest
+from helpers.repository import ROOT, tracked_files
 
 import fused_rnn
 from fused_rnn import native
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fused_rnn"
 
 # From the bottom to the top. A module imports from layers below its own, and within its own only
@@ -44,25 +43,6 @@ LAYERS = [
     {"__main__"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
-
-
-def tracked_files():
-    """What git has or would add; in an unpacked archive, every file but those that tools make."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    if (ROOT / ".git").exists() and shutil.which("git"):
-        names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
-        paths = [ROOT / os.fsdecode(name) for name in names.split(b"\0") if name]
-    else:
-        made = {".venv", ".hypothesis", ".benchmarks", "build", "dist", "out", "__pycache__"}
-        paths = [
-            path
-            for path in ROOT.rglob("*")
-            if not any(
-                part in made or part.endswith((".egg-info", "_cache"))
-                for part in path.relative_to(ROOT).parts
-            )
-        ]
-    return [path for path in paths if path.is_file()]
 
 
 def package_part(path):
@@ -138,6 +118,17 @@ def test_torch_has_what_is_asked_of_it(path):
 def test_a_misspelt_name_of_torch_is_seen():
     tree = ast.parse("torch.cuda.current_streams(x).cuda_stream + torch.cuda.current_stream(x).id")
     assert [n for n, _ in names_of_torch(tree) if is_missing(n)] == ["torch.cuda.current_streams"]
+
+
+def test_nothing_imports_a_test_file():
+    """What two of them need is in tests/helpers. Programs that tests write down count, too."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    names = "|".join(path.stem for path in files if path.stem.startswith("test_"))
+    pattern = re.compile(rf"^[ \t]*(?:from|import)\b.*\b(?:{names})\b", re.M)
+    found = [
+        f"{path.name}: {m[0].strip()}" for path in files for m in pattern.finditer(path.read_text())
+    ]
+    assert not found, "\n".join(found)
 
 
 def test_no_paths_of_one_machine():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.needs import skip_unless_supported
 
 import fused_rnn
 from fused_rnn import native, testing
@@ -161,11 +162,6 @@ def _every_loss_cases(cell: str) -> list[LayerCase]:
     return cases
 
 
-def _skip_unless_supported(backend: str, inputs: testing.LayerInputs, training: bool = True):
-    if reason := testing.refusal(backend, inputs, training):
-        pytest.skip(reason)
-
-
 @functools.lru_cache(maxsize=2)
 def _expectations(case: LayerCase, loss: str):
     oracle = testing.results_of_draws(testing.run_oracle, case, loss, torch.float64)
@@ -182,7 +178,7 @@ def _expectations(case: LayerCase, loss: str):
 )
 def test_accuracy(backend, case, loss):
     """Outputs, states and every gradient: at most twice torch.nn's error, and a few roundings."""
-    _skip_unless_supported(backend, testing.make_inputs(case))
+    skip_unless_supported(backend, testing.make_inputs(case))
     with fused_rnn.backend(backend):
         actual = testing.results_of_draws(testing.run_layer, case, loss)
     testing.assert_accurate(actual, *_expectations(case, loss), case)
@@ -225,7 +221,7 @@ small = pytest.mark.parametrize(("backend", "case", "loss"), _one_dtype_params(_
 @small
 def test_inference_gives_the_same_numbers_as_training(backend, case, loss):
     inputs = testing.make_inputs(case)
-    _skip_unless_supported(backend, inputs, training=False)
+    skip_unless_supported(backend, inputs, training=False)
     with fused_rnn.backend(backend):
         training = testing.run_layer(inputs.leaves())
         with torch.no_grad():
@@ -238,7 +234,7 @@ def test_inference_gives_the_same_numbers_as_training(backend, case, loss):
 def test_arguments_are_left_as_they_were(backend, case, loss):
     """No pass writes to what it was given: inputs, gradients, and what forward saved."""
     inputs = testing.make_inputs(case)
-    _skip_unless_supported(backend, inputs)
+    skip_unless_supported(backend, inputs)
     before = inputs.map(torch.clone)
     torch.ops.fused_rnn.layer_forward(*inputs.forward_args(False, backend))
     for name, tensor in inputs.tensors.items():
@@ -275,7 +271,7 @@ def _spread(tensor: torch.Tensor) -> torch.Tensor:
 def test_memory_layout(backend, case, loss, layout):
     """Strides of inputs and of incoming gradients do not change what is computed."""
     inputs = testing.make_inputs(case)
-    _skip_unless_supported(backend, inputs)
+    skip_unless_supported(backend, inputs)
     cotangents = testing.make_cotangents(case)
     strided = {name: layout(c) for name, c in cotangents.items()}
     with fused_rnn.backend(backend):
@@ -290,7 +286,7 @@ def test_memory_layout(backend, case, loss, layout):
 def test_expanded_gradients(backend, case, loss):
     """The gradient of a sum has strides of zero."""
     inputs = testing.make_inputs(case)
-    _skip_unless_supported(backend, inputs)
+    skip_unless_supported(backend, inputs)
     ones = {name: torch.ones_like(c) for name, c in testing.make_cotangents(case).items()}
     expanded = {name: c.new_ones(()).expand_as(c) for name, c in ones.items()}
     with fused_rnn.backend(backend):
@@ -304,7 +300,7 @@ def test_expanded_gradients(backend, case, loss):
 def test_extreme_input(backend, case, loss, value):
     """NaN, infinities and overflow show up in the very elements in which torch.nn has them."""
     inputs = testing.make_inputs(case)
-    _skip_unless_supported(backend, inputs)
+    skip_unless_supported(backend, inputs)
     inputs.x.view(-1)[case.input_size] = value  # the second row
     cotangents = testing.make_cotangents(case)
     with fused_rnn.backend(backend):
@@ -323,7 +319,7 @@ def _wide_cases(cell: str) -> list[LayerCase]:
 
 @pytest.mark.parametrize(("backend", "case", "loss"), _one_dtype_params(_wide_cases))
 def test_several_threads(backend, case, loss, num_threads):
-    _skip_unless_supported(backend, testing.make_inputs(case))
+    skip_unless_supported(backend, testing.make_inputs(case))
     expectations = _expectations(case, loss)
     num_threads(3)
     with fused_rnn.backend(backend):

@@ -5,6 +5,8 @@ import itertools
 
 import pytest
 import torch
+from helpers.inputs import states
+from helpers.outcomes import flat
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -49,17 +51,6 @@ def answers(monkeypatch):
     return Answers(monkeypatch)
 
 
-def states(cell, rows, batch, hidden, dtype):
-    def one():
-        return torch.randn(rows, batch, hidden, dtype=dtype, requires_grad=True)
-
-    return (one(), one()) if cell == "lstm" else one()
-
-
-def flat(hx):
-    return () if hx is None else hx if isinstance(hx, tuple) else (hx,)
-
-
 def second(module, x, hx=None, of=("y", "h"), by=None, wanted=None, **masks):
     """Gradients of a function of the first gradients `by` of a function of the outputs `of`, by
     default with respect to everything."""
@@ -94,7 +85,7 @@ def test_against_plain_operations(cell, bidirectional, bias, layers, given, answ
         cell, 5, 7, num_layers=1 + layers, bidirectional=bidirectional, bias=bias
     ).double()
     rows = (1 + layers) * (1 + bidirectional)
-    hx = states(cell, rows, 3, 7, torch.float64) if given else None
+    hx = states(cell, rows, 3, 7, dtype=torch.float64, requires_grad=True) if given else None
     for timesteps in (6, 1):
         x = torch.randn(timesteps, 3, 5, dtype=torch.float64, requires_grad=True)
         with fused_rnn.backend("reference"):
@@ -111,7 +102,9 @@ def test_packed_rows(cell, lengths, bidirectional, answers):
     rows = [torch.randn(n, 5, dtype=torch.float64) for n in lengths]
     packed = pack_sequence(rows, enforce_sorted=False)
     packed = packed._replace(data=packed.data.requires_grad_())
-    hx = states(cell, 2 * (1 + bidirectional), len(lengths), 7, torch.float64)
+    hx = states(
+        cell, 2 * (1 + bidirectional), len(lengths), 7, dtype=torch.float64, requires_grad=True
+    )
     for given in (None, hx):
         with fused_rnn.backend("reference"):
             actual = second(module, packed, given)
@@ -146,7 +139,7 @@ def test_masks(cell, name, batch_first, answers):
     ):
         module = module.to(dtype)
         x = x.detach().to(dtype).requires_grad_()
-        for hx in (None, states(cell, 2, 5, 7, dtype)):
+        for hx in (None, states(cell, 2, 5, 7, dtype=dtype, requires_grad=True)):
             with fused_rnn.backend(backend):
                 actual = second(module, x, hx, **masks)
                 assert answers.taken() == [True]
@@ -159,7 +152,7 @@ def test_masks(cell, name, batch_first, answers):
 def test_only_some_gradients(cell, answers):
     module = make_module(cell, 4, 6, bidirectional=True).double()
     x = torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True)
-    hx = states(cell, 2, 2, 6, torch.float64)
+    hx = states(cell, 2, 2, 6, dtype=torch.float64, requires_grad=True)
     everything = [x, *flat(hx), *module.parameters()]
     with fused_rnn.backend("reference"):
         for of, i, j in itertools.product((("y",), ("h",)), (0, 1, 3), (0, 1, 4)):
@@ -178,7 +171,8 @@ def test_no_further_from_float64_than_torch(cell, sizes, answers):
     )
     theirs = getattr(nn, name)(inputs, hidden, bidirectional=True, **options)
     ours = fused_rnn.from_torch(theirs)
-    x, hx = torch.randn(timesteps, batch, inputs), states(cell, 2, batch, hidden, torch.float32)
+    x = torch.randn(timesteps, batch, inputs)
+    hx = states(cell, 2, batch, hidden, requires_grad=True)
 
     def run(module, dtype):
         module = module.to(dtype)
@@ -320,7 +314,7 @@ def test_forward_mode(cell, bidirectional, bias, layers, given, tangents):
     options = {"num_layers": 1 + layers, "bidirectional": bidirectional, "bias": bias}
     module = make_module(cell, 5, 7, **options).double()
     rows = (1 + layers) * (1 + bidirectional)
-    hx = states(cell, rows, 3, 7, torch.float64) if given else None
+    hx = states(cell, rows, 3, 7, dtype=torch.float64, requires_grad=True) if given else None
     for timesteps in (6, 1):
         x, v = torch.randn(2, timesteps, 3, 5, dtype=torch.float64)
         for function, options in (

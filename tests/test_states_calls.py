@@ -2,34 +2,24 @@
 
 import pytest
 import torch
-from test_direct_calls import has_direct_calls
-from test_ragged_calls import OPTIONS, Masked, assert_short, masks_of
-from test_streaming import Ways, assert_general, flat, states
-from test_training_calls import run, weighted
+from helpers.inputs import HALVES, states
+from helpers.masked import HIDDEN, INPUTS, OPTIONS, STEPS, Masked, masks_of
+from helpers.modules import parts_of
+from helpers.needs import has_direct_calls
+from helpers.outcomes import flat, run, weighted
+from helpers.ways import assert_general, assert_short
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_rnn
-from fused_rnn import derivatives, direct, training
+from fused_rnn import derivatives, direct
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
 pytestmark = [pytest.mark.usefixtures("cpu_backend"), has_direct_calls]
 
-INPUTS, HIDDEN, STEPS = 5, 18, 9
-HALVES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def ways(monkeypatch):
-    return Ways(monkeypatch, training)
-
 
 def all_states(module):
     return Masked(module, return_states=True)
-
-
-def parts_of(options):
-    return options["num_layers"] * (1 + options["bidirectional"])
 
 
 def input_of(options, batch=5, **like):

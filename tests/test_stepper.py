@@ -9,57 +9,17 @@ import threading
 
 import pytest
 import torch
+from helpers.needs import needs_library
+from helpers.outcomes import flat
+from helpers.steppers import SIZES, every_cell, make, run, start
 
 import fused_rnn
 from fused_rnn import native
-
-CELLS = {
-    "rnn_tanh": (fused_rnn.RNN, {}),
-    "rnn_relu": (fused_rnn.RNN, {"nonlinearity": "relu"}),
-    "gru": (fused_rnn.GRU, {}),
-    "lstm": (fused_rnn.LSTM, {}),
-    "projected": (fused_rnn.LSTM, {}),
-}
-every_cell = pytest.mark.parametrize("cell", CELLS)
-needs_library = pytest.mark.skipif(
-    native.cpu_library_error() is not None, reason=str(native.cpu_library_error())
-)
-
-
-def make(cell, inputs, hidden, **options):
-    cls, extra = CELLS[cell]
-    if cell == "projected":
-        if hidden == 1:
-            pytest.skip("a projection is smaller than the hidden size")
-        extra = {"proj_size": max(1, hidden // 3)}
-    return cls(inputs, hidden, **extra, **options)
-
-
-def run(step, xs, state=None):
-    ys = []
-    for x in xs:
-        y, state = step(x, state)
-        ys.append(y)
-    return torch.stack(ys), state
-
-
-def flat(state):
-    return state if isinstance(state, tuple) else (state,)
-
-
-def start(module, batch):
-    h = torch.randn(module.num_layers, batch, module.proj_size or module.hidden_size)
-    if not isinstance(module, (torch.nn.LSTM, fused_rnn.LSTM)):
-        return h
-    return h, torch.randn(module.num_layers, batch, module.hidden_size)
 
 
 def sequence(batch, inputs):
     """Of more rows than a layer reads unpacked weights for, in another order of sums."""
     return torch.randn(1 + 48 // batch, batch, inputs)
-
-
-SIZES = [(1, 1), (5, 7), (16, 16), (33, 50), (100, 130), (8, 300), (600, 70)]
 
 
 @needs_library

@@ -9,78 +9,37 @@ import sys
 
 import pytest
 import torch
-from test_direct_calls import LAID_OUT
-from test_streaming import (
-    ALL,
-    LAYERS,
-    Nothing,
-    NothingBelow,
-    Ways,
-    assert_general,
+from helpers.inputs import (
+    LAID_OUT,
+    MISFITS,
+    SIZES_THAT_DO_NOT_FIT,
     bad_inputs,
     bad_states,
+    operator_arguments,
+    plain_input,
+    states,
+)
+from helpers.modules import (
+    ALL,
+    LAYERS,
     changed,
     every_layer,
     every_module,
-    flat,
-    make,
-    plain_input,
-    states,
+    make_pair,
     weight_changes,
     weights_that_are_no_parameters,
 )
+from helpers.outcomes import assert_same_bits, flat, leaves, run, weighted
+from helpers.ways import Nothing, NothingBelow, assert_both_ways, assert_general
 from torch.autograd import forward_ad
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import pack_sequence
 
 import fused_rnn
-from fused_rnn import direct, training
+from fused_rnn import direct
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
-
-
-@pytest.fixture
-def ways(monkeypatch):
-    return Ways(monkeypatch, training)
-
-
-def leaves(value):
-    """The same nest of tensors, each a leaf that asks for a gradient."""
-    if isinstance(value, PackedSequence):
-        return value._replace(data=leaves(value.data))
-    if isinstance(value, tuple):
-        return tuple(map(leaves, value))
-    return value if value is None else value.detach().clone().requires_grad_()
-
-
-def weighted(outputs):
-    """A sum that every element of every output has its own part in."""
-    generator = torch.Generator().manual_seed(3)
-    return sum((t * torch.randn(t.shape, generator=generator)).sum() for t in outputs)
-
-
-def run(module, *args, loss=weighted):
-    """Outputs, and the gradients of arguments and parameters."""
-    args = tuple(map(leaves, args))
-    torch.manual_seed(4)  # of dropout's masks
-    outputs = flat(module(*args))
-    inputs = [*flat(tuple(a for a in args if a is not None)), *module.parameters()]
-    return [*outputs, *torch.autograd.grad(loss(outputs), inputs)]
-
-
-def assert_same_bits(actual, expected):
-    assert len(actual) == len(expected)
-    for a, e in zip(actual, expected, strict=True):
-        assert type(a) is type(e) and a.shape == e.shape and a.requires_grad == e.requires_grad
-        assert torch.equal(a, e)
-
-
-def assert_both_ways(ways, module, *args, **options):
-    before = ways.direct
-    actual = run(module, *args, **options)
-    assert ways.direct == before + 1, "took the general way"
-    assert_same_bits(actual, ways.call_generally(lambda: run(module, *args, **options)))
 
 
 OPTIONS = [
@@ -172,14 +131,14 @@ def test_projection_has_the_general_ways_bits(bias, ways):
 @every_layer
 @pytest.mark.parametrize("bias", [True, False])
 def test_cells_have_the_general_ways_bits(cell, bias, ways):
-    module, _ = make(cell, "Cell", 5, 17, bias=bias)
+    module, _ = make_pair(cell, "Cell", 5, 17, bias=bias)
     for hx in (None, states(cell, 3, 17)):
         assert_both_ways(ways, module, torch.randn(3, 5), hx)
 
 
 @every_layer
 def test_dropout_between_layers_draws_the_same_masks(cell, ways):
-    module, _ = make(cell, "", 5, 9, num_layers=3, dropout=0.4, batch_first=True)
+    module, _ = make_pair(cell, "", 5, 9, num_layers=3, dropout=0.4, batch_first=True)
     for mode in (True, False):
         assert_both_ways(ways, module.train(mode), torch.randn(4, 7, 5))
 
@@ -207,7 +166,7 @@ def test_no_large_copy_is_kept_for_backward(batch_first, ways):
 
 def test_no_timestep_of_a_loop_takes_the_general_way(ways):
     """Cells called in a loop, gradients through all of it."""
-    ours, theirs = make("lstm", "Cell", 4, 6)
+    ours, theirs = make_pair("lstm", "Cell", 4, 6)
     x, results = torch.randn(9, 3, 4), []
     for module in (ours, theirs):
         hx, outputs = None, []
@@ -260,7 +219,7 @@ def test_gradients_of_some_outputs(which, ways):
 @pytest.mark.parametrize(("cell", "suffix"), [("gru", ""), ("lstm", "Cell")])
 def test_gradients_of_odd_layouts(cell, suffix, ways):
     """What comes back may be one number for all, or lie in another order."""
-    module, _ = make(cell, suffix, 4, 6)
+    module, _ = make_pair(cell, suffix, 4, 6)
     x = torch.randn(3, 4) if suffix else torch.randn(5, 3, 4)
     for loss in (
         lambda outputs: sum(t.sum() for t in outputs),
@@ -293,7 +252,7 @@ def test_weights_need_not_be_parameters(cell, suffix, change, which, ways):
 @every_module
 @pytest.mark.parametrize("layout", LAID_OUT)
 def test_arguments_may_lie_in_any_order(cell, suffix, layout, ways):
-    ours, _ = make(cell, suffix, 8, 8)
+    ours, _ = make_pair(cell, suffix, 8, 8)
     x = torch.randn(3, 8) if suffix else torch.randn(5, 3, 8)
     hx = states(cell, *(x.shape if suffix else (1, 3, 8)))
 
@@ -327,7 +286,7 @@ def assert_without_batch(ways, ours, theirs, x, hx):
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_sequences_without_a_batch(cell, batch_first, ways):
     for options in ({}, {"num_layers": 2, "bidirectional": True}):
-        ours, theirs = make(cell, "", 4, 6, batch_first=batch_first, **options)
+        ours, theirs = make_pair(cell, "", 4, 6, batch_first=batch_first, **options)
         parts = len(ours._flat_weights) // 4
         for hx in (None, states(cell, parts, 6)):
             assert_without_batch(ways, ours, theirs, torch.randn(5, 4), hx)
@@ -338,7 +297,7 @@ def test_sequences_without_a_batch(cell, batch_first, ways):
 
 @every_layer
 def test_a_timestep_without_a_batch(cell, ways):
-    ours, theirs = make(cell, "Cell", 4, 6)
+    ours, theirs = make_pair(cell, "Cell", 4, 6)
     for hx in (None, states(cell, 6)):
         assert_without_batch(ways, ours, theirs, torch.randn(4), hx)
     for wrong in (states(cell, 1, 6), states(cell, 7)):
@@ -347,7 +306,7 @@ def test_a_timestep_without_a_batch(cell, ways):
 
 @every_module
 def test_one_bias_alone_takes_the_general_way(cell, suffix, ways):
-    ours, _ = make(cell, suffix, 8, 8)
+    ours, _ = make_pair(cell, suffix, 8, 8)
     setattr(ours, "bias_hh" if suffix else "bias_hh_l0", None)
     assert_general(ways, ours, plain_args(cell, suffix)[0])
 
@@ -359,7 +318,7 @@ def test_unusual_inputs_take_the_general_way(cell, suffix, kind, ways, monkeypat
     monkeypatch.delenv("FUSED_RNN_BACKEND")
     if kind == "packed" and not suffix:
         pytest.skip("layers take it")
-    ours, _ = make(cell, suffix, 8, 8)
+    ours, _ = make_pair(cell, suffix, 8, 8)
     assert_general(ways, ours, dict(bad_inputs())[kind](suffix))
     if not suffix:
         ours.batch_first = True
@@ -370,7 +329,7 @@ def test_unusual_inputs_take_the_general_way(cell, suffix, kind, ways, monkeypat
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", dict(bad_states()))
 def test_unusual_states_take_the_general_way(cell, suffix, kind, ways):
-    ours, _ = make(cell, suffix, 8, 8)
+    ours, _ = make_pair(cell, suffix, 8, 8)
     x, hx = plain_args(cell, suffix)
     assert_general(ways, ours, x, dict(bad_states())[kind](hx))
 
@@ -383,14 +342,14 @@ def test_unusual_states_take_the_general_way(cell, suffix, kind, ways):
     ],
 )  # fmt: skip
 def test_changed_options_take_the_general_way(name, value, ways):
-    ours, _ = make("gru", "", 8, 8)
+    ours, _ = make_pair("gru", "", 8, 8)
     setattr(ours, name, value)
     assert_general(ways, ours, *plain_args("gru", ""))
 
 
 @every_layer
 def test_changed_size_of_a_cell_takes_the_general_way(cell, ways):
-    ours, _ = make(cell, "Cell", 8, 8)
+    ours, _ = make_pair(cell, "Cell", 8, 8)
     ours.hidden_size = 9
     assert_general(ways, ours, *plain_args(cell, "Cell"))
 
@@ -398,7 +357,7 @@ def test_changed_size_of_a_cell_takes_the_general_way(cell, ways):
 @every_module
 def test_functional_call_and_data_are_honoured(cell, suffix, ways):
     """Weights that are not the module's own, or were written past autograd."""
-    ours, theirs = make(cell, suffix, 8, 8)
+    ours, theirs = make_pair(cell, suffix, 8, 8)
     x = plain_args(cell, suffix)[0]
     weights = {name: torch.randn_like(p) / 3 for name, p in ours.named_parameters()}
     theirs.load_state_dict(weights)
@@ -427,7 +386,7 @@ def test_functional_call_and_data_are_honoured(cell, suffix, ways):
 @every_module
 def test_contexts_take_the_general_way(cell, suffix, context, ways, monkeypatch):
     monkeypatch.delenv("FUSED_RNN_BACKEND")
-    ours, _ = make(cell, suffix, 8, 8)
+    ours, _ = make_pair(cell, suffix, 8, 8)
     x, _ = plain_args(cell, suffix)
     with context():
         assert_general(ways, ours, x)
@@ -445,7 +404,7 @@ def test_contexts_take_the_general_way(cell, suffix, context, ways, monkeypatch)
 )  # fmt: skip
 def test_the_backend_asked_for_is_the_one(variable, block, taken, ways, monkeypatch):
     monkeypatch.setenv("FUSED_RNN_BACKEND", variable)
-    ours, _ = make("gru", "", 8, 8)
+    ours, _ = make_pair("gru", "", 8, 8)
     x = torch.randn(3, 1, 8)
 
     def call():
@@ -464,7 +423,7 @@ def test_the_backend_asked_for_is_the_one(variable, block, taken, ways, monkeypa
 @every_module
 def test_explain_sees_every_layer(cell, suffix, ways, monkeypatch):
     monkeypatch.delenv("FUSED_RNN_BACKEND")
-    ours, _ = make(cell, suffix, 8, 8)
+    ours, _ = make_pair(cell, suffix, 8, 8)
     told = fused_rnn.explain(ours, plain_args(cell, suffix)[0])
     assert told.backend == "cpu" and len(told.layers) == 1 and ways.direct == 0
 
@@ -483,7 +442,7 @@ def test_without_the_library(ways, monkeypatch):
 
 @every_module
 def test_transforms_take_the_general_way(cell, suffix, ways):
-    ours, _ = make(cell, suffix, 8, 8)
+    ours, _ = make_pair(cell, suffix, 8, 8)
     x, _ = plain_args(cell, suffix)
     torch.func.vmap(ours)(torch.stack((x, x)))
     torch.func.grad(lambda x: weighted(flat(ours(x))))(x)
@@ -497,7 +456,7 @@ def test_transforms_take_the_general_way(cell, suffix, ways):
 
 @every_module
 def test_double_backward(cell, suffix, ways):
-    ours, theirs = make(cell, suffix, 8, 8)
+    ours, theirs = make_pair(cell, suffix, 8, 8)
     x, hx = plain_args(cell, suffix)
 
     def penalty(module, hx):
@@ -527,7 +486,7 @@ def test_double_backward(cell, suffix, ways):
 )
 @every_module
 def test_contexts_around_backward(cell, suffix, context, ways):
-    ours, _ = make(cell, suffix, 8, 8)
+    ours, _ = make_pair(cell, suffix, 8, 8)
     x, hx = plain_args(cell, suffix)
     results = []
     for around in (context, torch.enable_grad):
@@ -540,7 +499,7 @@ def test_contexts_around_backward(cell, suffix, context, ways):
 
 
 def test_a_batch_of_gradients_at_once(ways):
-    ours, _ = make("gru", "", 8, 8)
+    ours, _ = make_pair("gru", "", 8, 8)
     x = leaves(torch.randn(3, 2, 8))
     y = ours(x)[0]
     cotangents = torch.randn(4, *y.shape)
@@ -555,7 +514,7 @@ def test_saved_tensors_may_come_back_in_another_order(ways):
     def transposed(t):
         return t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t
 
-    ours, _ = make("lstm", "", 8, 8)
+    ours, _ = make_pair("lstm", "", 8, 8)
     x = torch.randn(3, 2, 8)
     expected = run(ours, x)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, transposed):
@@ -564,7 +523,7 @@ def test_saved_tensors_may_come_back_in_another_order(ways):
 
 @pytest.mark.parametrize(("cell", "suffix"), ALL, ids="".join)
 def test_backward_again_and_of_what_was_changed(cell, suffix, ways):
-    ours, _ = make(cell, suffix, 8, 8)
+    ours, _ = make_pair(cell, suffix, 8, 8)
     x = leaves(plain_args(cell, suffix)[0])
     outputs = flat(ours(x))
     loss = weighted(outputs)
@@ -578,7 +537,7 @@ def test_backward_again_and_of_what_was_changed(cell, suffix, ways):
 
 
 def test_final_states_may_be_changed(ways):
-    ours, _ = make("lstm", "", 8, 8)
+    ours, _ = make_pair("lstm", "", 8, 8)
     x = leaves(torch.randn(3, 2, 8))
     y, (h_n, c_n) = ours(x)
     (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
@@ -600,28 +559,9 @@ def test_a_stateful_module_goes_on(ways):
 
 
 def test_copies_train(ways):
-    ours, _ = make("lstm", "", 8, 8)
+    ours, _ = make_pair("lstm", "", 8, 8)
     x = torch.randn(3, 2, 8)
     assert_same_bits(run(copy.deepcopy(ours), x), run(ours, x))
-
-
-MISFITS = {
-    "cell": [5, -1],
-    "x": [torch.randn(2, 4), torch.randn(5, 2, 3), torch.randn(5, 2, 4).double(),
-          torch.randn(2, 5, 4).transpose(0, 1), torch.randn(5, 0, 4), torch.randn(0, 2, 4)],
-    "weights": [[], [torch.randn(24, 4)], [torch.randn(24, 4), torch.randn(24, 5)]],
-    "h0": [torch.randn(1, 2, 5), torch.randn(2, 6), torch.randn(1, 2, 6).half()],
-    "c0": [None, torch.randn(1, 1, 6)],
-    "directions": [0, 2, 3],
-    "batch_sizes": [torch.tensor([2] * 5)],
-}  # fmt: skip
-
-
-def operator_arguments():
-    weights = [torch.randn(24, 4), torch.randn(24, 6), torch.randn(24), torch.randn(24)]
-    forward = {"cell": 3, "x": torch.randn(5, 2, 4), "weights": weights}
-    states = {"h0": torch.randn(1, 2, 6), "c0": torch.randn(1, 2, 6)}
-    return forward | states | {"batch_sizes": None, "directions": 1}
 
 
 def call_operator(name, arguments):
@@ -643,12 +583,6 @@ def test_operators_return_nothing_to_what_does_not_fit(name):
     for value in MISFITS[name]:
         assert call_operator("train_layer", arguments | {name: value}) == []
         assert call_operator("train_layer_backward", backward | {name: value}) == []
-
-
-SIZES_THAT_DO_NOT_FIT = [
-    [], [3, 2], [2, 2, 1, 0], [2, 3], [1, 1, 1, 1, 1], [2, 2, 2], [2, 2, 1, -1, 1], [[2, 2, 1]],
-    [5], 5, [2.0, 2.0, 1.0], [2**62, 2**62, 2**62, 2**62, 5],
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("sizes", SIZES_THAT_DO_NOT_FIT, ids=str)
@@ -723,7 +657,8 @@ def test_memory_of_large_gates_comes_back():
 
 UNWRITTEN = """
 import torch, fused_rnn
-from test_training_calls import run, states
+from helpers.inputs import states
+from helpers.outcomes import run
 for cell, suffix, sizes in (("gru", "", (7, 3)), ("lstm", "", (7, 3)), ("rnn_tanh", "", (7, 3)),
                             ("lstm", "Cell", (3,)), ("gru", "Cell", (3,))):
     torch.manual_seed(0)

@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
-from toolkit import Inputs, leaves, loss_of, near
+from helpers.inputs import HALVES
+from helpers.outcomes import flat
+from toolkit import Inputs, loss_of, near
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from fused_rnn.testing import assert_near, relative_error
 
-HALVES = [torch.bfloat16, torch.float16]
 every_half = pytest.mark.parametrize("half", HALVES, ids=["bfloat16", "float16"])
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
 
@@ -24,7 +25,7 @@ def no_worse_than_rounding(actual, exact, half: torch.dtype) -> None:
     """`actual` is what rounding inputs, weights and results to `half` explains: the states run in
     float32, so that errors do not grow with time."""
     eps = torch.finfo(half).eps
-    for got, expected in zip(leaves(actual), leaves(exact), strict=True):
+    for got, expected in zip(flat(actual), flat(exact), strict=True):
         assert_near("result", got, expected, 8 * eps, 16 * eps)
 
 
@@ -38,10 +39,10 @@ def test_autocast(variant, half, with_hx, make):
     with torch.autocast("cpu", half):
         outputs = module(*inputs.args)
         linear = torch.nn.functional.linear(inputs.args[0], torch.ones(1, 3))
-    assert {leaf.dtype for leaf in leaves(outputs)} == {half, linear.dtype}
+    assert {leaf.dtype for leaf in flat(outputs)} == {half, linear.dtype}
     truth = exact(*torch.utils._pytree.tree_map(lambda t: t.double(), inputs.args))
     no_worse_than_rounding(outputs, truth, half)
-    loss_of([leaf.float() for leaf in leaves(outputs)]).backward()
+    loss_of([leaf.float() for leaf in flat(outputs)]).backward()
     loss_of(truth).backward()
     for (name, p), q in zip(module.named_parameters(), exact.parameters(), strict=True):
         assert p.grad.dtype == torch.float32
@@ -76,11 +77,11 @@ def test_module_in_a_half_type(variant, half, make):
     exact = copy.deepcopy(module).double()
     args = Inputs(module, True, timesteps=50, dtype=half).args
     outputs = module(*args)
-    assert {leaf.dtype for leaf in leaves(outputs)} == {half}
+    assert {leaf.dtype for leaf in flat(outputs)} == {half}
     no_worse_than_rounding(
         outputs, exact(*torch.utils._pytree.tree_map(lambda t: t.double(), args)), half
     )
-    loss_of([leaf.float() for leaf in leaves(outputs)]).backward()
+    loss_of([leaf.float() for leaf in flat(outputs)]).backward()
     assert {p.grad.dtype for p in module.parameters()} == {half}
     assert all(p.grad.isfinite().all() for p in module.parameters())
 
@@ -157,6 +158,6 @@ def test_autocast_on_cuda(variant, half, make):
     args = torch.utils._pytree.tree_map(lambda t: t.cuda(), Inputs(module, True).args)
     with torch.autocast("cuda", half):
         outputs = module(*args)
-    assert {leaf.dtype for leaf in leaves(outputs)} == {half}
+    assert {leaf.dtype for leaf in flat(outputs)} == {half}
     truth = exact(*torch.utils._pytree.tree_map(lambda t: t.double(), args))
     no_worse_than_rounding(outputs, truth, half)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toolkit import Inputs, leaves, loss_of, near, train_step
+from helpers.outcomes import flat
+from toolkit import Inputs, loss_of, near, train_step, with_and_without_hx
 from torch._dynamo.utils import counters
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -25,10 +26,6 @@ OPTIONS = [
     pytest.param({"num_layers": 2, "bidirectional": True}, id="bidirectional-2"),
     pytest.param({"batch_first": True, "bias": False}, id="no_bias", marks=pytest.mark.slow),
 ]
-with_and_without_hx = pytest.mark.parametrize(
-    "with_hx",
-    [pytest.param(False, id="zeros", marks=pytest.mark.slow), pytest.param(True, id="hx")],
-)
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +189,7 @@ def test_packed(layer, kind, backend, make):
 
 def leaves_of_packed(outputs):
     output, states = outputs
-    return [output.data, *leaves(states)]
+    return [output.data, *flat(states)]
 
 
 class Translator(torch.nn.Module):
@@ -267,7 +264,7 @@ def test_autocast(layer, make):
     args = Inputs(module, True).args
     with torch.autocast("cpu", torch.bfloat16):
         actual, expected = compiled(*args), module(*args)
-    assert leaves(actual)[0].dtype == leaves(expected)[0].dtype
+    assert flat(actual)[0].dtype == flat(expected)[0].dtype
     near(actual, expected, rtol=0.02, atol=0.02)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toolkit import Inputs, leaves, loss_of, near, train_step
+from helpers.outcomes import flat
+from toolkit import Inputs, loss_of, near, train_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,11 +36,11 @@ def test_captured_forward_and_backward(variant, on_gpu):
     args = torch.utils._pytree.tree_map(lambda t: t.requires_grad_(), gpu_args(module, True))
 
     def step():
-        for t in (*leaves(args), *module.parameters()):
+        for t in (*flat(args), *module.parameters()):
             t.grad = None
         outputs = module(*args)
         loss_of(outputs).backward()
-        return leaves(outputs)
+        return flat(outputs)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -50,10 +51,10 @@ def test_captured_forward_and_backward(variant, on_gpu):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = step()
-    grads = [t.grad for t in leaves(args)] + [p.grad for _, p in sorted(module.named_parameters())]
+    grads = [t.grad for t in flat(args)] + [p.grad for _, p in sorted(module.named_parameters())]
     for _ in range(3):
         with torch.no_grad():
-            for t in leaves(args):
+            for t in flat(args):
                 t.normal_()
         graph.replay()
         near([*outputs, *grads], train_step(theirs, theirs, *args))

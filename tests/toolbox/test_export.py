@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers.needs import needs_library
 from toolkit import Inputs, Maker, near
 from torch.export import Dim
 
@@ -20,9 +21,6 @@ OPTIONS = [
     pytest.param({"num_layers": 2, "bidirectional": True}, id="bidirectional-2"),
     pytest.param({"batch_first": True, "bias": False}, id="no_bias", marks=pytest.mark.slow),
 ]
-needs_library = pytest.mark.skipif(
-    native.cpu_library_error() is not None, reason=str(native.cpu_library_error())
-)
 no_warnings = pytest.mark.filterwarnings("ignore")  # torch's own, of deprecated names it uses
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toolkit import Inputs, leaves, loss_of
+from helpers.outcomes import flat
+from toolkit import Inputs, loss_of
 
 
 @pytest.fixture
@@ -35,9 +36,9 @@ def test_nothing_holds_activations(variant, make, no_collector):
             return held
 
         with torch.autograd.graph.saved_tensors_hooks(watch, lambda tensor: tensor):
-            outputs = leaves(module(*args))
+            outputs = flat(module(*args))
         assert watched
-        watched += [weakref.ref(t) for t in (*outputs, *leaves(args))]
+        watched += [weakref.ref(t) for t in (*outputs, *flat(args))]
         if with_backward:
             loss_of(outputs).backward()
         del args, outputs
@@ -48,7 +49,7 @@ def test_nothing_holds_activations_after_an_error(layer, make, no_collector):
     module = make(layer)
     (x,) = Inputs(module).args
     x.requires_grad_()
-    y = leaves(module(x))[0]
+    y = flat(module(x))[0]
     y.register_hook(lambda grad: (_ for _ in ()).throw(KeyError("stop")))
     with pytest.raises(KeyError):
         y.sum().backward()
@@ -100,7 +101,7 @@ def test_eight_python_threads(layer, make):
     def step(seed):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(20, 9, 3, generator=generator, requires_grad=True)
-        outputs = leaves(module(x))
+        outputs = flat(module(x))
         return [*outputs, *torch.autograd.grad(loss_of(outputs), [x, *module.parameters()])]
 
     alone = [step(seed) for seed in range(8)]

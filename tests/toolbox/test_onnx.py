@@ -7,7 +7,8 @@ import io
 
 import pytest
 import torch
-from toolkit import Inputs, Maker, leaves, near
+from helpers.outcomes import flat
+from toolkit import Inputs, Maker, near, with_and_without_hx
 
 import fused_rnn
 from fused_rnn import export
@@ -57,7 +58,7 @@ def same_in_runtime(model, module, with_hx: bool) -> None:
     for timesteps, batch in SHAPES:
         args = Inputs(module, with_hx, timesteps, batch).args
         names = [value.name for value in session.get_inputs()]
-        given = {n: t.numpy() for n, t in zip(names, leaves(args), strict=True)}
+        given = {n: t.numpy() for n, t in zip(names, flat(args), strict=True)}
         results = [torch.from_numpy(array) for array in session.run(None, given)]
         with torch.no_grad():
             near(results, module(*args))
@@ -72,10 +73,6 @@ OPTIONS = [
         marks=pytest.mark.slow,
     ),
 ]
-with_and_without_hx = pytest.mark.parametrize(
-    "with_hx",
-    [pytest.param(False, id="zeros", marks=pytest.mark.slow), pytest.param(True, id="hx")],
-)
 
 
 @with_and_without_hx
@@ -173,7 +170,7 @@ def test_lengths(layer):
     names = [value.name for value in session.get_inputs()]
     x, hx = Inputs(module, True, 8, 4).args
     args = (x, torch.tensor([0, 8, 5, 1]), hx)
-    given = {n: t.numpy() for n, t in zip(names, leaves(args), strict=True)}
+    given = {n: t.numpy() for n, t in zip(names, flat(args), strict=True)}
     results = [torch.from_numpy(array) for array in session.run(None, given)]
     with torch.no_grad():
         near(results, model(*args))

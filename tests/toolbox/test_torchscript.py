@@ -7,7 +7,8 @@ import io
 
 import pytest
 import torch
-from toolkit import Inputs, leaves, near, train_step
+from helpers.outcomes import flat
+from toolkit import Inputs, near, train_step
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -94,7 +95,7 @@ def test_script_is_refused_and_restore_is_the_way():
             torch.jit.script(model)
         assert type(model[0]) is type(module)
         (x,) = Inputs(module).args
-        expected = leaves(model(x))
+        expected = flat(model(x))
         scripted = torch.jit.script(fused_rnn.restore(model))
         near(saved_and_loaded(scripted)(x), expected)
         assert type(fused_rnn.replace(model)[0]) is type(module)

@@ -7,7 +7,8 @@ import io
 
 import pytest
 import torch
-from toolkit import Inputs, leaves, loss_of, near, train_step
+from helpers.outcomes import flat
+from toolkit import Inputs, loss_of, near, train_step
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
@@ -125,12 +126,12 @@ def test_copy_by_hand_as_an_exponential_average(make):
     module = make("lstm")
     (x,) = Inputs(module).args
     average = copy.deepcopy(module)
-    before = leaves(average(x))
+    before = flat(average(x))
     with torch.no_grad():
         for mine, new in zip(average.parameters(), module.parameters(), strict=True):
             mine.lerp_(new * 3, 0.5)
             mine.data.add_(0.1)
-    after = leaves(average(x))
+    after = flat(average(x))
     assert not torch.allclose(before[0], after[0])
     with torch.no_grad():
         for p in module.parameters():

@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from toolkit import Inputs, leaves, loss_of, near, train_step
+from helpers.modules import parameters_of
+from helpers.outcomes import flat
+from toolkit import Inputs, loss_of, near, train_step
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import (
@@ -48,10 +50,6 @@ def exactly(dtype: torch.dtype) -> dict[str, float]:
     return EXACT if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
 
 
-def parameters_of(module) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in module.named_parameters()}
-
-
 def loss_function(module):
     """(parameters, arguments...) -> the loss."""
     return lambda parameters, *args: loss_of(functional_call(module, parameters, args))
@@ -68,7 +66,7 @@ def test_vmap_over_a_batch(variant, with_hx, make):
     module, theirs = pair_of(make, variant)
     batch = [args_of(module, with_hx) for _ in range(3)]
     stacked = torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *batch)
-    results = vmap(lambda *args: tuple(leaves(module(*args))))(*stacked)
+    results = vmap(lambda *args: tuple(flat(module(*args))))(*stacked)
     for i, args in enumerate(batch):
         near([r[i] for r in results], theirs(*args), **EXACT)
 
@@ -85,7 +83,7 @@ def test_vmap_over_parameters(variant, make):
     args = args_of(members[0])
 
     def call(parameters, buffers):
-        return tuple(leaves(functional_call(skeleton, (parameters, buffers), args)))
+        return tuple(flat(functional_call(skeleton, (parameters, buffers), args)))
 
     results = vmap(call)(parameters, buffers)
     for i, member in enumerate(members):
@@ -124,21 +122,21 @@ def test_per_sample_gradients(variant, make):
 def test_vjp(variant, with_hx, make):
     module, theirs = pair_of(make, variant)
     args = args_of(module, with_hx)
-    outputs, pull_back = vjp(lambda *args: tuple(leaves(module(*args))), *args)
+    outputs, pull_back = vjp(lambda *args: tuple(flat(module(*args))), *args)
     cotangents = tuple(torch.randn_like(o) for o in outputs)
     actual = pull_back(cotangents)
     inputs = torch.utils._pytree.tree_map(lambda t: t.clone().requires_grad_(), args)
-    expected = torch.autograd.grad(leaves(theirs(*inputs)), leaves(inputs), cotangents)
+    expected = torch.autograd.grad(flat(theirs(*inputs)), flat(inputs), cotangents)
     near(actual, expected, **EXACT)
 
 
 def differences(function, args, tangents, step: float = 1e-6):
     """The directional derivative, by central differences."""
-    flat, spec = torch.utils._pytree.tree_flatten(args)
+    parts, spec = torch.utils._pytree.tree_flatten(args)
 
     def at(sign):
-        moved = [a + sign * step * t for a, t in zip(flat, tangents, strict=True)]
-        return leaves(function(*torch.utils._pytree.tree_unflatten(moved, spec)))
+        moved = [a + sign * step * t for a, t in zip(parts, tangents, strict=True)]
+        return flat(function(*torch.utils._pytree.tree_unflatten(moved, spec)))
 
     with torch.no_grad():
         return [(a - b) / (2 * step) for a, b in zip(at(1), at(-1), strict=True)]
@@ -148,10 +146,10 @@ def test_jvp(variant, make):
     """Compared with differences: torch.nn has no forward mode for some cells."""
     module, theirs = pair_of(make, variant)
     args = args_of(module, True)
-    flat, spec = torch.utils._pytree.tree_flatten(args)
-    tangents = [torch.randn_like(a) for a in flat]
+    parts, spec = torch.utils._pytree.tree_flatten(args)
+    tangents = [torch.randn_like(a) for a in parts]
     outputs, actual = jvp(
-        lambda *args: tuple(leaves(module(*args))),
+        lambda *args: tuple(flat(module(*args))),
         args,
         torch.utils._pytree.tree_unflatten(tangents, spec),
     )
@@ -164,7 +162,7 @@ def test_forward_ad(variant, make):
     (x,) = args_of(module)
     tangent = torch.randn_like(x)
     with forward_ad.dual_level():
-        outputs = leaves(module(forward_ad.make_dual(x, tangent)))
+        outputs = flat(module(forward_ad.make_dual(x, tangent)))
         actual = [forward_ad.unpack_dual(o).tangent for o in outputs]
     near(actual, differences(theirs, (x,), [tangent]), rtol=1e-5, atol=1e-7)
 
@@ -173,9 +171,9 @@ def test_jacrev_and_jacfwd(variant, make):
     """The whole Jacobian, row by row by backward, and column by column forward."""
     module, theirs = pair_of(make, variant)
     (x,) = args_of(module, timesteps=2, batch=2)
-    expected = torch.autograd.functional.jacobian(lambda x: leaves(theirs(x))[0], x)
-    near(jacrev(lambda x: leaves(module(x))[0])(x), expected, **EXACT)
-    near(jacfwd(lambda x: leaves(module(x))[0])(x), expected, **EXACT)
+    expected = torch.autograd.functional.jacobian(lambda x: flat(theirs(x))[0], x)
+    near(jacrev(lambda x: flat(module(x))[0])(x), expected, **EXACT)
+    near(jacfwd(lambda x: flat(module(x))[0])(x), expected, **EXACT)
 
 
 def test_hessian(variant, make):
@@ -189,14 +187,14 @@ def test_hessian(variant, make):
 def test_gradcheck_and_gradgradcheck(variant, with_hx, make):
     module, _ = pair_of(make, variant)
     args = args_of(module, with_hx, timesteps=3, batch=2)
-    flat, spec = torch.utils._pytree.tree_flatten(args)
-    flat = [t.requires_grad_() for t in flat]
+    parts, spec = torch.utils._pytree.tree_flatten(args)
+    parts = [t.requires_grad_() for t in parts]
 
-    def function(*flat):
-        return tuple(leaves(module(*torch.utils._pytree.tree_unflatten(flat, spec))))
+    def function(*parts):
+        return tuple(flat(module(*torch.utils._pytree.tree_unflatten(parts, spec))))
 
-    assert gradcheck(function, flat, fast_mode=True)
-    assert gradgradcheck(function, flat, fast_mode=True)
+    assert gradcheck(function, parts, fast_mode=True)
+    assert gradgradcheck(function, parts, fast_mode=True)
 
 
 def test_functional_call_under_grad_of_grad(layer, make):
@@ -222,10 +220,10 @@ def test_checkpoint(variant, use_reentrant, with_hx, dtype, make):
     args = args_of(module, with_hx)
 
     def call(*args):
-        flat, spec = torch.utils._pytree.tree_flatten(args)
+        parts, spec = torch.utils._pytree.tree_flatten(args)
         return checkpoint(
-            lambda *flat: tuple(leaves(module(*torch.utils._pytree.tree_unflatten(flat, spec)))),
-            *flat,
+            lambda *parts: tuple(flat(module(*torch.utils._pytree.tree_unflatten(parts, spec)))),
+            *parts,
             use_reentrant=use_reentrant,
         )
 
@@ -243,7 +241,7 @@ def test_selective_checkpoint(layer, dtype, make):
 
     def call(x):
         return checkpoint(
-            lambda x: tuple(leaves(module(x * 2))), x, use_reentrant=False, context_fn=contexts
+            lambda x: tuple(flat(module(x * 2))), x, use_reentrant=False, context_fn=contexts
         )
 
     near(
@@ -314,8 +312,8 @@ def test_full_backward_hooks(variant, with_hx, dtype, make):
 
         owner.register_full_backward_pre_hook(pre_hook)
         owner.register_full_backward_hook(hook)
-        results.append([*train_step(owner, owner, *args), *leaves(seen)])
-    assert len(results[0]) > len(leaves(module(*args))) + 1
+        results.append([*train_step(owner, owner, *args), *flat(seen)])
+    assert len(results[0]) > len(flat(module(*args))) + 1
     near(*results, **exactly(dtype))
 
 
@@ -330,7 +328,7 @@ def test_gradient_hooks_and_retained_gradients(variant, with_hx, dtype, make):
         for p in owner.parameters():
             p.register_hook(lambda g: 2 * g)
             p.register_post_accumulate_grad_hook(lambda p, seen=seen: seen.append(p.grad.clone()))
-        outputs = leaves(owner(*args))
+        outputs = flat(owner(*args))
         # torch.nn's LSTMCell computes h from the very c that it returns: another gradient.
         watched = outputs[:1] if variant == "lstm_cell" else outputs
         for output in watched:
@@ -351,7 +349,7 @@ def test_partial_inputs(variant, with_hx, dtype, make):
     args = torch.utils._pytree.tree_map(lambda t: t.requires_grad_(), args_of(module, with_hx))
     for name in ("args", *dict(module.named_parameters())):
         wanted = [
-            leaves(args) if name == "args" else [owner.get_parameter(name)]
+            flat(args) if name == "args" else [owner.get_parameter(name)]
             for owner in (module, theirs)
         ]
         results = [
@@ -372,9 +370,9 @@ def test_several_gradients_at_once(variant, how, dtype, make):
     )
     results = []
     for owner in (module, theirs):
-        y = leaves(owner(*args))[0]
+        y = flat(owner(*args))[0]
         cotangents = torch.eye(y.numel(), dtype=dtype)[:5].view(-1, *y.shape)
-        wanted = [*leaves(args), *owner.parameters()]
+        wanted = [*flat(args), *owner.parameters()]
 
         def pull(g, y=y, wanted=wanted, **options):
             return torch.autograd.grad(y, wanted, g, True, allow_unused=True, **options)
@@ -430,5 +428,5 @@ def test_inference_mode(variant, with_hx, dtype, make):
     args = args_of(module, with_hx)
     with torch.inference_mode():
         outputs = module(*args)
-    assert all(leaf.is_inference() for leaf in leaves(outputs))
+    assert all(leaf.is_inference() for leaf in flat(outputs))
     near(outputs, theirs(*args), **exactly(dtype))

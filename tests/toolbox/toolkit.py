@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, field
 
+import pytest
 import torch
+from helpers import outcomes
+from helpers.outcomes import flat
 from torch import Tensor, nn
 
 I, H, P, T, B = 3, 5, 2, 6, 7  # all different, for compilers take equal sizes to be one  # noqa: E741
@@ -26,6 +30,10 @@ CELLS = {
 VARIANTS = LAYERS | CELLS
 # Between them they have what the others have: a c or none, a projection, several gates.
 REPRESENTATIVE = {"gru", "lstm_proj", "lstm_cell"}
+with_and_without_hx = pytest.mark.parametrize(
+    "with_hx",
+    [pytest.param(False, id="zeros", marks=pytest.mark.slow), pytest.param(True, id="hx")],
+)
 
 
 @dataclass
@@ -78,19 +86,13 @@ class Inputs:
         self.args = (x, hx) if self.with_hx else (x,)
 
 
-def leaves(value) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+# float32 of one library against that of another.
+near = functools.partial(outcomes.near, rtol=1e-4, atol=1e-5)
 
 
 def loss_of(outputs) -> Tensor:
     """A scalar that every output has its own part in."""
-    return sum(((i + 1) * leaf.sin()).sum() for i, leaf in enumerate(leaves(outputs)))
-
-
-def near(actual, expected, **tolerance) -> None:
-    """The same tensors in the same order, up to rounding."""
-    tolerance = tolerance or {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(leaves(actual), leaves(expected), **tolerance)
+    return sum(((i + 1) * leaf.sin()).sum() for i, leaf in enumerate(flat(outputs)))
 
 
 def train_step(call, module: nn.Module, *args) -> list[Tensor]:
@@ -100,4 +102,4 @@ def train_step(call, module: nn.Module, *args) -> list[Tensor]:
     outputs = call(*args)
     loss_of(outputs).backward()
     grads = [p.grad for _, p in sorted(module.named_parameters())]
-    return [leaf.detach() for leaf in leaves(outputs)] + [a.grad for a in leaves(args)] + grads
+    return [leaf.detach() for leaf in flat(outputs)] + [a.grad for a in flat(args)] + grads
