@@ -6,14 +6,14 @@ the operators fall back on there, and what every backend is tested against. Slow
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cells import Cell, DirectionWeights
-from .problem import Masks, Rows
+from .problem import Course, Masks, Rows
 
 States = tuple[Tensor, ...]  # h, and c where the cell has one
 
@@ -57,41 +57,29 @@ def run(
     directions = []
     for d, w in enumerate(weights):
         project, step = recurrence(cell, d, w)
-        fresh = [
-            torch.zeros_like(s[d]) if r is None else r[d]
-            for s, r in zip(initial, (masks.reset_h, masks.reset_c), strict=False)
-        ]
-        course = _Course(rows, d == 1, taken, masks.restarts(d == 1), fresh)
+        states = tuple(s[d] for s in initial)
+        course = Course.of(masks, rows.timesteps, d, states)
         gx = project(x).split(rows.batch_sizes)
-        directions.append(_scan(step, gx, tuple(s[d] for s in initial), course))
+        directions.append(_scan(step, gx, states, course, rows.batch_sizes, d == 1))
     (h, *c), finals = (list(zip(*parts, strict=True)) for parts in zip(*directions, strict=True))
     rows_of = (torch.cat(h, -1), *map(torch.stack, c))
     return Histories(rows_of, tuple(map(torch.stack, finals)))
-
-
-class _Course(NamedTuple):
-    """What happens to the states of one direction between the steps."""
-
-    rows: Rows
-    reverse: bool
-    taken: Tensor | None  # bool [T, B]
-    restarts: Tensor | None  # bool [T, B]
-    fresh: list[Tensor]  # [B, P or H] each: the states after a restart
 
 
 def _scan(
     step: Callable[[int, Tensor, States], States],
     gx: tuple[Tensor, ...],
     initial: States,
-    course: _Course,
+    course: Course,
+    sizes: Sequence[int],  # rows of each step
+    reverse: bool,
 ) -> tuple[States, States]:
     """The states after each row, and those at the end of each batch row."""
-    sizes = course.rows.batch_sizes
     steps = range(len(gx))
     history: list[States] = [()] * len(gx)
     ended: list[States] = []  # states of rows that have ended, last rows first
-    states = tuple(s[: sizes[-1 if course.reverse else 0]] for s in initial)
-    for t in reversed(steps) if course.reverse else steps:
+    states = tuple(s[: sizes[-1 if reverse else 0]] for s in initial)
+    for t in reversed(steps) if reverse else steps:
         size, current = sizes[t], states[0].shape[0]
         if size > current:
             joining = (i[current:size] for i in initial)
@@ -99,17 +87,10 @@ def _scan(
         elif size < current:
             ended.append(tuple(s[size:] for s in states))
             states = tuple(s[:size] for s in states)
-        before = states
-        if course.restarts is not None:
-            restart = course.restarts[t].unsqueeze(1)
-            states = tuple(
-                torch.where(restart, f, s) for f, s in zip(course.fresh, states, strict=True)
-            )
-        history[t] = states = step(t, gx[t], states)
+        history[t] = after = step(t, gx[t], course.started(t, states))
         if course.taken is not None:
-            taken = course.taken[t].unsqueeze(1)
-            history[t] = tuple(torch.where(taken, s, 0) for s in states)
-            states = tuple(torch.where(taken, s, b) for s, b in zip(states, before, strict=True))
+            history[t] = tuple(torch.where(course.taken[t], s, 0) for s in after)
+        states = course.passed(t, states, after)
     ended.append(states)
     return (
         tuple(torch.cat(parts) for parts in zip(*history, strict=True)),

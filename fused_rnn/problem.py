@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -146,6 +147,45 @@ class Masks(NamedTuple):
             return None
         steps = torch.arange(timesteps, device=self.lengths.device)
         return steps.unsqueeze(1) < self.lengths
+
+
+class Course(NamedTuple):
+    """What masks do to the states of one direction between its steps."""
+
+    taken: Tensor | None  # bool [T, B, 1], None: everywhere
+    restarts: Tensor | None  # bool [T, B, 1] before which of the taken steps, None: nowhere
+    fresh: tuple[Tensor, ...]  # [B, P or H] each: the states after a restart
+
+    @classmethod
+    def of(cls, masks: Masks, timesteps: int, direction: int, states: Sequence[Tensor]) -> Course:
+        """Of states [B, P or H] each, which are h and, of an LSTM, c."""
+        taken, restarts = masks.taken(timesteps), masks.restarts(direction == 1)
+        if taken is not None:
+            taken = taken.unsqueeze(2)
+        if restarts is not None:
+            restarts = restarts.unsqueeze(2)
+            restarts = restarts if taken is None else restarts & taken
+        fresh = tuple(
+            torch.zeros_like(state) if reset is None else reset[direction].to(state.dtype)
+            for state, reset in zip(states, (masks.reset_h, masks.reset_c), strict=False)
+        )
+        return cls(taken, restarts, fresh)
+
+    def started(self, t: int, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What rows start step t from."""
+        if self.restarts is None:
+            return states
+        pairs = zip(self.fresh, states, strict=True)
+        return tuple(torch.where(self.restarts[t], fresh, state) for fresh, state in pairs)
+
+    def passed(
+        self, t: int, before: tuple[Tensor, ...], after: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """`after` a step t where it is taken, `before` elsewhere."""
+        if self.taken is None:
+            return after
+        pairs = zip(before, after, strict=True)
+        return tuple(torch.where(self.taken[t], new, old) for old, new in pairs)
 
 
 class Noise(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import handover
 from ..cells import DirectionWeights, is_half
-from ..problem import Masks, Problem, Rows
+from ..problem import Course, Masks, Problem, Rows
 from .base import Backend, allocate_output
 from .bundles import LayerOutput, OutputGrads, ScanGrads
 
@@ -68,7 +68,7 @@ class ReferenceBackend(Backend):
             final = (out.h_n[d], out.c_n[d]) if cell.has_c else (out.h_n[d],)
             step = _FORWARD[cell.name](pieces)
             if rows.masks is not None:
-                step = _masked_forward(step, _Course.of(rows, d, initial))
+                step = _masked_forward(step, _course(rows, d, initial))
             _run(step, initial, final, rows, backwards=d == 1)
         _clear_padding(rows, out.y, out.gates, out.cells)
         return out
@@ -123,7 +123,7 @@ class ReferenceBackend(Backend):
             step = _BACKWARD[cell.name](pieces)
             if rows.masks is not None:
                 step = _masked_backward(
-                    step, _Course.of(rows, d, initial), [_of(grad, d) for grad in grad_resets]
+                    step, _course(rows, d, initial), [_of(grad, d) for grad in grad_resets]
                 )
             _run(step, initial, final, rows, backwards=not reverse)
         _clear_padding(rows, grad_gates, grad_h)
@@ -134,52 +134,20 @@ def _of(tensor: Tensor | None, direction: int) -> Tensor | None:
     return None if tensor is None else tensor[direction]
 
 
-class _Course(NamedTuple):
-    """What masks do to the states of one direction, on a device that the host does not wait for:
-    every step is taken by all rows, and then by some it was not."""
-
-    taken: Tensor | None  # bool [T, B, 1], None: everywhere
-    restarts: Tensor | None  # bool [T, B, 1] before which of the taken steps, None: nowhere
-    fresh: list[Tensor]  # [B, P or H] each: the states after a restart
-
-    @classmethod
-    def of(cls, rows: Rows, direction: int, states: Sequence[Tensor]) -> _Course:
-        masks = rows.masks
-        taken, restarts = masks.taken(rows.timesteps), masks.restarts(direction == 1)
-        if taken is not None:
-            taken = taken.unsqueeze(2)
-        if restarts is not None:
-            restarts = restarts.unsqueeze(2)
-            restarts = restarts if taken is None else restarts & taken
-        fresh = [
-            torch.zeros_like(state) if reset is None else reset[direction].to(state.dtype)
-            for state, reset in zip(states, (masks.reset_h, masks.reset_c), strict=False)
-        ]
-        return cls(taken, restarts, fresh)
-
-    def started(self, t: int, states: States) -> States:
-        """What rows start step t from."""
-        if self.restarts is None:
-            return states
-        pairs = zip(self.fresh, states, strict=True)
-        return tuple(torch.where(self.restarts[t], fresh, state) for fresh, state in pairs)
-
-    def passed(self, t: int, before: States, after: States) -> States:
-        """`after` a step t where it is taken."""
-        if self.taken is None:
-            return after
-        pairs = zip(before, after, strict=True)
-        return tuple(torch.where(self.taken[t], new, old) for old, new in pairs)
+def _course(rows: Rows, direction: int, states: Sequence[Tensor]) -> Course:
+    """On a device that the host does not wait for, every step is taken by all rows, and then by
+    some it was not."""
+    return Course.of(rows.masks, rows.timesteps, direction, states)
 
 
-def _masked_forward(step: Step, course: _Course) -> Step:
+def _masked_forward(step: Step, course: Course) -> Step:
     def masked(t: int, states: States) -> States:
         return course.passed(t, states, step(t, course.started(t, states)))
 
     return masked
 
 
-def _masked_backward(step: Step, course: _Course, grad_resets: list[Tensor | None]) -> Step:
+def _masked_backward(step: Step, course: Course, grad_resets: list[Tensor | None]) -> Step:
     """`grad_resets` [B, P or H] each: of the states after a restart, added to; None: not wanted."""
 
     def masked(t: int, grads: States) -> States:
