@@ -211,15 +211,15 @@ class BuildExt(build_ext):
             for source, variant, number in self.compilations(ext):
                 flags = [*includes, *variant, *([] if cuda else env_flags("CXXFLAGS"))]
                 stem = f"{ext.name.rpartition('.')[2]}-{Path(source).stem}{number}"
-                object_ = ninja_syntax.escape_path(f"{stem}.o")
-                path = ninja_syntax.escape_path(str(Path(source).resolve()))
+                object_ = f"{stem}.o"
+                path = str(Path(source).resolve())
                 out.build(object_, "nvcc" if cuda else "compile", path,
                           variables={"flags": ninja_flags(flags)})  # fmt: skip
                 objects.append(object_)
             target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             flags = [*libraries, *([] if cuda else env_flags("LDFLAGS"))]
-            out.build(ninja_syntax.escape_path(str(target)), "nvcc_link" if cuda else "link",
+            out.build(str(target), "nvcc_link" if cuda else "link",
                       objects, variables={"flags": ninja_flags(flags)})  # fmt: skip
 
     def compilations(self, ext: Extension) -> Iterator[tuple[str, list[str], str]]:

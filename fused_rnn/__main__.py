@@ -13,11 +13,13 @@ from importlib.util import find_spec
 
 import torch
 
-from . import __version__, bench, dispatch, native
+from . import __version__, bench, direct, dispatch, native
 from .backends.triton import tune
 from .cells import CELLS
-from .environment import VARIABLES
+from .environment import VARIABLES, is_set
 from .problem import Problem
+
+_SKIP = "FUSED_RNN_SKIP_BUILD"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,10 +108,18 @@ def _choice(problem: Problem) -> str:
 
 def _advice() -> list[str]:
     advice = []
-    if native.cpu_library_error():
+    again = "install fused_rnn again (pip install --no-cache-dir --force-reinstall)"
+    if native.cpu_library_error() and native.library_path().exists() and not is_set(_SKIP):
+        advice.append(f"the library of the CPU kernels is there but does not load: {again}")
+    elif native.cpu_library_error():
         advice.append(
             "for the CPU kernels install a C++ compiler (Debian: apt-get install g++), unset "
-            "FUSED_RNN_SKIP_BUILD and install fused_rnn again"
+            f"{_SKIP} and {again}"
+        )
+    elif direct.calls() is direct._NoCalls:
+        advice.append(
+            "small calls take a few microseconds longer without the extension module: install "
+            f"Python's headers (Debian: apt-get install python3-dev) and {again}"
         )
     if torch.cuda.is_available() and not find_spec("triton"):
         advice.append("for the Triton kernels install triton: pip install triton")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import direct, flops, functional, looks, onnx
 from .cells import CELLS
-from .transformed import is_transformed
+from .transformed import is_exporting, is_transformed
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
 _library.define(
@@ -39,7 +39,7 @@ def layers(
 ) -> tuple[Tensor, Any] | None:
     """What `module.forward(input, hx)` has to return, or None: take the general way. To be called
     while a compiler traces."""
-    if torch.is_grad_enabled() or torch.compiler.is_exporting() or onnx.is_exporting():
+    if torch.is_grad_enabled() or is_exporting() or onnx.is_exporting():
         return None
     if torch._C._is_any_autocast_enabled() or is_transformed():
         return None

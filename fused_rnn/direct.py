@@ -256,9 +256,9 @@ def calls() -> Any:
 
         connect = _C.connect
         exchange = Tensor.__dlpack_c_exchange_api__
+        address = ctypes.CDLL(str(library_path())).fused_rnn_direct_calls
     except (ImportError, AttributeError):  # no headers where it was built, or an older torch
         return _NoCalls
-    address = ctypes.CDLL(str(library_path())).fused_rnn_direct_calls
     address.restype = ctypes.c_void_p
     types = Tensor, torch.nn.Parameter
     cells = {mode: cell.index for mode, cell in CELL_OF.items()}

@@ -23,7 +23,7 @@ from .regularised import (
     RegularisationOptions,
     RegularisedLayers,
 )
-from .transformed import is_batched, is_transformed
+from .transformed import is_batched, is_exporting, is_transformed
 
 
 class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RNNBase):
@@ -272,7 +272,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         Raises:
             RuntimeError: a program is exported, where they do not; or those of a vmap are left.
         """
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if is_exporting() or torch.jit.is_tracing():
             raise RuntimeError(
                 f"{self._get_name()}: expected stateful=False where a program is exported, which "
                 "carries no states from call to call; pass hx"

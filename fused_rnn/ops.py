@@ -35,7 +35,7 @@ from .layer_call import (
     without_resets,
 )
 from .problem import NO_NOISE, Masks, Noise, Problem, wants_gradients
-from .transformed import are_batched, is_transformed, needs_oracle
+from .transformed import are_batched, is_exporting, is_transformed, needs_oracle
 
 _library = torch.library.Library("fused_rnn", "DEF")
 _INPUTS = (
@@ -114,7 +114,7 @@ def layer(
         if onnx.is_exporting():
             return onnx.layer(cell, x, h0, c0, weights, batch_sizes, masks, states, noise)
         # An exported program is trained through the operator's Autograd kernel, or not at all.
-        save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        save = torch.is_grad_enabled() and not is_exporting()
         out = torch.ops.fused_rnn.layer_forward(*inputs, save, states, recompute, "", *noise)
     elif needs_oracle(x):
         call = LayerCall(*inputs, False, states, recompute, "", *noise)
@@ -237,13 +237,15 @@ def _outputs_to_fill(problem: Problem, x: Tensor, h0: Tensor, save: bool) -> tup
     """What `layer_forward` gives, with any numbers in it."""
     directions, batch, out = h0.shape
     hidden, keep_cells = problem.hidden_size, problem.keeps_cells(save)
+    # No product of a size and a bool, which torch 2.11 does not take of symbols.
+    saved = problem.saved_columns if save else 0
     count = math.prod(x.shape[:-1])  # Size.numel would make the sizes constants
     return (
         x.new_empty((*x.shape[:-1], directions * out)),
         x.new_empty((directions, batch, out)),
-        x.new_empty((directions, batch, hidden * problem.cell.has_c)),
-        x.new_empty((directions, count, problem.saved_columns * save), dtype=problem.saved_dtype),
-        x.new_empty((directions, count, hidden * keep_cells), dtype=state_dtype(x.dtype)),
+        x.new_empty((directions, batch, hidden if problem.cell.has_c else 0)),
+        x.new_empty((directions, count, saved), dtype=problem.saved_dtype),
+        x.new_empty((directions, count, hidden if keep_cells else 0), dtype=state_dtype(x.dtype)),
     )
 
 

@@ -63,8 +63,13 @@ def recurrence_of(noise: Noise, batch_sizes: Tensor | None) -> Callable[..., Rec
 
 def of_call(call: LayerCall) -> LayerResult:
     """What the call gives, its `save` aside."""
-    recurrence = recurrence_of(call.noise, call.batch_sizes)
-    return layer(*call.inputs, states=call.states, recurrence=recurrence)
+    # Not by the call's properties, which the compiler of torch 2.10 does not look into.
+    noise = Noise(call.h_factor, call.kept_h, call.kept_c, call.part_h, call.part_c)
+    masks = Masks(call.lengths, call.resets, call.reset_h, call.reset_c)
+    return layer(
+        call.cell, call.x, call.h0, call.c0, call.weights, call.batch_sizes, masks,
+        states=call.states, recurrence=recurrence_of(noise, call.batch_sizes),
+    )  # fmt: skip
 
 
 def gradients(

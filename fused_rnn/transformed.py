@@ -20,6 +20,12 @@ if torch.__version__ < "2.13":  # whose compiler does not know the function
     is_transformed = torch.compiler.assume_constant_result(is_transformed)
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces. In every graph that torch before 2.12 compiles, torch's own
+    function says so."""
+    return torch.compiler._is_exporting_flag
+
+
 def needs_oracle(x: Tensor) -> bool:
     """Whether only plain torch operations will do: inside a function transform, under
     forward-mode differentiation, or for a dtype no backend has."""

@@ -409,6 +409,8 @@ CONSTRUCTION = {
 def test_construction(kind, name):
     args, options, pattern = CONSTRUCTION[kind]
     expected = raised(lambda: getattr(nn, name)(*args, **options))
+    if expected is None and torch.__version__ < "2.11":
+        pytest.skip("torch.nn takes that before 2.11, and so do ours, which ask it")
     assert expected is not None
     with pytest.raises(type(expected), match=pattern) as found:
         getattr(fused_rnn, name)(*args, **options)

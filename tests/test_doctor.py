@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_rnn import __main__, dispatch, native
+from fused_rnn import __main__, direct, dispatch, native
 from fused_rnn.cells import CELLS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,13 +26,35 @@ def test_doctor_tells_what_runs_where(capsys, monkeypatch):
         assert f"cpu float64 {cell}: reference; not cpu: needs dtype float32" in text
 
 
-@pytest.mark.parametrize("missing", [None, "lost on the way"])
-def test_doctor_advises_on_a_missing_library(capsys, monkeypatch, missing):
+@pytest.mark.parametrize(
+    ("missing", "is_there", "advice"),
+    [
+        (None, True, "nothing is missing"),
+        ("lost on the way", False, "install a C++ compiler"),
+        ("lost on the way", True, "is there but does not load"),
+    ],
+)
+def test_doctor_advises_on_a_missing_library(
+    capsys, monkeypatch, tmp_path, missing, is_there, advice
+):
+    library = tmp_path / "library.so"
+    if is_there:
+        library.touch()
+    monkeypatch.delenv("FUSED_RNN_SKIP_BUILD", raising=False)
     monkeypatch.setattr(native, "cpu_library_error", lambda: missing)
+    monkeypatch.setattr(native, "library_path", lambda: library)
+    monkeypatch.setattr(direct, "calls", lambda: None)
     __main__.main(["doctor"])
     text = capsys.readouterr().out
     assert ("lost on the way" in text) == bool(missing)
-    assert ("install a C++ compiler" in text) == bool(missing)
+    assert advice in text
+
+
+def test_doctor_advises_on_a_missing_extension_module(capsys, monkeypatch):
+    monkeypatch.setattr(native, "cpu_library_error", lambda: None)
+    monkeypatch.setattr(direct, "calls", lambda: direct._NoCalls)
+    __main__.main(["doctor"])
+    assert "install Python's headers" in capsys.readouterr().out
 
 
 def test_a_library_that_does_not_load_is_reported_with_the_reason(tmp_path, monkeypatch):

@@ -42,14 +42,15 @@ def allocate_output(problem: Problem, gx: Tensor, save: bool) -> LayerOutput:
     count = gx.shape[1]
     gates = gx
     if not save or cell.saved_gates != cell.gates:
-        gates = gx.new_empty((directions, count, hidden * cell.saved_gates * save))
+        gates = gx.new_empty((directions, count, hidden * cell.saved_gates if save else 0))
     return LayerOutput(
         y=gx.new_empty((count, directions * out), dtype=dtype),
         h_n=gx.new_empty((directions, batch, out), dtype=dtype),
-        c_n=gx.new_empty((directions, batch, hidden * cell.has_c), dtype=dtype),
+        c_n=gx.new_empty((directions, batch, hidden if cell.has_c else 0), dtype=dtype),
         gates=gates,
         cells=gx.new_empty(
-            (directions, count, hidden * problem.keeps_cells(save)), dtype=state_dtype(dtype)
+            (directions, count, hidden if problem.keeps_cells(save) else 0),
+            dtype=state_dtype(dtype),
         ),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers.outcomes import flat
@@ -117,6 +119,14 @@ def test_inference_is_one_operator():
         lengths = torch.full((7,), 4)
         assert operators(lambda x: module(x, lengths=lengths), x) == ["fused_rnn.layer_forward"] * 2
     assert operators(module, x) == ["fused_rnn.layer_forward"] * 2
+
+
+def test_a_stateful_module_is_in_one_graph():
+    module = fused_rnn.GRU(3, 5, stateful=True)
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+    for x in torch.randn(3, 6, 2, 3):
+        for actual, expected in zip(compiled(x), module(x), strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 CALLS = {
