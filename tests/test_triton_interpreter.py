@@ -479,7 +479,7 @@ def test_a_regime_that_does_not_fit_is_an_error_that_says_why(monkeypatch):
     with pytest.raises(fused_rnn.UnsupportedProblemError, match="regime 'grid' does not fit"):
         layer(torch.randn(2, 1, 3))
     monkeypatch.setenv("FUSED_RNN_TRITON_REGIME", "z")
-    with pytest.raises(ValueError, match="FUSED_RNN_TRITON_REGIME: expected one of program, grid, steps"):
+    with pytest.raises(ValueError, match="TRITON_REGIME: expected one of program, grid, steps"):
         layer(torch.randn(2, 1, 3))
 
 
