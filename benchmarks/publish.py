@@ -13,7 +13,7 @@ from pathlib import Path
 
 from harness.captions import CAPTIONS
 from harness.cases import GATES
-from harness.report import number, percent
+from harness.report import OUTCOME_COLUMNS, number, outcome_cells, percent
 from harness.results import WILD, Row, Run
 from harness.sets import SETS
 from harness.targets import eager_over_compiled, geometric_mean, judge, over_best, over_torch
@@ -242,19 +242,8 @@ def _time(row: Row | None) -> str:
 
 
 def _targets(run: Run) -> str:
-    lines = [
-        [
-            outcome.text,
-            number(outcome.geometric_mean),
-            number(outcome.goal),
-            number(outcome.worst),
-            number(outcome.floor),
-            outcome.worst_case,
-            outcome.verdict,
-        ]
-        for outcome in judge(run)
-    ]
-    headers = ["target", "geometric mean", "goal", "worst", "floor", "worst case", ""]
+    lines = [[*outcome_cells(outcome), outcome.verdict] for outcome in judge(run)]
+    headers = [*OUTCOME_COLUMNS, ""]
     note = "A question mark counts groups with a row that spreads too much to be trusted."
     return f"{table(headers, lines)}\n\n{note}"
 

@@ -114,6 +114,11 @@ class Cell:
     in_torch: bool = True  # whether torch.nn has it
 
     @property
+    def grads_are_shared(self) -> bool:
+        """Whether W_ih and W_hh face the same columns of gradients; each a part of them in GRU."""
+        return self.grad_gates == self.gates
+
+    @property
     def torch_mode(self) -> str:
         """The name torch.nn.RNNBase has for this cell."""
         return self.name.upper()

@@ -1,7 +1,7 @@
 """The environment variables that the package reads, and how their values are read.
 
-`docs/backends.md` says what each does. C++ reads two by itself: FUSED_RNN_CPU_CAPABILITY, and
-FUSED_RNN_LOG.
+`docs/backends.md` says what each does. C++ reads some by itself: FUSED_RNN_BACKEND on the short
+ways (csrc/direct_calls.cpp), FUSED_RNN_CPU_CAPABILITY and FUSED_RNN_LOG.
 """
 
 from __future__ import annotations

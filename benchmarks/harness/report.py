@@ -163,24 +163,34 @@ def print_noise(console: Console, run: Run) -> None:
         )
 
 
+OUTCOME_COLUMNS = ("target", "geometric mean", "goal", "worst", "floor", "worst case")
+
+
+def outcome_cells(outcome: Outcome) -> tuple[str, ...]:
+    """What OUTCOME_COLUMNS have of it."""
+    return (
+        outcome.text,
+        number(outcome.geometric_mean),
+        number(outcome.goal),
+        number(outcome.worst),
+        number(outcome.floor),
+        outcome.worst_case,
+    )
+
+
 def print_outcomes(console: Console, outcomes: list[Outcome], absent: dict[str, str]) -> None:
     title = "targets, as ratios where more is better"
     if absent:
         title += f" (without {', '.join(absent)})"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("target", "geometric mean", "goal", "worst", "floor", "worst case", "groups", ""):
+    for name in (*OUTCOME_COLUMNS, "groups", ""):
         numeric = name in ("geometric mean", "goal", "worst", "floor", "groups")
         table.add_column(name, justify="right" if numeric else "left")
     measured = [outcome for outcome in outcomes if outcome.measured]
     for outcome in measured:
         style = "yellow" if outcome.wild else "green" if outcome.met else "red"
         table.add_row(
-            outcome.text,
-            number(outcome.geometric_mean),
-            number(outcome.goal),
-            number(outcome.worst),
-            number(outcome.floor),
-            outcome.worst_case,
+            *outcome_cells(outcome),
             f"{outcome.measured}/{outcome.groups}",
             f"[{style}]{outcome.verdict}[/]",
         )

@@ -398,7 +398,7 @@ def hidden_bias(cell: Cell, weights: list[DirectionWeights]) -> Tensor | None:
 
 def input_side(cell: Cell, grad_gates: Tensor) -> Tensor:
     """[..., G*H] the columns that face W_ih and b_ih, a view."""
-    if cell.grad_gates == cell.gates:
+    if cell.grads_are_shared:
         return grad_gates
     hidden = grad_gates.shape[-1] // 4
     return grad_gates.narrow(-1, hidden, 3 * hidden)
@@ -406,7 +406,7 @@ def input_side(cell: Cell, grad_gates: Tensor) -> Tensor:
 
 def hidden_side(cell: Cell, grad_gates: Tensor) -> Tensor:
     """[..., G*H] the columns that face W_hh and b_hh, a view; GRU in the order (n, r, z)."""
-    if cell.grad_gates == cell.gates:
+    if cell.grads_are_shared:
         return grad_gates
     return grad_gates.narrow(-1, 0, grad_gates.shape[-1] // 4 * 3)
 
@@ -414,7 +414,7 @@ def hidden_side(cell: Cell, grad_gates: Tensor) -> Tensor:
 def hidden_order(cell: Cell, grad_gates: Tensor) -> Tensor:
     """[..., G*H] `hidden_side` in torch's gate order: of a GRU a copy, else a view."""
     side = hidden_side(cell, grad_gates)
-    return side if cell.grad_gates == cell.gates else side.roll(-(side.shape[-1] // 3), -1)
+    return side if cell.grads_are_shared else side.roll(-(side.shape[-1] // 3), -1)
 
 
 def recurrent_weight_grad(
@@ -428,7 +428,7 @@ def recurrent_weight_grad(
 ) -> Tensor:
     """[G*H, P] the gradient of W_hh. `gates` [N, S*H] are the saved ones, h0 is [D, B, P]."""
     grad = times_operands(cell, hidden_side(cell, grad_gates), y, gates, h0, rows, direction)
-    return grad if cell.grad_gates == cell.gates else grad.roll(-(grad.shape[0] // 3), 0)
+    return grad if cell.grads_are_shared else grad.roll(-(grad.shape[0] // 3), 0)
 
 
 def times_operands(

@@ -114,7 +114,7 @@ def backward(
         "Q": cell.grad_gates,
         "COLUMNS": 2 if resets_before(problem) else cell.grad_gates,
         # The gradients of GRU's gates face W_hh in the order n, r, z.
-        "ROTATE": cell.grad_gates // 2 if cell.grad_gates > cell.gates else 0,
+        "ROTATE": 0 if cell.grads_are_shared else cell.gates - 1,
     }
     _run(
         scan.scan_backward, problem, plan.backward, precision, arguments, constants,
