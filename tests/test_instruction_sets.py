@@ -55,6 +55,9 @@ def _fast_cases(cell: str) -> list[LayerCase]:
         case(8, 3, 20, 400, directions=2),
         case(1, 11, 20, 400),
         case(3, 16, 7, 370),
+        # And these lie in few sets of the L1 cache.
+        case(1, 1, 1024, 130),
+        case(3, 1, 1024, 130, directions=2),
     ]
     cases += [*few, *_in_bfloat16(few)]
     if CELLS[cell].has_c:

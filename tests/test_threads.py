@@ -56,6 +56,9 @@ def _cases(cell: str) -> list[LayerCase]:
         # Of a W_hh beyond L2 threads split the units, though each would have enough rows.
         case(3, 70, 9, 700),
         packed([3] * 10 + [2] * 20 + [1] * 10, 9, 700, directions=2),
+        # And of few rows, all of them one direction's units after the other's.
+        case(3, 2, 9, 700, directions=2),
+        packed([5] * 2 + [2] * 3, 9, 700, directions=2),
     ]
     if CELLS[cell].has_c:
         cases += [

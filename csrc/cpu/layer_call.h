@@ -188,16 +188,27 @@ class LayerCall {
 
   template <class Scan>
   void split_units(int64_t panels, int64_t words, const Scan& scan) const {
-    const int64_t items = shape_.directions * panels;
+    const int64_t at_a_time = plan_.in_turn ? 1 : shape_.directions;
+    for (int64_t d = 0; d < shape_.directions; d += at_a_time) {
+      split_units(d, at_a_time, panels, words, scan);
+    }
+  }
+
+  // Of so many directions from the first one on.
+  template <class Scan>
+  void split_units(int64_t first_direction, int64_t directions, int64_t panels, int64_t words,
+                   const Scan& scan) const {
+    const int64_t items = directions * panels;
     Team team(items);
     Barrier barriers[] = {Barrier(panels), Barrier(panels)};
     const auto part = [&](int64_t begin, int64_t end, float* memory) {
-      for (int64_t d = 0; d < shape_.directions; d++) {
-        const int64_t first = std::max(begin, d * panels), last = std::min(end, (d + 1) * panels);
+      for (int64_t i = 0; i < directions; i++) {
+        const int64_t first = std::max(begin, i * panels), last = std::min(end, (i + 1) * panels);
         if (first >= last) continue;
-        Meeting meeting(&barriers[d], last - first);
-        scan(Share{d, 0, 1, shape_.rows.batch, first - d * panels, last - d * panels}, &meeting,
-             memory);
+        Meeting meeting(&barriers[i], last - first);
+        scan(Share{first_direction + i, 0, 1, shape_.rows.batch, first - i * panels,
+                   last - i * panels},
+             &meeting, memory);
       }
     };
     run(
@@ -207,7 +218,7 @@ class LayerCall {
           OwnMemory own(words);
           if (team.assemble(end - begin)) part(begin, end, own.data());
         },
-        ceil_div(items, plan_.members * shape_.directions));
+        ceil_div(items, plan_.members * directions));
     if (team.went_ahead()) return;
     OwnMemory own(words);
     part(0, items, own.data());
