@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS, DirectionWeights
-from .problem import NO_NOISE, Masks, Noise, Problem, Rows
+from .problem import NO_NOISE, LayerInputs, Masks, Noise, Problem, Rows
 
 
 class LayerResult(NamedTuple):
@@ -178,14 +178,7 @@ def make_problem(
     )
 
 
-class Layout(NamedTuple):
-    """What a backend gets of a call beside its problem."""
-
-    rows: Rows
-    weights: list[DirectionWeights]
-
-
-def layout(
+def layer_inputs(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
@@ -193,7 +186,12 @@ def layout(
     batch_sizes: Tensor | None,
     masks: Masks | None,
     noise: Noise = NO_NOISE,
-) -> Layout:
+) -> LayerInputs:
+    """What a backend gets, from a call's arguments as `ops.layer` takes them.
+
+    Raises:
+        RuntimeError: the states' batch is not that of x, or `batch_sizes` do not fit.
+    """
     timesteps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     if batch_sizes is None and x.shape[1] != h0.shape[1]:  # rows as many might be divided anew
         raise RuntimeError(f"h0: expected a batch of {x.shape[1]} as of x, got {h0.shape[1]}")
@@ -202,7 +200,8 @@ def layout(
     if batch_sizes is None:
         noise = noise.of_rows()
     rows = Rows(timesteps, h0.shape[1], batch_sizes, x.shape[0], masks, noise=noise)
-    return Layout(rows, split_by_direction(h0, c0, weights))
+    by_direction = split_by_direction(h0, c0, weights)
+    return LayerInputs(rows_of(x, rows.packed), by_direction, h0, c0, rows)
 
 
 def split_by_direction(

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from . import derivatives, direct, dispatch, flops, onnx, plain
-from .backends.base import Backend, LayerOutput, Needs, OutputGrads
+from .backends.base import Backend
+from .backends.bundles import LayerOutput, Needs, OutputGrads
 from .cells import CELLS, Cell, state_dtype
 from .layer_call import (
     BackwardCall,
     LayerCall,
     LayerResult,
-    layout,
+    layer_inputs,
     make_problem,
     no_autocast,
     rows_of,
@@ -179,16 +180,14 @@ def _forward(call: LayerCall) -> tuple[tuple[Tensor, ...], _Way | None]:
         )
         if given:
             return _with_empty_outputs(cell, *given), None
-    inputs, save = call.inputs, call.save and not call.recompute
-    problem = make_problem(*inputs, call.save, call.states, noise)
-    rows, by_direction = layout(*inputs[1:], noise)
+    save = call.save and not call.recompute
+    problem = make_problem(*call.inputs, call.save, call.states, noise)
+    inputs = layer_inputs(*call.inputs[1:], noise)
     chosen = dispatch.select(problem, call.backend)
     if not chosen.has_extras(problem):
         return _forward_of_oracle(problem, call, save), _Way(problem, chosen)
     with no_autocast(x.device.type):
-        out = chosen.forward(
-            problem, rows_of(x, problem.packed), by_direction, h0, call.c0, rows, save
-        )
+        out = chosen.forward(problem, inputs, save)
     y = out.y if problem.packed else unflatten(out.y, x)
     return (y, out.h_n, out.c_n, out.gates, out.cells), _Way(problem, chosen)
 
@@ -265,9 +264,8 @@ def _backward(asked: BackwardCall, way: _Way | None = None) -> list[Tensor]:
         if given:
             wanted = iter(given)
             return [next(wanted) if need else x.new_empty(0) for need in needs]
-    inputs, noise = call.inputs, call.noise
     if way is None:
-        problem = make_problem(*inputs, True, call.states, noise)
+        problem = make_problem(*call.inputs, True, call.states, call.noise)
         chosen = dispatch.select(problem, call.backend)
     else:
         problem, chosen = way
@@ -278,15 +276,13 @@ def _backward(asked: BackwardCall, way: _Way | None = None) -> list[Tensor]:
         ]
         found = plain.gradients(call.at(leaves), grads, needs, False)
         return [x.new_empty(0) if g is None else g for g in found]
-    rows, by_direction = layout(*inputs[1:], noise)
-    packed = problem.packed
+    inputs, packed = layer_inputs(*call.inputs[1:], call.noise), problem.packed
     saved = LayerOutput(rows_of(y, packed), None, None, gates, cells)
-    given = rows_of(x, packed), by_direction, h0, c0, rows
     with no_autocast(x.device.type):
         if call.recompute:
-            saved = chosen.forward(problem, *given, True)
+            saved = chosen.forward(problem, inputs, True)
         grads = OutputGrads(rows_of(grads[0], packed), *grads[1:])
-        result = chosen.backward(problem, grads, *given, saved, Needs.of(needs))
+        result = chosen.backward(problem, grads, inputs, saved, Needs.of(needs))
     grad_x = result.x if result.x is None or packed else unflatten(result.x, x)
     found = [grad_x, result.h0, result.c0, result.reset_h, result.reset_c, *result.weights]
     return [x.new_empty(0) if g is None else g for g in found]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS, Cell, DirectionWeights, state_dtype
-from .layer_call import LayerCall, LayerResult, layout, no_autocast, rows_of
+from .layer_call import LayerCall, LayerResult, layer_inputs, no_autocast
 from .oracle import Recurrence, plain_recurrence, run
 from .problem import Masks, Noise
 from .recurrences import Extras, general_recurrence, noise_of_steps
@@ -38,9 +38,8 @@ def layer(
         masks = masks.in_dtype(wide)
     # Also of gains, which are in float32 beside weights that autocast made bfloat16.
     x, h0, c0, *weights = (None if t is None else t.to(wide) for t in (x, h0, c0, *weights))
-    rows, by_direction = layout(x, h0, c0, weights, batch_sizes, masks)
+    x_rows, by_direction, *_, rows = layer_inputs(x, h0, c0, weights, batch_sizes, masks)
     initial = (h0,) if c0 is None else (h0, c0)
-    x_rows = rows_of(x, rows.packed)
     with no_autocast(x.device.type):
         (y, *cells), (h_n, *c_n) = run(CELLS[cell], x_rows, initial, by_direction, rows, recurrence)
     if not rows.packed:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import CELLS, Cell, state_dtype
+from .cells import CELLS, Cell, DirectionWeights, state_dtype
 from .transformed import without_transforms
 
 
@@ -346,6 +346,16 @@ class Rows:
             fresh = torch.zeros_like(initial) if reset is None else reset
             by_step = torch.where(restarts.unsqueeze(2), fresh, by_step)
         return by_step.flatten(0, 1)
+
+
+class LayerInputs(NamedTuple):
+    """What a backend gets of a layer call beside its problem."""
+
+    x: Tensor  # [N, I]
+    weights: list[DirectionWeights]  # of each direction
+    h0: Tensor  # [D, B, P]
+    c0: Tensor | None  # [D, B, H], LSTM only
+    rows: Rows
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import direct, dispatch, plain
-from .backends.base import Dropout, Needs, OutputGrads, StackOutput
+from .backends.bundles import Dropout, Needs, OutputGrads, StackInputs, StackOutput
 from .cells import CELLS
 from .layer_call import make_problem, split_by_direction, unflatten, with_resets
 from .problem import Problem, wants_gradients
@@ -108,10 +108,8 @@ def _forward(
     save: bool,
 ) -> StackOutput:
     problem, name, dropout = options
-    by_layer = _by_layer(h0, weights)
-    return dispatch.find(name).stack_forward(
-        problem, x.flatten(0, 1), by_layer, h0, c0, dropout, save
-    )
+    inputs = StackInputs(x.flatten(0, 1), _by_layer(h0, weights), h0, c0, dropout)
+    return dispatch.find(name).stack_forward(problem, inputs, save)
 
 
 class _StackFunction(torch.autograd.Function):
@@ -159,11 +157,7 @@ class _StackFunction(torch.autograd.Function):
         result = dispatch.find(name).stack_backward(
             problem,
             OutputGrads(None if grad_y is None else grad_y.flatten(0, 1), *grads[1:]),
-            x.flatten(0, 1),
-            _by_layer(h0, weights),
-            h0,
-            c0,
-            dropout,
+            StackInputs(x.flatten(0, 1), _by_layer(h0, weights), h0, c0, dropout),
             StackOutput(ys, None, None, gates, cells),
             Needs.of(with_resets(needs, False)),
         )

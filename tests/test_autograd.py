@@ -140,8 +140,8 @@ def backward_calls():
     calls = []
 
     def recorded(original):
-        def layer_backward(problem, grads, x, weights, h0, c0, rows, saved, needs):
-            result = original(problem, grads, x, weights, h0, c0, rows, saved, needs)
+        def layer_backward(problem, grads, inputs, saved, needs):
+            result = original(problem, grads, inputs, saved, needs)
             calls.append((needs, result))
             return result
 

@@ -34,7 +34,7 @@ from fused_rnn.backends.bundles import LayerOutput, Needs, OutputGrads
 from fused_rnn.backends.triton import launch, normed
 from fused_rnn.backends.triton.plan import PassPlan, Plan, Row, _shipped_rows
 from fused_rnn.cells import DirectionWeights
-from fused_rnn.problem import NO_NOISE, Noise, Problem, Rows
+from fused_rnn.problem import NO_NOISE, LayerInputs, Noise, Problem, Rows
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -140,15 +140,16 @@ def run(problem, plan, precision, which, noise=NO_NOISE):
     ]
     h0, c0 = tensor(d, b, h), tensor(d, b, h)
     rows = Rows(problem.timesteps, b, None, n, noise=noise)
+    inputs = LayerInputs(None, weights, h0, c0, rows)
     if which == "forward":
         gx = tensor(d, n, cell.gates * h)
-        launch.forward(problem, plan, precision, gx, weights, h0, c0, rows, True)
+        launch.forward(problem, plan, precision, gx, inputs, True)
         return
     saved = LayerOutput(
         tensor(n, d * h), h0, c0, tensor(d, n, cell.saved_gates * h), torch.empty(d, n, h)
     )
     grads = OutputGrads(tensor(n, d * h), None, None)
-    launch.backward(problem, plan, precision, grads, weights, h0, c0, rows, saved)
+    launch.backward(problem, plan, precision, grads, inputs, saved)
 
 
 def run_normed(problem: Problem, noisy: bool) -> None:
@@ -168,10 +169,11 @@ def run_normed(problem: Problem, noisy: bool) -> None:
     ]  # fmt: skip
     noise = noise_of(problem) if noisy else NO_NOISE
     rows = Rows(problem.timesteps, problem.batch_size, None, n, noise=noise)
-    out = normed.forward(problem, x, weights, states, states, rows, True)
+    inputs = LayerInputs(x, weights, states, states, rows)
+    out = normed.forward(problem, inputs, True)
     grads = OutputGrads(torch.zeros_like(out.y), None, None)
     needs = Needs(True, True, True, False, False, [True] * sum(w is not None for w in weights[0]))
-    normed.backward(problem, grads, x, weights, states, states, rows, out, needs)
+    normed.backward(problem, grads, inputs, out, needs)
 
 
 def normed_compilations(target: str, cell: str, hidden: int, noisy: bool) -> list[Compilation]:

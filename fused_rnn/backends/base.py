@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from ..cells import Cell, DirectionWeights, is_half, state_dtype
-from ..problem import Problem, Rows, Stack
+from ..problem import LayerInputs, Problem, Rows, Stack
 from . import pieces
 from .bundles import (
-    Dropout,
     InputGrads,
     LayerOutput,
     Needs,
     OutputGrads,
     ScanGrads,
+    StackInputs,
     StackOutput,
 )
 
@@ -89,7 +89,7 @@ class Backend:
         has to know what masks say: on the CPU only."""
         return problem.device_type != "cpu"
 
-    def forward(self, problem: Problem, *args) -> LayerOutput:
+    def forward(self, problem: Problem, inputs: LayerInputs, save: bool) -> LayerOutput:
         """`layer_forward` on any rows, of any dtype there is.
 
         Raises:
@@ -99,58 +99,47 @@ class Backend:
         if self.in_float32(problem):
             run = partial(forward_in_float32, run)
         if not (problem.lengths or problem.resets):
-            return run(problem, *args)
-        rows = args[-2]
-        rows.masks.check(rows.timesteps)
+            return run(problem, inputs, save)
+        inputs.rows.masks.check(problem.timesteps)
         if self.takes_masks(problem):
-            return run(problem, *args)
-        return pieces.forward_in_pieces(run, problem, *args)
+            return run(problem, inputs, save)
+        return pieces.forward_in_pieces(run, problem, inputs, save)
 
-    def backward(self, problem: Problem, *args) -> InputGrads:
+    def backward(
+        self,
+        problem: Problem,
+        grads: OutputGrads,
+        inputs: LayerInputs,
+        saved: LayerOutput,
+        needs: Needs,
+    ) -> InputGrads:
         """The backward of `forward`."""
         run = self.layer_backward
         if self.in_float32(problem):
             run = partial(backward_in_float32, run)
         if (problem.lengths or problem.resets) and not self.takes_masks(problem):
-            return pieces.backward_in_pieces(run, problem, *args)
-        return run(problem, *args)
+            return pieces.backward_in_pieces(run, problem, grads, inputs, saved, needs)
+        return run(problem, grads, inputs, saved, needs)
 
     def scan_forward(
         self,
         problem: Problem,
         gx: Tensor,  # [D, N, G*H] input-side pre-activations, owned by the callee
-        weights: list[DirectionWeights],
-        h0: Tensor,  # [D, B, P]
-        c0: Tensor | None,  # [D, B, H]
-        rows: Rows,
+        inputs: LayerInputs,
         save: bool,
     ) -> LayerOutput:
-        """Runs the recurrence. gx holds W_ih x and every bias that adds to it, see `gate_bias`."""
+        """Runs the recurrence. gx holds W_ih x and every bias that adds to it, see `gate_bias`;
+        `inputs.x` is not looked at."""
         raise NotImplementedError
 
     def scan_backward(
-        self,
-        problem: Problem,
-        grads: OutputGrads,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
-        saved: LayerOutput,
+        self, problem: Problem, grads: OutputGrads, inputs: LayerInputs, saved: LayerOutput
     ) -> ScanGrads:
         """Runs the recurrence backwards, leaving everything in `saved` as it was."""
         raise NotImplementedError
 
-    def layer_forward(
-        self,
-        problem: Problem,
-        x: Tensor,  # [N, I]
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
-        save: bool,
-    ) -> LayerOutput:
+    def layer_forward(self, problem: Problem, inputs: LayerInputs, save: bool) -> LayerOutput:
+        x, weights = inputs.x, inputs.weights
         gx = x.new_empty((len(weights), x.shape[0], weights[0].w_ih.shape[0]))
         for direction, w in enumerate(weights):
             bias = gate_bias(problem.cell, w)
@@ -158,22 +147,18 @@ class Backend:
                 torch.mm(x, w.w_ih.t(), out=gx[direction])
             else:
                 torch.addmm(bias, x, w.w_ih.t(), out=gx[direction])
-        return self.scan_forward(problem, gx, weights, h0, c0, rows, save)
+        return self.scan_forward(problem, gx, inputs, save)
 
     def layer_backward(
         self,
         problem: Problem,
         grads: OutputGrads,
-        x: Tensor,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
+        inputs: LayerInputs,
         saved: LayerOutput,
         needs: Needs,
     ) -> InputGrads:
-        scan = self.scan_backward(problem, grads, weights, h0, c0, rows, saved)
-        return input_grads(problem, scan, x, weights, h0, c0, rows, saved, needs)
+        scan = self.scan_backward(problem, grads, inputs, saved)
+        return input_grads(problem, scan, inputs, saved, needs)
 
     def stack(self, problem: Problem, layers: int, is_plain: bool) -> Stack | None:
         """How a stack of such layers runs side by side, None where they follow one another.
@@ -188,11 +173,7 @@ class Backend:
     def stack_forward(
         self,
         problem: Problem,  # of its first layer, with `stack`
-        x: Tensor,  # [N, I]
-        weights: list[DirectionWeights],  # of each layer
-        h0: Tensor,  # [L, B, H]
-        c0: Tensor | None,  # [L, B, H]
-        dropout: Dropout,
+        inputs: StackInputs,
         save: bool,
     ) -> StackOutput:
         """Runs a stack of layers side by side; for a backend whose `stack` gives something."""
@@ -202,11 +183,7 @@ class Backend:
         self,
         problem: Problem,
         grads: OutputGrads,  # y of the last layer [N, H], h_n and c_n of all [L, B, H]
-        x: Tensor,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        dropout: Dropout,
+        inputs: StackInputs,
         saved: StackOutput,
         needs: Needs,
     ) -> InputGrads:
@@ -216,17 +193,13 @@ class Backend:
 def input_grads(
     problem: Problem,
     scan: ScanGrads,
-    x: Tensor,
-    weights: list[DirectionWeights],
-    h0: Tensor,
-    c0: Tensor | None,
-    rows: Rows,
+    inputs: LayerInputs,
     saved: LayerOutput,
     needs: Needs,
 ) -> InputGrads:
     """The gradients of a layer's inputs, from what its backward scan gave."""
-    cell, out = problem.cell, problem.output_size
-    x = without_padding(x, rows)
+    cell, weights = problem.cell, inputs.weights
+    x = without_padding(inputs.x, inputs.rows)
     grad_x = None
     grad_weights: list[Tensor | None] = []
     per_direction = len(needs.weights) // len(weights)
@@ -239,9 +212,8 @@ def input_grads(
             part = grad_in @ w.w_ih
             grad_x = part if grad_x is None else grad_x.add_(part)
         grad_weights.append(grad_in.t() @ x if next(need) else None)
-        y = saved.y[:, direction * out : (direction + 1) * out]
         grad_weights.append(
-            recurrent_weight_grad(cell, grad_gates, y, saved.gates[direction], h0, rows, direction)
+            recurrent_weight_grad(cell, grad_gates, inputs, saved, direction)
             if next(need)
             else None
         )
@@ -258,7 +230,7 @@ def input_grads(
                 grad_weights.append(None)
         if w.peephole is not None:
             grad_weights.append(
-                peephole_grad(scan, saved, c0, rows, direction).to(w.peephole.dtype)
+                peephole_grad(scan, inputs, saved, direction).to(w.peephole.dtype)
                 if next(need)
                 else None
             )
@@ -294,13 +266,14 @@ def without_padding(x: Tensor, rows: Rows) -> Tensor:
 
 
 def peephole_grad(
-    scan: ScanGrads, saved: LayerOutput, c0: Tensor, rows: Rows, direction: int
+    scan: ScanGrads, inputs: LayerInputs, saved: LayerOutput, direction: int
 ) -> Tensor:
     """[3*H] of an LSTM's peepholes: those of the gates i, f and o, times the c they saw."""
+    rows = inputs.rows
     reset = None if rows.masks is None else rows.masks.reset_c
     reset = None if reset is None else reset[direction]
     after, noise = saved.cells[direction], rows.noise  # [N, H]
-    before = rows.shift(after, c0[direction], direction == 1, reset)
+    before = rows.shift(after, inputs.c0[direction], direction == 1, reset)
     if noise.kept_c is not None or noise.part_c:  # o saw what the step by itself gave
         i, f, g, _ = saved.gates[direction].chunk(4, -1)
         after = f * before + i * g
@@ -323,16 +296,12 @@ def is_relu_of_half(problem: Problem) -> bool:
 def forward_in_float32(
     forward: Callable[..., LayerOutput],  # a layer_forward that takes float32
     problem: Problem,
-    x: Tensor,
-    weights: list[DirectionWeights],
-    h0: Tensor,
-    c0: Tensor | None,
-    rows: Rows,
+    inputs: LayerInputs,
     save: bool,
 ) -> LayerOutput:
     """A half type's layer, rounded where it leaves `forward`; what is saved as the problem says."""
     wide = torch.float32
-    out = forward(replace(problem, dtype=wide), *_cast(wide, x, weights, h0, c0), rows, save)
+    out = forward(replace(problem, dtype=wide), LayerInputs(*_cast(wide, *inputs)), save)
     y, h_n, c_n = _cast(problem.dtype, out.y, out.h_n, out.c_n)
     return LayerOutput(y, h_n, c_n, out.gates.to(problem.saved_dtype), out.cells)
 
@@ -341,11 +310,7 @@ def backward_in_float32(
     backward: Callable[..., InputGrads],  # a layer_backward that takes float32
     problem: Problem,
     grads: OutputGrads,
-    x: Tensor,
-    weights: list[DirectionWeights],
-    h0: Tensor,
-    c0: Tensor | None,
-    rows: Rows,
+    inputs: LayerInputs,
     saved: LayerOutput,
     needs: Needs,
 ) -> InputGrads:
@@ -354,8 +319,7 @@ def backward_in_float32(
     result = backward(
         replace(problem, dtype=wide),
         OutputGrads(*_cast(wide, *grads)),
-        *_cast(wide, x, weights, h0, c0),
-        rows,
+        LayerInputs(*_cast(wide, *inputs)),
         LayerOutput(*_cast(wide, *saved)),
         needs,
     )
@@ -419,45 +383,44 @@ def hidden_order(cell: Cell, grad_gates: Tensor) -> Tensor:
 
 def recurrent_weight_grad(
     cell: Cell,
-    grad_gates: Tensor,
-    y: Tensor,
-    gates: Tensor,
-    h0: Tensor,
-    rows: Rows,
+    grad_gates: Tensor,  # [N, Q*H] of this direction
+    inputs: LayerInputs,
+    saved: LayerOutput,
     direction: int,
 ) -> Tensor:
-    """[G*H, P] the gradient of W_hh. `gates` [N, S*H] are the saved ones, h0 is [D, B, P]."""
-    grad = times_operands(cell, hidden_side(cell, grad_gates), y, gates, h0, rows, direction)
+    """[G*H, P] the gradient of W_hh."""
+    grad = times_operands(cell, hidden_side(cell, grad_gates), inputs, saved, direction)
     return grad if cell.grads_are_shared else grad.roll(-(grad.shape[0] // 3), 0)
 
 
 def times_operands(
     cell: Cell,
-    side: Tensor,  # [N, G*H]
-    y: Tensor,
-    gates: Tensor,
-    h0: Tensor,
-    rows: Rows,
+    side: Tensor,  # [N, G*H] of this direction
+    inputs: LayerInputs,
+    saved: LayerOutput,  # gates [D, N, S*H]
     direction: int,
 ) -> Tensor:
     """[G*H, P] the gradients of W_hh's products, transposed, times what these multiplied: the state
     each row started from."""
+    rows, h0, out = inputs.rows, inputs.h0[direction], inputs.h0.shape[2]
+    y = saved.y[:, direction * out : (direction + 1) * out]
     factor = rows.noise.h_factor
     count, batch, reverse = side.shape[0], rows.batch_size, direction == 1
     plain = rows.masks is None and factor is None
     if rows.packed or len(cell.products) > 1 or not plain:
         reset = None if rows.masks is None else rows.masks.reset_h
         reset = None if reset is None else reset[direction]
-        before = rows.shift(y, h0[direction], reverse, reset)
+        before = rows.shift(y, h0, reverse, reset)
         if factor is not None:
             before = (before * rows.spread(factor[direction])).to(y.dtype)
         if len(cell.products) > 1:
             hidden = before.shape[1]
             rz, n = side.split((2 * hidden, hidden), 1)
-            return torch.cat((rz.t() @ before, n.t() @ (gates[:, :hidden] * before)))
+            r = saved.gates[direction, :, :hidden]
+            return torch.cat((rz.t() @ before, n.t() @ (r * before)))
         return side.t() @ before
     if reverse:
         grad = side[: count - batch].t() @ y[batch:]
-        return grad.addmm_(side[count - batch :].t(), h0[direction])
+        return grad.addmm_(side[count - batch :].t(), h0)
     grad = side[batch:].t() @ y[: count - batch]
-    return grad.addmm_(side[:batch].t(), h0[direction])
+    return grad.addmm_(side[:batch].t(), h0)

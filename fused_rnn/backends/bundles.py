@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..cells import DirectionWeights
 from ..problem import Rows
 
 
@@ -33,6 +34,16 @@ class StackOutput(NamedTuple):
     c_n: Tensor  # [L, B, H] for LSTM, else [L, B, 0]
     gates: list[Tensor]  # of each layer, as in LayerOutput
     cells: list[Tensor]
+
+
+class StackInputs(NamedTuple):
+    """What goes into a stack of L layers of one direction."""
+
+    x: Tensor  # [N, I]
+    weights: list[DirectionWeights]  # of each layer
+    h0: Tensor  # [L, B, H]
+    c0: Tensor | None  # [L, B, H], LSTM only
+    dropout: Dropout
 
 
 class Dropout(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cells import DirectionWeights, is_half, state_dtype
 from ..native import bfloat16_capability, cpu_capability, cpu_library_error
-from ..problem import EXTRAS, Problem, Rows
+from ..problem import EXTRAS, LayerInputs, Problem
 from .base import Backend, is_relu_of_half
 from .bundles import InputGrads, LayerOutput, Needs, OutputGrads, allocate_saved
 
@@ -44,16 +44,8 @@ class CpuBackend(Backend):
         native = problem.dtype == torch.bfloat16 and not coarse
         return is_half(problem.dtype) and not (native and bfloat16_capability())
 
-    def layer_forward(
-        self,
-        problem: Problem,
-        x: Tensor,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
-        save: bool,
-    ) -> LayerOutput:
+    def layer_forward(self, problem: Problem, inputs: LayerInputs, save: bool) -> LayerOutput:
+        x, weights, h0, c0, rows = inputs
         cell, hidden, output = problem.cell, problem.hidden_size, problem.output_size
         directions, batch, count = problem.directions, problem.batch_size, x.shape[0]
         wide = state_dtype(problem.dtype)
@@ -82,14 +74,11 @@ class CpuBackend(Backend):
         self,
         problem: Problem,
         grads: OutputGrads,
-        x: Tensor,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
+        inputs: LayerInputs,
         saved: LayerOutput,
         needs: Needs,
     ) -> InputGrads:
+        x, weights, h0, c0, rows = inputs
         cell = problem.cell
         dtype, wide = problem.dtype, state_dtype(problem.dtype)
         flat = _flat(weights)

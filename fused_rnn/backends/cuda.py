@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import native
 from ..cells import Cell, DirectionWeights, is_half
-from ..problem import Problem, Rows, Stack
+from ..problem import LayerInputs, Problem, Rows, Stack
 from . import cuda_stack
 from .base import (
     Backend,
@@ -25,12 +25,12 @@ from .base import (
     is_relu_of_half,
 )
 from .bundles import (
-    Dropout,
     InputGrads,
     LayerOutput,
     Needs,
     OutputGrads,
     ScanGrads,
+    StackInputs,
     StackOutput,
 )
 from .cuda_arguments import (
@@ -134,27 +134,11 @@ class CudaBackend(Backend):
         arguments = self._plan_arguments(problem)
         return self.ops.stack_refusal(*arguments, layers, problem.timesteps)
 
-    def layer_forward(
-        self,
-        problem: Problem,
-        x: Tensor,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
-        save: bool,
-    ) -> LayerOutput:
+    def layer_forward(self, problem: Problem, inputs: LayerInputs, save: bool) -> LayerOutput:
         cell, hidden = problem.cell, problem.hidden_size
         pad = _Padding(cell, hidden)
-        out = _Scans(self.ops, hidden).layer_forward(
-            pad.problem(problem),
-            x,
-            [pad.weights(w) for w in weights],
-            pad.states(h0),
-            pad.states(c0),
-            pad.rows(rows),
-            save,
-        )
+        scans = _Scans(self.ops, hidden)
+        out = scans.layer_forward(pad.problem(problem), pad.inputs(inputs), save)
         return LayerOutput(
             y=pad.cut(out.y, problem.directions),
             h_n=pad.cut(out.h_n),
@@ -167,11 +151,7 @@ class CudaBackend(Backend):
         self,
         problem: Problem,
         grads: OutputGrads,
-        x: Tensor,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
+        inputs: LayerInputs,
         saved: LayerOutput,
         needs: Needs,
     ) -> InputGrads:
@@ -185,11 +165,7 @@ class CudaBackend(Backend):
                 pad.states(grads.c_n),
                 pad.states(grads.cells),
             ),
-            x,
-            [pad.weights(w) for w in weights],
-            pad.states(h0),
-            pad.states(c0),
-            pad.rows(rows),
+            pad.inputs(inputs),
             LayerOutput(
                 y=pad.columns(saved.y, directions),
                 h_n=None,
@@ -204,36 +180,21 @@ class CudaBackend(Backend):
             c0=pad.cut(result.c0),
             reset_h=pad.cut(result.reset_h),
             reset_c=pad.cut(result.reset_c),
-            weights=pad.cut_weights(result.weights, len(weights)),
+            weights=pad.cut_weights(result.weights, directions),
         )
 
-    def stack_forward(
-        self,
-        problem: Problem,
-        x: Tensor,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        dropout: Dropout,
-        save: bool,
-    ) -> StackOutput:
-        return cuda_stack.forward(self.ops, problem, x, weights, h0, c0, dropout, save)
+    def stack_forward(self, problem: Problem, inputs: StackInputs, save: bool) -> StackOutput:
+        return cuda_stack.forward(self.ops, problem, inputs, save)
 
     def stack_backward(
         self,
         problem: Problem,
         grads: OutputGrads,
-        x: Tensor,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        dropout: Dropout,
+        inputs: StackInputs,
         saved: StackOutput,
         needs: Needs,
     ) -> InputGrads:
-        return cuda_stack.backward(
-            self.ops, problem, grads, x, weights, h0, c0, dropout, saved, needs
-        )
+        return cuda_stack.backward(self.ops, problem, grads, inputs, saved, needs)
 
 
 class CudaEmulatedBackend(CudaBackend):
@@ -269,9 +230,16 @@ class _Padding:
     def states(self, values: Tensor | None) -> Tensor | None:
         return self.columns(values, 1)
 
+    def inputs(self, inputs: LayerInputs) -> LayerInputs:
+        if not self.extra:
+            return inputs
+        x, weights, h0, c0, rows = inputs
+        weights = [self.weights(w) for w in weights]
+        return LayerInputs(x, weights, self.states(h0), self.states(c0), self.rows(rows))
+
     def rows(self, rows: Rows) -> Rows:
         masks = rows.masks
-        if masks is None or not self.extra:
+        if masks is None:
             return rows
         masks = masks._replace(
             reset_h=self.states(masks.reset_h), reset_c=self.states(masks.reset_c)
@@ -279,8 +247,6 @@ class _Padding:
         return Rows(rows.timesteps, rows.batch_size, None, rows.count, masks)
 
     def weights(self, w: DirectionWeights) -> DirectionWeights:
-        if not self.extra:
-            return w
         gates = self.cell.gates
         return DirectionWeights(
             w_ih=self.columns(w.w_ih.t(), gates).t(),
@@ -320,12 +286,10 @@ class _Scans(Backend):
         self,
         problem: Problem,
         gx: Tensor,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
+        inputs: LayerInputs,
         save: bool,
     ) -> LayerOutput:
+        _, weights, h0, c0, rows = inputs
         cell, wide = problem.cell, torch.float32
         out = allocate_output(problem, gx, save)
         out = out._replace(c_n=torch.empty_like(out.c_n, dtype=wide))
@@ -347,15 +311,9 @@ class _Scans(Backend):
         return out._replace(c_n=out.c_n.to(problem.dtype))
 
     def scan_backward(
-        self,
-        problem: Problem,
-        grads: OutputGrads,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
-        saved: LayerOutput,
+        self, problem: Problem, grads: OutputGrads, inputs: LayerInputs, saved: LayerOutput
     ) -> ScanGrads:
+        _, weights, h0, c0, rows = inputs
         cell, pitch, wide = problem.cell, problem.hidden_size, torch.float32
         y = aligned(saved.y)
         grad_gates = y.new_empty((problem.directions, y.shape[0], cell.grad_gates * pitch))

@@ -16,11 +16,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..cells import DirectionWeights
 from ..once import once
-from ..problem import Problem, Rows, Stack
+from ..problem import LayerInputs, Problem, Rows, Stack
 from .base import allocate_output, float32_precision, gate_bias, hidden_bias, input_grads
-from .bundles import Dropout, InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads, StackOutput
+from .bundles import (
+    InputGrads,
+    LayerOutput,
+    Needs,
+    OutputGrads,
+    ScanGrads,
+    StackInputs,
+    StackOutput,
+)
 from .cuda_arguments import aligned, current_stream, requested_regime
 
 
@@ -31,16 +38,8 @@ def describe(stack: Stack, training: bool) -> str:
     return f"; {stack.layers} layers side by side in chunks of {', '.join(chunks)}"
 
 
-def forward(
-    ops,
-    problem: Problem,
-    x: Tensor,
-    weights: list[DirectionWeights],
-    h0: Tensor,
-    c0: Tensor | None,
-    dropout: Dropout,
-    save: bool,
-) -> StackOutput:
+def forward(ops, problem: Problem, inputs: StackInputs, save: bool) -> StackOutput:
+    x, weights, h0, c0, dropout = inputs
     cell, layers, wide = problem.cell, len(weights), torch.float32
     # From here on this stream: it waits for the others before anything is freed.
     gx = [x.new_empty((1, x.shape[0], w.w_ih.shape[0])) for w in weights]
@@ -76,14 +75,11 @@ def backward(
     ops,
     problem: Problem,
     grads: OutputGrads,
-    x: Tensor,
-    weights: list[DirectionWeights],
-    h0: Tensor,
-    c0: Tensor | None,
-    dropout: Dropout,
+    inputs: StackInputs,
     saved: StackOutput,
     needs: Needs,
 ) -> InputGrads:
+    x, weights, h0, c0, dropout = inputs
     cell, layers, wide = problem.cell, len(weights), torch.float32
     grad_ys = [torch.empty_like(y) for y in saved.ys[:-1]]
     columns = cell.grad_gates * problem.hidden_size
@@ -119,11 +115,13 @@ def backward(
             one = input_grads(
                 problem,
                 ScanGrads(grad_gates[layer], grad_h0, grad_c0),
-                x if layer == 0 else dropout.of(layer - 1, saved.ys[layer - 1]),
-                weights[layer : layer + 1],
-                h0[layer : layer + 1],
-                None,  # which only peepholes would need
-                rows,
+                LayerInputs(
+                    x if layer == 0 else dropout.of(layer - 1, saved.ys[layer - 1]),
+                    weights[layer : layer + 1],
+                    h0[layer : layer + 1],
+                    None,  # which only peepholes would need
+                    rows,
+                ),
                 LayerOutput(
                     saved.ys[layer], None, None, saved.gates[layer], saved.cells[layer]
                 ),

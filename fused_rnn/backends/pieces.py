@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..cells import DirectionWeights, state_dtype
+from ..cells import state_dtype
 from ..native import cpu_library_error
-from ..problem import Masks, Noise, Problem, Rows
+from ..problem import LayerInputs, Masks, Noise, Problem, Rows
 from .bundles import InputGrads, LayerOutput, Needs, OutputGrads
 
 
@@ -126,31 +126,20 @@ def _cut(
 def forward_in_pieces(
     forward: Callable[..., LayerOutput],  # a layer_forward that takes packed rows
     problem: Problem,
-    x: Tensor,
-    weights: list[DirectionWeights],
-    h0: Tensor,
-    c0: Tensor | None,
-    rows: Rows,
+    inputs: LayerInputs,
     save: bool,
 ) -> LayerOutput:
     """A padded batch with masks. `gates` and `cells` [D, N, ...] hold the M packed rows one after
     the other from the beginning on, direction by direction, and then zeros. Where `cells` is an
     output, it lies as y does."""
-    masks, count = rows.masks, x.shape[0]
-    pieces = Pieces(masks, rows.timesteps, rows.batch_size)
+    x, _, h0, c0, rows = inputs
+    count = x.shape[0]
+    pieces = Pieces(rows.masks, rows.timesteps, rows.batch_size)
     index = pieces.index
     if len(index) == 0:
-        return _no_steps(problem, x, h0, c0, save)
+        return _no_steps(problem, inputs, save)
     _check_memory("x", x)
-    out = forward(
-        _packed_problem(problem, pieces),
-        x.index_select(0, index),
-        weights,
-        pieces.initial(h0, masks.reset_h),
-        None if c0 is None else pieces.initial(c0, masks.reset_c),
-        _packed_rows(pieces, count, rows.noise),
-        save,
-    )
+    out = forward(_packed_problem(problem, pieces), _packed(inputs, pieces), save)
     return LayerOutput(
         y=spread(out.y, index, count),
         h_n=pieces.final(out.h_n, h0),
@@ -178,20 +167,17 @@ def backward_in_pieces(
     backward: Callable[..., InputGrads],  # a layer_backward that takes packed rows
     problem: Problem,
     grads: OutputGrads,
-    x: Tensor,
-    weights: list[DirectionWeights],
-    h0: Tensor,
-    c0: Tensor | None,
-    rows: Rows,
+    inputs: LayerInputs,
     saved: LayerOutput,
     needs: Needs,
 ) -> InputGrads:
     """The backward of `forward_in_pieces`."""
-    masks, count = rows.masks, x.shape[0]
-    pieces = Pieces(masks, rows.timesteps, rows.batch_size)
+    x, _, h0, c0, rows = inputs
+    count = x.shape[0]
+    pieces = Pieces(rows.masks, rows.timesteps, rows.batch_size)
     index = pieces.index
     if len(index) == 0:
-        return _no_steps_backward(grads, x, weights, h0, c0, masks, needs)
+        return _no_steps_backward(grads, inputs, needs)
 
     def gathered(cells: Tensor | None) -> Tensor | None:
         return None if cells is None else cells.index_select(1, index)
@@ -206,11 +192,7 @@ def backward_in_pieces(
             c_n,
             gathered(grads.cells),
         ),
-        x.index_select(0, index),
-        weights,
-        pieces.initial(h0, masks.reset_h),
-        None if c0 is None else pieces.initial(c0, masks.reset_c),
-        _packed_rows(pieces, count, rows.noise),
+        _packed(inputs, pieces),
         LayerOutput(
             saved.y.index_select(0, index),
             None,
@@ -244,6 +226,17 @@ def _packed_problem(problem: Problem, pieces: Pieces) -> Problem:
         packed=True,
         lengths=False,
         resets=False,
+    )
+
+
+def _packed(inputs: LayerInputs, pieces: Pieces) -> LayerInputs:
+    x, weights, h0, c0, rows = inputs
+    return LayerInputs(
+        x.index_select(0, pieces.index),
+        weights,
+        pieces.initial(h0, rows.masks.reset_h),
+        None if c0 is None else pieces.initial(c0, rows.masks.reset_c),
+        _packed_rows(pieces, x.shape[0], rows.noise),
     )
 
 
@@ -297,10 +290,9 @@ def _final_grads(pieces: Pieces, grad: Tensor | None, like: Tensor) -> tuple[Ten
     return pieces.final_grads(grad)
 
 
-def _no_steps(
-    problem: Problem, x: Tensor, h0: Tensor, c0: Tensor | None, save: bool
-) -> LayerOutput:
+def _no_steps(problem: Problem, inputs: LayerInputs, save: bool) -> LayerOutput:
     """Every row has ended before it began."""
+    x, _, h0, c0, _ = inputs
     hidden, leading = problem.hidden_size, (problem.directions, x.shape[0])
     return LayerOutput(
         x.new_zeros((x.shape[0], problem.directions * problem.output_size)),
@@ -311,15 +303,9 @@ def _no_steps(
     )
 
 
-def _no_steps_backward(
-    grads: OutputGrads,
-    x: Tensor,
-    weights: list[DirectionWeights],
-    h0: Tensor,
-    c0: Tensor | None,
-    masks: Masks,
-    needs: Needs,
-) -> InputGrads:
+def _no_steps_backward(grads: OutputGrads, inputs: LayerInputs, needs: Needs) -> InputGrads:
+    x, weights, h0, c0, rows = inputs
+
     def through(need: bool, grad: Tensor | None, like: Tensor | None) -> Tensor | None:
         if not need:
             return None
@@ -331,6 +317,6 @@ def _no_steps_backward(
         through(needs.h0, grads.h_n, h0),
         through(needs.c0, grads.c_n, c0),
         [through(need, None, w) for need, w in zip(needs.weights, flat, strict=True)],
-        through(needs.reset_h, None, masks.reset_h),
-        through(needs.reset_c, None, masks.reset_c),
+        through(needs.reset_h, None, rows.masks.reset_h),
+        through(needs.reset_c, None, rows.masks.reset_c),
     )

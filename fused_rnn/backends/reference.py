@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import handover
 from ..cells import DirectionWeights, is_half
-from ..problem import Course, Masks, Problem, Rows
+from ..problem import Course, LayerInputs, Masks, Problem, Rows
 from .base import Backend, allocate_output
 from .bundles import LayerOutput, OutputGrads, ScanGrads
 
@@ -47,12 +47,10 @@ class ReferenceBackend(Backend):
         self,
         problem: Problem,
         gx: Tensor,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
+        inputs: LayerInputs,
         save: bool,
     ) -> LayerOutput:
+        _, weights, h0, c0, rows = inputs
         out = allocate_output(problem, gx, save)
         cell, width = problem.cell, problem.output_size
         for d, w in enumerate(weights):
@@ -74,15 +72,9 @@ class ReferenceBackend(Backend):
         return out
 
     def scan_backward(
-        self,
-        problem: Problem,
-        grads: OutputGrads,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
-        saved: LayerOutput,
+        self, problem: Problem, grads: OutputGrads, inputs: LayerInputs, saved: LayerOutput
     ) -> ScanGrads:
+        _, weights, h0, c0, rows = inputs
         cell, width, hidden = problem.cell, problem.output_size, problem.hidden_size
         directions, count = problem.directions, saved.y.shape[0]
         grad_gates = saved.y.new_empty((directions, count, cell.grad_gates * hidden))

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ... import environment
-from ...cells import DirectionWeights, is_half
-from ...problem import EXTRAS, Problem, Rows
+from ...cells import is_half
+from ...problem import EXTRAS, LayerInputs, Problem
 from ..base import Backend, float32_precision, is_relu_of_half
-from ..bundles import InputGrads, LayerOutput, OutputGrads, ScanGrads
+from ..bundles import InputGrads, LayerOutput, Needs, OutputGrads, ScanGrads
 from .plan import Device, Plan, UnfitError, make_plan, requested_regime
 
 # Devices whose driver has refused to run all programs of a launch at once.
@@ -101,47 +101,40 @@ class TritonBackend(Backend):
         # Normalised values are wanted as exact as the sums that they come from.
         return is_relu_of_half(problem) or (_normalises(problem) and is_half(problem.dtype))
 
-    def layer_forward(self, problem: Problem, *args) -> LayerOutput:
+    def layer_forward(self, problem: Problem, inputs: LayerInputs, save: bool) -> LayerOutput:
         if not _normalises(problem):
-            return super().layer_forward(problem, *args)
+            return super().layer_forward(problem, inputs, save)
         from . import normed
 
-        return normed.forward(problem, *args)
+        return normed.forward(problem, inputs, save)
 
-    def layer_backward(self, problem: Problem, *args) -> InputGrads:
-        if not _normalises(problem):
-            return super().layer_backward(problem, *args)
-        from . import normed
-
-        return normed.backward(problem, *args)
-
-    def scan_forward(
-        self,
-        problem: Problem,
-        gx: Tensor,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
-        save: bool,
-    ) -> LayerOutput:
-        from . import launch
-
-        return self._run(launch.forward, problem, gx, weights, h0, c0, rows, save)
-
-    def scan_backward(
+    def layer_backward(
         self,
         problem: Problem,
         grads: OutputGrads,
-        weights: list[DirectionWeights],
-        h0: Tensor,
-        c0: Tensor | None,
-        rows: Rows,
+        inputs: LayerInputs,
         saved: LayerOutput,
+        needs: Needs,
+    ) -> InputGrads:
+        if not _normalises(problem):
+            return super().layer_backward(problem, grads, inputs, saved, needs)
+        from . import normed
+
+        return normed.backward(problem, grads, inputs, saved, needs)
+
+    def scan_forward(
+        self, problem: Problem, gx: Tensor, inputs: LayerInputs, save: bool
+    ) -> LayerOutput:
+        from . import launch
+
+        return self._run(launch.forward, problem, gx, inputs, save)
+
+    def scan_backward(
+        self, problem: Problem, grads: OutputGrads, inputs: LayerInputs, saved: LayerOutput
     ) -> ScanGrads:
         from . import launch
 
-        return self._run(launch.backward, problem, grads, weights, h0, c0, rows, saved)
+        return self._run(launch.backward, problem, grads, inputs, saved)
 
     def _run(self, scan: Callable, problem: Problem, *args):
         from . import launch

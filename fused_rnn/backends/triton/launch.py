@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ...cells import DirectionWeights
-from ...problem import Masks, Noise, Problem, Rows
+from ...problem import LayerInputs, Masks, Noise, Problem, Rows
 from ..base import allocate_output, hidden_bias
 from ..bundles import LayerOutput, OutputGrads, ScanGrads
 from . import scan
@@ -31,12 +31,10 @@ def forward(
     plan: Plan,
     precision: str,
     gx: Tensor,  # [D, N, G*H]
-    weights: list[DirectionWeights],
-    h0: Tensor,  # [D, B, H]
-    c0: Tensor | None,  # [D, B, H]
-    rows: Rows,
+    inputs: LayerInputs,
     save: bool,
 ) -> LayerOutput:
+    _, weights, h0, c0, rows = inputs
     cell = problem.cell
     out = allocate_output(problem, gx, save)
     h = h0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -76,12 +74,10 @@ def backward(
     plan: Plan,
     precision: str,
     grads: OutputGrads,
-    weights: list[DirectionWeights],
-    h0: Tensor,
-    c0: Tensor | None,
-    rows: Rows,
+    inputs: LayerInputs,
     saved: LayerOutput,
 ) -> ScanGrads:
+    _, weights, h0, c0, rows = inputs
     cell, hidden = problem.cell, problem.hidden_size
     count = saved.y.shape[0]
     grad_gates = saved.y.new_empty((problem.directions, count, cell.grad_gates * hidden))

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ...cells import Cell, DirectionWeights
-from ...problem import Masks, Problem, Rows
+from ...problem import LayerInputs, Masks, Problem
 from ...recurrences import EPS, Extras
 from ..base import (
     collected,
@@ -101,15 +101,8 @@ def _halves(problem: Problem, weights: list[DirectionWeights], like: Tensor) -> 
     ]
 
 
-def forward(
-    problem: Problem,
-    x: Tensor,  # [N, I]
-    weights: list[DirectionWeights],
-    h0: Tensor,
-    c0: Tensor | None,
-    rows: Rows,
-    save: bool,
-) -> LayerOutput:
+def forward(problem: Problem, inputs: LayerInputs, save: bool) -> LayerOutput:
+    x, weights, h0, c0, rows = inputs
     cell, hidden, directions = problem.cell, problem.hidden_size, problem.directions
     count = x.shape[0]
     out = LayerOutput(
@@ -171,18 +164,15 @@ def forward(
 def backward(
     problem: Problem,
     grads: OutputGrads,
-    x: Tensor,
-    weights: list[DirectionWeights],
-    h0: Tensor,
-    c0: Tensor | None,
-    rows: Rows,
+    inputs: LayerInputs,
     out: LayerOutput,
     needs: Needs,
 ) -> InputGrads:
+    x, weights, h0, c0, rows = inputs
     cell, hidden, directions = problem.cell, problem.hidden_size, problem.directions
     count = x.shape[0]
     saved = _Saved.within(problem, out.gates)
-    x = without_padding(x, rows)
+    inputs = inputs._replace(x=without_padding(x, rows))
     extras = _all_extras(cell, weights)
     masks = rows.masks or Masks()
     grad_h = launch.state_gradient(grads.h_n, h0)
@@ -239,7 +229,7 @@ def backward(
     _restart_backward(masks, (grad_h, grad_c), (grad_reset_h, grad_reset_c))
     scan = ScanGrads(grad_sums, grad_h, grad_c, reset_h=grad_reset_h, reset_c=grad_reset_c)
     plain = out._replace(gates=saved.gates)
-    found = _LayerGrads(problem, scan, grad_products, grad_seen, x, h0, c0, rows, plain, saved)
+    found = _LayerGrads(problem, scan, grad_products, grad_seen, inputs, plain, saved)
     per_direction = len(needs.weights) // directions
     grad_x, grad_weights = None, []
     for d, weight in enumerate(weights):
@@ -312,10 +302,7 @@ class _LayerGrads:
     scan: ScanGrads  # its gates: of what the gates add up
     products: Tensor  # [D, N, G*H] of W_hh h
     seen: Tensor | None  # [D, N, H] of an LSTM's normalised c
-    x: Tensor
-    h0: Tensor
-    c0: Tensor | None
-    rows: Rows
+    inputs: LayerInputs
     out: LayerOutput  # with gates as without normalisation
     saved: _Saved
 
@@ -336,19 +323,17 @@ class _LayerGrads:
         """The gradients of a direction's weights in the order of DirectionWeights, of those that
         there are; None where not needed."""
         cell, grads = self.problem.cell, self.scan.gates[d]
-        made = [lambda: of_input.t() @ self.x, lambda: self._of_recurrent_weights(d)]
+        made = [lambda: of_input.t() @ self.inputs.x, lambda: self._of_recurrent_weights(d)]
         if w.b_ih is not None:
             sums = grads.sum(0)
             made += [lambda: input_side(cell, sums).clone(), lambda: hidden_order(cell, sums)]
         if w.peephole is not None:
-            made.append(lambda: peephole_grad(self.scan, self.out, self.c0, self.rows, d))
+            made.append(lambda: peephole_grad(self.scan, self.inputs, self.out, d))
         made.append(lambda: self._of_gains(d, w.b_ih is not None))
         return [make() if wanted else None for make, wanted in zip(made, need, strict=True)]
 
     def _of_recurrent_weights(self, d: int) -> Tensor:
-        hidden, gates = self.problem.hidden_size, self.out.gates[d]
-        y = self.out.y[:, d * hidden : (d + 1) * hidden]
-        return times_operands(self.problem.cell, self.products[d], y, gates, self.h0, self.rows, d)
+        return times_operands(self.problem.cell, self.products[d], self.inputs, self.out, d)
 
     def _of_gains(self, d: int, biased: bool) -> Tensor:
         cell, grads, saved = self.problem.cell, self.scan.gates[d], self.saved
