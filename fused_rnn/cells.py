@@ -9,13 +9,15 @@ G gates. Weights are laid out as torch.nn lays them out, gates stacked along dim
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class DirectionWeights(NamedTuple):
@@ -154,6 +156,12 @@ def weight_shapes(
         tail.append((output, hidden))
     later = [(rows, output * directions), *tail]
     return [(rows, features), *tail] * directions + later * (directions * (num_layers - 1))
+
+
+def equal_parts(items: Sequence[T], count: int) -> list[Sequence[T]]:
+    """What there is for all weights of several layers or directions, taken apart."""
+    size = len(items) // count
+    return [items[i * size : (i + 1) * size] for i in range(count)]
 
 
 def zero_states(

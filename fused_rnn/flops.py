@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import CELLS
+from .cells import CELLS, equal_parts
 from .layer_call import BackwardCall
 
 _COUNTER = "torch.utils.flop_counter"
@@ -97,9 +97,8 @@ def layer_backward(*arguments: Any, **_: Any) -> int:
         for w, need in zip(weights, needs_weights, strict=True)
         if need and w.dim() == 2
     )
-    count = len(weights) // directions
-    for d in range(directions):
-        w_ih, w_hh, *w_hr = _matrices(weights[d * count : (d + 1) * count])
+    for of_direction in equal_parts(weights, directions):
+        w_ih, w_hh, *w_hr = _matrices(of_direction)
         products += rows * (w_ih.numel() * needs_x + w_hh.numel() + sum(w.numel() for w in w_hr))
         if not (needs_h0 or needs_reset):
             # The first step's is that of h0. A reset gate before the product needs n's still.

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import checks, stack, transforms
-from .cells import CELLS, Cell, zero_states
+from .cells import CELLS, Cell, equal_parts, zero_states
 from .general_scan import GeneralScan
 from .problem import Masks, Rows, in_memory
 
@@ -219,19 +219,17 @@ def recurrent(
         x, final = together
         return x.transpose(0, 1) if given.swapped else x, final
     directions = 2 if bidirectional else 1
-    per_layer = len(given.weights) // num_layers
     x, masks = given.input, given.masks
     finals, histories = [], []
-    for layer in range(num_layers):
+    for layer, weights in enumerate(equal_parts(given.weights, num_layers)):
         span = slice(layer * directions, (layer + 1) * directions)
         h0, *c0 = given.states if num_layers == 1 else (state[span] for state in given.states)
         c0 = c0[0] if cell.has_c else None
-        layer_weights = list(given.weights[layer * per_layer : (layer + 1) * per_layer])
         if given.reset_states is not None:
             masks = Masks(masks.lengths, masks.resets, *(s[span] for s in given.reset_states))
         run = transforms.layer if general is None else general.layer(layer)
         x, *final, cells = run(
-            cell_name, x, h0, c0, layer_weights, given.batch_sizes, masks,
+            cell_name, x, h0, c0, list(weights), given.batch_sizes, masks,
             states=return_states, recompute=recompute,
         )  # fmt: skip
         finals.append(final)

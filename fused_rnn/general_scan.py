@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import dispatch, ops, plain
-from .cells import Cell, DirectionWeights, state_dtype
+from .cells import Cell, DirectionWeights, equal_parts, state_dtype
 from .layer_call import LayerResult, make_problem
 from .oracle import Recurrence
 from .problem import Masks, Noise, wants_gradients
@@ -111,10 +111,10 @@ class GeneralScan:
     @staticmethod
     def _with_extras(weights: list[Tensor], extras: Sequence[Extras]) -> list[Tensor]:
         """The flat list that `ops.layer` takes, with a direction's extras behind its weights."""
-        count, together = len(weights) // len(extras), []
+        together = []
         dtype = state_dtype(weights[0].dtype)  # autocast joins no half types but its own
-        for d, extra in enumerate(extras):
-            together += weights[d * count : (d + 1) * count] + extra.to(dtype).flat()
+        for own, extra in zip(equal_parts(weights, len(extras)), extras, strict=True):
+            together += own + extra.to(dtype).flat()
         return together
 
     def _draw(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import CELLS, DirectionWeights
+from .cells import CELLS, DirectionWeights, equal_parts
 from .problem import NO_NOISE, LayerInputs, Masks, Noise, Problem, Rows
 
 
@@ -209,10 +209,8 @@ def split_by_direction(
 ) -> list[DirectionWeights]:
     """The flat list as each direction's parameters."""
     projected = c0 is not None and c0.shape[2] != h0.shape[2]
-    per_direction = len(weights) // h0.shape[0]
     split = []
-    for start in range(0, len(weights), per_direction):
-        w_ih, w_hh, *one = weights[start : start + per_direction]
+    for w_ih, w_hh, *one in equal_parts(weights, h0.shape[0]):
         norm = None
         if one and one[-1].dim() == 1 and one[-1].shape[0] > w_ih.shape[0]:
             norm = one.pop()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import direct, dispatch, plain
 from .backends.bundles import Dropout, Needs, OutputGrads, StackInputs, StackOutput
-from .cells import CELLS
+from .cells import CELLS, equal_parts
 from .layer_call import make_problem, split_by_direction, unflatten, with_resets
 from .problem import Problem, wants_gradients
 from .transformed import are_batched, needs_oracle
@@ -52,8 +52,8 @@ def layers(
         return None
     training = wants_gradients(x, *states, *weights)
     h0, c0 = states if CELLS[cell].has_c else (states[0], None)
-    of_one = len(weights) // h0.shape[0]  # layer and direction
-    first = h0[:1], None if c0 is None else c0[:1], list(weights[:of_one])
+    of_first = list(equal_parts(weights, h0.shape[0])[0])
+    first = h0[:1], None if c0 is None else c0[:1], of_first
     problem = make_problem(cell, x, *first, None, None, training)
     if h0.shape[0] != num_layers:  # two directions
         problem = replace(problem, directions=2)
@@ -89,11 +89,8 @@ def _draw(x: Tensor, h0: Tensor, p: float) -> Dropout:
 
 def _by_layer(h0: Tensor, weights: Sequence[Tensor]) -> list:
     """The DirectionWeights of each layer."""
-    size = len(weights) // h0.shape[0]
-    return [
-        split_by_direction(h0[:1], None, list(weights[i : i + size]))[0]
-        for i in range(0, len(weights), size)
-    ]
+    parts = equal_parts(weights, h0.shape[0])
+    return [split_by_direction(h0[:1], None, list(part))[0] for part in parts]
 
 
 _Options = tuple[Problem, str, Dropout]  # of the first layer; the backend's name
@@ -170,15 +167,14 @@ def _differentiable_backward(problem, dropout, grads, inputs, needs, create_grap
     views = [None if i is None else i.view_as(i) for i in inputs]
     x, h0, c0, *weights = views
     count, finals = problem.stack.layers, []
-    per_layer = len(weights) // count
-    for layer in range(count):
+    for layer, of_layer in enumerate(equal_parts(weights, count)):
         one = slice(layer, layer + 1)
         x, *final, _ = plain.layer(
             problem.cell_name,
             x if layer == 0 else _dropped(x, layer - 1, dropout),
             h0[one],
             None if c0 is None else c0[one],
-            weights[layer * per_layer : (layer + 1) * per_layer],
+            of_layer,
         )
         finals.append(final)
     states = [torch.cat(parts) for parts in zip(*finals, strict=True) if parts[0] is not None]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import checks, direct, dispatch, flops, modules
-from .cells import CELLS, Cell
+from .cells import CELLS, Cell, equal_parts
 from .convert import from_torch
 from .native import cpu_library_error
 from .once import once
@@ -111,8 +111,7 @@ class _Packed(Stepper):
         super().__init__(module, cell)
         self.weight_dtype = weight_dtype
         weights = [getattr(module, name).detach() for name in module._flat_weights_names]
-        per_layer = len(weights) // self.num_layers
-        layers = [weights[i : i + per_layer] for i in range(0, len(weights), per_layer)]
+        layers = equal_parts(weights, self.num_layers)
         with torch.inference_mode(False), torch.no_grad():
             self._weights = torch.cat(
                 [_packed_layer(cell, layer, self.weight_dtype) for layer in layers]

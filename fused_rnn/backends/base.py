@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cells import Cell, DirectionWeights, is_half, state_dtype
+from ..cells import Cell, DirectionWeights, equal_parts, is_half, state_dtype
 from ..problem import LayerInputs, Problem, Rows, Stack
 from . import pieces
 from .bundles import (
@@ -202,9 +202,9 @@ def input_grads(
     x = without_padding(inputs.x, inputs.rows)
     grad_x = None
     grad_weights: list[Tensor | None] = []
-    per_direction = len(needs.weights) // len(weights)
-    for direction, w in enumerate(weights):
-        need = iter(needs.weights[direction * per_direction : (direction + 1) * per_direction])
+    of_directions = zip(weights, equal_parts(needs.weights, len(weights)), strict=True)
+    for direction, (w, need) in enumerate(of_directions):
+        need = iter(need)
         grad_gates = scan.gates[direction]
         grad_in = input_side(cell, grad_gates)  # [N, G*H]
         if needs.x:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..cells import equal_parts
 from ..once import once
 from ..problem import LayerInputs, Problem, Rows, Stack
 from .base import allocate_output, float32_precision, gate_bias, hidden_bias, input_grads
@@ -108,7 +109,7 @@ def backward(
         *_how(x, layers),
     )
     rows = Rows(problem.timesteps, problem.batch_size, None, x.shape[0])
-    per_layer = len(needs.weights) // layers
+    needs_of_layers = equal_parts(needs.weights, layers)
     found: list[InputGrads] = []
     for layer in reversed(range(layers)):  # in the order in which their scans end
         with _beside(x.device, layer) as results:
@@ -127,7 +128,7 @@ def backward(
                 ),
                 Needs(
                     needs.x and layer == 0, False, False, False, False,
-                    needs.weights[layer * per_layer : (layer + 1) * per_layer],
+                    needs_of_layers[layer],
                 ),
             )  # fmt: skip
             results += [one.x, *one.weights]

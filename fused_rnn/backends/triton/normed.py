@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...cells import Cell, DirectionWeights
+from ...cells import Cell, DirectionWeights, equal_parts
 from ...problem import LayerInputs, Masks, Problem
 from ...recurrences import EPS, Extras
 from ..base import (
@@ -230,14 +230,13 @@ def backward(
     scan = ScanGrads(grad_sums, grad_h, grad_c, reset_h=grad_reset_h, reset_c=grad_reset_c)
     plain = out._replace(gates=saved.gates)
     found = _LayerGrads(problem, scan, grad_products, grad_seen, inputs, plain, saved)
-    per_direction = len(needs.weights) // directions
     grad_x, grad_weights = None, []
-    for d, weight in enumerate(weights):
+    of_directions = zip(weights, equal_parts(needs.weights, directions), strict=True)
+    for d, (weight, need) in enumerate(of_directions):
         of_input = found.of_input_products(d, weight)
         if needs.x:
             part = of_input @ weight.w_ih
             grad_x = part if grad_x is None else grad_x.add_(part)
-        need = needs.weights[d * per_direction : (d + 1) * per_direction]
         grad_weights += found.of_weights(d, weight, of_input, need)
     return collected(problem, scan, needs, grad_x, grad_weights)
 
