@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ...cells import CELLS, DirectionWeights
-from ...problem import Problem, Rows
+from ...problem import LayerInputs, Problem, Rows
 from ..bundles import LayerOutput, OutputGrads
 from . import TritonBackend, device_facts, plan
 from .plan import PASSES, Config, Device, Plan, Row
@@ -145,17 +145,17 @@ class _Call:
             return torch.randn(shape, device=where).to(problem.dtype)
 
         scale = h**-0.5
-        self.weights = [
+        weights = [
             DirectionWeights(
                 normal(0), normal(cell.gates * h, h) * scale, *(normal(cell.gates * h),) * 2
             )
             for _ in range(d)
         ]
-        self.h0 = normal(d, b, h)
-        self.c0 = normal(d, b, h) if cell.has_c else None
+        h0, c0 = normal(d, b, h), normal(d, b, h) if cell.has_c else None
         self.gx = normal(d, n, cell.gates * h)
         self.grads = OutputGrads(normal(n, d * h), None, None)
-        self.rows = Rows(problem.timesteps, b, None, n)
+        rows = Rows(problem.timesteps, b, None, n)
+        self.inputs = LayerInputs(normal(0), weights, h0, c0, rows)
         self.saved: LayerOutput | None = None
 
     def __call__(self, config: Config, device: Device, which: str) -> None:
@@ -163,14 +163,13 @@ class _Call:
 
         placed = plan.place(config, self.problem, device, which)
         both = Plan(placed, placed)
-        state = (self.weights, self.h0, self.c0, self.rows)
         if which == "forward":
             # LSTM's gates overwrite gx, so that later calls compute with other numbers.
             self.saved = launch.forward(
-                self.problem, both, self.precision, self.gx, *state, save=True
+                self.problem, both, self.precision, self.gx, self.inputs, save=True
             )
         else:
-            launch.backward(self.problem, both, self.precision, self.grads, *state, self.saved)
+            launch.backward(self.problem, both, self.precision, self.grads, self.inputs, self.saved)
 
 
 def _gpu_time(call: Callable[[], object]) -> float:
