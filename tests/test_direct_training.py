@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from helpers.inputs import MISFITS, SIZES_THAT_DO_NOT_FIT, operator_arguments
+from helpers.inputs import MISFITS, SIZES_THAT_DO_NOT_FIT, operator_arguments, states
+from helpers.modules import LAYERS, make_pair
 from helpers.needs import has_direct_calls
-from helpers.outcomes import flat, run
+from helpers.outcomes import flat, run, weighted
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_rnn
@@ -254,3 +255,18 @@ def test_references_balance():
     gc.collect()
     after = [sys.getrefcount(o) for o in objects]
     assert after == before
+
+
+@pytest.mark.parametrize("timesteps", [1, 3])
+@pytest.mark.parametrize("cell", LAYERS)
+def test_nothing_is_computed_for_states_that_want_no_gradient(cell, timesteps):
+    """And the others' gradients are to the bit what they are beside it."""
+    ours, _ = make_pair(cell, "", 5, 17, bidirectional=True)
+    x, hx = torch.randn(timesteps, 3, 5), states(cell, 2, 3, 17)
+
+    def gradients(wanted):
+        leaves = tuple(h.clone().requires_grad_(wanted) for h in flat(hx))
+        y, finals = ours(x, leaves if len(leaves) > 1 else leaves[0])
+        return torch.autograd.grad(weighted(flat((y, finals))), list(ours.parameters()))
+
+    assert all(map(torch.equal, gradients(True), gradients(False)))

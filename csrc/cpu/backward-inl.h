@@ -352,8 +352,10 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
       }
     }
     if (meeting) meeting->wait();
-    initial_state_grad({grads.base, grads.stride}, grad_h, factor, step.from_previous, step.rows,
-                       outputs, w_hh, Cell::kUsesPreviousH || p.zoneout_h.any(), memory);
+    if (!p.spares_h0) {
+      initial_state_grad({grads.base, grads.stride}, grad_h, factor, step.from_previous, step.rows,
+                         outputs, w_hh, Cell::kUsesPreviousH || p.zoneout_h.any(), memory);
+    }
     // The next chunk goes on from here, after grad_gates has been given to other steps.
     for (int64_t i = 0; index == index_begin && i < step.rows; i++) {
       for (int gate = 0; gate < M; gate++) {

@@ -121,6 +121,7 @@ struct BackwardCallOf {
   const float* cells;       // [D, N, H], LSTM; of an RNN its h before zoneout, or null: y is that
   E* grad_x;                // [N, I], or null: not wanted
   float* grad_h0;           // [D, B, P]
+  bool spares_h0;           // whether nobody wants that: what is in grad_h0 then has no meaning
   float* grad_c0;           // [D, B, H], LSTM only
   WeightGrads grads[2];     // per direction
   const float* h_factor;    // [D, B, P] what W_hh's product took h times, or null

@@ -224,8 +224,11 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
   for (int64_t d = 0; d < s.directions; d++) {
     const WeightsOf<E>& w = call.weights[d];
     const int64_t first_rows = (reset_before(s) ? 2 : sizes.gates) * s.hidden;
-    p.w_hh[d] =
-        work.pack_columns(w.w_hh, first_rows, s.output, products.rotate(), rows_of_step(s), true);
+    // A single step's gradients go through W_hh to h0 alone.
+    p.w_hh[d] = s.rows.timesteps == 1 && call.spares_h0
+                    ? work.packed(first_rows, s.output, 1, work.parts(rows_of_step(s)), true)
+                    : work.pack_columns(w.w_hh, first_rows, s.output, products.rotate(),
+                                        rows_of_step(s), true);
     if (reset_before(s)) {
       p.w_second[d] = work.pack_columns(w.w_hh + first_rows * s.output, s.hidden, s.hidden, 0,
                                         rows_of_step(s), true);

@@ -285,9 +285,10 @@ void backward_of(int64_t cell, const std::optional<Tensor>& grad_y,
                  const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
                  const Tensor& y, const Tensor& gates, const Tensor& cells, const Tensor& grad_x,
                  const Tensor& grad_h0, const Tensor& grad_c0,
-                 const std::vector<Tensor>& grad_weights, const Noise& noise) {
+                 const std::vector<Tensor>& grad_weights, const Noise& noise, bool spares_h0) {
   std::vector<int64_t> offsets;
   BackwardCallOf<E> call{};
+  call.spares_h0 = spares_h0;
   LayerShape& s = call.shape;
   s = whole_shape<E>(cell, x, weights, h0, c0, batch_sizes, offsets);
   const CellSizes sizes = cell_sizes(s.cell);
@@ -326,12 +327,12 @@ void backward_op(int64_t cell, std::optional<Tensor> grad_y, std::optional<Tenso
                  const Tensor& cells, Tensor grad_x, Tensor grad_h0, Tensor grad_c0,
                  std::vector<Tensor> grad_weights, std::optional<Tensor> h_factor,
                  std::optional<Tensor> kept_h, std::optional<Tensor> kept_c, double part_h,
-                 double part_c) {
+                 double part_c, bool spares_h0) {
   const bool half = x.scalar_type() == ScalarType::BFloat16;
-  (half ? backward_of<BFloat16> : backward_of<float>)(cell, grad_y, grad_h_n, grad_c_n, grad_cells,
-                                                      x, weights, h0, c0, batch_sizes, y, gates,
-                                                      cells, grad_x, grad_h0, grad_c0, grad_weights,
-                                                      {h_factor, kept_h, kept_c, part_h, part_c});
+  (half ? backward_of<BFloat16>
+        : backward_of<float>)(cell, grad_y, grad_h_n, grad_c_n, grad_cells, x, weights, h0, c0,
+                              batch_sizes, y, gates, cells, grad_x, grad_h0, grad_c0, grad_weights,
+                              {h_factor, kept_h, kept_c, part_h, part_c}, spares_h0);
 }
 
 // Inference on the CPU in one call, for what needs neither a choice nor an error message: every
@@ -403,7 +404,7 @@ STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
       "Tensor[] weights, Tensor h0, Tensor? c0, Tensor? batch_sizes, Tensor y, Tensor gates, "
       "Tensor cells, Tensor(a!) grad_x, Tensor(b!) grad_h0, Tensor(c!) grad_c0, "
       "Tensor(d!)[] grad_weights, Tensor? h_factor=None, Tensor? kept_h=None, Tensor? kept_c=None, "
-      "float part_h=0, float part_c=0) -> ()");
+      "float part_h=0, float part_c=0, bool spares_h0=False) -> ()");
   m.def(
       "layer(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0) -> "
       "(Tensor y, Tensor h_n, Tensor c_n)");

@@ -368,7 +368,7 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
       return false;
     call.grad_cells = border.wide(*grad_cells);
   }
-  constexpr int64_t kOfC0 = 4;
+  constexpr int64_t kOfH0 = 2, kOfC0 = 4;
   if (!sizes.has_c && (given.needs & kOfC0) != 0) return false;
   Gradients<E> grads(given.needs, border);
   if (cells) call.cells = cells->data;
@@ -402,6 +402,7 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
   };
   call.grad_x = for_kernels(grad_x, s.count * s.input);
   call.grad_h0 = for_kernels(grad_h0, s.directions * s.rows.batch * s.output);
+  call.spares_h0 = (given.needs & kOfH0) == 0;
   call.grad_c0 = for_kernels(grad_c0, s.directions * s.rows.batch * s.hidden);
   const int64_t per_direction = given.weight_count / s.directions;
   for (int64_t i = 0; i < given.weight_count; i++) {
@@ -414,7 +415,9 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
   layer_backward(isa, call, torch_threads());
   if (pieces) {
     if (grad_x) pieces->spread(call.grad_x, s.input, grad_x);
-    pieces->initial_grads(call.grad_h0, grad_h_n, s.directions, s.output, grad_h0);
+    if (!call.spares_h0) {
+      pieces->initial_grads(call.grad_h0, grad_h_n, s.directions, s.output, grad_h0);
+    }
     if (grad_c0) pieces->initial_grads(call.grad_c0, grad_c_n, s.directions, s.hidden, grad_c0);
   }
   border.finish();

@@ -109,6 +109,7 @@ class CpuBackend(Backend):
             grad_c0,
             grad_weights,
             *rows.noise,
+            spares_h0=not needs.h0,  # whose gradient is then left unfinished
         )
         return InputGrads(
             grad_x if needs.x else None,
