@@ -37,11 +37,11 @@ constexpr int64_t kForwardRowsOfL3 = std::is_same_v<E, float> ? 64 : 32;
 constexpr int64_t kBackwardRowsOfL3 = 32;
 constexpr int64_t kBytesOfL3 = 7 << 18;
 
-// Two directions with fewer rows than these, and such a W_hh each, are one after the other, units
-// split over all threads: side by side, each thread would read all of a W_hh, and together they
-// would fill the caches with two. Two threads, time side by side over that in turn at B = 1 and 16:
-// LSTM at H=1024, whose two are as large as the L3 cache, 1.4 to 1.5 and 1.03 to 1.07, GRU 1.1 to
-// 1.25 and 1.02 to 1.05; from there down to these bytes 0.98 to 1.05; at B=32 0.98 to 1.03.
+// Two directions with fewer rows than these are one after the other, units split over all threads,
+// where side by side a thread's part of W_hh would come from L3: together they would fill the
+// caches with both. Two threads, time side by side over that in turn at B = 1 and 16: LSTM at
+// H=1024, whose two are as large as the L3 cache, 1.4 to 1.5 and 1.03 to 1.07, GRU 1.1 to 1.25 and
+// 1.02 to 1.05; from there down to these bytes 0.98 to 1.05; at B=32 0.98 to 1.03.
 constexpr int64_t kRowsInTurn = 24;
 
 // Elements of W_hh.
@@ -82,9 +82,10 @@ struct LayerPlan {
     const int64_t count = forward_flops(s) > serial_flops ? threads.count : 1;
     parallel = count > 1;
     const int64_t bytes = recurrent_weights(s) * element_bytes;
-    in_turn = parallel && s.directions > 1 && bytes >= kBytesOfL3 &&
+    const int64_t beside = std::max<int64_t>(1, count / s.directions);
+    in_turn = parallel && s.directions > 1 && bytes / beside >= kBytesOfL3 &&
               rows_of_step(s) < kRowsInTurn && !s.normed;
-    members = in_turn ? count : std::max<int64_t>(1, count / s.directions);
+    members = in_turn ? count : beside;
     const int64_t rows = bytes < kBytesOfL3 ? kRowsPerThread : rows_of_l3;
     units = members > 1 && rows_of_step(s) < rows * members;
     if (!units) return;
