@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-T = TypeVar("T")
+_Item = TypeVar("_Item")
 
 
 class DirectionWeights(NamedTuple):
@@ -158,7 +158,7 @@ def weight_shapes(
     return [(rows, features), *tail] * directions + later * (directions * (num_layers - 1))
 
 
-def equal_parts(items: Sequence[T], count: int) -> list[Sequence[T]]:
+def equal_parts(items: Sequence[_Item], count: int) -> list[Sequence[_Item]]:
     """What there is for all weights of several layers or directions, taken apart."""
     size = len(items) // count
     return [items[i * size : (i + 1) * size] for i in range(count)]

@@ -259,8 +259,9 @@ def test_references_balance():
 
 @pytest.mark.parametrize("timesteps", [1, 3])
 @pytest.mark.parametrize("cell", LAYERS)
-def test_nothing_is_computed_for_states_that_want_no_gradient(cell, timesteps):
-    """And the others' gradients are to the bit what they are beside it."""
+def test_gradients_do_not_depend_on_whether_states_want_theirs(cell, timesteps):
+    """Where they want none, backward leaves out what only they need: the others' gradients are to
+    the bit what they are beside it."""
     ours, _ = make_pair(cell, "", 5, 17, bidirectional=True)
     x, hx = torch.randn(timesteps, 3, 5), states(cell, 2, 3, 17)
 

@@ -193,7 +193,7 @@ class ModuleLife(RuleBasedStateMachine):
             self.compare(arguments, seed, False, lambda m, *args: functional_call(m, others, args))
 
     @rule(kind=st.sampled_from(["padded", "packed"]), seed=seeds)
-    def called_on_every_backend_in_turn(self, kind, seed):
+    def called_on_the_reference(self, kind, seed):
         torch.manual_seed(seed)
         arguments = self.arguments(4, 3, kind, False)
         with fused_rnn.backend("reference"):
