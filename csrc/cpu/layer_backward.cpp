@@ -213,6 +213,7 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
   const CellSizes sizes = cell_sizes(s.cell);
   const int64_t width = grad_width(s);
   LayerCall<E> work(isa, s, kBackwardRowsOfL3, kBackwardSerialFlops, threads);
+  work.advise(call.grad_x, s.input);
   const std::vector<Chunk> chunks =
       make_chunks(s.rows, rows_for(isa.chunk_bytes, width, isa.chunk_rows / (s.normed ? 2 : 1)));
   int64_t most_rows = 0;

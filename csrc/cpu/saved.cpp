@@ -89,7 +89,7 @@ Tensor empty_saved(int64_t directions, int64_t count, int64_t width) {
   const int64_t sizes[] = {directions, count, width}, strides[] = {count * width, width, 1};
   const size_t bytes = static_cast<size_t>(directions * count * width) * sizeof(float);
   Block block{nullptr, bytes};
-  if (bytes > kOwnMapping && torch_from_blob != nullptr) {
+  if (bytes >= kOwnMapping && torch_from_blob != nullptr) {
     block = IdleBlocks::all().take(bytes);
     if (block.data == nullptr) block = {allocate(bytes), bytes};
   }
