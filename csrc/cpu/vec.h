@@ -161,13 +161,12 @@ FUSED_RNN_INLINE void split_exp(Vector x, Vector& scale, Vector& fraction) {
   scale = (Vector)(((VectorBits)shifted + 127u) << 23);
   Vector r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  Vector q = broadcast(1.9875691500e-4f);
-  q = q * r + 1.3981999507e-3f;
-  q = q * r + 8.3334519073e-3f;
-  q = q * r + 4.1665795894e-2f;
-  q = q * r + 1.6666665459e-1f;
-  q = q * r + 5.0000001201e-1f;
-  fraction = r * r * q + r;
+  // In three pairs, which wait for each other less than one after the other would.
+  const Vector square = r * r;
+  Vector q = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  q = q * square + (r * 8.3334519073e-3f + 4.1665795894e-2f);
+  q = q * square + (r * 1.6666665459e-1f + 5.0000001201e-1f);
+  fraction = square * q + r;
 }
 
 // x between two bounds; a NaN stays one.
