@@ -55,6 +55,8 @@ def _fast_cases(cell: str) -> list[LayerCase]:
         case(8, 3, 20, 400, directions=2),
         case(1, 11, 20, 400),
         case(3, 16, 7, 370),
+        case(1, 96, 200, 90, directions=2),
+        case(1, 97, 30, 33),
         # And these lie in few sets of the L1 cache.
         case(1, 1, 1024, 130),
         case(3, 1, 1024, 130, directions=2),

@@ -49,6 +49,7 @@ using NormGradParams = NormGradParamsOf<Element>;
 #include "forward-inl.h"
 #include "backward-inl.h"
 #include "products-inl.h"
+#include "unpacked-inl.h"
 #include "peephole-inl.h"
 #include "norm-grad-inl.h"
 #include "step-inl.h"
@@ -74,6 +75,9 @@ constexpr KernelsOf<Element> table(const char* name) {
   kernels.step = step;
   kernels.few_steps = few_steps;
   kernels.input_grad = input_grad;
+  kernels.unpacked_columns = kUnpackedColumns * kWidth;
+  kernels.unpacked_input = unpacked_product<Element>;
+  kernels.unpacked_state = unpacked_product<float>;
   kernels.transpose = transpose_grads;
   kernels.weight_grad = weight_grad;
   kernels.peephole_grad = peephole_grad;

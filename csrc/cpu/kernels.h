@@ -253,6 +253,20 @@ struct InputGradParamsOf {
   bool accumulate;
 };
 
+constexpr int64_t kMostUnpackedRows = 96;
+
+// to [row_count, columns] = or += rows times a matrix [depth, columns] as it lies, whose first row
+// the element `rotate` before the last meets.
+template <class E, class To>
+struct UnpackedParamsOf {
+  const E* rows;
+  int64_t rows_stride, row_count;
+  const E* matrix;
+  int64_t depth, columns, rotate;
+  To* to;
+  bool accumulate;
+};
+
 // transposed [width][stride] from grads [rows, width], in parts or not; sums [width] = or += its
 // row sums.
 template <class E>
@@ -370,6 +384,10 @@ struct KernelsOf {
 
   void (*input_grad)(const InputGradParamsOf<E>&, int64_t row_begin, int64_t row_end,
                      float* memory);
+  // Blocks [begin, end) of `unpacked_columns` columns. Of float, both are one.
+  int64_t unpacked_columns;
+  void (*unpacked_input)(const UnpackedParamsOf<E, E>&, int64_t begin, int64_t end);
+  void (*unpacked_state)(const UnpackedParamsOf<E, float>&, int64_t begin, int64_t end);
   // Columns [begin, end) of grads, in vectors.
   void (*transpose)(const TransposeParamsOf<E>&, int64_t begin, int64_t end);
   // Blocks [begin, end) of grad_rows rows.

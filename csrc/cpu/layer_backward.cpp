@@ -14,6 +14,9 @@ namespace {
 // one memory: RNN (128, 32, 256) needs 20 MiB instead of 24 then, and two more parallel regions.
 constexpr int64_t kPackedTogether = 1 << 19;
 
+// Whether weights are multiplied where they lie.
+bool multiplies_unpacked(const LayerShape& s) { return s.count <= kMostUnpackedRows; }
+
 // Columns of grad_gates: where a layer normalises, of W_hh's product and of W_ih's.
 int64_t grad_width(const LayerShape& s) {
   const CellSizes sizes = cell_sizes(s.cell);
@@ -36,6 +39,14 @@ std::vector<Chunk> make_chunks(const RowLayout& rows, int64_t limit) {
   return chunks;
 }
 
+// Whether the gradient of h0 is a product of its own, after the scan.
+template <class E>
+bool has_initial_state_apart(const BackwardCallOf<E>& call) {
+  const LayerShape& s = call.shape;
+  return s.rows.timesteps == 1 && !call.spares_h0 && multiplies_unpacked(s) && !s.normed &&
+         !has_second_product(s) && !call.h_factor;
+}
+
 // Turns the gradients of a chunk's gates, and of its h where that is projected, into those of x and
 // weights, one direction at a time.
 template <class E>
@@ -55,7 +66,7 @@ class Products {
       any_ih |= g.w_ih != nullptr;
       any_hh |= g.w_hh != nullptr;
       any_between |= g.w_hr || (g.w_hh && reset_before(s));
-      if (call.grad_x) {
+      if (call.grad_x && !multiplies_unpacked(s)) {
         w_ih_[d] =
             work.pack_columns(call.weights[d].w_ih, sizes_.gates * s.hidden, s.input, 0, s.count);
       }
@@ -86,8 +97,22 @@ class Products {
 
   void grad_x(int64_t d, const Chunk& chunk, const E* grad_gates, bool accumulate) const {
     if (!call_.grad_x) return;
-    const InputGradParamsOf<E> p{grad_gates + input_side_, width_, w_ih_[d],
-                                 call_.grad_x + chunk.first_row * call_.shape.input, accumulate};
+    const LayerShape& s = call_.shape;
+    E* grad_x = call_.grad_x + chunk.first_row * s.input;
+    if (multiplies_unpacked(s)) {
+      const UnpackedParamsOf<E, E> p{grad_gates + input_side_,
+                                     width_,
+                                     chunk.rows,
+                                     call_.weights[d].w_ih,
+                                     sizes_.gates * s.hidden,
+                                     s.input,
+                                     0,
+                                     grad_x,
+                                     accumulate};
+      return work_.run(ceil_div(s.input, isa_.unpacked_columns),
+                       [&](int64_t begin, int64_t end) { isa_.unpacked_input(p, begin, end); });
+    }
+    const InputGradParamsOf<E> p{grad_gates + input_side_, width_, w_ih_[d], grad_x, accumulate};
     work_.run(
         chunk.rows,
         [&](int64_t begin, int64_t end) {
@@ -95,6 +120,23 @@ class Products {
           isa_.input_grad(p, begin, end, own.data());
         },
         16);
+  }
+
+  // Of a single step, where that is a product of its own.
+  void grad_initial_state(int64_t d, const E* grad_gates) const {
+    const LayerShape& s = call_.shape;
+    const bool went_round = s.cell == CellKind::gru || call_.zoneout_h.any();
+    const UnpackedParamsOf<E, float> p{grad_gates,
+                                       width_,
+                                       s.count,
+                                       call_.weights[d].w_hh,
+                                       sizes_.gates * s.hidden,
+                                       s.hidden,
+                                       rotate_,
+                                       call_.grad_h0 + d * s.count * s.hidden,
+                                       went_round};
+    work_.run(ceil_div(s.hidden, isa_.unpacked_columns),
+              [&](int64_t begin, int64_t end) { isa_.unpacked_state(p, begin, end); });
   }
 
   void grad_weights(int64_t d, const BackwardParamsOf<E>& scanned, bool accumulate) const {
@@ -213,20 +255,26 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
   const CellSizes sizes = cell_sizes(s.cell);
   const int64_t width = grad_width(s);
   LayerCall<E> work(isa, s, kBackwardRowsOfL3, kBackwardSerialFlops, threads);
-  work.advise(call.grad_x, s.input);
+  prepare_result(call.grad_x, s.count * s.input);
+  for (int64_t d = 0; d < s.directions; d++) {
+    prepare_result(call.grads[d].w_ih, sizes.gates * s.hidden * s.input);
+    prepare_result(call.grads[d].w_hh, sizes.gates * s.hidden * s.output);
+  }
   const std::vector<Chunk> chunks =
       make_chunks(s.rows, rows_for(isa.chunk_bytes, width, isa.chunk_rows / (s.normed ? 2 : 1)));
   int64_t most_rows = 0;
   for (const Chunk& chunk : chunks) most_rows = std::max(most_rows, chunk.rows);
   Products<E> products(work, isa, call, most_rows);
   BackwardParamsOf<E> p{call};
+  const bool apart = has_initial_state_apart(call);
+  p.spares_h0 |= apart;
   const int64_t batch = s.rows.batch;
   int64_t words = 0;  // of a share's own memory
   for (int64_t d = 0; d < s.directions; d++) {
     const WeightsOf<E>& w = call.weights[d];
     const int64_t first_rows = (reset_before(s) ? 2 : sizes.gates) * s.hidden;
     // A single step's gradients go through W_hh to h0 alone.
-    p.w_hh[d] = s.rows.timesteps == 1 && call.spares_h0
+    p.w_hh[d] = s.rows.timesteps == 1 && p.spares_h0
                     ? work.packed(first_rows, s.output, 1, work.parts(rows_of_step(s)), true)
                     : work.pack_columns(w.w_hh, first_rows, s.output, products.rotate(),
                                         rows_of_step(s), true);
@@ -257,6 +305,9 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
                         [&](const Share& share, Meeting* meeting, float* memory) {
                           isa.backward(p, share, meeting, memory);
                         });
+    for (int64_t d = 0; apart && d < s.directions; d++) {
+      products.grad_initial_state(d, p.grad_gates[d]);
+    }
     for (int64_t d = 0; d < s.directions; d++) {
       // The direction that comes to a chunk second adds to what the first has left in grad_x.
       const bool second =

@@ -26,8 +26,17 @@ constexpr int64_t kCallRowsInParts = 512;
 constexpr int64_t kUnitsInParts = 96;
 constexpr int64_t kGateUnitsInParts = 128;
 
-// Elements of y that are worth keeping from call to call.
-constexpr int64_t kLargeOutput = 1 << 20;
+// A result of so many bytes is worth keeping when it is freed.
+constexpr size_t kLargeResult = size_t(1) << 20;
+
+// A result that a kernel is the first to touch; or null.
+template <class E>
+void prepare_result(E* result, int64_t count) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(E);
+  if (result == nullptr || bytes < kLargeResult) return;
+  let_malloc_keep_memory();
+  advise_huge_pages_if_fresh(result, bytes);
+}
 
 // Rows that so many bytes hold, or `least`.
 inline int64_t rows_for(int64_t bytes, int64_t floats_per_row, int64_t least) {
@@ -48,15 +57,7 @@ class LayerCall {
       : isa_(isa),
         shape_(shape),
         threads_(threads),
-        plan_(shape, sizeof(E), rows_of_l3, serial_flops, threads) {
-    if (shape.count * shape.output >= kLargeOutput) let_malloc_keep_memory();
-  }
-
-  // A row of `width` for each of a call's, that a kernel is the first to touch; or null.
-  void advise(E* result, int64_t width) const {
-    const auto count = static_cast<size_t>(shape_.count * width);
-    if (result != nullptr) advise_huge_pages_if_fresh(result, count * sizeof(E));
-  }
+        plan_(shape, sizeof(E), rows_of_l3, serial_flops, threads) {}
 
   const LayerPlan& plan() const { return plan_; }
   float* take(int64_t count) { return workspace_.take(count); }

@@ -132,7 +132,7 @@ void layer_forward(const KernelsOf<E>& isa, const ForwardCallOf<E>& call, const 
                        s.rows.batch <= kFewRows && s.count <= few_rows<E>(s) && !reset_before(s);
   const double serial_flops = is_step || are_few ? kSerialFlops : kForwardSerialFlops;
   LayerCall<E> work(isa, s, kForwardRowsOfL3<E>, serial_flops, threads);
-  work.advise(call.y, s.directions * s.output);
+  prepare_result(call.y, s.count * s.directions * s.output);
   if (is_step) {
     run_step(work, isa, call);
   } else if (are_few) {
