@@ -109,6 +109,14 @@ def _small_batches(cell: str) -> list[LayerCase]:
     ]
 
 
+def _in_chunks(cell: str) -> list[LayerCase]:
+    """Whose gradients of gates, more than 8 MiB, become those of the weights in two rounds."""
+    units = 33 if CELLS[cell].gates > 1 else 130
+    case = LayerCase(cell, 60, 300, 9, units, directions=2)
+    cases = [case, replace(case, proj_size=17)] if CELLS[cell].has_c else [case]
+    return [*cases, *_in_bfloat16(cases)]
+
+
 def _least_units_in_parts(cell: str) -> int:
     return 96 if CELLS[cell].gates > 1 else 128
 
@@ -156,6 +164,12 @@ def _check(case: LayerCase) -> None:
 @pytest.mark.parametrize("case", [*_params(_fast_cases), *_params(_slow_cases, [pytest.mark.slow])])
 def test_accuracy(case, instruction_set):
     assert native.cpu_capability() == instruction_set
+    skip_unless_supported("cpu", testing.make_inputs(case))
+    _check(case)
+
+
+@pytest.mark.parametrize("case", _params(_in_chunks))
+def test_accuracy_in_chunks(case, instruction_set):
     skip_unless_supported("cpu", testing.make_inputs(case))
     _check(case)
 

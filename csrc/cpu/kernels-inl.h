@@ -75,6 +75,7 @@ constexpr KernelsOf<Element> table(const char* name) {
   kernels.step = step;
   kernels.few_steps = few_steps;
   kernels.input_grad = input_grad;
+  kernels.unpacked_rows = kMostUnpackedRows;
   kernels.unpacked_columns = kUnpackedColumns * kWidth;
   kernels.unpacked_input = unpacked_product<Element>;
   kernels.unpacked_state = unpacked_product<float>;

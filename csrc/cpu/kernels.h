@@ -92,12 +92,13 @@ struct StepParamsOf : ForwardCallOf<E> {
 };
 
 // Gradients of one direction's parameters, each null where not wanted.
-struct WeightGrads {
-  float* w_ih;
-  float* w_hh;
+template <class E>
+struct WeightGradsOf {
+  E* w_ih;
+  E* w_hh;
   float* b_ih;
   float* b_hh;
-  float* w_hr;
+  E* w_hr;
   float* peephole;
   NormGainsOf<float> norm;
 
@@ -108,23 +109,23 @@ struct WeightGrads {
 template <class E>
 struct BackwardCallOf {
   LayerShape shape;
-  WeightsOf<E> weights[2];  // per direction
-  const E* grad_y;          // [N, D*P] or null: zero
-  const float* grad_h_n;    // [D, B, P] or null: zero
-  const float* grad_c_n;    // [D, B, H] or null: zero
-  const float* grad_cells;  // [D, N, H] of c after each step, or null: zero
-  const E* x;               // [N, I]
-  const E* h0;              // [D, B, P]
-  const float* c0;          // [D, B, H], LSTM only
-  const E* y;               // [N, D*P]
-  const E* gates;           // [D, N, S*H]
-  const float* cells;       // [D, N, H], LSTM; of an RNN its h before zoneout, or null: y is that
-  E* grad_x;                // [N, I], or null: not wanted
-  float* grad_h0;           // [D, B, P]
-  bool spares_h0;           // whether nobody wants that: what is in grad_h0 then has no meaning
-  float* grad_c0;           // [D, B, H], LSTM only
-  WeightGrads grads[2];     // per direction
-  const float* h_factor;    // [D, B, P] what W_hh's product took h times, or null
+  WeightsOf<E> weights[2];    // per direction
+  const E* grad_y;            // [N, D*P] or null: zero
+  const float* grad_h_n;      // [D, B, P] or null: zero
+  const float* grad_c_n;      // [D, B, H] or null: zero
+  const float* grad_cells;    // [D, N, H] of c after each step, or null: zero
+  const E* x;                 // [N, I]
+  const E* h0;                // [D, B, P]
+  const float* c0;            // [D, B, H], LSTM only
+  const E* y;                 // [N, D*P]
+  const E* gates;             // [D, N, S*H]
+  const float* cells;         // [D, N, H], LSTM; of an RNN its h before zoneout, or null: y is that
+  E* grad_x;                  // [N, I], or null: not wanted
+  float* grad_h0;             // [D, B, P]
+  bool spares_h0;             // whether nobody wants that: what is in grad_h0 then has no meaning
+  float* grad_c0;             // [D, B, H], LSTM only
+  WeightGradsOf<E> grads[2];  // per direction
+  const float* h_factor;      // [D, B, P] what W_hh's product took h times, or null
   Zoneout zoneout_h, zoneout_c;
   NormValuesOf<const float> normed;
 };
@@ -253,8 +254,6 @@ struct InputGradParamsOf {
   bool accumulate;
 };
 
-constexpr int64_t kMostUnpackedRows = 96;
-
 // to [row_count, columns] = or += rows times a matrix [depth, columns] as it lies, whose first row
 // the element `rotate` before the last meets.
 template <class E, class To>
@@ -297,17 +296,19 @@ struct PackRowsParamsOf {
   PackedMatrix packed;
 };
 
-// grad [rows, columns] = or += transposed [rows][depth] times packed; row i goes to row
-// (i + rotate) % rows.
+// [rows, columns] transposed [rows][depth] times packed; row i goes to row (i + rotate) % rows. It
+// is added to `sums` where there are some from before, and becomes sums, or after the last product
+// the gradient.
 template <class E>
 struct WeightGradParamsOf {
   const E* transposed;
   int64_t stride;
   int64_t rows;
   PackedMatrix packed;
-  float* grad;
+  float* sums;
+  E* grad;
   int64_t rotate;
-  bool accumulate;
+  bool from_before, is_last;
 };
 
 // grad [3*H] = or += the gradients of peepholes, of a chunk whose grad_gates are [rows, 4*H].
@@ -384,8 +385,9 @@ struct KernelsOf {
 
   void (*input_grad)(const InputGradParamsOf<E>&, int64_t row_begin, int64_t row_end,
                      float* memory);
-  // Blocks [begin, end) of `unpacked_columns` columns. Of float, both are one.
-  int64_t unpacked_columns;
+  // Of up to so many rows: blocks [begin, end) of `unpacked_columns` columns. Of float, both are
+  // one.
+  int64_t unpacked_rows, unpacked_columns;
   void (*unpacked_input)(const UnpackedParamsOf<E, E>&, int64_t begin, int64_t end);
   void (*unpacked_state)(const UnpackedParamsOf<E, float>&, int64_t begin, int64_t end);
   // Columns [begin, end) of grads, in vectors.

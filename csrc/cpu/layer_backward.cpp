@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <iterator>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -15,7 +16,10 @@ namespace {
 constexpr int64_t kPackedTogether = 1 << 19;
 
 // Whether weights are multiplied where they lie.
-bool multiplies_unpacked(const LayerShape& s) { return s.count <= kMostUnpackedRows; }
+template <class E>
+bool multiplies_unpacked(const KernelsOf<E>& isa, const LayerShape& s) {
+  return s.count <= isa.unpacked_rows;
+}
 
 // Columns of grad_gates: where a layer normalises, of W_hh's product and of W_ih's.
 int64_t grad_width(const LayerShape& s) {
@@ -41,9 +45,9 @@ std::vector<Chunk> make_chunks(const RowLayout& rows, int64_t limit) {
 
 // Whether the gradient of h0 is a product of its own, after the scan.
 template <class E>
-bool has_initial_state_apart(const BackwardCallOf<E>& call) {
+bool has_initial_state_apart(const KernelsOf<E>& isa, const BackwardCallOf<E>& call) {
   const LayerShape& s = call.shape;
-  return s.rows.timesteps == 1 && !call.spares_h0 && multiplies_unpacked(s) && !s.normed &&
+  return s.rows.timesteps == 1 && !call.spares_h0 && multiplies_unpacked(isa, s) && !s.normed &&
          !has_second_product(s) && !call.h_factor;
 }
 
@@ -52,8 +56,10 @@ bool has_initial_state_apart(const BackwardCallOf<E>& call) {
 template <class E>
 class Products {
  public:
-  Products(LayerCall<E>& work, const KernelsOf<E>& isa, const BackwardCallOf<E>& call, int64_t rows)
-      : work_(work), isa_(isa), call_(call), sizes_(cell_sizes(call.shape.cell)) {
+  // Of so many rounds, each of up to so many rows.
+  Products(LayerCall<E>& work, const KernelsOf<E>& isa, const BackwardCallOf<E>& call, int64_t rows,
+           int64_t rounds)
+      : rounds_(rounds), work_(work), isa_(isa), call_(call), sizes_(cell_sizes(call.shape.cell)) {
     const LayerShape& s = call.shape;
     width_ = grad_width(s);
     // GRU's grad_gates are (hn, r, z, n): the last three face W_ih, the first three W_hh.
@@ -61,12 +67,12 @@ class Products {
     rotate_ = s.cell == CellKind::gru && !s.normed ? 2 * s.hidden : 0;
     bool any = false, any_ih = false, any_hh = false, any_between = false;
     for (int64_t d = 0; d < s.directions; d++) {
-      const WeightGrads& g = call.grads[d];
+      const WeightGradsOf<E>& g = call.grads[d];
       any |= g.any();
       any_ih |= g.w_ih != nullptr;
       any_hh |= g.w_hh != nullptr;
       any_between |= g.w_hr || (g.w_hh && reset_before(s));
-      if (call.grad_x && !multiplies_unpacked(s)) {
+      if (call.grad_x && !multiplies_unpacked(isa, s)) {
         w_ih_[d] =
             work.pack_columns(call.weights[d].w_ih, sizes_.gates * s.hidden, s.input, 0, s.count);
       }
@@ -90,6 +96,12 @@ class Products {
     for (size_t i = 0; i < std::size(columns); i++) {
       if (columns[i] > 0) *matrices[i] = work.packed(rows, columns[i], 1, parts_, false, shared);
     }
+    for (int64_t d = 0; d < s.directions; d++) {
+      const WeightGradsOf<E>& g = call.grads[d];
+      const int64_t gate_rows = sizes_.gates * s.hidden;
+      sums_of_[d] = {sums_of(g.w_ih, gate_rows * s.input), sums_of(g.w_hh, gate_rows * s.output),
+                     sums_of(g.w_hr, s.output * s.hidden)};
+    }
     if (any_between && projected(s)) unwanted_sums_ = work.take(s.output);
   }
 
@@ -99,7 +111,7 @@ class Products {
     if (!call_.grad_x) return;
     const LayerShape& s = call_.shape;
     E* grad_x = call_.grad_x + chunk.first_row * s.input;
-    if (multiplies_unpacked(s)) {
+    if (multiplies_unpacked(isa_, s)) {
       const UnpackedParamsOf<E, E> p{grad_gates + input_side_,
                                      width_,
                                      chunk.rows,
@@ -139,8 +151,10 @@ class Products {
               [&](int64_t begin, int64_t end) { isa_.unpacked_state(p, begin, end); });
   }
 
-  void grad_weights(int64_t d, const BackwardParamsOf<E>& scanned, bool accumulate) const {
-    const WeightGrads& g = call_.grads[d];
+  void grad_weights(int64_t d, const BackwardParamsOf<E>& scanned, int64_t round) const {
+    const bool accumulate = round > 0, last = round + 1 == rounds_;
+    const auto [sums_ih, sums_hh, sums_hr] = sums_of_[d];
+    const WeightGradsOf<E>& g = call_.grads[d];
     if (!g.any()) return;
     const Chunk& chunk = scanned.chunk[d];
     const bool normed = call_.shape.normed;
@@ -150,14 +164,22 @@ class Products {
     const int64_t gate_rows = sizes_.gates * hidden;
     std::vector<Product> products;
     if (g.w_ih) {
-      products.push_back(
-          {{&call_, RowSource::x, chunk, d, x_},
-           {transposed_ + input_side_ * stride_, stride_, gate_rows, {}, g.w_ih, 0, accumulate}});
+      products.push_back({{&call_, RowSource::x, chunk, d, x_},
+                          {transposed_ + input_side_ * stride_,
+                           stride_,
+                           gate_rows,
+                           {},
+                           sums_ih,
+                           g.w_ih,
+                           0,
+                           accumulate,
+                           last}});
     }
     const int64_t first_rows = reset_before(call_.shape) ? 2 * hidden : gate_rows;
     if (g.w_hh) {
-      products.push_back({{&call_, RowSource::states, chunk, d, states_},
-                          {transposed_, stride_, first_rows, {}, g.w_hh, rotate_, accumulate}});
+      products.push_back(
+          {{&call_, RowSource::states, chunk, d, states_},
+           {transposed_, stride_, first_rows, {}, sums_hh, g.w_hh, rotate_, accumulate, last}});
     }
     if (g.w_hh && first_rows < gate_rows) {
       products.push_back({{&call_, RowSource::between, chunk, d, between_},
@@ -165,9 +187,11 @@ class Products {
                            stride_,
                            gate_rows - first_rows,
                            {},
+                           sums_hh ? sums_hh + first_rows * output : nullptr,
                            g.w_hh + first_rows * output,
                            0,
-                           accumulate}});
+                           accumulate,
+                           last}});
     }
     if (!products.empty() || (!normed && (g.b_ih || g.b_hh))) {
       multiply({grad_gates, chunk.rows, width_, transposed_, stride_, parts_, sums_[d], accumulate},
@@ -186,12 +210,12 @@ class Products {
     if (g.w_hr) {
       multiply({grad_h, chunk.rows, output, transposed_, stride_, parts_, unwanted_sums_, false},
                {{{&call_, RowSource::between, chunk, d, between_},
-                 {transposed_, stride_, output, {}, g.w_hr, 0, accumulate}}});
+                 {transposed_, stride_, output, {}, sums_hr, g.w_hr, 0, accumulate, last}}});
     }
   }
 
   void grad_biases(int64_t d) const {
-    const WeightGrads& g = call_.grads[d];
+    const WeightGradsOf<E>& g = call_.grads[d];
     if (call_.shape.normed) return;  // which norm_grad did
     const int64_t rows = sizes_.gates * call_.shape.hidden;
     if (g.b_ih) std::copy_n(sums_[d] + input_side_, rows, g.b_ih);
@@ -229,6 +253,20 @@ class Products {
     flush();
   }
 
+  // Where a matrix's gradient is summed up between rounds: in it, if that is of floats.
+  float* sums_of(E* grad, int64_t count) {
+    if constexpr (std::is_same_v<E, float>) {
+      return grad;
+    } else {
+      return grad && rounds_ > 1 ? work_.take(count) : nullptr;
+    }
+  }
+
+  struct Sums {
+    float *w_ih, *w_hh, *w_hr;
+  };
+
+  const int64_t rounds_;
   LayerCall<E>& work_;
   const KernelsOf<E>& isa_;
   const BackwardCallOf<E>& call_;
@@ -238,8 +276,9 @@ class Products {
   int64_t rotate_ = 0;      // from the order of grad_gates' hidden side to that of W_hh
   int parts_ = 1;           // of what the weights' gradients are products of
   int64_t stride_ = 0;
-  E* transposed_ = nullptr;         // [Q*H, stride]
-  float* sums_[2] = {};             // [Q*H]
+  E* transposed_ = nullptr;  // [Q*H, stride]
+  float* sums_[2] = {};      // [Q*H]
+  Sums sums_of_[2] = {};
   float* unwanted_sums_ = nullptr;  // [P]
   PackedMatrix w_ih_[2] = {};
   PackedMatrix x_ = {}, states_ = {}, between_ = {};  // rows that weights met
@@ -264,9 +303,10 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
       make_chunks(s.rows, rows_for(isa.chunk_bytes, width, isa.chunk_rows / (s.normed ? 2 : 1)));
   int64_t most_rows = 0;
   for (const Chunk& chunk : chunks) most_rows = std::max(most_rows, chunk.rows);
-  Products<E> products(work, isa, call, most_rows);
+  const auto rounds = static_cast<int64_t>(chunks.size());
+  Products<E> products(work, isa, call, most_rows, rounds);
   BackwardParamsOf<E> p{call};
-  const bool apart = has_initial_state_apart(call);
+  const bool apart = has_initial_state_apart(isa, call);
   p.spares_h0 |= apart;
   const int64_t batch = s.rows.batch;
   int64_t words = 0;  // of a share's own memory
@@ -297,7 +337,6 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
         std::max(work.operand_words(p.w_hh[d], batch), work.operand_words(p.w_second[d], batch));
   }
   work.pack();
-  const auto rounds = static_cast<int64_t>(chunks.size());
   for (int64_t round = 0; round < rounds; round++) {
     const int64_t at[] = {rounds - 1 - round, round};  // the directions come from opposite ends
     for (int64_t d = 0; d < s.directions; d++) p.chunk[d] = chunks[static_cast<size_t>(at[d])];
@@ -313,7 +352,7 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
       const bool second =
           s.directions == 2 && (d == 0 ? 2 * round >= rounds : 2 * round + 1 >= rounds);
       products.grad_x(d, p.chunk[d], p.grad_gates[d], second);
-      products.grad_weights(d, p, round > 0);
+      products.grad_weights(d, p, round);
     }
   }
   for (int64_t d = 0; d < s.directions; d++) products.grad_biases(d);

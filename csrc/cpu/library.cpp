@@ -172,16 +172,21 @@ void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors,
 }
 
 // Empty tensors stand for gradients that are not wanted.
-void read_grads(const LayerShape& s, const std::vector<Tensor>& tensors, WeightGrads grads[2]) {
+template <class E>
+void read_grads(const LayerShape& s, const std::vector<Tensor>& tensors,
+                WeightGradsOf<E> grads[2]) {
   for_each_weight(s, tensors.size(), "grad_weights",
                   [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
-                    WeightGrads& g = grads[d];
-                    const bool wanted = tensors[i].dim() == static_cast<int64_t>(shape.size());
-                    float* data = wanted ? output(tensors[i], "grad_weights", shape) : nullptr;
-                    if (which != kNorm) {
-                      weight_grad(g, which) = data;
-                    } else if (wanted) {
-                      g.norm = norm_gains(s, data, *shape.begin());
+                    if (tensors[i].dim() != static_cast<int64_t>(shape.size())) return;
+                    if (has_elements(which)) {
+                      set_grad(grads[d], which, output<E>(tensors[i], "grad_weights", shape));
+                      return;
+                    }
+                    float* data = output(tensors[i], "grad_weights", shape);
+                    if (which == kNorm) {
+                      grads[d].norm = norm_gains(s, data, *shape.begin());
+                    } else {
+                      set_grad(grads[d], which, data);
                     }
                   });
 }

@@ -47,7 +47,7 @@ static void norm_grad(const NormGradParams& p, int64_t begin, int64_t end) {
   const LayerShape& s = p.call->shape;
   const CellSizes sizes = cell_sizes(s.cell);
   const int64_t hidden = s.hidden, row = p.direction * s.count + p.chunk.first_row;
-  const WeightGrads& g = p.call->grads[p.direction];
+  const WeightGradsOf<Element>& g = p.call->grads[p.direction];
   const NormValuesOf<const float>& normed = p.call->normed;
   const int64_t first = begin * kWidth, last = smaller(end * kWidth, hidden);
   const auto add = [&](const float* grads, int64_t grads_width, const float* values,

@@ -133,11 +133,15 @@ static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
       for (int v = 0; v < panel.vectors; v++) {
         const int64_t column = panel.column + v * kWidth;
         const int valid = valid_lanes(column, columns);
-        float* to = p.grad + row * columns + column;
+        const int64_t at = row * columns + column;
         Vector sum = tile.product[m * panel.vectors + v];
-        if (p.accumulate) sum += load(to, valid);
+        if (p.from_before) sum += load(p.sums + at, valid);
         pause();
-        store(to, sum, valid);
+        if (p.is_last) {
+          store(p.grad + at, sum, valid);
+        } else {
+          store(p.sums + at, sum, valid);
+        }
       }
     }
   };
@@ -152,8 +156,8 @@ static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
     for (int64_t j = 0; j < panel_count(p.packed, kWidth); j++) {
       const Panel panel(p.packed, j, 1);
       const auto add = [&](int64_t row, int rows) {
-        if (p.accumulate) {
-          prefetch(p.grad + (row + p.rotate) % p.rows * columns + panel.column, columns, rows,
+        if (p.from_before) {
+          prefetch(p.sums + (row + p.rotate) % p.rows * columns + panel.column, columns, rows,
                    panel.vectors);
         }
         tiles.add(panel.vectors, p, grads, row, rows, panel, pointwise);

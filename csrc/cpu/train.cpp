@@ -406,11 +406,12 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
   call.grad_c0 = for_kernels(grad_c0, s.directions * s.rows.batch * s.hidden);
   const int64_t per_direction = given.weight_count / s.directions;
   for (int64_t i = 0; i < given.weight_count; i++) {
-    WeightGrads& g = call.grads[i / per_direction];
-    const int64_t which = i % per_direction;
-    const bool is_projection = projected(s) && which == per_direction - 1;
-    weight_grad(g, is_projection ? kProjection : which) =
-        grads.template next<float>(given.weights[i]);
+    const int64_t number = i % per_direction;
+    const bool is_projection = projected(s) && number == per_direction - 1;
+    const size_t which = is_projection ? kProjection : static_cast<size_t>(number);
+    void* grad = has_elements(which) ? static_cast<void*>(grads.template next<E>(given.weights[i]))
+                                     : grads.template next<float>(given.weights[i]);
+    set_grad(call.grads[i / per_direction], which, grad);
   }
   layer_backward(isa, call, torch_threads());
   if (pieces) {

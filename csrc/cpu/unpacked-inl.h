@@ -4,6 +4,16 @@
 constexpr int kUnpackedColumns = FUSED_RNN_VECTOR_WIDTH == 16 ? 4 : 2;
 constexpr int kUnpackedRows = vector_rows(kUnpackedColumns);
 
+// More rows are faster from packed weights, of BFloat16 soon: pairs of it are multiplied at twice
+// the rate, and by AMX at many times (that limit is a guess, no such CPU has measured it).
+#if !defined(FUSED_RNN_BFLOAT16)
+constexpr int kMostUnpackedRows = 96;
+#elif !defined(FUSED_RNN_AMX)
+constexpr int kMostUnpackedRows = 16;
+#else
+constexpr int kMostUnpackedRows = 8;
+#endif
+
 // So many of the matrix's rows ahead are asked for: pieces of them, far apart.
 constexpr int64_t kRowsAhead = 8;
 

@@ -85,10 +85,19 @@ void set_weight(WeightsOf<E>& w, size_t which, const void* data) {
   }
 }
 
+// Whether the field is a matrix of elements, else a vector of floats.
+inline bool has_elements(size_t which) { return which < 2 || which == kProjection; }
+
 // Likewise.
-inline float*& weight_grad(WeightGrads& g, size_t which) {
-  float** fields[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr, &g.peephole};
-  return *fields[which];
+template <class E>
+void set_grad(WeightGradsOf<E>& g, size_t which, void* data) {
+  E** const matrices[] = {&g.w_ih, &g.w_hh, nullptr, nullptr, &g.w_hr, nullptr};
+  float** const vectors[] = {nullptr, nullptr, &g.b_ih, &g.b_hh, nullptr, &g.peephole};
+  if (has_elements(which)) {
+    *matrices[which] = static_cast<E*>(data);
+  } else {
+    *vectors[which] = static_cast<float*>(data);
+  }
 }
 
 }  // namespace fused_rnn

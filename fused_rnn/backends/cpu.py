@@ -87,7 +87,7 @@ class CpuBackend(Backend):
         grad_h0 = h0.new_empty(h0.shape, dtype=wide)
         grad_c0 = c0.new_empty(c0.shape, dtype=wide) if cell.has_c else unwanted
         grad_weights = [
-            w.new_empty(w.shape, dtype=wide) if need else unwanted
+            w.new_empty(w.shape) if need else unwanted
             for w, need in zip(flat, needs.weights, strict=True)
         ]
         torch.ops.fused_rnn_cpu.layer_backward(
