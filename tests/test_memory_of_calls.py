@@ -84,7 +84,6 @@ for cell, suffix, sizes in (("gru", "", (7, 3)), ("lstm", "", (7, 3)), ("rnn_tan
 """
 
 
-@needs_glibc
 def test_all_memory_is_written():
     """The same bits whatever fresh memory holds: glibc fills it with a byte that it is told."""
     found = {

@@ -36,7 +36,7 @@ std::vector<ForwardCallOf<E>> read_stack(const LayerShape& first, int64_t layers
                       fit = fit && arrays[i].is_dense() && arrays[i].has_shape(shape);
                       const void* numbers = fit ? read(arrays[i]) : nullptr;
                       fit = numbers != nullptr;
-                      if (fit) set_weight(layer.weights[d], which, numbers);
+                      if (fit) set_field(layer.weights[d], which, numbers);
                     });
     arrays += per_layer;
   }

@@ -254,8 +254,8 @@ struct InputGradParamsOf {
   bool accumulate;
 };
 
-// to [row_count, columns] = or += rows times a matrix [depth, columns] as it lies, whose first row
-// the element `rotate` before the last meets.
+// to [row_count, columns] = or += rows times a matrix [depth, columns] as it lies, of which element
+// k of a row meets row (k + rotate) % depth.
 template <class E, class To>
 struct UnpackedParamsOf {
   const E* rows;
@@ -385,8 +385,8 @@ struct KernelsOf {
 
   void (*input_grad)(const InputGradParamsOf<E>&, int64_t row_begin, int64_t row_end,
                      float* memory);
-  // Of up to so many rows: blocks [begin, end) of `unpacked_columns` columns. Of float, both are
-  // one.
+  // Blocks [begin, end) of `unpacked_columns` columns, for up to `unpacked_rows` rows. Where E is
+  // float, both are the same.
   int64_t unpacked_rows, unpacked_columns;
   void (*unpacked_input)(const UnpackedParamsOf<E, E>&, int64_t begin, int64_t end);
   void (*unpacked_state)(const UnpackedParamsOf<E, float>&, int64_t begin, int64_t end);

@@ -65,6 +65,7 @@ class Products {
     // GRU's grad_gates are (hn, r, z, n): the last three face W_ih, the first three W_hh.
     input_side_ = width_ - sizes_.gates * s.hidden;
     rotate_ = s.cell == CellKind::gru && !s.normed ? 2 * s.hidden : 0;
+    const int64_t gate_rows = sizes_.gates * s.hidden;
     bool any = false, any_ih = false, any_hh = false, any_between = false;
     for (int64_t d = 0; d < s.directions; d++) {
       const WeightGradsOf<E>& g = call.grads[d];
@@ -73,10 +74,12 @@ class Products {
       any_hh |= g.w_hh != nullptr;
       any_between |= g.w_hr || (g.w_hh && reset_before(s));
       if (call.grad_x && !multiplies_unpacked(isa, s)) {
-        w_ih_[d] =
-            work.pack_columns(call.weights[d].w_ih, sizes_.gates * s.hidden, s.input, 0, s.count);
+        w_ih_[d] = work.pack_columns(call.weights[d].w_ih, gate_rows, s.input, 0, s.count);
       }
       if (g.any()) sums_[d] = work.take(width_);
+      matrix_sums_[d] = {sums_of(g.w_ih, gate_rows * s.input),
+                         sums_of(g.w_hh, gate_rows * s.output),
+                         sums_of(g.w_hr, s.output * s.hidden)};
     }
     parts_ = work.parts(s.count);
     // Rows apart by a power of two would share a few sets of the cache.
@@ -96,12 +99,6 @@ class Products {
     for (size_t i = 0; i < std::size(columns); i++) {
       if (columns[i] > 0) *matrices[i] = work.packed(rows, columns[i], 1, parts_, false, shared);
     }
-    for (int64_t d = 0; d < s.directions; d++) {
-      const WeightGradsOf<E>& g = call.grads[d];
-      const int64_t gate_rows = sizes_.gates * s.hidden;
-      sums_of_[d] = {sums_of(g.w_ih, gate_rows * s.input), sums_of(g.w_hh, gate_rows * s.output),
-                     sums_of(g.w_hr, s.output * s.hidden)};
-    }
     if (any_between && projected(s)) unwanted_sums_ = work.take(s.output);
   }
 
@@ -112,17 +109,8 @@ class Products {
     const LayerShape& s = call_.shape;
     E* grad_x = call_.grad_x + chunk.first_row * s.input;
     if (multiplies_unpacked(isa_, s)) {
-      const UnpackedParamsOf<E, E> p{grad_gates + input_side_,
-                                     width_,
-                                     chunk.rows,
-                                     call_.weights[d].w_ih,
-                                     sizes_.gates * s.hidden,
-                                     s.input,
-                                     0,
-                                     grad_x,
-                                     accumulate};
-      return work_.run(ceil_div(s.input, isa_.unpacked_columns),
-                       [&](int64_t begin, int64_t end) { isa_.unpacked_input(p, begin, end); });
+      return multiply_unpacked(isa_.unpacked_input, grad_gates + input_side_, chunk.rows,
+                               call_.weights[d].w_ih, s.input, 0, grad_x, accumulate);
     }
     const InputGradParamsOf<E> p{grad_gates + input_side_, width_, w_ih_[d], grad_x, accumulate};
     work_.run(
@@ -138,22 +126,13 @@ class Products {
   void grad_initial_state(int64_t d, const E* grad_gates) const {
     const LayerShape& s = call_.shape;
     const bool went_round = s.cell == CellKind::gru || call_.zoneout_h.any();
-    const UnpackedParamsOf<E, float> p{grad_gates,
-                                       width_,
-                                       s.count,
-                                       call_.weights[d].w_hh,
-                                       sizes_.gates * s.hidden,
-                                       s.hidden,
-                                       rotate_,
-                                       call_.grad_h0 + d * s.count * s.hidden,
-                                       went_round};
-    work_.run(ceil_div(s.hidden, isa_.unpacked_columns),
-              [&](int64_t begin, int64_t end) { isa_.unpacked_state(p, begin, end); });
+    multiply_unpacked(isa_.unpacked_state, grad_gates, s.count, call_.weights[d].w_hh, s.hidden,
+                      rotate_, call_.grad_h0 + d * s.count * s.hidden, went_round);
   }
 
   void grad_weights(int64_t d, const BackwardParamsOf<E>& scanned, int64_t round) const {
     const bool accumulate = round > 0, last = round + 1 == rounds_;
-    const auto [sums_ih, sums_hh, sums_hr] = sums_of_[d];
+    const auto [sums_ih, sums_hh, sums_hr] = matrix_sums_[d];
     const WeightGradsOf<E>& g = call_.grads[d];
     if (!g.any()) return;
     const Chunk& chunk = scanned.chunk[d];
@@ -229,6 +208,18 @@ class Products {
     WeightGradParamsOf<E> grad;
   };
 
+  // Rows of gradients of gates times a matrix where it lies, see UnpackedParamsOf.
+  template <class To>
+  void multiply_unpacked(void (*kernel)(const UnpackedParamsOf<E, To>&, int64_t, int64_t),
+                         const E* grads, int64_t rows, const E* matrix, int64_t columns,
+                         int64_t rotate, To* to, bool accumulate) const {
+    const UnpackedParamsOf<E, To> p{
+        grads,   width_, rows, matrix,    sizes_.gates * call_.shape.hidden,
+        columns, rotate, to,   accumulate};
+    work_.run(ceil_div(columns, isa_.unpacked_columns),
+              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  }
+
   // Transposes and packs, then multiplies: everything, or product after product.
   void multiply(const TransposeParamsOf<E>& grads, std::vector<Product> products) const {
     std::vector<Part> preparations = {
@@ -262,7 +253,7 @@ class Products {
     }
   }
 
-  struct Sums {
+  struct MatrixSums {
     float *w_ih, *w_hh, *w_hr;
   };
 
@@ -278,7 +269,7 @@ class Products {
   int64_t stride_ = 0;
   E* transposed_ = nullptr;  // [Q*H, stride]
   float* sums_[2] = {};      // [Q*H]
-  Sums sums_of_[2] = {};
+  MatrixSums matrix_sums_[2] = {};
   float* unwanted_sums_ = nullptr;  // [P]
   PackedMatrix w_ih_[2] = {};
   PackedMatrix x_ = {}, states_ = {}, between_ = {};  // rows that weights met

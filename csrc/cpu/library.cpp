@@ -166,7 +166,7 @@ void read_weights(const LayerShape& s, const std::vector<Tensor>& tensors,
                       weights[d].norm =
                           norm_gains(s, static_cast<const float*>(data), *shape.begin());
                     } else {
-                      set_weight(weights[d], which, data);
+                      set_field(weights[d], which, data);
                     }
                   });
 }
@@ -178,15 +178,14 @@ void read_grads(const LayerShape& s, const std::vector<Tensor>& tensors,
   for_each_weight(s, tensors.size(), "grad_weights",
                   [&](size_t i, size_t d, size_t which, std::initializer_list<int64_t> shape) {
                     if (tensors[i].dim() != static_cast<int64_t>(shape.size())) return;
-                    if (has_elements(which)) {
-                      set_grad(grads[d], which, output<E>(tensors[i], "grad_weights", shape));
-                      return;
-                    }
-                    float* data = output(tensors[i], "grad_weights", shape);
+                    void* data =
+                        shape.size() == 1
+                            ? output(tensors[i], "grad_weights", shape)
+                            : static_cast<void*>(output<E>(tensors[i], "grad_weights", shape));
                     if (which == kNorm) {
-                      grads[d].norm = norm_gains(s, data, *shape.begin());
+                      grads[d].norm = norm_gains(s, static_cast<float*>(data), *shape.begin());
                     } else {
-                      set_grad(grads[d], which, data);
+                      set_field(grads[d], which, data);
                     }
                   });
 }

@@ -114,7 +114,7 @@ constexpr int kGradRows = kTileRows;
 constexpr int kGradRows = vector_rows(kMaxColumns);
 #endif
 
-constexpr int64_t kGroupBytes = 512 << 10, kPanelBytes = 16 << 10;
+constexpr int64_t kGroupBytes = 512 << 10, kPanelWords = 4 << 10;
 
 // Each chunk's sum starts at zero and is added as a whole: the rounding errors of a long sequence
 // then grow with the square root of a chunk, not of the sequence.
@@ -148,8 +148,8 @@ static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
   // So many rows at a time that they stay in L2 for all panels; where these stay in L1, a tile's,
   // so that memory is written in the order in which it lies.
   const int64_t row_bytes = p.stride * (int64_t)sizeof(Element);
-  const int64_t panel_bytes = column_words(p.packed.depth, p.packed.parts) * columns * 4;
-  const int64_t group = panel_bytes <= kPanelBytes
+  const int64_t panel_words = column_words(p.packed.depth, p.packed.parts) * columns;
+  const int64_t group = panel_words <= kPanelWords
                             ? kGradRows
                             : ceil_div(kGroupBytes, row_bytes * kGradRows) * kGradRows;
   for (int64_t first = row_begin; first < row_end; first += group) {

@@ -409,9 +409,10 @@ bool backward(const KernelsOf<E>& isa, const TrainBackwardCall& given, const All
     const int64_t number = i % per_direction;
     const bool is_projection = projected(s) && number == per_direction - 1;
     const size_t which = is_projection ? kProjection : static_cast<size_t>(number);
-    void* grad = has_elements(which) ? static_cast<void*>(grads.template next<E>(given.weights[i]))
-                                     : grads.template next<float>(given.weights[i]);
-    set_grad(call.grads[i / per_direction], which, grad);
+    const Array& weight = given.weights[i];
+    void* grad = weight.dimensions == 1 ? grads.template next<float>(weight)
+                                        : static_cast<void*>(grads.template next<E>(weight));
+    set_field(call.grads[i / per_direction], which, grad);
   }
   layer_backward(isa, call, torch_threads());
   if (pieces) {

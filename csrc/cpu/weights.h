@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <type_traits>
 
 #include "../tensor_checks.h"
 #include "kernels.h"
@@ -61,42 +62,25 @@ NormGainsOf<T> norm_gains(const LayerShape& s, T* data, int64_t count) {
   return gains;
 }
 
-// All but norm.
-template <class E>
-void set_weight(WeightsOf<E>& w, size_t which, const void* data) {
+// Of Weights or of their gradients; all but norm.
+template <class Fields, class Data>
+void set_field(Fields& fields, size_t which, Data* data) {
+  const auto set = [data](auto& field) {
+    field = static_cast<std::remove_reference_t<decltype(field)>>(data);
+  };
   switch (which) {
     case 0:
-      w.w_ih = static_cast<const E*>(data);
-      break;
+      return set(fields.w_ih);
     case 1:
-      w.w_hh = static_cast<const E*>(data);
-      break;
+      return set(fields.w_hh);
     case 2:
-      w.b_ih = static_cast<const float*>(data);
-      break;
+      return set(fields.b_ih);
     case 3:
-      w.b_hh = static_cast<const float*>(data);
-      break;
+      return set(fields.b_hh);
     case kProjection:
-      w.w_hr = static_cast<const E*>(data);
-      break;
+      return set(fields.w_hr);
     default:
-      w.peephole = static_cast<const float*>(data);
-  }
-}
-
-// Whether the field is a matrix of elements, else a vector of floats.
-inline bool has_elements(size_t which) { return which < 2 || which == kProjection; }
-
-// Likewise.
-template <class E>
-void set_grad(WeightGradsOf<E>& g, size_t which, void* data) {
-  E** const matrices[] = {&g.w_ih, &g.w_hh, nullptr, nullptr, &g.w_hr, nullptr};
-  float** const vectors[] = {nullptr, nullptr, &g.b_ih, &g.b_hh, nullptr, &g.peephole};
-  if (has_elements(which)) {
-    *matrices[which] = static_cast<E*>(data);
-  } else {
-    *vectors[which] = static_cast<float*>(data);
+      return set(fields.peephole);
   }
 }
 

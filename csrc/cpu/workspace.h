@@ -39,8 +39,8 @@ inline void advise_huge_pages_if_fresh(void* data, size_t bytes) {
 // malloc gives freed memory at its end back to the system where it is more than twice its
 // threshold, which is the largest mapping that was freed so far. A layer's y and the gradient of x
 // are about as much, so that every step of training may find fresh pages: RNN (T, B, H) = (512, 64,
-// 128) took 22 to 34 ms, and 20 to 22 once such a mapping had been freed. So here is one, never
-// touched.
+// 128) took 28 to 34 ms in most processes, and 20 to 23 once such a mapping had been freed. So here
+// is one, never touched.
 inline void let_malloc_keep_memory() {
 #if defined(__GLIBC__)
   static const bool once = [] {
