@@ -154,8 +154,8 @@ static void initial_state_grad(Rows grad_gates, RowsOf<float> grad_h, RowsOf<con
                                int64_t begin, int64_t end, const Share& share,
                                const PackedMatrix& w_hh, bool add, float* memory) {
   const Operand grads = operand_of(w_hh, grad_gates, begin, end, memory);
-  for (int64_t j = share.panel_begin; begin < end && j < share.panel_end; j++) {
-    const Panel panel(w_hh, j, 1);
+  if (begin == end) return;
+  for_each_panel(w_hh, share, 1, 0, [&](const Panel& panel) {
     for_each_tile(begin, end, panel, panel.vectors, [&](int64_t first, int rows) {
       Vector tile[kMaxRows * kMaxColumns];
       multiply(panel.vectors, rows, grads, first, panel, tile);
@@ -170,7 +170,7 @@ static void initial_state_grad(Rows grad_gates, RowsOf<float> grad_h, RowsOf<con
         }
       }
     });
-  }
+  });
 }
 
 template <class Cell, bool PROJECTED = false, bool NORMED = false>
@@ -271,12 +271,11 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
         const Rows rows_here = taken(kinds[kind]);
         const Operand operand =
             operand_of(m, rows_here, begin, rows_here.base ? end : begin, memory);
-        for (int64_t j = columns.panel_begin; j < columns.panel_end; j++) {
-          const Panel panel(m, zigzag(j, columns, index), 1);
+        for_each_panel(m, columns, 1, index, [&](const Panel& panel) {
           for_each_tile(begin, end, panel, panel.vectors, [&](int64_t first, int rows) {
             body(kinds[kind], operand, first, rows, panel);
           });
-        }
+        });
       }
     };
     const auto next_step = [](const BackwardRows& rows) { return rows.grad_next; };

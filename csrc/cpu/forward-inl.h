@@ -153,11 +153,6 @@ FUSED_RNN_INLINE void project(const ForwardParams& p, const Share& share, const 
   const auto results = [&](int64_t row) {
     return whole_batch ? RowsOf<float>{gx, gx_stride} : rows_of(gx, row, gx_stride, share);
   };
-  const auto for_each_panel = [&](auto body) {
-    for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
-      body(Panel(w_ih, j, Cell::kGates));
-    }
-  };
 #if defined(FUSED_RNN_PARTS)
   // Rows in parts lie one after the other, whatever steps they are of, and fill tiles together:
   // with two threads, GRU's and LSTM's inference at B = 40 and 80, H=256, takes 1.1 times less.
@@ -171,12 +166,12 @@ FUSED_RNN_INLINE void project(const ForwardParams& p, const Share& share, const 
       cut += count;
     });
     const InputRows<float, RowTable<float>> rows{operand_of(w_ih, {}, 0, 0, memory), {table}};
-    return for_each_panel([&](const Panel& panel) {
+    return for_each_panel(w_ih, share, Cell::kGates, 0, [&](const Panel& panel) {
       project_panel<Cell::kGates>(rows, all, panel, w_ih, p.bias[d]);
     });
   }
 #endif
-  for_each_panel([&](const Panel& panel) {
+  for_each_panel(w_ih, share, Cell::kGates, 0, [&](const Panel& panel) {
     for_each_group([&](Rows x, int64_t row, int64_t count) {
       const InputRows<float> rows{{x.base, x.stride, nullptr, 0}, results(row)};
       project_panel<Cell::kGates>(rows, count, panel, w_ih, p.bias[d]);
@@ -286,8 +281,7 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
       const int64_t joined = step.from_previous;
       const Operand before = operand_of(m, taken(carrying_on), 0, joined, memory);
       const Operand initial = operand_of(m, taken(joining), joined, step.rows, memory);
-      for (int64_t j = columns.panel_begin; j < columns.panel_end; j++) {
-        const Panel panel(m, zigzag(j, columns, index), gates);
+      for_each_panel(m, columns, gates, index, [&](const Panel& panel) {
         const auto tiles = [&](const ForwardRows& from, const Operand& rows_of_product,
                                int64_t begin, int64_t end) {
           for_each_tile(begin, end, panel, gates * panel.vectors, [&](int64_t first, int rows) {
@@ -296,7 +290,7 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
         };
         tiles(carrying_on, before, 0, joined);
         tiles(joining, initial, joined, step.rows);
-      }
+      });
     };
     const auto states = [](const ForwardRows& rows) { return rows.taken; };
     const auto reset_states = [](const ForwardRows& rows) {
@@ -357,11 +351,10 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
       if (meeting) meeting->wait();
       const Operand unprojected =
           operand_of(w_second, {joining.y.base, joining.y.stride}, 0, step.rows, memory);
-      for (int64_t j = outputs.panel_begin; j < outputs.panel_end; j++) {
-        const Panel panel(w_second, zigzag(j, outputs, index), 1);
+      for_each_panel(w_second, outputs, 1, index, [&](const Panel& panel) {
         const InputRows<Element> rows{unprojected, y_here};
         project_panel<1>(rows, step.rows, panel, w_second, nullptr);
-      }
+      });
       for (int64_t i = 0; of_projected.any() && i < step.rows; i++) {
         const auto& from = i < step.from_previous ? carrying_on.h_prev : h0;
         zone_out_row(of_projected, i, from[i], y_here[i], output_units);

@@ -164,6 +164,7 @@ struct Panel {
   int64_t begin, end;  // what of the depth a product has
   const float* data;
   bool* exceptional;  // or null
+  mutable Ahead ahead;
 
   Panel() = default;
   Panel(const PackedMatrix& m, int64_t index, int gates)
@@ -173,7 +174,33 @@ struct Panel {
     data = m.data + column * gates * column_words(m.depth, m.parts);
     exceptional = m.exceptional ? m.exceptional + index : nullptr;
   }
+
+  // That another panel of the matrix comes after this one.
+  void ask_for(const PackedMatrix& m, int64_t next, int gates) {
+    constexpr int64_t kCached = 512 << 10;
+    if (!kAsksAhead || m.columns * gates * m.depth * (int64_t)sizeof(float) <= kCached) return;
+    const Panel panel(m, next, gates);
+    const char* first = (const char*)panel.data;
+    ahead = {first, first + (int64_t)sizeof(float) * gates * panel.vectors * kWidth * m.depth};
+  }
 };
+
+// What has all panels of a matrix, for products that are not a share's.
+FUSED_RNN_INLINE Share all_panels(const PackedMatrix& m) {
+  return {.panel_begin = 0, .panel_end = panel_count(m, kWidth)};
+}
+
+// Calls body for the share's panels of the matrix. Odd steps take them backwards: the last ones are
+// still in the cache. Measured on a prototype: 4 to 8% where the packed weights exceed L2.
+template <class Body>
+FUSED_RNN_INLINE void for_each_panel(const PackedMatrix& m, const Share& share, int gates,
+                                     int64_t step, Body body) {
+  for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
+    Panel panel(m, zigzag(j, share, step), gates);
+    if (j + 1 < share.panel_end) panel.ask_for(m, zigzag(j + 1, share, step), gates);
+    body(panel);
+  }
+}
 
 #if defined(FUSED_RNN_PARTS)
 
@@ -281,7 +308,7 @@ static void multiply(int columns, int rows, const Operand& a, int64_t first, con
                     panel.data, tile);
 #else
   multiply_words(columns, rows, panel.end - panel.begin, from + panel.begin, a.stride,
-                 panel.data + words(panel.begin) * columns * kWidth, tile);
+                 panel.data + words(panel.begin) * columns * kWidth, tile, &panel.ahead);
 #endif
 }
 

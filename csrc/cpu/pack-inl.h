@@ -22,7 +22,13 @@ FUSED_RNN_INLINE float* words_of_panel(const Panel& panel, int columns, int colu
 #if defined(FUSED_RNN_AMX) && defined(FUSED_RNN_BFLOAT16)
   return data + tile_words_before(panel.depth, column, k, 0, 1) + k % kTileDepth / kPairs * kWidth;
 #else
-  return data + (k / kPairs * columns + column) * kWidth;
+  const int beside = side_by_side(columns);
+  if (beside == columns) return data + (k / kPairs * columns + column) * kWidth;
+  const int64_t chain = k / kChain * kChain;
+  const int64_t depth = smaller(kChain, panel.depth - chain);
+  return data + (chain * columns + column / beside * depth * beside + (k - chain) * beside +
+                 column % beside) *
+                    kWidth;
 #endif
 }
 

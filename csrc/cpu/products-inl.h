@@ -36,15 +36,14 @@ static void input_grad(const InputGradParams& p, int64_t row_begin, int64_t row_
   // In parts, so much depth at a time that the rows' part stays in L2 for all panels.
   const int64_t group = p.w_ih.parts > 1 ? kDepthGroup : depth;
   for (int64_t begin = 0; begin < depth; begin += group) {
-    for (int64_t j = 0; j < panel_count(p.w_ih, kWidth); j++) {
-      Panel panel(p.w_ih, j, 1);
+    for_each_panel(p.w_ih, all_panels(p.w_ih), 1, 0, [&](Panel& panel) {
       panel.begin = begin;
       panel.end = smaller(begin + group, depth);
       for_each_tile(0, row_end - row_begin, panel, panel.vectors, [&](int64_t first, int rows) {
         tiles.add(panel.vectors, kOnTop[p.accumulate || begin > 0], grads, first, rows, panel,
                   pointwise);
       });
-    }
+    });
   }
   tiles.finish(pointwise);
 }
@@ -153,8 +152,7 @@ static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
                             ? kGradRows
                             : ceil_div(kGroupBytes, row_bytes * kGradRows) * kGradRows;
   for (int64_t first = row_begin; first < row_end; first += group) {
-    for (int64_t j = 0; j < panel_count(p.packed, kWidth); j++) {
-      const Panel panel(p.packed, j, 1);
+    for_each_panel(p.packed, all_panels(p.packed), 1, 0, [&](const Panel& panel) {
       const auto add = [&](int64_t row, int rows) {
         if (p.from_before) {
           prefetch(p.sums + (row + p.rotate) % p.rows * columns + panel.column, columns, rows,
@@ -163,7 +161,7 @@ static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
         tiles.add(panel.vectors, p, grads, row, rows, panel, pointwise);
       };
       for_each_tile(first, smaller(first + group, row_end), panel, panel.vectors, add);
-    }
+    });
   }
   tiles.finish(pointwise);
 }
