@@ -8,6 +8,7 @@
 //           c        LSTM's c, in and out
 //           saved    what backward will want
 //           returns the new h
+//           begin, finish: the same in two parts, of which the first has no state
 // factors:  what backward needs of the saved values, before any gradient is known
 // backward: d_h      whole gradient of the new h
 //           carry    LSTM: gradient of c, in and out. GRU: out, the part of d_h that does
@@ -69,14 +70,21 @@ struct GruCell {
   static constexpr bool kHasC = false;
   static constexpr bool kUsesPreviousH = true;
 
-  FUSED_RNN_CELL Value forward(const Value* gx, const Value* gh, Value h_prev, Value&,
+  FUSED_RNN_CELL Value forward(const Value* gx, const Value* gh, Value h_prev, Value& c,
                                Value* saved) {
-    const Value r = Math::sigmoid(gx[0] + gh[0]);
-    const Value z = Math::sigmoid(gx[1] + gh[1]);
-    const Value n = Math::tanh(r * gh[2] + gx[2]);
+    begin(gx, gh, saved);
+    return finish(saved, h_prev, c);
+  }
+
+  FUSED_RNN_CELL void begin(const Value* gx, const Value* gh, Value* saved) {
     saved[0] = gh[2];
-    saved[1] = r;
-    saved[2] = z;
+    saved[1] = Math::sigmoid(gx[0] + gh[0]);
+    saved[2] = Math::sigmoid(gx[1] + gh[1]);
+    saved[3] = gx[2];  // until n is there
+  }
+
+  FUSED_RNN_CELL Value finish(Value* saved, Value h_prev, Value&) {
+    const Value z = saved[2], n = Math::tanh(saved[1] * saved[0] + saved[3]);
     saved[3] = n;
     return z * (h_prev - n) + n;
   }
@@ -156,17 +164,22 @@ struct LstmCell {
   static constexpr bool kHasC = true;
   static constexpr bool kUsesPreviousH = false;
 
-  FUSED_RNN_CELL Value forward(const Value* gx, const Value* gh, Value, Value& c, Value* saved) {
-    const Value i = Math::sigmoid(gx[0] + gh[0]);
-    const Value f = Math::sigmoid(gx[1] + gh[1]);
-    const Value g = Math::tanh(gx[2] + gh[2]);
-    const Value o = Math::sigmoid(gx[3] + gh[3]);
-    saved[0] = i;
-    saved[1] = f;
-    saved[2] = g;
-    saved[3] = o;
+  FUSED_RNN_CELL Value forward(const Value* gx, const Value* gh, Value h_prev, Value& c,
+                               Value* saved) {
+    begin(gx, gh, saved);
+    return finish(saved, h_prev, c);
+  }
+
+  FUSED_RNN_CELL void begin(const Value* gx, const Value* gh, Value* saved) {
+    saved[0] = Math::sigmoid(gx[0] + gh[0]);
+    saved[1] = Math::sigmoid(gx[1] + gh[1]);
+    saved[2] = Math::tanh(gx[2] + gh[2]);
+    saved[3] = Math::sigmoid(gx[3] + gh[3]);
+  }
+
+  FUSED_RNN_CELL Value finish(Value* saved, Value, Value& c) {
     c = new_c(saved, c);
-    return o * Math::tanh(c);
+    return saved[3] * Math::tanh(c);
   }
 
   FUSED_RNN_CELL Value new_c(const Value* saved, Value c_prev) {

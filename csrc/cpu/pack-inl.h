@@ -150,10 +150,21 @@ struct RowPacker {
       }
     }
 #endif
-    for (int v = 0; panel.parts == 1 && v < panel.vectors; v++) {
-      Elements paired[kPairs];
-      for (int i = 0; i < kPairs; i++) paired[i] = elements(i, v);
-      store(words_of_panel(panel, panel.vectors, v, k), pair(paired));
+    const auto write_columns = [&](int vectors, auto place) __attribute__((always_inline)) {
+      for (int v = 0; v < vectors; v++) {
+        Elements paired[kPairs];
+        for (int i = 0; i < kPairs; i++) paired[i] = elements(i, v);
+        store(place(v), pair(paired));
+      }
+    };
+    if (panel.parts == 1 && side_by_side(panel.vectors) < panel.vectors) {
+      float* first = words_of_panel(panel, kMaxColumns, 0, k);
+      float* second = words_of_panel(panel, kMaxColumns, 2, k);
+      write_columns(kMaxColumns,
+                    [&](int v) { return v < 2 ? first + v * kWidth : second + (v - 2) * kWidth; });
+    } else if (panel.parts == 1) {
+      write_columns(panel.vectors,
+                    [&](int v) { return words_of_panel(panel, panel.vectors, v, k); });
     }
     waiting = 0;
     k += group;

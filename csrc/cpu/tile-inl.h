@@ -121,20 +121,20 @@ __attribute__((noinline)) void multiply_chain(int64_t depth, const Element* a, i
     }
   } else {
     if constexpr (kAsksAhead) {
-      // A line of 64 bytes every four steps.
-      const bool asks = ahead && ahead->next < ahead->end;
-      const char* next = asks ? ahead->next : (const char*)panel;
-      const int64_t pace = asks ? 64 : 0;
-      for (; k + 4 <= depth; k += 4) {
-        __builtin_prefetch(next, 0, 2);
-        next += pace;
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < 4; i++) {
-          load_panel(b);
-          advance(k + i, b, word_at);
+      // A line of 64 bytes every four steps, which gcc unrolled would keep sums in memory for.
+      if (ahead && ahead->next < ahead->end) {
+        const char* next = ahead->next;
+        for (; k + 4 <= depth; k += 4) {
+          __builtin_prefetch(next, 0, 2);
+          next += 64;
+          FUSED_RNN_NO_UNROLL
+          for (int i = 0; i < 4; i++) {
+            load_panel(b);
+            advance(k + i, b, word_at);
+          }
         }
+        ahead->next = next;
       }
-      if (asks) ahead->next = next;
     }
     for (; k + kPairs <= depth; k += kPairs) {
       load_panel(b);

@@ -56,18 +56,18 @@ FUSED_RNN_INLINE Vector forward_cell(const ForwardRows& r, int64_t unit, int64_t
   return Cell::forward(gx, gh, h_prev, c, saved);
 }
 
-// The pointwise part of `valid` units from `unit` on of one row, gh being the hidden side. MORE:
-// whether there may be zoneout or peepholes, whose code alone, unused, made LSTM take 3% longer in
-// training.
-template <class Cell, bool MORE = false>
-FUSED_RNN_INLINE void forward_units(const ForwardRows& r, int64_t row, int64_t unit, int64_t hidden,
-                                    int valid, const Vector* gx, const Vector* gh) {
-  Vector saved[4], h_prev{}, c{};
+// What a step of `valid` units from `unit` on of one row reads and writes besides its products.
+// new_h(h_prev, c) computes the cell. MORE: whether there may be zoneout or peepholes, whose code
+// alone, unused, made LSTM take 3% longer in training.
+template <class Cell, bool MORE, class NewH>
+FUSED_RNN_INLINE void update_units(const ForwardRows& r, int64_t row, int64_t unit, int64_t hidden,
+                                   int valid, const Vector* saved, const NewH& new_h) {
+  Vector h_prev{}, c{};
   const bool zoned = MORE && r.zoneout_h.any();
   if (Cell::kUsesPreviousH || zoned) h_prev = previous_h<Cell>(r, row, unit, valid);
   if constexpr (Cell::kHasC) c = load(r.c_prev[row] + unit, valid);
   const Vector c_prev = c;
-  Vector h = forward_cell<Cell, MORE>(r, unit, hidden, valid, gx, gh, h_prev, c, saved);
+  Vector h = new_h(h_prev, c);
   if constexpr (MORE && Cell::kSavedGates == 0) {
     if (r.cells.base) store(r.cells[row] + unit, h, valid);
   }
@@ -91,6 +91,17 @@ FUSED_RNN_INLINE void forward_units(const ForwardRows& r, int64_t row, int64_t u
       }
     }
   }
+}
+
+// The pointwise part of a step, gh being the hidden side.
+template <class Cell, bool MORE = false>
+FUSED_RNN_INLINE void forward_units(const ForwardRows& r, int64_t row, int64_t unit, int64_t hidden,
+                                    int valid, const Vector* gx, const Vector* gh) {
+  Vector saved[4];
+  const auto new_h = [&](Vector h_prev, Vector& c) __attribute__((always_inline)) {
+    return forward_cell<Cell, MORE>(r, unit, hidden, valid, gx, gh, h_prev, c, saved);
+  };
+  update_units<Cell, MORE>(r, row, unit, hidden, valid, saved, new_h);
 }
 
 // Rows of one step that have the same neighbours.

@@ -15,8 +15,10 @@ constexpr int kWidth = FUSED_RNN_VECTOR_WIDTH;
 // The compilers keep accumulators in registers only where such loops disappear early.
 #if defined(__clang__)
 #define FUSED_RNN_UNROLL _Pragma("unroll")
+#define FUSED_RNN_NO_UNROLL _Pragma("nounroll")
 #else
 #define FUSED_RNN_UNROLL _Pragma("GCC unroll 16")
+#define FUSED_RNN_NO_UNROLL _Pragma("GCC unroll 1")
 #endif
 #define FUSED_RNN_INLINE_METHOD __attribute__((always_inline)) inline
 #define FUSED_RNN_INLINE static FUSED_RNN_INLINE_METHOD
