@@ -117,6 +117,14 @@ def _in_chunks(cell: str) -> list[LayerCase]:
     return [*cases, *_in_bfloat16(cases)]
 
 
+def _panels(cell: str) -> list[LayerCase]:
+    """Depths of more than one chain of sums, of matrices that AVX2 asks for ahead, whose panels are
+    in halves or, with few rows of a step on average, are not."""
+    units = 300 if CELLS[cell].gates > 1 else 390
+    packed = functools.partial(LayerCase.packed, cell)
+    return [LayerCase(cell, 9, 7, 270, units), packed([60, 3, 1, 1], 40, units, directions=2)]
+
+
 def _least_units_in_parts(cell: str) -> int:
     return 96 if CELLS[cell].gates > 1 else 128
 
@@ -171,6 +179,11 @@ def test_accuracy(case, instruction_set):
 @pytest.mark.parametrize("case", _params(_in_chunks))
 def test_accuracy_in_chunks(case, instruction_set):
     skip_unless_supported("cpu", testing.make_inputs(case))
+    _check(case)
+
+
+@pytest.mark.parametrize("case", _params(_panels))
+def test_accuracy_of_panels(case, instruction_set):
     _check(case)
 
 

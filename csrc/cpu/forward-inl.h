@@ -86,7 +86,17 @@ FUSED_RNN_INLINE void forward_tile(const Tile<ForwardRows>& tile, const PackedMa
       }
       if constexpr (G == 3) gh[2] += bias;
     };
+    const auto forward_row = [&](int m) __attribute__((always_inline)) {
+      Vector gx[G], gh[G];
+      load_sums(m, gx, gh);
+      pause();
+      forward_units<Cell, MORE>(r, first + m, unit, hidden, valid, gx, gh);
+    };
     if constexpr (kInTwoParts<Cell, MORE>) {
+      if (tile.rows == 1) {
+        forward_row(0);
+        continue;
+      }
       Vector saved[kMaxRows][4];
       for (int m = 0; m < tile.rows; m++) {
         Vector gx[G], gh[G];
@@ -100,12 +110,7 @@ FUSED_RNN_INLINE void forward_tile(const Tile<ForwardRows>& tile, const PackedMa
         update_units<Cell, MORE>(r, first + m, unit, hidden, valid, saved[m], new_h);
       }
     } else {
-      for (int m = 0; m < tile.rows; m++) {
-        Vector gx[G], gh[G];
-        load_sums(m, gx, gh);
-        pause();
-        forward_units<Cell, MORE>(r, first + m, unit, hidden, valid, gx, gh);
-      }
+      for (int m = 0; m < tile.rows; m++) forward_row(m);
     }
   }
 }

@@ -136,6 +136,9 @@ struct BackwardCallOf {
 //
 // Where it is in several parts, floats are sums of BFloat16: words are pairs of these, in blocks of
 // depth that have all words of the first part, then all of the second, and so on.
+//
+// With AVX2 a panel of four vectors may be in halves: for every chain of depth (tile-inl.h) [words]
+// of the first two, then of the other two.
 struct PackedMatrix {
   float* data;
   int64_t depth;
@@ -143,6 +146,7 @@ struct PackedMatrix {
   int vectors;        // per panel and gate
   int parts;          // 1: elements as such
   bool* exceptional;  // [panels] whether a product needs the sums of the parts; null for 1 part
+  bool in_halves = true;
 };
 
 // W [gates*columns, depth] -> packed, for products a [rows, depth] times W transposed.

@@ -26,6 +26,10 @@ constexpr int64_t kCallRowsInParts = 512;
 constexpr int64_t kUnitsInParts = 96;
 constexpr int64_t kGateUnitsInParts = 128;
 
+// With so few rows all columns of a panel are multiplied at a time, and lie side by side: in halves
+// a row takes 1.1 times as long where weights are in L2.
+constexpr int64_t kRowsSideBySide = 2;
+
 // A result of so many bytes is worth keeping when it is freed.
 constexpr size_t kLargeResult = size_t(1) << 20;
 
@@ -120,7 +124,8 @@ class LayerCall {
   // What is to be packed, by `pack`. `rows` are those of a product.
   PackedMatrix pack_gates(const E* weights, int64_t depth, int64_t columns, int gates,
                           int64_t rows) {
-    const PackGatesParamsOf<E> p{weights, gates, packed(depth, columns, gates, parts(rows), true)};
+    PackGatesParamsOf<E> p{weights, gates, packed(depth, columns, gates, parts(rows), true)};
+    p.packed.in_halves = rows > kRowsSideBySide;
     waiting_.push_back({panel_count(p.packed, isa_.width),
                         [this, p](int64_t begin, int64_t end) { isa_.pack_gates(p, begin, end); }});
     return p.packed;
@@ -128,8 +133,8 @@ class LayerCall {
 
   PackedMatrix pack_columns(const E* matrix, int64_t depth, int64_t columns, int64_t rotate,
                             int64_t rows, bool split_units = false) {
-    const PackColumnsParamsOf<E> p{matrix, rotate,
-                                   packed(depth, columns, 1, parts(rows), split_units)};
+    PackColumnsParamsOf<E> p{matrix, rotate, packed(depth, columns, 1, parts(rows), split_units)};
+    p.packed.in_halves = rows > kRowsSideBySide;
     waiting_.push_back({panel_count(p.packed, isa_.width), [this, p](int64_t begin, int64_t end) {
                           isa_.pack_columns(p, begin, end);
                         }});

@@ -164,11 +164,12 @@ struct Panel {
   int64_t begin, end;  // what of the depth a product has
   const float* data;
   bool* exceptional;  // or null
+  bool in_halves;
   mutable Ahead ahead;
 
   Panel() = default;
   Panel(const PackedMatrix& m, int64_t index, int gates)
-      : parts(m.parts), depth(m.depth), begin(0), end(m.depth) {
+      : parts(m.parts), depth(m.depth), begin(0), end(m.depth), in_halves(m.in_halves) {
     column = index * m.vectors * kWidth;
     vectors = (int)smaller(m.vectors, ceil_div(m.columns - column, kWidth));
     data = m.data + column * gates * column_words(m.depth, m.parts);
@@ -308,7 +309,8 @@ static void multiply(int columns, int rows, const Operand& a, int64_t first, con
                     panel.data, tile);
 #else
   multiply_words(columns, rows, panel.end - panel.begin, from + panel.begin, a.stride,
-                 panel.data + words(panel.begin) * columns * kWidth, tile, &panel.ahead);
+                 panel.data + words(panel.begin) * columns * kWidth, tile, panel.in_halves,
+                 &panel.ahead);
 #endif
 }
 

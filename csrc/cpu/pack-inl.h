@@ -22,13 +22,11 @@ FUSED_RNN_INLINE float* words_of_panel(const Panel& panel, int columns, int colu
 #if defined(FUSED_RNN_AMX) && defined(FUSED_RNN_BFLOAT16)
   return data + tile_words_before(panel.depth, column, k, 0, 1) + k % kTileDepth / kPairs * kWidth;
 #else
-  const int beside = side_by_side(columns);
-  if (beside == columns) return data + (k / kPairs * columns + column) * kWidth;
-  const int64_t chain = k / kChain * kChain;
-  const int64_t depth = smaller(kChain, panel.depth - chain);
-  return data + (chain * columns + column / beside * depth * beside + (k - chain) * beside +
-                 column % beside) *
-                    kWidth;
+  if (!has_halves(columns) || !panel.in_halves) {
+    return data + (k / kPairs * columns + column) * kWidth;
+  }
+  const int64_t chain = k / kChain * kChain, depth = smaller(kChain, panel.depth - chain);
+  return data + (chain * 4 + (column / 2 * depth + k - chain) * 2 + column % 2) * kWidth;
 #endif
 }
 
@@ -157,7 +155,7 @@ struct RowPacker {
         store(place(v), pair(paired));
       }
     };
-    if (panel.parts == 1 && side_by_side(panel.vectors) < panel.vectors) {
+    if (has_halves(panel.vectors) && panel.in_halves) {
       float* first = words_of_panel(panel, kMaxColumns, 0, k);
       float* second = words_of_panel(panel, kMaxColumns, 2, k);
       write_columns(kMaxColumns,

@@ -62,12 +62,10 @@ struct Ahead {
 
 constexpr bool kAsksAhead = FUSED_RNN_VECTOR_WIDTH == 8;
 
-// How many of a panel's columns lie side by side.
-//
-// Those that are multiplied together: the two halves of a panel of which it is two, for each chain
-// one after the other, so that what is read follows on what was read before. With all four side by
-// side products took 1.05 times as long where weights are in L2, and 1.2 to 2 times beyond.
-constexpr int side_by_side(int columns) { return kTwoColumnsAtATime && columns == 4 ? 2 : columns; }
+// Whether a panel of so many columns may be in halves (PackedMatrix), so that what is read follows
+// on what was read before. With all four side by side products took 1.05 times as long where
+// weights are in L2, and 1.2 to 2 times beyond.
+constexpr bool has_halves(int columns) { return kTwoColumnsAtATime && columns == 4; }
 
 // tile [ROWS, COLUMNS], of rows ALL columns apart, = a [ROWS, depth] times panel, [words, BESIDE]
 // for every BESIDE of the columns. Panels are words, floats as such or, of a stepper, pairs of
@@ -157,47 +155,46 @@ __attribute__((noinline)) void multiply_chain(int64_t depth, const Element* a, i
   }
 }
 
-// A chain of all columns, of which the registers hold `side_by_side` at a time.
-template <int COLUMNS, int ROWS, int ALL, class Word>
+// A chain of all columns, of which the registers hold two at a time where there may be halves. Of
+// two rows, sums of two columns are too few to hide their latency.
+template <int COLUMNS, int ROWS, int ALL, int BESIDE, class Word>
 FUSED_RNN_INLINE void multiply_columns(int64_t depth, const Element* a, int64_t a_stride,
                                        const Word* panel, bool add, Vector* tile, Ahead* ahead) {
-  constexpr int kBeside = COLUMNS == ALL ? side_by_side(COLUMNS) : ALL;
-  // Of two rows, sums of two columns are too few to hide their latency.
-  if constexpr (kBeside == ALL || ROWS <= 2) {
-    multiply_chain<COLUMNS, ROWS, ALL, kBeside>(depth, a, a_stride, panel, add, tile, ahead);
-  } else {
-    for (int column = 0; column < ALL; column += kBeside) {
-      multiply_chain<kBeside, ROWS, ALL, kBeside>(
-          depth, a, a_stride, panel + column * depth * kWidth, add, tile + column, ahead);
-    }
+  constexpr int kTogether = COLUMNS == ALL && has_halves(COLUMNS) && ROWS > 2 ? 2 : COLUMNS;
+  for (int column = 0; column < COLUMNS; column += kTogether) {
+    multiply_chain<kTogether, ROWS, ALL, BESIDE>(
+        depth, a, a_stride, panel + column * (BESIDE == ALL ? 1 : depth) * kWidth, add,
+        tile + column, ahead);
   }
 }
 
-template <int COLUMNS, int ROWS, int ALL = COLUMNS, class Word>
+template <int COLUMNS, int ROWS, int ALL = COLUMNS, int BESIDE = ALL, class Word>
 void multiply_tile(int64_t depth, const Element* a, int64_t a_stride, const Word* panel,
                    Vector* tile, Ahead* ahead = nullptr) {
   for (int64_t k = 0; k == 0 || k < depth; k += kChain) {
-    multiply_columns<COLUMNS, ROWS, ALL>(smaller(kChain, depth - k), a + k, a_stride, panel, k > 0,
-                                         tile, ahead);
+    multiply_columns<COLUMNS, ROWS, ALL, BESIDE>(smaller(kChain, depth - k), a + k, a_stride, panel,
+                                                 k > 0, tile, ahead);
     panel += kChain / kNumbersOf<Word> * ALL * kWidth;
   }
 }
 
-template <int COLUMNS, int ROWS = vector_rows(COLUMNS), int ALL = COLUMNS, class Word>
+template <int COLUMNS, int ROWS = vector_rows(COLUMNS), int ALL = COLUMNS, int BESIDE = ALL,
+          class Word>
 void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, const Word* panel,
                    Vector* tile, Ahead* ahead = nullptr) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
-      multiply_rows<COLUMNS, ROWS - 1, ALL>(rows, depth, a, a_stride, panel, tile, ahead);
+      multiply_rows<COLUMNS, ROWS - 1, ALL, BESIDE>(rows, depth, a, a_stride, panel, tile, ahead);
       return;
     }
   }
-  multiply_tile<COLUMNS, ROWS, ALL>(depth, a, a_stride, panel, tile, ahead);
+  multiply_tile<COLUMNS, ROWS, ALL, BESIDE>(depth, a, a_stride, panel, tile, ahead);
 }
 
 template <class Word>
 static void multiply_words(int columns, int rows, int64_t depth, const Element* a, int64_t a_stride,
-                           const Word* panel, Vector* tile, Ahead* ahead = nullptr) {
+                           const Word* panel, Vector* tile, bool in_halves = false,
+                           Ahead* ahead = nullptr) {
   switch (columns) {
     case 1:
       return multiply_rows<1>(rows, depth, a, a_stride, panel, tile, ahead);
@@ -206,6 +203,12 @@ static void multiply_words(int columns, int rows, int64_t depth, const Element* 
     case 3:
       return multiply_rows<3>(rows, depth, a, a_stride, panel, tile, ahead);
     default:
+      if constexpr (has_halves(4)) {
+        constexpr int kRows = vector_rows(4);
+        if (in_halves) {
+          return multiply_rows<4, kRows, 4, 2>(rows, depth, a, a_stride, panel, tile, ahead);
+        }
+      }
       return multiply_rows<4>(rows, depth, a, a_stride, panel, tile, ahead);
   }
 }
