@@ -122,7 +122,7 @@ def _panels(cell: str) -> list[LayerCase]:
     in halves or, with few rows of a step on average, are not."""
     units = 300 if CELLS[cell].gates > 1 else 390
     packed = functools.partial(LayerCase.packed, cell)
-    return [LayerCase(cell, 9, 7, 270, units), packed([60, 3, 1, 1], 40, units, directions=2)]
+    return [LayerCase(cell, 9, 7, 270, units), packed([20, 3, 1, 1], 40, units, directions=2)]
 
 
 def _least_units_in_parts(cell: str) -> int:
