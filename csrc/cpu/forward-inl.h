@@ -62,7 +62,7 @@ FUSED_RNN_INLINE void project_panel(const InputRows<To, Results>& r, int64_t cou
 
 // Whether all rows of a tile get through the first part of the cell before the second, which
 // waits for it: what a core looks ahead at is little more than one row of an LSTM. With AVX2 on a
-// Zen 3 its pointwise part takes 66 cycles for eight units instead of 92.
+// Zen 3 its pointwise part takes 24.8 ns for eight units instead of 29.6, GRU's 14.4 instead of 20.
 template <class Cell, bool MORE>
 constexpr bool kInTwoParts = FUSED_RNN_VECTOR_WIDTH == 8 && !MORE && Cell::kSavedGates > 0;
 
