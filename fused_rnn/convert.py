@@ -8,6 +8,7 @@ were, since both classes keep the same state in the same attributes.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from typing import TypeVar
@@ -109,7 +110,8 @@ def flip_update_gate(module: _Module) -> _Module:
 
     Here as in torch.nn, Keras, ONNX and the first paper (Cho et al. 2014) z_t keeps the old state,
     h_t = (1 - z_t) * n_t + z_t * h_{t-1}. Many texts, after Chung et al. 2014, swap z_t and
-    1 - z_t. Since 1 - sigmoid(a) is sigmoid(-a), the rows of z in weights and biases change sign.
+    1 - z_t. Since 1 - sigmoid(a) is sigmoid(-a), the rows of z in weights and biases change sign;
+    with `layer_norm` those of the gains and biases, as r and z share the mean of their products.
 
     Args:
         module: a GRU or GRUCell, of ours or of torch.nn, with any layers, directions and options.
@@ -128,6 +130,8 @@ def flip_update_gate(module: _Module) -> _Module:
     """
     if isinstance(module, (modules.GRU, modules.GRU._torch_class)):
         names = module._flat_weights_names
+        if getattr(module, "_regularisation", PLAIN).layer_norm:
+            names = [re.sub("^weight_(ih|hh)", r"ln_\1_weight", name) for name in names]
     elif isinstance(module, (modules.GRUCell, modules.GRUCell._torch_class)):
         names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if module.bias else [])]
     else:
@@ -136,8 +140,9 @@ def flip_update_gate(module: _Module) -> _Module:
         if module._parameters.get(name) is None:
             raise ValueError(f"module: expected {name} to be a plain Parameter, not a computed one")
     with torch.no_grad():
-        for name in names:
-            module._parameters[name].chunk(3)[1].neg_()
+        # Several names may be one Parameter's.
+        for parameter in {id(p): p for p in map(module._parameters.get, names)}.values():
+            parameter.chunk(3)[1].neg_()
     return module
 
 

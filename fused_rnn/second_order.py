@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .backends.pieces import Pieces, spread
+from .cells import equal_parts
 from .problem import Masks
 
 Some = Tensor | None
@@ -135,9 +136,10 @@ def fits(cell: str, inputs: Given) -> bool:
         return False
     if 0 in inputs.x.shape[:-1]:
         return False
-    per_direction = len(inputs.weights) // inputs.h0.shape[0]
-    hidden = inputs.weights[0].shape[0] // (3 if cell == "gru" else _STEPS[cell].columns)
-    return per_direction in (2, 4) and inputs.weights[1].shape[1] == hidden
+    w_ih, w_hh, *others = equal_parts(inputs.weights, inputs.h0.shape[0])[0]
+    hidden = w_ih.shape[0] // (3 if cell == "gru" else _STEPS[cell].columns)
+    are_biases = len(others) == 2 and all(other.shape == w_ih.shape[:1] for other in others)
+    return w_hh.shape[1] == hidden and (are_biases or not others)
 
 
 def gradients(

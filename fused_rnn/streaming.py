@@ -169,6 +169,8 @@ class _PackedLSTM(_Packed):
         try:
             if state is None:
                 h = c = None
+            elif not isinstance(state, (tuple, list)):  # a Tensor would come apart, too
+                return self._carefully(x, state)
             else:
                 h, c = state
                 if h.requires_grad or c.requires_grad:

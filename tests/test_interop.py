@@ -352,22 +352,31 @@ def test_bad_modules_to_onnx():
         to_onnx(fused_rnn.GRUCell(3, 4))
 
 
+@pytest.mark.parametrize("layer_norm", [True, False])
 @pytest.mark.parametrize("reset_after", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_other_update_gate(reset_after, bias):
+def test_the_other_update_gate(layer_norm, reset_after, bias):
     """Against the equations with z and 1 - z the other way round."""
-    module = fused_rnn.GRU(3, 4, bias=bias, reset_after=reset_after, dtype=torch.float64)
-    w = {name: p.detach().clone().chunk(3) for name, p in module.named_parameters()}
-    zero = torch.zeros((), dtype=torch.float64)
-    b_ih, b_hh = (w.get(f"bias_{side}_l0", [zero] * 3) for side in ("ih", "hh"))
-    w_ih, w_hh = w["weight_ih_l0"], w["weight_hh_l0"]
+    module = fused_rnn.GRU(
+        3, 4, bias=bias, reset_after=reset_after, layer_norm=layer_norm, dtype=torch.float64
+    )
+    w = {name: torch.nn.init.uniform_(p).detach().clone() for name, p in module.named_parameters()}
+
+    def side(of, value, gates):
+        """What the columns of these gates are of W value + b, W value being normalised or not."""
+        columns = slice(4 * gates.start, 4 * gates.stop)
+        sums = value @ w[f"weight_{of}_l0"][columns].t()
+        if layer_norm:
+            sums = torch.nn.functional.layer_norm(sums, sums.shape[-1:])
+            sums = sums * w[f"ln_{of}_weight_l0"][columns]
+        return sums + w[f"bias_{of}_l0"][columns] if bias else sums
+
     x, h = torch.randn(6, 2, 3, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
     for step in x:
-        r, z = (
-            torch.sigmoid(step @ w_ih[i].t() + b_ih[i] + h @ w_hh[i].t() + b_hh[i]) for i in (0, 1)
-        )
-        hidden = r * (h @ w_hh[2].t() + b_hh[2]) if reset_after else (r * h) @ w_hh[2].t() + b_hh[2]
-        h = z * torch.tanh(step @ w_ih[2].t() + b_ih[2] + hidden) + (1 - z) * h
+        r, z = torch.sigmoid(side("ih", step, range(2)) + side("hh", h, range(2))).chunk(2, 1)
+        hidden = side("hh", h if reset_after else r * h, range(2, 3))
+        n = torch.tanh(side("ih", step, range(2, 3)) + (r * hidden if reset_after else hidden))
+        h = z * n + (1 - z) * h
     before = [p.detach().clone() for p in module.parameters()]
     assert fused_rnn.flip_update_gate(module) is module
     torch.testing.assert_close(module(x)[1][0], h)
@@ -387,6 +396,14 @@ def test_every_gru_can_be_flipped():
         for p, b in zip(module.parameters(), before, strict=True):
             for i, (new, old) in enumerate(zip(p.chunk(3), b.chunk(3), strict=True)):
                 assert torch.equal(new, -old if i == 1 else old)
+
+
+def test_a_shared_parameter_is_flipped_once():
+    module = fused_rnn.GRU(4, 4, num_layers=2)
+    module.weight_ih_l1 = module.weight_ih_l0
+    before = module.weight_ih_l0.detach().clone()
+    fused_rnn.flip_update_gate(module)
+    assert torch.equal(module.weight_ih_l0[4:8], -before[4:8])
 
 
 def test_what_cannot_be_flipped():

@@ -434,6 +434,14 @@ def test_the_cpu_kernels_twice_differentiable(cell, options, dtype):
         assert (ours.double() - theirs).norm() <= bound
 
 
+@pytest.mark.parametrize("peepholes", [True, False])
+def test_without_biases_twice_differentiable(peepholes):
+    """A normalised layer with peepholes has as many weights then as a plain one with biases."""
+    layer = fused_rnn.LSTM(2, 3, bias=False, layer_norm=True, peepholes=peepholes).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], [x])
+
+
 @needs_library
 @every_kernel_option()
 def test_what_the_cpu_kernels_have_runs_on_them(cell, options):

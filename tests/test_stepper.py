@@ -397,6 +397,7 @@ def test_compiled_without_a_break(cell):
         (torch.ones(2, 5, device="meta"), None, RuntimeError, "x: expected device cpu"),
         (torch.ones(2, 5).to_sparse(), None, RuntimeError, "x: expected a dense tensor"),
         (torch.ones(2, 5), torch.ones(1, 2, 7), TypeError, "state: expected a tuple"),
+        (torch.ones(2, 5), torch.ones(2, 1, 2, 7), TypeError, "state: expected a tuple"),
         (torch.ones(2, 5), (torch.ones(1, 2, 7),), RuntimeError, "state: expected a tuple"),
         (torch.ones(2, 5), (torch.ones(1, 2, 7), None), TypeError, r"state\[1\]: expected"),
         (torch.ones(2, 5), (torch.ones(1, 2, 7), torch.ones(1, 1, 7)), RuntimeError, r"state\[1\]"),
