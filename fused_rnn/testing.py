@@ -146,7 +146,12 @@ class LayerInputs:
     @property
     def given(self) -> list[bool]:
         """Which of x, h0, c0, reset_h, reset_c, *weights there are."""
-        return [t is not None for t in self._call(True, "", False).differentiable]
+        return [t is not None for t in self.differentiable]
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """x, h0, c0, reset_h, reset_c, *weights."""
+        return self._call(True, "", False).differentiable
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from helpers.needs import skip_unless_supported
 from torch.library import opcheck
 
 from fused_rnn import testing
-from fused_rnn.cells import CELLS
+from fused_rnn.cells import CELLS, equal_parts, state_dtype
 from fused_rnn.layer_call import BackwardCall, LayerCall
 from fused_rnn.testing import LayerCase
 
@@ -125,35 +125,66 @@ def _same_looks(fake: torch.Tensor, real: torch.Tensor):
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 
 
-@every_backend
-@every_case
-@every_dtype
-def test_fake_forward_looks_like_the_real_one(backend, case, dtype):
-    inputs = testing.make_inputs(replace(case, dtype=dtype))
+def _fake_and_real(operator, args):
+    return zip(operator(*_on_meta(args)), operator(*args), strict=True)
+
+
+def _check_fakes(backend: str, case: LayerCase, inputs: testing.LayerInputs):
     skip_unless_supported(backend, inputs)
     for save in (True, False):
-        args = _forward_args(inputs, save, backend)
-        fakes, reals = forward(*_on_meta(args)), forward(*args)
-        for fake, real in zip(fakes, reals, strict=True):
+        for fake, real in _fake_and_real(forward, _forward_args(inputs, save, backend)):
             assert fake.is_meta
             _same_looks(fake, real)
+    likes = inputs.differentiable
+    for needs in _needs_choices(inputs):
+        args = _backward_args(case, inputs, needs, backend)
+        pairs = _fake_and_real(backward, args)
+        for (fake, real), like, need in zip(pairs, likes, needs, strict=True):
+            _same_looks(fake, real)
+            assert not need or (real.shape, real.dtype) == (like.shape, like.dtype)
+            assert need or real.shape == (0,)
 
 
 @every_backend
 @every_case
 @every_dtype
-def test_fake_backward_looks_like_the_real_one(backend, case, dtype):
+def test_fakes_look_like_the_real_ones(backend, case, dtype):
     case = replace(case, dtype=dtype)
-    inputs = testing.make_inputs(case)
-    skip_unless_supported(backend, inputs)
-    for needs in _needs_choices(inputs):
-        args = _backward_args(case, inputs, needs, backend)
-        fakes, reals = backward(*_on_meta(args)), backward(*args)
-        masks = inputs.masks
-        likes = [inputs.x, inputs.h0, inputs.c0, masks.reset_h, masks.reset_c, *inputs.weights]
-        for fake, real, like, need in zip(fakes, reals, likes, needs, strict=True):
-            _same_looks(fake, real)
-            assert real.shape == (like.shape if need else (0,))
+    _check_fakes(backend, case, testing.make_inputs(case))
+
+
+LAYOUTS = {
+    "with gaps": lambda t: torch.stack((t, t), -1)[..., 0],
+    "turned": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+}
+
+
+@every_backend
+@every_cell
+@every_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fakes_where_nothing_is_contiguous(backend, cell, dtype, layout):
+    case = LayerCase(cell, 4, 3, 5, 6, directions=2, dtype=dtype)
+    inputs = testing.make_inputs(case).map(LAYOUTS[layout])
+    assert not inputs.h0.is_contiguous()
+    _check_fakes(backend, case, inputs)
+
+
+@every_backend
+@pytest.mark.parametrize("cell", ["gru", "gru_reset_before", "lstm"])
+@pytest.mark.parametrize("bias", [True, False])
+@every_dtype
+def test_fakes_with_peepholes_and_gains(backend, cell, bias, dtype):
+    """Which are in the states' dtype."""
+    case = LayerCase(cell, 4, 3, 5, 6, directions=2, bias=bias, dtype=dtype)
+    inputs, has_c = testing.make_inputs(case), CELLS[cell].has_c
+    gains = 2 * CELLS[cell].gates * 6 + has_c * 6 * (1 + bias)
+    weights = []
+    for own in equal_parts(inputs.weights, 2):
+        peepholes = [torch.randn(3 * 6)] if has_c else []
+        others = [*peepholes, torch.randn(gains)]
+        weights += [*own, *(other.to(state_dtype(dtype)) for other in others)]
+    _check_fakes(backend, case, replace(inputs, weights=weights))
 
 
 @every_backend

@@ -118,8 +118,16 @@ class Backend:
         if self.in_float32(problem):
             run = partial(backward_in_float32, run)
         if (problem.lengths or problem.resets) and not self.takes_masks(problem):
-            return pieces.backward_in_pieces(run, problem, grads, inputs, saved, needs)
-        return run(problem, grads, inputs, saved, needs)
+            run = partial(pieces.backward_in_pieces, run)
+        result = run(problem, grads, inputs, saved, needs)
+        # Beside matrices of a half type there are peepholes and gains in float32.
+        given = (w for direction in inputs.weights for w in direction if w is not None)
+        return result._replace(
+            weights=[
+                None if grad is None else grad.to(w.dtype)
+                for grad, w in zip(result.weights, given, strict=True)
+            ]
+        )
 
     def scan_forward(
         self,
@@ -230,9 +238,7 @@ def input_grads(
                 grad_weights.append(None)
         if w.peephole is not None:
             grad_weights.append(
-                peephole_grad(scan, inputs, saved, direction).to(w.peephole.dtype)
-                if next(need)
-                else None
+                peephole_grad(scan, inputs, saved, direction) if next(need) else None
             )
     return collected(problem, scan, needs, grad_x, grad_weights)
 
@@ -323,7 +329,8 @@ def backward_in_float32(
         LayerOutput(*_cast(wide, *saved)),
         needs,
     )
-    return InputGrads(*_cast(problem.dtype, *result))
+    narrow = InputGrads(*_cast(problem.dtype, *result._replace(weights=None)))
+    return narrow._replace(weights=result.weights)
 
 
 def _cast(dtype: torch.dtype, *values):

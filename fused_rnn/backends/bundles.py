@@ -96,7 +96,8 @@ class InputGrads(NamedTuple):
     x: Tensor | None  # [N, I]
     h0: Tensor | None  # [D, B, P]
     c0: Tensor | None  # [D, B, H]
-    weights: list[Tensor | None]  # flat: the DirectionWeights of each direction in turn
+    # Flat: those of each direction's weights in turn. `Backend.backward` gives them their dtypes.
+    weights: list[Tensor | None]
     reset_h: Tensor | None = None  # [D, B, P]
     reset_c: Tensor | None = None  # [D, B, H]
 

@@ -115,10 +115,7 @@ class CpuBackend(Backend):
             grad_x if needs.x else None,
             grad_h0.to(dtype) if needs.h0 else None,
             grad_c0.to(dtype) if needs.c0 and cell.has_c else None,
-            [
-                g.to(dtype) if need else None
-                for g, need in zip(grad_weights, needs.weights, strict=True)
-            ],
+            [g if need else None for g, need in zip(grad_weights, needs.weights, strict=True)],
         )
 
 

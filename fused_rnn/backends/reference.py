@@ -79,8 +79,8 @@ class ReferenceBackend(Backend):
         directions, count = problem.directions, saved.y.shape[0]
         grad_gates = saved.y.new_empty((directions, count, cell.grad_gates * hidden))
         grad_h = saved.y.new_empty((directions, count, width)) if problem.proj_size else None
-        grad_h0 = torch.empty_like(h0)
-        grad_c0 = torch.empty_like(c0) if cell.has_c else None
+        grad_h0 = h0.new_empty(h0.shape)  # contiguous, whatever h0 is
+        grad_c0 = c0.new_empty(c0.shape) if cell.has_c else None
         masks = rows.masks or Masks()
         grad_resets = [
             None if reset is None else torch.zeros_like(reset, dtype=h0.dtype)
