@@ -75,6 +75,12 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
             self.state_h, self.state_c = (None if s is None else fn(s) for s in states)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        # Bound to this module: a copy would run it. Module leaves it out, RNNBase does not.
+        state.pop("_compiled_call_impl", None)
+        return state
+
     def reset_states(self) -> None:
         """Forgets the states that a stateful module carries from call to call."""
         if not self._carries():

@@ -32,7 +32,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 import fused_rnn
 from fused_rnn import ops
 from fused_rnn.testing import (
+    TORCH_CELLS,
     assert_same_numbers,
+    make_module,
 )
 
 T, B, I, H, P = 5, 3, 4, 6, 2  # noqa: E741
@@ -568,6 +570,21 @@ def test_removed_reparametrizations():
         assert type(ours) is fused_rnn.LSTM
         assert isinstance(ours.weight_hh_l0, nn.Parameter)
         assert_same(ours, theirs, make_input("padded"))
+
+
+@pytest.mark.parametrize("cell", TORCH_CELLS)
+def test_copies_of_a_compiled_module(cell):
+    """They run their own weights, not the compiled call of the original."""
+    module, x = make_module(cell, input_size=3, hidden_size=4), torch.randn(5, 2, 3)
+    module.compile(backend="eager")
+    expected = module(x)[0]
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x)[0], expected)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert not torch.equal(twin(x)[0], expected)
+    assert torch.equal(module(x)[0], expected)
 
 
 @every_variant
