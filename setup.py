@@ -175,7 +175,7 @@ class BuildExt(build_ext):
         return super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
-        folder = Path(self.build_temp).resolve()
+        folder = self.objects_folder().resolve()
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "build.ninja", "w") as file:
             self.write_build_file(ninja_syntax.Writer(file, width=10_000), folder)
@@ -186,6 +186,14 @@ class BuildExt(build_ext):
         sys.stderr.write(result.stdout + result.stderr)
         if result.returncode != 0:
             raise SystemExit(f"fused_rnn: the build failed with status {result.returncode}")
+
+    def objects_folder(self) -> Path:
+        """One for all ways of building, of which pip's for the sources as they lie would have each
+        start anew; but of each torch, whose headers ninja does not look at."""
+        import torch
+
+        kind = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        return Path("build", f"temp.{kind}-torch{torch.__version__}")
 
     def write_build_file(self, out: ninja_syntax.Writer, folder: Path) -> None:
         compiler = find_compiler()

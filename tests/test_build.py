@@ -162,7 +162,8 @@ def test_a_failing_compile_is_an_error_with_the_compilers_message(tmp_path):
     if not any(shutil.which(name) for name in ("c++", "g++", os.environ.get("CXX", "c++"))):
         pytest.skip("needs a C++ compiler")
     source = copy_of_sources(tmp_path)
-    (source / "csrc" / "cpu" / "kernels_portable.cpp").write_text('#error "on purpose"\n')
+    # In what the first source includes: the others would be compiled before one that fails.
+    (source / "csrc" / "layer_params.h").write_text('#error "on purpose"\n')
     result = subprocess.run(
         [*PIP_WHEEL, "-w", "wheels"],
         cwd=source,

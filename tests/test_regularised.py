@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.needs import needs_library
 from helpers.outcomes import flat, leaves, near
+from helpers.pairs import pairs, params
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
@@ -286,7 +287,6 @@ FORMS = {
     "packed rows over threads": {"hidden": 17, "batch": 40, "threads": 3, "packed": True},
     "one step": {"timesteps": 1, "batch": 2},
 }
-every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 # What the CPU kernels have, and whether the module is in training.
 ON_KERNELS = {
     "recurrent dropout": ({"recurrent_dropout": 0.4}, True),
@@ -306,16 +306,21 @@ ONLY_LSTM = "zoneout of c", "peepholes"
 EVERY_CELL = (*CELLS, "lstm_projected")
 
 
-def every_kernel_option(cells=EVERY_CELL):
-    """Each of these with each of the cells that has it."""
-    pairs = [
-        pytest.param(cell, options, id=f"{name}-{cell}")
+def kernel_options(cells=EVERY_CELL, fast=tuple(ON_KERNELS)):
+    """Each of these with each of the cells that has it; slow ones but for those named."""
+    return [
+        pytest.param(
+            cell, options, id=f"{name}-{cell}", marks=() if name in fast else pytest.mark.slow
+        )
         for name, options in ON_KERNELS.items()
         for cell in cells
         if cell.startswith("lstm") or name not in ONLY_LSTM
         if not (cell.startswith("rnn_") and name.startswith("normalised"))
     ]
-    return pytest.mark.parametrize(("cell", "options"), pairs)
+
+
+def every_kernel_option(*given, **named):
+    return pytest.mark.parametrize(("cell", "options"), kernel_options(*given, **named))
 
 
 def as_state(tensors):
@@ -383,9 +388,20 @@ def check_kernels(cell, form, dtype, options, layers=2):
 
 
 @needs_library
-@every_form
-@every_kernel_option()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("cell", "options", "form", "dtype"),
+    pairs(
+        kernel_options(),
+        params(
+            {
+                f"{name}-{dtype}": (form, dtype)
+                for name, form in FORMS.items()
+                for dtype in (torch.float32, torch.bfloat16)
+            }
+        ),
+        one_in=3,
+    ),
+)
 def test_the_cpu_kernels(cell, form, dtype, options, num_threads):
     num_threads(form.get("threads", 1))
     check_kernels(cell, form, dtype, options)
@@ -401,7 +417,9 @@ def test_the_cpu_kernels_of_every_instruction_set(
 
 
 @needs_library
-@every_kernel_option(["gru", "gru_reset_before", "lstm", "lstm_projected"])
+@every_kernel_option(
+    ["gru", "gru_reset_before", "lstm", "lstm_projected"], fast=("all", "normalised, all")
+)
 def test_the_cpu_kernels_take_several_chunks_backward(cell, options):
     """Of 8 MiB of gradients each: from one to the next go those of the states."""
     assert 110 * 40 * 4 * 130 * 4 > 8 << 20

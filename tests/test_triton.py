@@ -154,7 +154,7 @@ def test_every_row_of_the_table_compiles(target):
 
 
 @needs_triton
-@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+@pytest.mark.parametrize("target", ["cuda:90", pytest.param("hip:gfx942", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cell", ["gru", "gru_reset_before", "lstm"])
 def test_steps_that_normalise_compile(target, cell):
     """Without and with all that may be in the recurrence."""
