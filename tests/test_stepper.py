@@ -22,6 +22,14 @@ def sequence(batch, inputs):
     return torch.randn(1 + 48 // batch, batch, inputs)
 
 
+def assert_same(step, got, expected):
+    """To the bit where weights are packed. Products through the module may add up in another order
+    where rows are more or lie otherwise."""
+    exact = {"rtol": 0, "atol": 0} if step.packed else {}
+    for one, other in zip(flat(got), flat(expected), strict=True):
+        torch.testing.assert_close(one, other, **exact)
+
+
 @needs_library
 @every_cell
 @pytest.mark.parametrize("layers", [1, 3])
@@ -46,7 +54,7 @@ def test_steps_are_the_sequence_to_the_bit(cell, layers, batch, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (150, 1), (40, 5), (3, 100)], ids=str)
 def test_several_steps_in_a_call(cell, dtype, shape):
-    """x [T, B, I]: to the bit what as many calls give."""
+    """x [T, B, I]: what as many calls give."""
     packs = native.cpu_library_error() is None
     module = make(cell, 9, 33, num_layers=3)
     step = fused_rnn.stepper(module, weight_dtype=dtype if packs else None)
@@ -54,8 +62,7 @@ def test_several_steps_in_a_call(cell, dtype, shape):
     for initial in (None, start(module, shape[1])):
         y, state = step(xs, initial)
         expected, expected_state = run(step, xs, initial)
-        assert torch.equal(y, expected)
-        assert all(map(torch.equal, flat(state), flat(expected_state)))
+        assert_same(step, (y, state), (expected, expected_state))
     if packs:
         assert torch.equal(step._by_operator(xs, initial)[0], y)
         strided = torch.randn(shape[1], shape[0], 9).transpose(0, 1)
@@ -324,10 +331,10 @@ def test_unusual_layouts(cell):
     expected, _ = step(x, state)
     strided = tuple(torch.stack((s, s), -1)[..., 0] for s in flat(state))
     strided = strided if isinstance(state, tuple) else strided[0]
-    assert torch.equal(step(torch.stack((x, x), 1)[:, 0], strided)[0], expected)
-    assert torch.equal(step(torch._neg_view(-x), state)[0], expected)
+    assert_same(step, step(torch.stack((x, x), 1)[:, 0], strided)[0], expected)
+    assert_same(step, step(torch._neg_view(-x), state)[0], expected)
     if isinstance(state, tuple):
-        assert torch.equal(step(x, list(state))[0], expected)
+        assert_same(step, step(x, list(state))[0], expected)
 
 
 @every_cell
