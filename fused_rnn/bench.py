@@ -206,8 +206,8 @@ def run(args: argparse.Namespace) -> int:
             raise SystemExit("--model needs --input, the sizes of its input as T,B,I")
         try:
             module = torch.load(args.model, map_location=args.device, weights_only=False)
-        except OSError as error:
-            raise SystemExit(f"--model: {error}") from error
+        except Exception as error:  # of the file, of pickle, or of what it names and is not there
+            raise SystemExit(f"--model: {type(error).__name__}: {error}") from error
         if not isinstance(module, torch.nn.Module):
             raise SystemExit(f"--model: expected a module in {args.model}; got {type(module)}")
         module, shape = module.to(dtype), args.input

@@ -122,6 +122,22 @@ def recurrent_arguments(
         _state_shapes(cell, hx, (num_layers * directions, batch_size), hidden_size, out, first)
 
 
+def module_weights(module: torch.nn.RNNBase, cell: Cell) -> None:
+    """The weights of a module are those that its sizes ask for.
+
+    Raises:
+        TypeError: one is no tensor.
+        RuntimeError: one has another shape, or another dtype or device than the first one.
+    """
+    weights = [getattr(module, name) for name in module._flat_weights_names]
+    hidden, directions = module.hidden_size, 1 + module.bidirectional
+    sizes = module.input_size, hidden, module.proj_size or hidden, module.num_layers, directions
+    expected = weight_shapes(cell, *sizes, module.bias)
+    if len(weights) != len(expected):
+        raise RuntimeError(f"module: expected {len(expected)} weights, got {len(weights)}")
+    _have_shapes(weights, expected, is_dense_tensor(weights[0], "weights[0]"))
+
+
 def _projection_size(weights: Sequence[Tensor], index: int, hidden_size: int) -> int:
     w_hr = is_dense_tensor(weights[index], f"weights[{index}]")
     if w_hr.dim() != 2 or not 1 <= w_hr.shape[0] < hidden_size:

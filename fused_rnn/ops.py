@@ -35,7 +35,7 @@ from .layer_call import (
     with_resets,
     without_resets,
 )
-from .problem import NO_NOISE, Masks, Noise, Problem, wants_gradients
+from .problem import NO_NOISE, Masks, Noise, Problem, in_memory, wants_gradients
 from .transformed import are_batched, is_exporting, is_transformed, needs_oracle
 
 _library = torch.library.Library("fused_rnn", "DEF")
@@ -277,6 +277,7 @@ def _backward(asked: BackwardCall, way: _Way | None = None) -> list[Tensor]:
         found = plain.gradients(call.at(leaves), grads, needs, False)
         return [x.new_empty(0) if g is None else g for g in found]
     inputs, packed = layer_inputs(*call.inputs[1:], call.noise), problem.packed
+    grads = [None if grad is None else in_memory(grad) for grad in grads]
     saved = LayerOutput(rows_of(y, packed), None, None, gates, cells)
     with no_autocast(x.device.type):
         if call.recompute:

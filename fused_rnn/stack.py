@@ -20,8 +20,8 @@ from torch import Tensor
 from . import direct, dispatch, plain
 from .backends.bundles import Dropout, Needs, OutputGrads, StackInputs, StackOutput
 from .cells import CELLS, equal_parts
-from .layer_call import make_problem, split_by_direction, unflatten, with_resets
-from .problem import Problem, wants_gradients
+from .layer_call import make_problem, no_autocast, split_by_direction, unflatten, with_resets
+from .problem import Problem, in_memory, wants_gradients
 from .transformed import are_batched, needs_oracle
 
 
@@ -106,7 +106,8 @@ def _forward(
 ) -> StackOutput:
     problem, name, dropout = options
     inputs = StackInputs(x.flatten(0, 1), _by_layer(h0, weights), h0, c0, dropout)
-    return dispatch.find(name).stack_forward(problem, inputs, save)
+    with no_autocast(x.device.type):
+        return dispatch.find(name).stack_forward(problem, inputs, save)
 
 
 class _StackFunction(torch.autograd.Function):
@@ -151,13 +152,15 @@ class _StackFunction(torch.autograd.Function):
                 )
             return (None, *results)
         ys[-1] = ys[-1].flatten(0, 1)
-        result = dispatch.find(name).stack_backward(
-            problem,
-            OutputGrads(None if grad_y is None else grad_y.flatten(0, 1), *grads[1:]),
-            StackInputs(x.flatten(0, 1), _by_layer(h0, weights), h0, c0, dropout),
-            StackOutput(ys, None, None, gates, cells),
-            Needs.of(with_resets(needs, False)),
-        )
+        grad_y, *of_states = (None if grad is None else in_memory(grad) for grad in grads)
+        with no_autocast(x.device.type):
+            result = dispatch.find(name).stack_backward(
+                problem,
+                OutputGrads(None if grad_y is None else grad_y.flatten(0, 1), *of_states),
+                StackInputs(x.flatten(0, 1), _by_layer(h0, weights), h0, c0, dropout),
+                StackOutput(ys, None, None, gates, cells),
+                Needs.of(with_resets(needs, False)),
+            )
         grad_x = None if result.x is None else result.x.view(x.shape)
         return (None, grad_x, result.h0, result.c0, *result.weights)
 

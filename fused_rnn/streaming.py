@@ -138,6 +138,8 @@ class _Packed(Stepper):
         return self._by_operator(x, state)
 
     def _by_operator(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        if _is_recorded():
+            return self._carefully(x, state)
         try:
             if x.requires_grad or (state is not None and state.requires_grad):
                 return self._carefully(x, state)
@@ -166,6 +168,8 @@ class _PackedLSTM(_Packed):
     """Cells with a c beside h."""
 
     def _by_operator(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        if _is_recorded():
+            return self._carefully(x, state)
         try:
             if state is None:
                 h = c = None
@@ -245,6 +249,7 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
 
     Raises:
         TypeError: `module` is not a recurrent module.
+        RuntimeError: its weights do not have the shapes that its sizes ask for.
         ValueError: it is bidirectional: the reverse direction begins at the end of the sequence;
             or `weight_dtype` is neither its dtype nor, where steps run from packed weights,
             bfloat16 or, of products of less than 2^17 numbers, int8.
@@ -270,6 +275,7 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
     if type(module) in _TORCH:
         module = from_torch(module)
     cell = next(c for c in CELLS.values() if c.torch_mode == module.mode)
+    checks.module_weights(module, cell)
     own = getattr(module, module._flat_weights_names[0]).dtype
     packs = _packs(module, cell)
     sizes = module.input_size, module.hidden_size
@@ -298,6 +304,12 @@ def _packs(module: torch.nn.RNNBase, cell: Cell) -> bool:
     return 0 < min(sizes) <= max(sizes) < _MAX_SIZE and all(
         w.is_cpu and w.dtype == torch.float32 for w in weights
     )
+
+
+def _is_recorded() -> bool:
+    """Whether a graph is made of what is called: what the operator does not take would come to
+    light when that runs, and a trace does not outlive an operator's error."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _packed_layer(cell: Cell, weights: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -372,6 +384,8 @@ def _describe_operators() -> None:
     def _step(packed, cell, layers, input, hidden, output, bias, per_word, x, h):
         if x.device != packed.device:
             raise RuntimeError(f"x: expected device {packed.device} as the weights, got {x.device}")
+        if not x.is_contiguous() or not (h is None or h.is_contiguous()):
+            raise RuntimeError("x, h: expected contiguous tensors")  # as the kernel does
         y = x.new_empty((*x.shape[:-1], output))
         return y, x.new_empty((layers, x.shape[-2], output))
 

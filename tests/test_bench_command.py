@@ -85,6 +85,13 @@ def test_inputs_that_do_not_fit(arguments, message):
         __main__.main(["bench", *arguments])
 
 
+def test_a_file_that_is_no_model(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_text("def model(): ...")
+    with pytest.raises(SystemExit, match="--model: UnpicklingError: "):
+        __main__.main(["bench", "--model", str(path), "--input", "3,4,5"])
+
+
 def test_unknown_mode():
     with pytest.raises(ValueError, match="mode: expected"):
         time_module(Tagger(), torch.randn(4, 2, 6), mode="backward")

@@ -5,7 +5,9 @@ messages arrive. Shared memory and outputs start as NaN, deadlocks and messages 
 left are errors. tests/test_emulator.py shows which mistakes are found.
 """
 
+import ctypes
 import functools
+import mmap
 from dataclasses import replace
 
 import pytest
@@ -21,6 +23,7 @@ from helpers.cuda import (
     scan_arguments,
     tf32,
 )
+from helpers.outcomes import flat
 
 import fused_rnn
 from fused_rnn import dispatch, testing
@@ -145,6 +148,33 @@ def test_autocast_ends_where_a_layer_runs_in_float32():
     module = fused_rnn.RNN(5, 16, nonlinearity="relu", bidirectional=True)
     with fused_rnn.backend(BACKEND):
         testing.assert_float32_under_autocast(module, torch.randn(6, 3, 5))
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_gradients_without_memory(cell):
+    """torch.sgn's backward gives zeros that have none."""
+    module = testing.make_module(cell, input_size=5, hidden_size=8)
+    with fused_rnn.backend(BACKEND):
+        y, states = module(torch.randn(3, 2, 5))
+        loss = sum(output.sgn().sum() for output in flat((y, states)))
+        grads = torch.autograd.grad(loss, list(module.parameters()))
+    assert all(grad.count_nonzero() == 0 for grad in grads)
+
+
+@pytest.mark.parametrize("regime", ["cluster", "grid", "steps"])
+def test_nothing_is_read_before_the_resets(regime, monkeypatch):
+    """Of rows without any step. A page that nobody may read lies before them."""
+    monkeypatch.setenv("FUSED_RNN_CUDA_REGIME", regime)
+    memory, libc = mmap.mmap(-1, 2 * mmap.PAGESIZE), ctypes.CDLL(None)
+    start = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+    nobody = 0  # PROT_NONE
+    assert libc.mprotect(start, ctypes.c_size_t(mmap.PAGESIZE), nobody) == 0
+    resets = torch.frombuffer(memory, dtype=torch.bool, count=4 * 3, offset=mmap.PAGESIZE)
+    layer, x = fused_rnn.LSTM(3, 16, bidirectional=True), torch.randn(4, 3, 3)
+    with fused_rnn.backend(BACKEND):
+        y, _ = layer(x, lengths=torch.zeros(3, dtype=torch.int64), resets=resets.view(4, 3))
+        y.sum().backward()
+    assert y.count_nonzero() == 0
 
 
 def test_only_who_asks_gets_it(monkeypatch):

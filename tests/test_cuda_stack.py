@@ -118,6 +118,33 @@ def test_batch_first_and_initial_states_of_zero():
     assert torch.equal(y_first.transpose(0, 1), y) and torch.equal(h_first, h_n)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_autocast_ends_where_layers_run(cell, frozen, monkeypatch):
+    """Around a backward, too, of a part that autocast was off for."""
+    monkeypatch.setenv(CHUNK, "2")
+    module, x = make_stack(StackCase(cell, 5, 3, 16, 2, 2)), torch.randn(5, 3, 5)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not frozen or "weight_ih" in name)
+    wanted, grads = [p for p in module.parameters() if p.requires_grad], []
+    for within in (False, True):
+        with fused_rnn.backend(BACKEND):
+            loss = module(x)[0].square().sum()
+            with torch.autocast("cpu", torch.bfloat16, enabled=within):
+                grads.append(torch.autograd.grad(loss, wanted))
+    assert all(map(torch.equal, *grads))
+
+
+def test_gradients_without_memory(monkeypatch):
+    monkeypatch.setenv(CHUNK, "2")
+    module = make_stack(StackCase("lstm", 5, 3, 16, 2, 2))
+    with fused_rnn.backend(BACKEND):
+        y, (h_n, c_n) = module(torch.randn(5, 3, 5))
+        loss = y.sgn().sum() + h_n.sgn().sum() + c_n.sgn().sum()
+        grads = torch.autograd.grad(loss, list(module.parameters()))
+    assert all(grad.count_nonzero() == 0 for grad in grads)
+
+
 @pytest.mark.parametrize("wanted", ["y", "h_n", "c_n"])
 @pytest.mark.parametrize("frozen", ["x", "first layer", "all weights"])
 def test_any_part_of_the_gradients(wanted, frozen, monkeypatch):

@@ -330,6 +330,13 @@ W, R, B = torch.ones(1, 12, 3), torch.ones(1, 12, 4), torch.ones(1, 24)
         ({"operator": "LSTM", "P": torch.ones(1, 12)}, ValueError, "W: expected shape"),
         ({"P": [1.0]}, TypeError, "P: expected a Tensor or array, got list"),
         ({"spin": 1}, TypeError, "unexpected attribute 'spin'"),
+        ({"W": W.cfloat(), "R": R.cfloat()}, TypeError, "W: expected floating.* got torch.complex"),
+        ({"R": R.int()}, TypeError, "R: expected floating-point numbers, got torch.int32"),
+        ({"B": B.double()}, ValueError, "B: expected dtype torch.float32 as W, got torch.float64"),
+        ({"W": W.to_sparse()}, RuntimeError, "W: expected a dense tensor"),
+        ({"W": W.numpy().astype(object)}, TypeError, "W: "),
+        ({"activations": 3}, TypeError, "activations: expected a list of names, got 3"),
+        ({"hidden_size": "5"}, TypeError, "hidden_size: expected an int, got str"),
     ],
 )
 def test_bad_onnx_nodes(change, error, message):
@@ -341,6 +348,17 @@ def test_bad_onnx_nodes(change, error, message):
 def test_what_changes_nothing_is_accepted():
     module = from_onnx("GRU", W, R, B, activations=["sigmoid", "TANH"], clip=None, input_forget=0)
     assert not module.reset_after  # ONNX's default
+    # As the package onnx gives them.
+    attributes = {"direction": b"forward", "activations": [b"Sigmoid", b"Tanh"]}
+    from_onnx("GRU", W, R, B, activation_alpha=B.numpy()[0, :0], **attributes)
+    other = [a.numpy()[..., ::-1].astype(">f4") for a in (W, R, B)]  # backwards, and bytes too
+    assert torch.equal(from_onnx("GRU", *other).weight_ih_l0, module.weight_ih_l0)
+
+
+def test_from_onnx_onto_the_cpu():
+    with torch.device("meta"):
+        module = from_onnx("GRU", W.numpy(), R.numpy(), B.numpy())
+    assert module.weight_ih_l0.is_cpu and module.weight_ih_l0.sum() == 36
 
 
 def test_bad_modules_to_onnx():

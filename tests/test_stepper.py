@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -384,6 +385,63 @@ def test_compiled_without_a_break(cell):
     compiled = torch.compile(lambda x, state: step(x, state)[0], backend="eager", fullgraph=True)
     _, state = step(x)
     assert torch.equal(compiled(x, state), step(x, state)[0])
+
+
+@needs_library
+@every_cell
+@pytest.mark.parametrize("way", ["compiled", "exported", "traced"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+def test_strided_streams_in_a_graph(cell, way):
+    """A step after the other of [B, T, I], from states that lie otherwise and ask for gradients."""
+    step, x = fused_rnn.stepper(make(cell, 5, 7)), torch.randn(2, 3, 5)
+    _, state = step(x[:, 0])
+    turned = [s.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_() for s in flat(state)]
+
+    def stream(x, *state):
+        state, ys = state if len(state) > 1 else state[0], []
+        for t in range(x.shape[1]):
+            y, state = step(x[:, t], state)
+            ys.append(y)
+        return torch.stack(ys, 1)
+
+    class Stream(torch.nn.Module):
+        def forward(self, x, *state):
+            return stream(x, *state)
+
+    if way == "compiled":
+        made = torch.compile(stream, backend="aot_eager", fullgraph=True)
+    elif way == "exported":
+        made = torch.export.export(Stream(), (x, *turned)).module()
+    else:
+        made = torch.jit.trace(Stream(), (x, *turned), check_trace=False)
+    assert torch.equal(made(x, *turned), stream(x, *turned))
+
+
+@needs_library
+def test_errors_in_a_graph_are_those_of_a_call():
+    step = fused_rnn.stepper(fused_rnn.GRU(5, 7))
+    compiled = torch.compile(step, backend="aot_eager")
+    for x in (torch.ones(2, 4), torch.ones(2, 5).double()):
+        with pytest.raises(RuntimeError) as eager:
+            step(x)
+        with pytest.raises(RuntimeError, match=re.escape(str(eager.value))):
+            compiled(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_do_not_fit(dtype):
+    module = fused_rnn.GRU(3, 20, dtype=dtype)
+    with torch.no_grad():  # as many numbers as expected
+        module.weight_ih_l0 = torch.nn.Parameter(torch.randn(60, 2, dtype=dtype))
+        module.weight_hh_l0 = torch.nn.Parameter(torch.randn(60, 21, dtype=dtype))
+    with pytest.raises(
+        RuntimeError, match=r"weights\[0\]: expected shape \[60, 3\], got \[60, 2\]"
+    ):
+        fused_rnn.stepper(module)
+    module = fused_rnn.GRU(3, 20, dtype=dtype)
+    module.bias_hh_l0 = None
+    with pytest.raises(TypeError, match=r"weights\[3\]: expected a Tensor, got NoneType"):
+        fused_rnn.stepper(module)
 
 
 @pytest.mark.parametrize("general", [False, True])

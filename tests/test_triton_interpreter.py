@@ -266,6 +266,16 @@ def test_the_states_that_an_lstm_starts_afresh_from():
         assert (ours.double() - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
 
 
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}], ids=str)
+def test_gradients_without_memory(options):
+    """torch.sgn's backward gives zeros that have none."""
+    layer = fused_rnn.LSTM(3, 9, **options)
+    y, (h_n, c_n), ((h,), (c,)) = layer(torch.randn(2, 2, 3), return_states=True)
+    loss = sum(output.sgn().sum() for output in (y, h_n, c_n, h, c))
+    grads = torch.autograd.grad(loss, list(layer.parameters()))
+    assert all(grad.count_nonzero() == 0 for grad in grads)
+
+
 def test_no_rows_to_normalise():
     layer = fused_rnn.LSTM(3, 9, layer_norm=True)
     x = torch.randn(4, 0, 3, requires_grad=True)

@@ -51,9 +51,9 @@ struct RowsView {
   }
 
   // Whether the row's state begins anew before this step. Against time, the step before a reset is
-  // the last of a piece, hence the first of it that is taken.
+  // the last of a piece, hence the first of it that is taken. Rows without any ask of step -1.
   FUSED_RNN_DEVICE_MEMBER bool begins(int length, int row, int step) const {
-    if (!all.resets || step >= steps) return false;
+    if (!all.resets || step < 0 || step >= steps) return false;
     const int64_t t = time(step) + (reverse ? 1 : 0);
     return t < length && all.resets[t * all.batch + first + row] != 0;
   }

@@ -52,6 +52,7 @@ def from_keras(layer: Any) -> RNN | GRU | LSTM:
         "batch_first": True,
         "bidirectional": len(layers) == 2,
         "dtype": _torch_dtype(kernel),
+        "device": "cpu",
         "stateful": bool(layers[0].stateful),
     }
     module = make_module(cell.name, kernel.shape[0], layers[0].units, **options)
@@ -212,7 +213,7 @@ def _tensor(variable: Any) -> Tensor:
     import keras
 
     # float64 holds every value, and numpy has no bfloat16 of its own.
-    return torch.tensor(keras.ops.convert_to_numpy(variable).astype("float64"))
+    return torch.tensor(keras.ops.convert_to_numpy(variable).astype("float64"), device="cpu")
 
 
 def _array(tensor: Tensor) -> Any:

@@ -6,12 +6,14 @@ nodes by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..cells import (
     CELLS,
     ONNX_GATES,
@@ -79,9 +81,9 @@ def from_onnx(
         The module, in the dtype of W. Its output is the node's Y with the directions side by side.
 
     Raises:
-        TypeError: W, R, B or P is neither a tensor nor an array.
+        TypeError: W, R, B or P is neither a tensor nor an array of floating-point numbers.
         ValueError: no module of ours computes this (the reverse direction alone, other
-            activations, clip, input_forget), or the shapes do not fit.
+            activations, clip, input_forget), or the shapes or dtypes do not fit.
 
     Example:
         >>> node = to_onnx(LSTM(3, 4))[0]
@@ -92,11 +94,17 @@ def from_onnx(
     w, r, b, p = (_tensor(value, name) for name, value in given)
     if w is None or r is None:
         raise TypeError(f"{'W' if w is None else 'R'}: expected a Tensor or array, got NoneType")
+    direction = _text(direction)
     if direction not in ("forward", "bidirectional"):
         raise ValueError(
             f"direction: expected 'forward' or 'bidirectional', got {direction!r}; a module "
             "of ours reads backwards only beside reading forwards"
         )
+    for name, tensor in (("W", w), ("R", r), ("B", b), ("P", p)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected floating-point numbers, got {tensor.dtype}")
+        if tensor is not None and tensor.dtype != w.dtype:
+            raise ValueError(f"{name}: expected dtype {w.dtype} as W, got {tensor.dtype}")
     directions = 1 + (direction == "bidirectional")
     cell = _cell(operator, linear_before_reset, activations, directions)
     _refuse(others)
@@ -104,6 +112,8 @@ def from_onnx(
         if tensor.dim() != 3:
             raise ValueError(f"{name}: expected 3 dimensions, got shape {list(tensor.shape)}")
     hidden = r.shape[-1] if hidden_size is None else hidden_size
+    if not isinstance(hidden, numbers.Integral):
+        raise TypeError(f"hidden_size: expected an int, got {type(hidden).__name__}")
     rows = cell.gates * hidden
     expected = {
         "W": (w, [directions, rows, w.shape[2]]),
@@ -123,6 +133,7 @@ def from_onnx(
         "batch_first": layout == 1,
         "bidirectional": directions == 2,
         "dtype": w.dtype,
+        "device": "cpu",
     }
     if p is not None:
         options["peepholes"] = True
@@ -155,8 +166,10 @@ def _cell(
         candidates = ["lstm"] if operator == "LSTM" else ["rnn_tanh", "rnn_relu"]
     if activations is None:
         return CELLS[candidates[0]]
+    if isinstance(activations, (str, bytes)) or not isinstance(activations, Iterable):
+        raise TypeError(f"activations: expected a list of names, got {activations!r}")
     # Their names are case-insensitive.
-    given = [str(name).capitalize() for name in activations]
+    given = [str(_text(name)).capitalize() for name in activations]
     for name in candidates:
         if given == list(ACTIVATIONS[name]) * directions:
             return CELLS[name]
@@ -174,16 +187,29 @@ def _refuse(others: dict[str, Any]) -> None:
     for name, value in others.items():
         if name not in neutral:
             raise TypeError(f"from_onnx: unexpected attribute {name!r}")
-        if not any(value is v or (not hasattr(value, "shape") and value == v)
-                   for v in neutral[name]):  # fmt: skip
+        if hasattr(value, "tolist"):  # an array's numbers
+            value = value.tolist()
+        if value not in neutral[name]:
             raise ValueError(
                 f"{name}: expected none, since no module of ours has it, got {value!r}"
             )
 
 
+def _text(value: Any) -> Any:
+    """ONNX's own attributes are bytes."""
+    return value.decode() if isinstance(value, bytes) else value
+
+
 def _tensor(value: Any, name: str) -> Tensor | None:
-    if value is None or isinstance(value, Tensor):
-        return None if value is None else value.detach()
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return checks.is_dense_tensor(value, name).detach()
     if not hasattr(value, "__array__"):
         raise TypeError(f"{name}: expected a Tensor or array, got {type(value).__name__}")
-    return torch.tensor(value)
+    import numpy  # is there, since arrays are
+
+    array = numpy.asarray(value)
+    if array.dtype.kind != "f":
+        raise TypeError(f"{name}: expected floating-point numbers, got {array.dtype}")
+    return torch.tensor(array.astype(array.dtype.newbyteorder("="), order="C"), device="cpu")
