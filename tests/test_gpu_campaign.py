@@ -35,6 +35,9 @@ def test_dry_run(tmp_path):
         r["step"] for r in content["results"]
     }
     for result in content["results"]:
+        if result["name"] == "warming the caches":  # which ends with the tests, ready or not
+            assert result["status"] in ("done", "stopped")
+            continue
         assert result["status"] in ("done", "skipped")
         assert result["status"] == "done" or result["reason"]
     (tests,) = (result for result in content["results"] if result["step"] == "tests")
