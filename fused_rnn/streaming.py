@@ -381,16 +381,16 @@ def _describe_operators() -> None:
     flops.register(torch.ops.fused_rnn_cpu.step_lstm, flops.step_lstm)
 
     @torch.library.register_fake("fused_rnn_cpu::step")
-    def _step(packed, cell, layers, input, hidden, output, bias, per_word, x, h):
+    def _step(packed, cell, layers, input, hidden, output, bias, per_word, x, h, c=None):
         if x.device != packed.device:
             raise RuntimeError(f"x: expected device {packed.device} as the weights, got {x.device}")
-        if not x.is_contiguous() or not (h is None or h.is_contiguous()):
-            raise RuntimeError("x, h: expected contiguous tensors")  # as the kernel does
+        # As the kernel does, of which a graph would tell when it runs.
+        if not all(t is None or t.is_contiguous() for t in (x, h, c)):
+            raise RuntimeError("x, h, c: expected contiguous tensors")
         y = x.new_empty((*x.shape[:-1], output))
         return y, x.new_empty((layers, x.shape[-2], output))
 
     @torch.library.register_fake("fused_rnn_cpu::step_lstm")
     def _step_lstm(packed, layers, input, hidden, output, bias, per_word, x, h, c):
-        return *_step(packed, 3, layers, input, hidden, output, bias, per_word, x, h), x.new_empty(
-            (layers, x.shape[-2], hidden)
-        )
+        y, h = _step(packed, 3, layers, input, hidden, output, bias, per_word, x, h, c)
+        return y, h, x.new_empty((layers, x.shape[-2], hidden))

@@ -78,7 +78,8 @@ def from_onnx(
         others: further attributes, which may only have values that change nothing.
 
     Returns:
-        The module, in the dtype of W. Its output is the node's Y with the directions side by side.
+        The module, on the CPU and in the dtype of W. Its output is the node's Y with the
+        directions side by side.
 
     Raises:
         TypeError: W, R, B or P is neither a tensor nor an array of floating-point numbers.
