@@ -365,9 +365,7 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 def in_memory(tensor: Tensor) -> Tensor:
     """Zeros without memory, as the backward of torch.sgn gives, get some: `contiguous` makes none
-    of them, and nothing is written into them. Of no concern to a compiler, nor known to it."""
-    if torch.compiler.is_compiling():
-        return tensor
+    of them, and nothing is written into them."""
     return tensor.clone() if tensor._is_zerotensor() else tensor
 
 

@@ -150,8 +150,7 @@ class _Packed(Stepper):
 
     def _carefully(self, x: Any, state: Any) -> tuple[Tensor, Any]:
         x, states = self._checked(x, state)
-        h = None if states is None else in_memory(states[0]).contiguous()
-        return self._step(in_memory(x).contiguous(), h)
+        return self._step(_dense(x), None if states is None else _dense(states[0]))
 
     def __getstate__(self) -> dict[str, Any]:
         bound = ("_step", "_direct")
@@ -188,8 +187,8 @@ class _PackedLSTM(_Packed):
 
     def _carefully(self, x: Any, state: Any) -> tuple[Tensor, Any]:
         x, states = self._checked(x, state)
-        given = (None, None) if states is None else (in_memory(s).contiguous() for s in states)
-        y, h, c = self._step(in_memory(x).contiguous(), *given)
+        given = (None, None) if states is None else map(_dense, states)
+        y, h, c = self._step(_dense(x), *given)
         return y, (h, c)
 
 
@@ -310,6 +309,11 @@ def _is_recorded() -> bool:
     """Whether a graph is made of what is called: what the operator does not take would come to
     light when that runs, and a trace does not outlive an operator's error."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    # Compilers know no zeros without memory.
+    return (tensor if torch.compiler.is_compiling() else in_memory(tensor)).contiguous()
 
 
 def _packed_layer(cell: Cell, weights: list[Tensor], dtype: torch.dtype) -> Tensor:

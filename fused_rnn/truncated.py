@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -61,6 +62,8 @@ def tbptt(
         >>> output.shape
         torch.Size([1, 2, 4])
     """
+    if not callable(layer):
+        raise TypeError(f"layer: expected a module, got {type(layer).__name__}")
     checks.is_dense_tensor(x, "x")
     if x.dim() not in (2, 3):
         raise ValueError(f"x: expected 2 or 3 dimensions, got {x.dim()}")
@@ -73,7 +76,7 @@ def tbptt(
         raise ValueError("layer: expected one that is not stateful, for states are passed to it")
     back = window if back is None else back
     for name, value in (("window", window), ("back", back)):
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")

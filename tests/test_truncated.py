@@ -151,6 +151,7 @@ def test_the_optimizer_may_step_between():
         ({"window": 0}, ValueError, "window: expected at least 1"),
         ({"window": 2.0}, TypeError, "window: expected an int, got float"),
         ({"window": True}, TypeError, "window: expected an int, got bool"),
+        ({"layer": None}, TypeError, "layer: expected a module, got NoneType"),
         ({"back": 1}, ValueError, "back: expected at least the window, 2, got 1"),
         ({"back": "all"}, TypeError, "back: expected an int, got str"),
         ({"resets": torch.ones(4, 2, dtype=torch.bool)}, ValueError, "resets: expected shape"),
