@@ -135,11 +135,11 @@ class _Packed(Stepper):
             result = self._direct(x, state)
             if result is not None:
                 return result
+        if _is_recorded():
+            return self._carefully(x, state)
         return self._by_operator(x, state)
 
     def _by_operator(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        if _is_recorded():
-            return self._carefully(x, state)
         try:
             if x.requires_grad or (state is not None and state.requires_grad):
                 return self._carefully(x, state)
@@ -167,8 +167,6 @@ class _PackedLSTM(_Packed):
     """Cells with a c beside h."""
 
     def _by_operator(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        if _is_recorded():
-            return self._carefully(x, state)
         try:
             if state is None:
                 h = c = None
