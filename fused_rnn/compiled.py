@@ -2,7 +2,7 @@
 
 What a compiler was told about Python's objects is checked again at every call of its graph, and
 since the call before has swept the caches that takes ten times what a loop over the same call would
-show. So little is asked here, and the stack of layers is one operator,
+show. So little is asked here, and the stack of layers, or a cell's timestep, is one operator,
 
     fused_rnn::infer_layers    inputs and weights of a module -> y, h_n, c_n
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import direct, flops, functional, looks, onnx
-from .cells import CELLS
+from .cells import CELLS, Cell
 from .transformed import is_exporting, is_transformed
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
@@ -39,9 +39,7 @@ def layers(
 ) -> tuple[Tensor, Any] | None:
     """What `module.forward(input, hx)` has to return, or None: take the general way. To be called
     while a compiler traces."""
-    if torch.is_grad_enabled() or is_exporting() or onnx.is_exporting():
-        return None
-    if torch._C._is_any_autocast_enabled() or is_transformed():
+    if not _is_inference():
         return None
     num_layers, has_c = module.num_layers, module.mode == "LSTM"
     if type(num_layers) is not int or looks.dropout_of(module) != 0:
@@ -49,11 +47,7 @@ def layers(
     weights = looks.attributes(module, module._flat_weights_names, looked)
     h0, c0 = hx if has_c and _is_pair(hx) else (hx, None)
     given = [input] if hx is None else [input, h0, c0] if has_c else [input, h0]
-    if not all(_is_plain(tensor, 3) for tensor in given):
-        return None
-    if not all(_is_plain(tensor, 2) for tensor in weights[:2]):
-        return None
-    if not all(isinstance(tensor, Tensor) for tensor in weights):
+    if not _are_plain(given, weights):
         return None
     x = input.transpose(0, 1) if module.batch_first else input
     y, h_n, c_n = torch.ops.fused_rnn.infer_layers(
@@ -62,8 +56,37 @@ def layers(
     return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n) if has_c else h_n
 
 
+def step(
+    cell: Cell, x: Tensor, states: tuple[Tensor, ...] | None, weights: list[Tensor]
+) -> tuple[Tensor, ...] | None:
+    """The new states of a cell, [1, B, H], from x [1, B, I] and states that fit each other, or
+    None: take the general way. To be called while a compiler traces."""
+    given = [x, *(states or ())]
+    if not _is_inference() or not _are_plain(given, weights):
+        return None
+    h0, c0 = (*(states or ()), None, None)[:2]
+    _, *new = torch.ops.fused_rnn.infer_layers(x, h0, c0, weights, cell.name, 1, False)
+    return tuple(new[: 1 + cell.has_c])
+
+
+def _is_inference() -> bool:
+    """Whether a graph has to compute nothing but results, in the dtype of what is given."""
+    if torch.is_grad_enabled() or is_exporting() or onnx.is_exporting():
+        return False
+    return not torch._C._is_any_autocast_enabled() and not is_transformed()
+
+
 def _is_pair(hx: Any) -> bool:
     return isinstance(hx, (tuple, list)) and len(hx) == 2
+
+
+def _are_plain(given: list[Any], weights: list[Any]) -> bool:
+    """Whether input, states and weights are for the operator."""
+    if not all(_is_plain(tensor, 3) for tensor in given):
+        return False
+    if not all(_is_plain(tensor, 2) for tensor in weights[:2]):
+        return False
+    return all(isinstance(tensor, Tensor) for tensor in weights)
 
 
 def _is_plain(value: Any, dimensions: int) -> bool:

@@ -297,7 +297,9 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         if h is None:
             return None
         if isinstance(input, PackedSequence) and input.batch_sizes.numel() > 0:
-            batch = (int(input.batch_sizes[0]),)
+            # A number that a graph computes: the operator looks at it.
+            unknown = torch.compiler.is_compiling() and h.dim() == 3
+            batch = h.shape[1:-1] if unknown else (int(input.batch_sizes[0]),)
         elif isinstance(input, Tensor) and input.dim() in (2, 3):
             batch = (input.shape[0 if self.batch_first else 1],) if input.dim() == 3 else ()
         else:
@@ -678,16 +680,25 @@ class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
             states = None if states is None else tuple(s.unsqueeze(0) for s in states)
         if states is not None:
             states = tuple(s.unsqueeze(0) for s in states)
-        _, hidden = getattr(functional, cell.name)(
-            input.unsqueeze(0), states if states is None or cell.has_c else states[0], weights
-        )
-        finals = tuple(
-            s.squeeze(0) if batched else s.flatten() for s in (hidden if cell.has_c else (hidden,))
-        )
+        finals = _next_states(cell, input.unsqueeze(0), states, weights)
+        finals = tuple(s.squeeze(0) if batched else s.flatten() for s in finals)
         return finals if cell.has_c else finals[0]
 
     def _cell(self) -> Cell:
         return CELLS[self._cell_name]
+
+
+def _next_states(
+    cell: Cell, x: Tensor, states: tuple[Tensor, ...] | None, weights: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """The states after the one timestep of x [1, B, I]; all are [1, B, H]."""
+    if torch.compiler.is_compiling():
+        given = compiled.step(cell, x, states, weights)
+        if given is not None:
+            return given
+    hx = states if states is None or cell.has_c else states[0]
+    _, final = getattr(functional, cell.name)(x, hx, weights)
+    return final if cell.has_c else (final,)
 
 
 def _biases(given: list[Tensor | None]) -> list[Tensor]:

@@ -173,13 +173,9 @@ def _forward_impl(*arguments):
 
 
 def _forward(call: LayerCall) -> tuple[tuple[Tensor, ...], _Way | None]:
-    cell, x, h0, noise = CELLS[call.cell], call.x, call.h0, call.noise
-    if call.save and _is_ordinary(call):
-        given = direct.train_layer(
-            cell, x, h0, call.c0, call.weights, call.batch_sizes, h0.shape[0]
-        )
-        if given:
-            return _with_empty_outputs(cell, *given), None
+    if (given := _by_library(call)) is not None:
+        return given, None
+    x, noise = call.x, call.noise
     save = call.save and not call.recompute
     problem = make_problem(*call.inputs, call.save, call.states, noise)
     inputs = layer_inputs(*call.inputs[1:], noise)
@@ -192,25 +188,50 @@ def _forward(call: LayerCall) -> tuple[tuple[Tensor, ...], _Way | None]:
     return (y, out.h_n, out.c_n, out.gates, out.cells), _Way(problem, chosen)
 
 
+def _directly(call: LayerCall) -> tuple[Tensor, ...] | None:
+    """What `layer_forward` gives, by a call of the extension module, or None: not for it."""
+    # By autocast's rule operands are cast before the operator, or are not meant to be.
+    if not _is_ordinary(call) or torch._C._is_any_autocast_enabled():
+        return None
+    cell, inputs = CELLS[call.cell], (call.x, call.h0, call.c0, *call.weights)
+    given = direct.calls().train_layer(
+        cell.index, call.h0.shape[0], call.save, False, call.batch_sizes, *inputs
+    )
+    return None if given is None else _with_empty_outputs(cell, *given)
+
+
+def _by_library(call: LayerCall) -> tuple[Tensor, ...] | None:
+    """What `layer_forward` gives that saves, by the CPU library, or None: not for it. To be called
+    below autograd."""
+    if (given := _directly(call)) is not None:
+        return given
+    if not call.save or not _is_ordinary(call) or direct.is_watched():
+        return None
+    cell, inputs = CELLS[call.cell], (call.x, call.h0, call.c0, call.weights, call.batch_sizes)
+    given = direct.train_layer(cell, *inputs, call.h0.shape[0])
+    return _with_empty_outputs(cell, *given) if given else None
+
+
 def _is_ordinary(call: LayerCall) -> bool:
-    """Whether the CPU library may be tried before anything is asked."""
+    """Whether the CPU library may be tried, as far as arguments tell."""
     if call.x.dtype != torch.float32 or not call.x.is_cpu or call.states or call.recompute:
         return False
     if call.backend not in ("", "auto") or call.lengths is not None or call.resets is not None:
         return False
-    return not call.noise.names and not direct.is_watched()
+    return not call.noise.names
 
 
 def _with_empty_outputs(cell: Cell, y: Tensor, h_n: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-    """y, h_n, c_n, gates and cells, with zero columns where the cell does not have them."""
-    given, shape = iter(rest), (*h_n.shape[:2], 0)
-    saved = h_n.shape[0], y.shape[:-1].numel(), 0
+    """y, h_n, c_n, gates and cells, with zero columns where they are not given."""
+    c_n, *saved = rest if cell.has_c else (y.new_empty((*h_n.shape[:2], 0)), *rest)
+    gates, cells = direct.saved_outputs(cell, saved, 0) if saved else (None, None)
+    nothing = h_n.shape[0], math.prod(y.shape[:-1]), 0
     return (
         y,
         h_n,
-        next(given) if cell.has_c else y.new_empty(shape),
-        next(given) if cell.saved_gates else y.new_empty(saved),
-        next(given) if cell.has_c else y.new_empty(saved),
+        c_n,
+        y.new_empty(nothing) if gates is None else gates,
+        y.new_empty(nothing) if cells is None else cells,
     )
 
 
@@ -253,17 +274,13 @@ def _backward_impl(*arguments):
 
 
 def _backward(asked: BackwardCall, way: _Way | None = None) -> list[Tensor]:
+    # Hooks may give what was saved back in another order.
+    asked = asked._replace(saved=tuple(t.contiguous() for t in asked.saved))
     grads, call, (y, gates, cells), needs = asked
-    cell, x, h0, c0 = CELLS[call.cell], call.x, call.h0, call.c0
-    if way is None and _is_ordinary(call):
-        saved = y, gates if cell.saved_gates else None, cells if cell.has_c else None
-        given = direct.train_layer_backward(
-            cell, grads[:3], x, h0, c0, call.weights, call.batch_sizes, saved, h0.shape[0],
-            without_resets(needs),
-        )  # fmt: skip
-        if given:
-            wanted = iter(given)
-            return [next(wanted) if need else x.new_empty(0) for need in needs]
+    x = call.x
+    if way is None and (given := _gradients_by_library(asked)):
+        wanted = iter(given)
+        return [next(wanted) if need else x.new_empty(0) for need in needs]
     if way is None:
         problem = make_problem(*call.inputs, True, call.states, call.noise)
         chosen = dispatch.select(problem, call.backend)
@@ -287,6 +304,24 @@ def _backward(asked: BackwardCall, way: _Way | None = None) -> list[Tensor]:
     grad_x = result.x if result.x is None or packed else unflatten(result.x, x)
     found = [grad_x, result.h0, result.c0, result.reset_h, result.reset_c, *result.weights]
     return [x.new_empty(0) if g is None else g for g in found]
+
+
+def _gradients_by_library(asked: BackwardCall) -> list[Tensor] | None:
+    """The gradients that are needed, by the CPU library before anything is asked, or nothing."""
+    grads, call, (y, gates, cells), needs = asked
+    if not _is_ordinary(call):
+        return None
+    cell, directions, needs = CELLS[call.cell], call.h0.shape[0], without_resets(needs)
+    saved = y, gates if cell.saved_gates else None, cells if cell.has_c else None
+    inputs, rows = (call.x, call.h0, call.c0), call.batch_sizes
+    given = direct.calls().train_layer_backward(
+        cell.index, directions, False, needs, *grads, (*saved, rows, *inputs, *call.weights)
+    )
+    if given is not None or direct.is_watched():
+        return given
+    return direct.train_layer_backward(
+        cell, grads[:3], *inputs, call.weights, rows, saved, directions, needs
+    )
 
 
 def _backward_fake(*arguments):
@@ -371,7 +406,8 @@ def _layer_autograd(*arguments):
     if wants_gradients(*call.differentiable):
         call = call._replace(save=True)
         return _LayerFunction.apply(call, *call.differentiable)
-    return _outputs(call)
+    given = _directly(call)
+    return _outputs(call) if given is None else given
 
 
 _library.impl("layer_forward", _forward_impl, "CompositeExplicitAutograd")

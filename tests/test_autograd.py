@@ -201,6 +201,35 @@ def test_frozen_parameters_of_a_module_stay_without_gradient():
     assert {n for n, p in layer.named_parameters() if p.grad is None} == frozen
 
 
+def _strided(t: Tensor) -> Tensor:
+    """The same numbers with others between them."""
+    return torch.stack((t, torch.full_like(t, 77)), -1)[..., 0] if t.is_floating_point() else t
+
+
+def _turned(t: Tensor) -> Tensor:
+    """The same numbers in memory from the last dimension to the first."""
+    order = range(t.dim() - 1, -1, -1)
+    return t.permute(*order).contiguous().permute(*order)
+
+
+@pytest.mark.parametrize("order", [_strided, _turned])
+@every_backend
+@every_case_float32
+def test_saved_tensors_may_come_back_in_another_order(supported, backend, case, order):
+    inputs = testing.make_inputs(case).leaves()
+    leaves = list(inputs.tensors.values())
+
+    def gradients(create_graph=False):
+        y, *states = testing.run_layer(inputs)
+        loss = _loss((y, tuple(states)))
+        return torch.autograd.grad(loss, leaves, create_graph=create_graph)
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, order):
+        torch.testing.assert_close(gradients(), expected)
+        torch.testing.assert_close(gradients(create_graph=True), expected)
+
+
 @every_backend
 @every_case_float32
 def test_inference_saves_nothing(supported, backend, case):

@@ -32,7 +32,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_rnn
-from fused_rnn import direct
+from fused_rnn import direct, testing
 from fused_rnn.cells import CELLS
 from fused_rnn.modules import make_module
 
@@ -507,15 +507,18 @@ def test_a_batch_of_gradients_at_once(ways):
     assert ways.direct == 1
 
 
-def test_saved_tensors_may_come_back_in_another_order(ways):
-    def transposed(t):
-        return t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", testing.TORCH_CELLS)
+def test_saved_tensors_may_come_back_in_another_order(cell, bidirectional, ways):
+    def strided(t):
+        return torch.stack((t, t + 1), -1)[..., 0] if t.is_floating_point() else t
 
-    ours, _ = make_pair("lstm", "", 8, 8)
+    ours = testing.make_module(cell, 8, 8, bidirectional=bidirectional)
     x = torch.randn(3, 2, 8)
     expected = run(ours, x)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, transposed):
-        torch.testing.assert_close(run(ours, x), expected)
+    for order in (strided, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, order):
+            torch.testing.assert_close(run(ours, x), expected)
 
 
 @pytest.mark.parametrize(("cell", "suffix"), ALL, ids="".join)

@@ -10,6 +10,7 @@ from helpers.outcomes import flat
 from toolkit import Inputs, loss_of, near, train_step, with_and_without_hx
 from torch._dynamo.utils import counters
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils._pytree import tree_map
 
 import fused_rnn
 
@@ -62,6 +63,23 @@ def test_cells(cell, with_hx, backend, make):
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     args = Inputs(module, with_hx).args
     near(train_step(compiled, module, *args), train_step(theirs, theirs, *args))
+
+
+@every_backend
+@with_and_without_hx
+@pytest.mark.parametrize("is_batched", [True, False], ids=["batched", "unbatched"])
+def test_cells_in_inference(cell, is_batched, with_hx, backend, make):
+    module, theirs = make.pair(cell)
+    compiled = torch.compile(module, fullgraph=True, backend=backend, dynamic=True)
+    for mode in (torch.no_grad, torch.inference_mode):
+        for batch in (7, 3):
+            args = Inputs(module, with_hx, batch=batch).args
+            if not is_batched:
+                args = tree_map(lambda t: t[0], args)
+            with mode():
+                near(compiled(*args), theirs(*args))
+    with torch.no_grad():
+        assert operators(module, *args) == ["fused_rnn.infer_layers"]
 
 
 @every_backend
@@ -127,6 +145,18 @@ def test_a_stateful_module_is_in_one_graph():
     for x in torch.randn(3, 6, 2, 3):
         for actual, expected in zip(compiled(x), module(x), strict=True):
             torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("sort", [True, False])
+def test_a_stateful_module_of_packed_rows_is_in_one_graph(sort):
+    module = fused_rnn.LSTM(3, 5, stateful=True)
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+    for lengths in ((5, 4, 2), (3, 7, 1), (1, 1, 1)):
+        packed = packed_batch(lengths, sort)
+        (y, actual), (expected_y, expected) = compiled(packed), module(packed)
+        torch.testing.assert_close((y.data, actual), (expected_y.data, expected))
+    with pytest.raises(RuntimeError, match=r"batch_sizes: expected 3 rows|hx: Expected hidden"):
+        compiled(packed_batch((5, 4), sort))
 
 
 CALLS = {
