@@ -239,13 +239,22 @@ def recurrent(
         if dropout and layer < num_layers - 1:
             x = F.dropout(x, dropout, True)
     if given.swapped:
-        x = x.transpose(0, 1)
+        x = _batch_first(x, 0, masks)
     h_n, c_n = _of_all_layers(finals)
     final = (h_n, c_n) if cell.has_c else h_n
     if not return_states:
         return x, final
     history = _of_all_layers(histories)
-    return x, final, tuple(h.transpose(1, 2) for h in history) if given.swapped else history
+    if given.swapped:
+        history = tuple(_batch_first(h, 1, masks) for h in history)
+    return x, final, history
+
+
+def _batch_first(sequence: Tensor, timesteps: int, masks: Masks | None) -> Tensor:
+    """[..., B, T, K] of [..., T, B, K], whose timesteps are that dimension. A view, but with masks:
+    the short ways (`training`) write those in this order, and all ways give the same strides."""
+    turned = sequence.transpose(timesteps, timesteps + 1)
+    return turned if masks is None else turned.contiguous()
 
 
 def _of_all_layers(parts: list[Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
@@ -307,6 +316,8 @@ def _checked(
     checks.recurrent_arguments(
         cell, input, states, weights, num_layers, directions, batch_size, packed
     )
+    if not torch.compiler.is_compiling():
+        weights = [in_memory(weight) for weight in weights]
     masks = None
     if lengths is not None or resets is not None or reset_states is not None:
         checks.masks(lengths, resets, reset_states is not None, input, packed, swapped)

@@ -273,6 +273,30 @@ def test_states_of_packed_and_unbatched_input(cell):
         _near(a, b.squeeze(1))
 
 
+WAYS = {
+    "short": lambda run: run,
+    "without gradients": torch.no_grad(),
+    "general": fused_rnn.backend("reference"),
+    "compiled": lambda run: torch.compile(run, backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"num_layers": 2, "dropout": 0.5}])
+@pytest.mark.parametrize("return_states", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@every_torch_cell
+def test_batch_first_outputs_lie_in_their_own_order(cell, way, return_states, options):
+    """Whatever computed them: `view` works with all, or with none."""
+    layer = testing.make_module(cell, I, H, batch_first=True, **options)
+    lengths, x = torch.randint(1, T + 1, (B,)), torch.randn(B, T, I)
+
+    def run(x):
+        return layer(x, lengths=lengths, return_states=return_states)
+
+    y, _, *histories = WAYS[way](run)(x)
+    assert all(t.is_contiguous() for t in (y, *itertools.chain(*histories)))
+
+
 @every_cell
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_resets_of_unbatched_input(cell, batch_first):
