@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .convert import replace
 from .dispatch import BACKENDS, backend
+from .environment import positive
 from .explanation import explain
 
 _LAYERS = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}
@@ -172,7 +173,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("batch", 32, "batch rows"),
         ("timesteps", 100, "timesteps"),
     ):
-        kind = _sizes if name == "input" else _positive
+        kind = _sizes if name == "input" else positive
         add(f"--{name}", type=kind, default=default, help=text)
     add("--bidirectional", action="store_true")
     add("--dtype", choices=_DTYPES, default="float32")
@@ -188,14 +189,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number; got {text!r}")
-    return int(text)
-
-
 def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
+    return tuple(positive(part) for part in text.split(","))
 
 
 def run(args: argparse.Namespace) -> int:

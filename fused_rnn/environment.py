@@ -1,4 +1,5 @@
-"""The environment variables that the package reads, and how their values are read.
+"""The environment variables that the package reads, and how their values and those of command lines
+are read.
 
 `docs/backends.md` says what each does. C++ reads some by itself: FUSED_RNN_BACKEND on the short
 ways (csrc/direct_calls.cpp), FUSED_RNN_CPU_CAPABILITY and FUSED_RNN_LOG.
@@ -6,6 +7,7 @@ ways (csrc/direct_calls.cpp), FUSED_RNN_CPU_CAPABILITY and FUSED_RNN_LOG.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterable
 
@@ -51,3 +53,10 @@ def number(name: str, what: str) -> int | None:
     if value and not value.isdecimal():
         raise ValueError(f"{name}: expected {what}; got {value!r}")
     return int(value) if value else None
+
+
+def positive(text: str) -> int:
+    """A value on a command line that is a natural number, as a type of argparse's."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number; got {text!r}")
+    return int(text)

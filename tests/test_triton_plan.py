@@ -1,14 +1,17 @@
 """The Triton planner: which regime and tiles a problem gets, and the reasons, without triton."""
 
 import json
+import pwd
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from fused_rnn import __main__
 from fused_rnn.backends.triton import plan as planner
+from fused_rnn.backends.triton import tune
 from fused_rnn.backends.triton.plan import Config, Device, Row, UnfitError, make_plan
 from fused_rnn.cells import CELLS
 from fused_rnn.problem import Problem
@@ -272,6 +275,14 @@ def test_rows_of_a_family_stand_before_those_of_its_vendor():
         ),
         (planner.dump_rows([_row(config=Config("grid", 16, 64, 64, 4, True))]), "several hidden"),
         (
+            planner.dump_rows([_row(config=Config("program", 16, 16, 16, 64, True))]),
+            "warps or fewer",
+        ),
+        (planner.dump_rows([_row(config=Config("program", 16, 16, 16, True, True))]), "powers"),
+        (planner.dump_rows([_row(config=Config("program", 16, 16, 16, 4, "no"))]), "true or false"),
+        (planner.dump_rows([_row(hidden="64")]), "positive numbers for hidden and batch"),
+        (planner.dump_rows([_row(batch=None)]), "positive numbers for hidden and batch"),
+        (
             json.dumps({"configurations": [{**_row().config._asdict(), "speed": 1}]}),
             "speed|missing",
         ),
@@ -282,6 +293,78 @@ def test_a_table_that_is_none(tmp_path, text, why):
     path.write_text(text)
     with pytest.raises(ValueError, match=f"broken.json: expected a table .*{why}"):
         planner.read_rows(path)
+
+
+def test_no_home_no_table(monkeypatch, tmp_path):
+    """Where nobody knows the user's home, or may look into it, the table of the package is used."""
+    monkeypatch.delenv("FUSED_RNN_TRITON_TUNING", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", mock.Mock(side_effect=KeyError))
+    assert planner._user_rows(planner.tuning_file()) == ()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = planner.tuning_file()
+    path.parent.mkdir()
+    path.write_text(planner.dump_rows([_row()]))
+    monkeypatch.setattr(type(path), "read_text", mock.Mock(side_effect=PermissionError))
+    assert planner._user_rows(path) == ()
+    monkeypatch.setenv("FUSED_RNN_TRITON_TUNING", str(tmp_path / "named.json"))
+    (tmp_path / "named.json").touch()
+    with pytest.raises(PermissionError):
+        planner._user_rows(planner.tuning_file())
+
+
+@pytest.fixture
+def measuring(monkeypatch):
+    """`tune` where all fits and takes the same time, on a GPU that is not there."""
+    monkeypatch.setattr(tune.TritonBackend, "unsupported", lambda *_: None)
+    monkeypatch.setattr(tune, "device_facts", lambda _: H200)
+    monkeypatch.setattr(tune.torch.cuda, "current_device", lambda: 0)
+    measured = []
+
+    def rows(problems, *_):
+        for problem in problems:
+            measured.append(problem)
+            if problem.hidden_size == 999:
+                raise KeyboardInterrupt
+            yield _row(hidden=problem.hidden_size)
+
+    monkeypatch.setattr(tune, "tune", rows)
+    return measured
+
+
+def test_what_tune_measured_is_kept_whatever_comes_after(measuring, tmp_path):
+    path = tmp_path / "new" / "table.json"
+    with pytest.raises(KeyboardInterrupt):
+        __main__.main(["tune", "--hidden", "64", "999", "128", "--output", str(path)])
+    assert {row.hidden for row in planner.read_rows(path)} == {64}
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("where", ["file/table.json", "", "broken.json"])
+def test_tune_finds_out_at_once_where_it_cannot_write(measuring, where, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "broken.json").write_text("{")
+    assert __main__.main(["tune", "--output", str(tmp_path / where)]) == 1
+    assert "tune: nothing was measured; " in capsys.readouterr().out
+    assert not measuring
+
+
+def test_readers_see_a_whole_table(tmp_path, monkeypatch):
+    """While another process writes it."""
+    path = tmp_path / "table.json"
+    tune.write([_row()], path)
+    write_text = type(path).write_text
+
+    def and_look(self, text):
+        written = write_text(self, text[: len(text) // 2])
+        assert planner.read_rows(path) == (_row(),)
+        write_text(self, text)
+        return written
+
+    monkeypatch.setattr(type(path), "write_text", and_look)
+    tune.write([_row(hidden=7)], path)
+    assert {row.hidden for row in planner.read_rows(path)} == {7, _row().hidden}
 
 
 def test_tune_without_a_gpu_says_so(capsys):

@@ -142,14 +142,15 @@ class TritonBackend(Backend):
         try:
             return scan(problem, self._plan(problem), float32_precision(), *args)
         except launch.RefusedLaunchError as error:
-            # As where another process has a part of the multiprocessors. Known from here on.
+            # As where another process has a part of the multiprocessors. Known from here on, even
+            # where a warning is an error.
+            _uncooperative.add(problem.gpu)
             warnings.warn(
                 f"fused_rnn: the GPU runs fewer programs at once than it has multiprocessors "
                 f"({error}); layers that need that run one step per launch",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            _uncooperative.add(problem.gpu)
             return scan(problem, self._plan(problem), float32_precision(), *args)
 
     def _plan(self, problem: Problem) -> Plan:

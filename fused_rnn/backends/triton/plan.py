@@ -27,6 +27,8 @@ from ...problem import Problem
 REGIMES = ("program", "grid", "steps")
 PASSES = ("forward", "backward")
 _SHIPPED = Path(__file__).with_name("tuned.json")
+_TABLE = "FUSED_RNN_TRITON_TUNING"
+_MOST_WARPS = 32  # of a program, on any GPU
 # The triton.language.dot of every target multiplies tiles of at least this many rows and columns.
 SMALLEST_TILE = 16
 # Counters count to T * tiles in 32 bits.
@@ -369,8 +371,14 @@ def read_rows(path: Path) -> Table:
 def _check(row: Row, number: int) -> None:
     c = row.config
     blocks = (c.block_b, c.block_h, c.block_k, c.warps)
-    if not all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in blocks):
+    if not all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in blocks):
         raise ValueError(f"entry {number}: expected tiles and warps that are powers of two")
+    if c.warps > _MOST_WARPS:
+        raise ValueError(f"entry {number}: expected {_MOST_WARPS} warps or fewer, got {c.warps}")
+    if not all(type(n) is int and n > 0 for n in (row.hidden, row.batch)):
+        raise ValueError(f"entry {number}: expected positive numbers for hidden and batch")
+    if type(c.resident) is not bool:
+        raise ValueError(f"entry {number}: expected true or false for resident")
     if min(blocks[:3]) < SMALLEST_TILE:
         raise ValueError(f"entry {number}: expected tiles of {SMALLEST_TILE} or more")
     if c.regime not in REGIMES or row.which not in PASSES:
@@ -392,15 +400,24 @@ def dump_rows(rows: Table | list[Row]) -> str:
 def tuning_file() -> Path:
     """The file that `python -m fused_rnn tune` writes: FUSED_RNN_TRITON_TUNING, or in the user's
     cache."""
-    if path := os.environ.get("FUSED_RNN_TRITON_TUNING"):
+    if path := os.environ.get(_TABLE):
         return Path(path)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # Not Path.home, which raises where nobody knows the user's.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "fused_rnn" / "triton.json"
 
 
 @lru_cache(maxsize=4)
 def _user_rows(path: Path) -> Table:
-    return read_rows(path) if path.is_file() else ()
+    # Not Path.is_file, which raises where nobody may look: a container's user in another's home.
+    if not os.path.isfile(path):
+        return ()
+    try:
+        return read_rows(path)
+    except OSError:
+        if os.environ.get(_TABLE):
+            raise
+        return ()
 
 
 @lru_cache(maxsize=1)

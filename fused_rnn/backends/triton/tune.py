@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import os
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from ...cells import CELLS, DirectionWeights
+from ...environment import positive
 from ...problem import LayerInputs, Problem, Rows
 from ..bundles import LayerOutput, OutputGrads
 from . import TritonBackend, device_facts, plan
@@ -27,19 +30,12 @@ Timer = Callable[[Callable[[], object]], float]  # a call -> its time, in any un
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cell", nargs="+", choices=list(CELLS), default=["gru", "lstm"])
-    parser.add_argument("--hidden", nargs="+", type=_positive, default=[64, 128, 256, 512, 1024])
-    parser.add_argument("--batch", nargs="+", type=_positive, default=[16, 128])
+    parser.add_argument("--hidden", nargs="+", type=positive, default=[64, 128, 256, 512, 1024])
+    parser.add_argument("--batch", nargs="+", type=positive, default=[16, 128])
     parser.add_argument("--dtype", nargs="+", choices=list(_DTYPES), default=["bfloat16"])
-    parser.add_argument("--timesteps", type=_positive, default=128)
+    parser.add_argument("--timesteps", type=positive, default=128)
     parser.add_argument("--tf32", action="store_true", help="float32 products in TF32")
     parser.add_argument("--output", type=Path, help=f"instead of {plan.tuning_file()}")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,29 +56,52 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for dtype in map(_DTYPES.get, arguments.dtype)
     ]
-    if reason := TritonBackend().unsupported(problems[0]):
-        print(f"tune: nothing to measure; triton: {reason}")
+    path = arguments.output or plan.tuning_file()
+    try:
+        # What cannot be read or written is not found out after all has been measured.
+        if reason := TritonBackend().unsupported(problems[0]):
+            print(f"tune: nothing to measure; triton: {reason}")
+            return 1
+        _read(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except (OSError, ValueError) as error:
+        print(f"tune: nothing was measured; {error}")
         return 1
     device = device_facts(torch.cuda.current_device())
     precision = "tf32" if arguments.tf32 else "ieee"
-    found = list(tune(problems, device, precision, _gpu_time, torch.device("cuda")))
-    path = arguments.output or plan.tuning_file()
-    write(found, path)
-    print(f"{len(found)} configurations in {path}")
-    return 0
+    count = 0
+    for row in tune(problems, device, precision, _gpu_time, torch.device("cuda")):
+        write([row], path)  # at once: the next one may fail, or be interrupted
+        count += 1
+    print(f"{count} configurations in {path}" if count else "tune: nothing could be measured")
+    return 0 if count else 1
+
+
+def _read(path: Path) -> plan.Table:
+    return plan.read_rows(path) if path.exists() else ()
 
 
 def write(found: Iterable[Row], path: Path) -> None:
     """Adds rows to the table in a file, in place of those for the same problems."""
     found = list(found)
-    kept = plan.read_rows(path) if path.is_file() else ()
+    kept = _read(path)
 
     def key(row: Row) -> tuple:
         return row[: Row._fields.index("config")]
 
     fresh = set(map(key, found))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(plan.dump_rows([*found, *(row for row in kept if key(row) not in fresh)]))
+    # Another process, whose layers read the table, sees the old one or the new one.
+    written = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        written.write_text(
+            plan.dump_rows([*found, *(row for row in kept if key(row) not in fresh)])
+        )
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def tune(
@@ -96,9 +115,13 @@ def tune(
     for problem in problems:
         kind = plan.kind_of(problem, precision)
         cell = plan.cell_of(problem)
-        call = _Call(problem, precision, where)
+        print(f"{problem.cell_name} {kind} H={problem.hidden_size} B={problem.batch_size}")
+        try:
+            call = _Call(problem, precision, where)
+        except torch.OutOfMemoryError as error:
+            print(f"  {str(error)[:100]}")
+            continue
         for which in PASSES:
-            print(f"{problem.cell_name} {kind} H={problem.hidden_size} B={problem.batch_size}")
             best: dict[str, tuple[float, Config]] = {}
             for config in candidates(problem, device, which):
                 try:
