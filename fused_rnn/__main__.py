@@ -108,7 +108,10 @@ def _choice(problem: Problem) -> str:
 
 def _advice() -> list[str]:
     advice = []
-    again = "install fused_rnn again (pip install --no-cache-dir --force-reinstall)"
+    again = (
+        "install fused_rnn again (in its checkout: pip install -v --no-cache-dir --force-reinstall "
+        "--no-deps --no-build-isolation .)"
+    )
     if native.cpu_library_error() and native.library_path().exists() and not is_set(_SKIP):
         advice.append(f"the library of the CPU kernels is there but does not load: {again}")
     elif native.cpu_library_error():

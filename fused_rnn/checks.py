@@ -203,11 +203,15 @@ def masks(
         ValueError: they come with packed input, or reset_hx without resets.
         RuntimeError: a shape or device does not fit.
     """
-    for name, given in (("lengths", lengths), ("resets", resets)):
-        if given is not None and packed:
-            raise ValueError(
-                f"{name}: expected none with packed input, whose rows have their lengths already"
-            )
+    if lengths is not None and packed:
+        raise ValueError(
+            "lengths: expected none with packed input, whose rows have their lengths already"
+        )
+    if resets is not None and packed:
+        raise ValueError(
+            "resets: expected none with packed input; give the padded batch, with lengths and "
+            "resets"
+        )
     if resets is None and has_reset_states:
         raise ValueError("reset_hx: expected resets to go with it, got none")
     steps, batch = input.shape[:2]

@@ -11,7 +11,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
 from torch.nn.utils import parametrize
@@ -70,6 +70,18 @@ def restore(model: _Module, *, strict: bool = False) -> _Module:
     return _convert(model, _TO_TORCH, strict, "restore")
 
 
+@overload
+def from_torch(module: torch.nn.RNN) -> modules.RNN: ...
+@overload
+def from_torch(module: torch.nn.GRU) -> modules.GRU: ...
+@overload
+def from_torch(module: torch.nn.LSTM) -> modules.LSTM: ...
+@overload
+def from_torch(module: torch.nn.RNNCell) -> modules.RNNCell: ...
+@overload
+def from_torch(module: torch.nn.GRUCell) -> modules.GRUCell: ...
+@overload
+def from_torch(module: torch.nn.LSTMCell) -> modules.LSTMCell: ...
 def from_torch(module: torch.nn.Module) -> torch.nn.Module:
     """Our module for one recurrent module or cell of torch.nn, which stays as it is.
 
@@ -159,6 +171,8 @@ def _convert(model: _Module, classes: dict[type, type], strict: bool, verb: str)
     for _, module, target in found:
         if target is not None:
             module.__class__ = target
+            if classes is _TO_TORCH:  # or a pickle would ask for this package
+                vars(module).pop("_regularisation", None)
     return model
 
 
@@ -200,7 +214,7 @@ def _refusals(
         elif (
             type(module).__module__.startswith("torch.ao.nn") and type(module).__name__ in originals
         ):
-            yield f"{where}: quantized; its weights are not floating-point parameters"
+            yield f"{where}: quantized, or about to be; it has no parameters as torch.nn's"
 
 
 def option_of_ours(module: torch.nn.Module, besides: tuple[str, ...] = ()) -> str:

@@ -40,7 +40,7 @@ class Options(TypedDict, total=False):
 
 def rnn_tanh(
     input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], **options: Unpack[Options]
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Elman layers with tanh, h' = tanh(W_ih x + b_ih + W_hh h + b_hh).
 
     Args:
@@ -62,7 +62,7 @@ def rnn_tanh(
         ValueError: input has another dtype than w_ih, there are too few or too many weights, or an
             option has a value that it cannot have.
         RuntimeError: shapes, devices, other dtypes or values do not fit.
-        UnsupportedProblemError: a backend was forced that cannot take the layer.
+        UnsupportedProblemError: no backend takes the layer, or not the one that was forced.
 
     Example:
         >>> w = [torch.randn(4, 3), torch.randn(4, 4)]
@@ -75,7 +75,7 @@ def rnn_tanh(
 
 def rnn_relu(
     input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], **options: Unpack[Options]
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Elman layers with relu, h' = relu(W_ih x + b_ih + W_hh h + b_hh).
 
     Args:
@@ -103,7 +103,7 @@ def gru(
     *,
     reset_after: bool = True,
     **options: Unpack[Options],
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Gated recurrent units (Cho et al. 2014), the reset gate after the product as in torch.nn,
     or before it without `reset_after`.
 

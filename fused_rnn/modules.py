@@ -58,7 +58,8 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
             self.stateful = True
             # No buffers: DistributedDataParallel gives every process those of the first, and
             # averages of models pair the buffers of two.
-            self.state_h = self.state_c = None
+            self.state_h: Tensor | None = None
+            self.state_c: Tensor | None = None
 
     def extra_repr(self) -> str:
         options = {"recompute": self.recompute, "stateful": self._carries()}
@@ -96,7 +97,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         resets: Tensor | None = None,
         reset_hx: Any = None,
         return_states: bool = False,
-    ):
+    ) -> Any:
         """Runs the layers over a sequence.
 
         T timesteps, B batch, I input_size, H hidden_size, P proj_size of an LSTM that has one, else
@@ -343,7 +344,7 @@ class RNN(_RecurrentLayers):
     All masks of a call are drawn by torch's global generator on the way: weight dropout's for all
     layers, then layer by layer and direction by direction recurrent dropout's and zoneout's for h
     and for c, and after each layer that of `dropout`. The three probabilities can be changed later,
-    as attributes.
+    as attributes, and so can `dropout` and `recompute`.
 
     Args:
         input_size: features of the input, I.
@@ -356,10 +357,12 @@ class RNN(_RecurrentLayers):
         bidirectional: whether to run a second set of weights from the last timestep to the
             first; D is then 2, else 1.
         recompute: whether backward computes again what forward would otherwise have to keep
-            for it: less memory, more time.
+            for it: less memory, more time. An RNN keeps nothing but its output, which only a GRU
+            or an LSTM adds to.
         stateful: whether a call without hx goes on where the call before it ended. The states
             are kept detached; they move with the module and are not in its state_dict.
-            `reset_states()` forgets them.
+            `reset_states()` forgets them. To be chosen here: as an attribute only False, which
+            turns it off, means something later.
         recurrent_dropout: probability p, in training, of dropping a unit of h from the product
             W_hh h: W_hh (m * h_{t-1}), m 0 or 1/(1-p), drawn once a call for each row of the
             batch and unit, the same at all steps and for all gates (Gal and Ghahramani 2016 with
@@ -399,7 +402,7 @@ class RNN(_RecurrentLayers):
         ValueError: an option has another value than those above; input has another dtype or
             number of dimensions.
         RuntimeError: shapes, devices or states do not fit.
-        UnsupportedProblemError: a backend was forced that cannot take the layer.
+        UnsupportedProblemError: no backend takes the layer, or not the one that was forced.
 
     Example:
         >>> layer = RNN(10, 20, num_layers=2)
@@ -481,7 +484,7 @@ class GRU(_RecurrentLayers):
         ValueError: an option has a value that it cannot have; input has another dtype or number of
             dimensions.
         RuntimeError: shapes, devices or states do not fit.
-        UnsupportedProblemError: a backend was forced that cannot take the layer.
+        UnsupportedProblemError: no backend takes the layer, or not the one that was forced.
 
     Example:
         >>> layer = GRU(10, 20, batch_first=True, bidirectional=True)
@@ -570,7 +573,7 @@ class LSTM(_RecurrentLayers):
         ValueError: an option has a value that it cannot have, as a P of H or more; input
             has another dtype or number of dimensions.
         RuntimeError: shapes, devices or states do not fit.
-        UnsupportedProblemError: a backend was forced that cannot take the layer.
+        UnsupportedProblemError: no backend takes the layer, or not the one that was forced.
 
     Example:
         >>> layer = LSTM(10, 20, proj_size=5)
@@ -636,7 +639,7 @@ class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
     _cell_name: str
     _torch_class: type[torch.nn.RNNCellBase]
 
-    def forward(self, input: Tensor, hx: Any = None):
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
         """One timestep.
 
         Args:

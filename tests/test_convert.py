@@ -649,3 +649,14 @@ def test_strict_is_by_name_only():
     for convert in (replace, restore):
         with pytest.raises(TypeError):
             convert(nn.GRU(2, 3), True)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"init": "orthogonal"}, {"recompute": True}, {"zoneout": 0.1}, {"dropout": 0.5}]
+)
+def test_what_restore_leaves_is_anybodys(options):
+    """Whoever unpickles it needs no fused_rnn."""
+    module = fused_rnn.LSTM(3, 4, num_layers=2, **options)
+    if "zoneout" in options:
+        module.zoneout = 0.0
+    assert b"fused_rnn" not in pickle.dumps(fused_rnn.restore(module))

@@ -28,7 +28,8 @@ def from_keras(layer: Any) -> RNN | GRU | LSTM:
     Returns:
         A module of one layer with `batch_first`, on the CPU, in the dtype of the variables, which
         it copies. Called with x it returns what the layer returns with `return_sequences`, and
-        the states; `stateful` is carried over. A mask of Keras becomes `lengths`.
+        the states; `stateful` is carried over. In place of a mask of trailing padding it takes
+        `lengths`; outputs past a row's end are then zero, where Keras repeats the last one.
 
     Raises:
         ImportError: keras is not installed.
@@ -87,10 +88,9 @@ def to_keras(module: torch.nn.RNNBase, layer: Any) -> Any:
     if module.num_layers != 1:
         raise ValueError(f"module: expected one layer, got num_layers={module.num_layers}")
     if len(layers) != 1 + module.bidirectional:
+        expected = "a Bidirectional" if module.bidirectional else "one direction"
         raise ValueError(
-            "layer: expected "
-            + ("a Bidirectional" if module.bidirectional else "one direction")
-            + f" as the module has, got {type(layer).__name__}"
+            f"layer: expected {expected} as the module has, got {type(layer).__name__}"
         )
     for each in layers:
         if _cell(each) != cell:
@@ -165,8 +165,8 @@ def _cell(layer: Any) -> Cell:
     for name in ("dropout", "recurrent_dropout"):
         if getattr(layer, name):
             raise ValueError(
-                f"layer: expected no {name}, got {getattr(layer, name)}: a module of ours has "
-                "none inside a layer"
+                f"layer: expected no {name}, got {getattr(layer, name)}: it does not mean what "
+                "it does here; set it to 0 and give the module's option instead"
             )
     if kind == "SimpleRNN":
         return CELLS[f"rnn_{activation}"]
