@@ -578,6 +578,13 @@ PyObject* step(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
   const int time = is_time(connected.step_guards);
   if (time <= 0) return time < 0 ? nullptr : Py_NewRef(Py_None);
   StepCall call = *static_cast<const StepCall*>(prepared);
+  // Every time anew: torch.multiprocessing moves a tensor's memory to where processes share it.
+  DLTensor packed;
+  if (!read_tensor(static_cast<PyObject*>(PyCapsule_GetContext(capsule)), packed) ||
+      packed.ndim != 1 || packed.shape[0] != call.packed.sizes[0]) {
+    Py_RETURN_NONE;
+  }
+  call.packed.data = reinterpret_cast<const float*>(data_of(packed));
   call.x = array_of(args[0]);
   const GivenStates states(args[1]);
   if (!states.fits) Py_RETURN_NONE;

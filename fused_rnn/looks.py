@@ -12,7 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+_COMPUTE_WEIGHTS = WeightNorm, SpectralNorm, BasePruningMethod
 CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
 
@@ -44,6 +48,20 @@ def cell_weights(module: torch.nn.RNNCellBase, looked: list[Any]) -> list[Any]:
     """w_ih, w_hh and the biases there are, whatever `module.bias` says, as torch.nn takes them."""
     own = own_parameters(module, CELL_WEIGHTS)
     return those_given(attributes(module, CELL_WEIGHTS, looked) if own is None else own)
+
+
+def refresh(module: torch.nn.Module) -> None:
+    """Computes the weights that the module's own call would compute first: the older
+    torch.nn.utils.weight_norm and spectral_norm, and prune, do so in a hook. For whoever reads
+    weights without a call, who would find those of the last one."""
+    training, module.training = module.training, False  # no power iteration
+    try:
+        with torch.no_grad():  # of what was computed copies can be made then
+            for hook in list(module._forward_pre_hooks.values()):
+                if isinstance(hook, _COMPUTE_WEIGHTS):
+                    hook(module, None)
+    finally:
+        module.training = training
 
 
 def dropout_of(module: torch.nn.RNNBase) -> float | None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import checks, direct, dispatch, flops, modules
+from . import checks, direct, dispatch, flops, looks, modules
 from .cells import CELLS, Cell, equal_parts
 from .convert import from_torch
 from .native import cpu_library_error
@@ -218,7 +218,8 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
     Args:
         module: an RNN, GRU or LSTM of ours or of torch.nn, in one direction, with any number of
             layers. Its weights are copied: later changes of the module do not reach the stepper.
-            Nothing is dropped out, as in eval mode, and `batch_first` has no meaning.
+            Nothing is dropped out, as in eval mode, `batch_first` has no meaning, and hooks are
+            not called, but for those that compute weights: once, here.
         weight_dtype: `torch.bfloat16` keeps the matrices of a float32 module in half the memory,
             which is what a step's time goes to: as if they had been rounded to 8 bits of
             precision. All arithmetic, biases, states, x and y stay float32. `torch.int8` keeps
@@ -272,6 +273,7 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
     if type(module) in _TORCH:
         module = from_torch(module)
     cell = next(c for c in CELLS.values() if c.torch_mode == module.mode)
+    looks.refresh(module)
     checks.module_weights(module, cell)
     own = getattr(module, module._flat_weights_names[0]).dtype
     packs = _packs(module, cell)

@@ -7,15 +7,18 @@ import re
 import subprocess
 import sys
 import threading
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 from helpers.needs import needs_library
 from helpers.outcomes import flat
 from helpers.steppers import SIZES, every_cell, make, run, start
+from torch.nn.utils import prune
 
 import fused_rnn
 from fused_rnn import native
+from fused_rnn.interop.onnx_weights import to_onnx
 
 
 def sequence(batch, inputs):
@@ -265,6 +268,52 @@ def test_parametrized_weights_are_computed_once():
     with torch.no_grad():
         expected, _ = module(xs)
     torch.testing.assert_close(run(fused_rnn.stepper(module), xs)[0], expected)
+
+
+HOOKS = {
+    "weight_norm": torch.nn.utils.weight_norm,
+    "spectral_norm": torch.nn.utils.spectral_norm,
+    "prune": lambda module, name: prune.l1_unstructured(module, name, 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("options", [{}, {"reset_after": False}], ids=["packed", "general"])
+@pytest.mark.parametrize("library", [fused_rnn, torch.nn])
+def test_weights_that_a_hook_computes_are_computed(library, options, hook):
+    """Not those of the last call, before a checkpoint was loaded or the optimizer made a step."""
+    if options and library is torch.nn:
+        pytest.skip("torch.nn has no such option")
+    module, xs = library.GRU(5, 7, **options), torch.randn(3, 2, 5)
+    HOOKS[hook](module, "weight_hh_l0")
+    module(xs)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    step, node = fused_rnn.stepper(module), None if options else to_onnx(module)[0]
+    module.eval()
+    with torch.no_grad():
+        expected, _ = module(xs)
+    torch.testing.assert_close(run(step, xs)[0], expected)
+    if node is not None:
+        z, r, n = module.weight_hh_l0.detach().chunk(3)[1::-1] + module.weight_hh_l0.chunk(3)[2:]
+        torch.testing.assert_close(torch.as_tensor(node.R)[0], torch.cat((z, r, n)).detach())
+
+
+@needs_library
+@every_cell
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_weights_may_move_to_where_processes_share_them(cell, weight_dtype):
+    """As torch.multiprocessing moves those of what it sends, and frees where they were."""
+    step, x = fused_rnn.stepper(make(cell, 64, 64), weight_dtype=weight_dtype), torch.randn(1, 64)
+    before = flat(step(x))
+    data = ForkingPickler.dumps(step)
+    others = [torch.full((size,), 1e3) for size in (10_000, 24_832, 25_000, 50_000, 100_000)]
+    assert all(torch.equal(a, b) for a, b in zip(flat(step(x)), before, strict=True))
+    step._weights.share_memory_()
+    assert all(torch.equal(a, b) for a, b in zip(flat(step(x)), before, strict=True))
+    del others, data
 
 
 @needs_library

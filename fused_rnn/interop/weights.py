@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import looks
 from ..cells import CELLS, Cell, DirectionWeights
 from ..convert import option_of_ours
 from ..modules import GRU, LSTM, RNN
@@ -39,6 +40,7 @@ def read(module: torch.nn.RNNBase, layer: int) -> list[DirectionWeights]:
     directions = 1 + module.bidirectional
     names = module._flat_weights_names[layer * directions * per_direction :]
     weights = []
+    looks.refresh(module)
     for d in range(directions):
         own = (getattr(module, name) for name in names[d * per_direction :][:per_direction])
         peephole = getattr(module, _peephole(layer, d), None)
