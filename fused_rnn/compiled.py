@@ -1,4 +1,4 @@
-"""Inference under torch.compile on the CPU: a module's whole call as one operator.
+"""Under torch.compile: inference on the CPU, a module's whole call as one operator; and cells.
 
 What a compiler was told about Python's objects is checked again at every call of its graph, and
 since the call before has swept the caches that takes ten times what a loop over the same call would
@@ -8,7 +8,7 @@ show. So little is asked here, and the stack of layers, or a cell's timestep, is
 
 which runs what the module would have run in eager mode (see `fused_rnn.direct`), and checks its
 arguments as it does. To a call that is out of the ordinary the answer is None: the general way
-puts an operator per layer into the graph.
+puts an operator per layer into the graph. A cell's timestep in training is plain operations.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import direct, flops, functional, looks, onnx
-from .cells import CELLS, Cell
+from . import checks, direct, flops, functional, looks, onnx, plain
+from .cells import CELLS, Cell, state_dtype
 from .transformed import is_exporting, is_transformed
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
@@ -61,6 +61,10 @@ def step(
 ) -> tuple[Tensor, ...] | None:
     """The new states of a cell, [1, B, H], from x [1, B, I] and states that fit each other, or
     None: take the general way. To be called while a compiler traces."""
+    if torch.is_grad_enabled() and _is_alone() and x.dtype == state_dtype(x.dtype):
+        # Of which compilers make a few loops, also around it; an operator costs them as much again.
+        checks.recurrent_arguments(cell, x, states, weights, 1, 1, x.shape[1], False)
+        return plain.step(cell, x, states, weights)
     given = [x, *(states or ())]
     if not _is_inference() or not _are_plain(given, weights):
         return None
@@ -70,8 +74,13 @@ def step(
 
 
 def _is_inference() -> bool:
-    """Whether a graph has to compute nothing but results, in the dtype of what is given."""
-    if torch.is_grad_enabled() or is_exporting() or onnx.is_exporting():
+    return not torch.is_grad_enabled() and _is_alone()
+
+
+def _is_alone() -> bool:
+    """Whether a graph has to compute nothing but what is written, in the dtype of what is given,
+    and is for this library."""
+    if is_exporting() or onnx.is_exporting():
         return False
     return not torch._C._is_any_autocast_enabled() and not is_transformed()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .cells import CELLS, Cell, DirectionWeights, state_dtype
+from .cells import CELLS, Cell, DirectionWeights, state_dtype, zero_states
 from .layer_call import LayerCall, LayerResult, layer_inputs, no_autocast
 from .oracle import Recurrence, plain_recurrence, run
 from .problem import Masks, Noise
@@ -46,6 +46,18 @@ def layer(
         y, *cells = y.unflatten(0, x.shape[:2]), *(c.unflatten(1, x.shape[:2]) for c in cells)
     y, h_n, *c_n = (t.to(dtype) for t in (y, h_n, *c_n))
     return LayerResult(y, h_n, c_n[0] if c_n else None, cells[0] if states and cells else None)
+
+
+def step(
+    cell: Cell, x: Tensor, states: tuple[Tensor, ...] | None, weights: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """The states after one timestep of x [1, B, I]; they are [1, B, H], None for zeros."""
+    w = DirectionWeights(*weights)
+    if states is None:
+        states = zero_states(cell, x, (1, x.shape[1]), *[w.w_hh.shape[1]] * 2)
+    project, advance = plain_recurrence(cell, 0, w)
+    after = advance(0, project(x[0]), tuple(s[0] for s in states))
+    return tuple(s.unsqueeze(0) for s in after)
 
 
 def recurrence_of(noise: Noise, batch_sizes: Tensor | None) -> Callable[..., Recurrence]:
