@@ -107,7 +107,7 @@ def _choice(problem: Problem) -> str:
 
 
 def _advice() -> list[str]:
-    advice = []
+    advice = [f"set {name} to something else, or unset it" for name in _set_wrongly()]
     again = (
         "install fused_rnn again (in its checkout: pip install -v --no-cache-dir --force-reinstall "
         "--no-deps --no-build-isolation .)"
@@ -132,6 +132,12 @@ def _advice() -> list[str]:
             "FUSED_RNN_CUDA=1"
         )
     return advice or ["nothing is missing"]
+
+
+def _set_wrongly() -> list[str]:
+    """The environment variables that the errors of choices are about."""
+    errors = " ".join(choice for choice in _choices() if ": error: " in choice)
+    return [name for name in VARIABLES if name in errors]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -180,7 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", choices=("auto", *BACKENDS), default="auto", help="force fused_rnn's backend")
     add("--mode", choices=("inference", "training"), help="default: both")
-    add("--seconds", type=float, default=2.0, help="about how long each mode is measured")
+    add("--seconds", type=_seconds, default=2.0, help="about how long each mode is measured")
     add(
         "--model",
         metavar="FILE",
@@ -193,10 +194,28 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in text.split(","))
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds; got {text!r}")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints a line for each mode; returns the exit status."""
+    try:
+        return _run(args)
+    # Devices that are not there, sizes that no memory holds, input that the model does not take.
+    except (RuntimeError, ValueError, TypeError, AssertionError, OverflowError) as error:
+        raise SystemExit(f"bench: {type(error).__name__}: {error}") from error
+
+
+def _run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
-    if args.model:
+    if args.model is not None:
         if args.input is None:
             raise SystemExit("--model needs --input, the sizes of its input as T,B,I")
         try:

@@ -65,6 +65,30 @@ def test_difference_of_outputs_is_told(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--device", "nowhere"], "nowhere"),
+        (["--device", "meta"], "meta"),
+        (["--hidden", "9" * 25], "bench: "),
+        (["--dtype", "float64", "--backend", "cpu"], "float64"),
+        (["--model", ""], "--input"),
+    ],
+)
+def test_what_cannot_be_run_is_told(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        __main__.main(["bench", *SMALL, *arguments])
+
+
+def test_input_of_another_width_than_the_models(tmp_path):
+    torch.save(Tagger(), path := tmp_path / "model.pt")
+    with pytest.raises(SystemExit, match=r"bench: RuntimeError: .*Expected 6, got 5"):
+        __main__.main(["bench", "--model", str(path), "--input", "4,2,5", "--seconds", "0"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seconds", "nan"], "seconds"),
+        (["--seconds", "-1"], "seconds"),
+        (["--hidden", "\u00b2"], "positive"),
         (["--hidden", "0"], "positive"),
         (["--cell", "elman"], "elman"),
         (["--input", "3,x"], "positive"),

@@ -114,6 +114,13 @@ def test_instruction_sets_of_the_doctor_are_those_of_the_library(set_capability)
             assert features.get(name, name == "portable")
 
 
+def test_doctor_says_which_variable_is_wrong():
+    command = [sys.executable, "-m", "fused_rnn", "doctor"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "FUSED_RNN_BACKEND": "abacus"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "set FUSED_RNN_BACKEND to something else, or unset it" in result.stdout
+
+
 def test_doctor_from_the_command_line():
     command = [sys.executable, "-m", "fused_rnn"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", choices=list(_DTYPES), default=["bfloat16"])
     parser.add_argument("--timesteps", type=positive, default=128)
     parser.add_argument("--tf32", action="store_true", help="float32 products in TF32")
-    parser.add_argument("--output", type=Path, help=f"instead of {plan.tuning_file()}")
+    parser.add_argument(
+        "--output", type=Path, help="instead of " + str(plan.tuning_file()).replace("%", "%%")
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
