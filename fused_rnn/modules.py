@@ -357,8 +357,7 @@ class RNN(_RecurrentLayers):
         bidirectional: whether to run a second set of weights from the last timestep to the
             first; D is then 2, else 1.
         recompute: whether backward computes again what forward would otherwise have to keep
-            for it: less memory, more time. An RNN keeps nothing but its output, which only a GRU
-            or an LSTM adds to.
+            for it: less memory, more time. An RNN has nothing to keep but its output.
         stateful: whether a call without hx goes on where the call before it ended. The states
             are kept detached; they move with the module and are not in its state_dict.
             `reset_states()` forgets them. To be chosen here: as an attribute only False, which
