@@ -435,6 +435,14 @@ def test_transforms_program(tmp_path, part):
     assert all(time > 0 for time in row["ms"].values())
 
 
+@pytest.mark.parametrize("part", ["training", "inference"])
+def test_graphs_program(tmp_path, part):
+    options = ("--cell", "gru", "--shape", "2,3,4", "--threads", 1, "--rounds", 1, "--part", part)
+    (row,) = rows_of("graphs.py", tmp_path, *options)
+    assert row["ms"].keys() == {"ours", "ours, eager", "torch.nn"}
+    assert all(time > 0 for time in row["ms"].values())
+
+
 @measures_the_library
 @pytest.mark.parametrize("part", ["training", "inference"])
 def test_regularised_program(tmp_path, part):
