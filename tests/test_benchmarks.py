@@ -435,7 +435,7 @@ def test_transforms_program(tmp_path, part):
     assert all(time > 0 for time in row["ms"].values())
 
 
-@pytest.mark.parametrize("part", ["training", "inference"])
+@pytest.mark.parametrize("part", [pytest.param("training", marks=pytest.mark.slow), "inference"])
 def test_graphs_program(tmp_path, part):
     options = ("--cell", "gru", "--shape", "2,3,4", "--threads", 1, "--rounds", 1, "--part", part)
     (row,) = rows_of("graphs.py", tmp_path, *options)

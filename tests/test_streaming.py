@@ -432,8 +432,7 @@ def test_traced_and_exported_graphs_have_the_layer(cell, suffix):
         for a, e in zip(result, expected, strict=True):
             torch.testing.assert_close(a, e)
     in_export = [str(node.target) for node in exported.nodes]
-    in_compile = "layer_forward" if suffix else "infer_layers"
-    for nodes, operator in ((targets, in_compile), (in_export, "layer_forward")):
+    for nodes, operator in ((targets, "infer_layers"), (in_export, "layer_forward")):
         ours_called = [target for target in nodes if "fused_rnn" in target]
         assert len(ours_called) == 1 and operator in ours_called[0]
 
