@@ -20,7 +20,7 @@ import torch
 import fused_rnn
 from harness import turns
 
-SHAPES = ("20,1,128", "20,4,64", "20,16,128", "10,32,256")
+SHAPES = ("10,1,128", "10,4,64", "10,16,128", "10,32,256")
 WAYS = ("ours", "ours, eager", "torch.nn")
 PARTS = ("training", "inference")
 
@@ -69,7 +69,7 @@ def ways(cell: str, t: int, b: int, h: int, part: str) -> dict[str, Callable[[],
 
 
 def main() -> None:
-    args = turns.options(__doc__, PARTS, rounds=101).parse_args()
+    args = turns.options(__doc__, PARTS, rounds=41).parse_args()
 
     def measure(cell: str, sizes: tuple[int, ...]) -> tuple[dict, list[str]]:
         return turns.beside_ours(ways(cell, *sizes, args.part), WAYS[1:], args.rounds)
