@@ -163,17 +163,21 @@ def _outputs(call: LayerCall) -> tuple[Tensor, ...]:
 def _run_forward(call: LayerCall) -> tuple[tuple[Tensor, ...], _Way | None]:
     """What `layer_forward` gives, and how it ran where that is not an operator's own business. To
     be called below autograd."""
+    if (given := _directly(call)) is not None:
+        return given, None
     if _must_be_seen((*call.differentiable, call.batch_sizes, call.lengths, call.resets)):
         return torch.ops.fused_rnn.layer_forward(*call), None
     return _forward(call)
 
 
 def _forward_impl(*arguments):
-    return _forward(LayerCall(*arguments))[0]
+    call = LayerCall(*arguments)
+    given = _directly(call)
+    return _forward(call)[0] if given is None else given
 
 
 def _forward(call: LayerCall) -> tuple[tuple[Tensor, ...], _Way | None]:
-    if (given := _by_library(call)) is not None:
+    if (given := _by_operator(call)) is not None:
         return given, None
     x, noise = call.x, call.noise
     save = call.save and not call.recompute
@@ -189,7 +193,8 @@ def _forward(call: LayerCall) -> tuple[tuple[Tensor, ...], _Way | None]:
 
 
 def _directly(call: LayerCall) -> tuple[Tensor, ...] | None:
-    """What `layer_forward` gives, by a call of the extension module, or None: not for it."""
+    """What `layer_forward` gives, by a call of the extension module, which asks by itself whether
+    somebody watches; or None: not for it."""
     # By autocast's rule operands are cast before the operator, or are not meant to be.
     if not _is_ordinary(call) or torch._C._is_any_autocast_enabled():
         return None
@@ -200,11 +205,9 @@ def _directly(call: LayerCall) -> tuple[Tensor, ...] | None:
     return None if given is None else _with_empty_outputs(cell, *given)
 
 
-def _by_library(call: LayerCall) -> tuple[Tensor, ...] | None:
-    """What `layer_forward` gives that saves, by the CPU library, or None: not for it. To be called
-    below autograd."""
-    if (given := _directly(call)) is not None:
-        return given
+def _by_operator(call: LayerCall) -> tuple[Tensor, ...] | None:
+    """What `layer_forward` gives that saves, by the CPU library's operator, or None: not for it. To
+    be called below autograd."""
     if not call.save or not _is_ordinary(call) or direct.is_watched():
         return None
     cell, inputs = CELLS[call.cell], (call.x, call.h0, call.c0, call.weights, call.batch_sizes)
@@ -406,8 +409,7 @@ def _layer_autograd(*arguments):
     if wants_gradients(*call.differentiable):
         call = call._replace(save=True)
         return _LayerFunction.apply(call, *call.differentiable)
-    given = _directly(call)
-    return _outputs(call) if given is None else given
+    return _outputs(call)
 
 
 _library.impl("layer_forward", _forward_impl, "CompositeExplicitAutograd")
