@@ -59,8 +59,9 @@ def _sections() -> Iterator[tuple[str, list[str]]]:
     yield "Devices", _devices()
     variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     yield "Environment", variables or ["no FUSED_RNN_ variable is set"]
-    yield "What runs where (training, T=64 B=32 I=H=128)", list(_choices())
-    yield "What to do", _advice()
+    choices = list(_choices())
+    yield "What runs where (training, T=64 B=32 I=H=128)", choices
+    yield "What to do", _advice(choices)
 
 
 def _text(value: object) -> str:
@@ -106,8 +107,8 @@ def _choice(problem: Problem) -> str:
         return f"error: {error}"
 
 
-def _advice() -> list[str]:
-    advice = [f"set {name} to something else, or unset it" for name in _set_wrongly()]
+def _advice(choices: list[str]) -> list[str]:
+    advice = [f"set {name} to something else, or unset it" for name in _set_wrongly(choices)]
     again = (
         "install fused_rnn again (in its checkout: pip install -v --no-cache-dir --force-reinstall "
         "--no-deps --no-build-isolation .)"
@@ -134,9 +135,9 @@ def _advice() -> list[str]:
     return advice or ["nothing is missing"]
 
 
-def _set_wrongly() -> list[str]:
-    """The environment variables that the errors of choices are about."""
-    errors = " ".join(choice for choice in _choices() if ": error: " in choice)
+def _set_wrongly(choices: list[str]) -> list[str]:
+    """The environment variables that the errors among the choices are about."""
+    errors = " ".join(choice for choice in choices if ": error: " in choice)
     return [name for name in VARIABLES if name in errors]
 
 
