@@ -79,6 +79,19 @@ def _calls_within(seconds: float, call: Callable[[], Any]) -> int:
     return max(1, int(seconds / ((time.perf_counter() - start) / 5)))
 
 
+def agreeing(
+    calls: dict[Way, Callable[[], Sequence[torch.Tensor]]],
+    tolerance: float = 1e-4,
+) -> dict[Way, Callable[[], Sequence[torch.Tensor]]]:
+    """The calls, of which each has given what the last one gives, but for a part `tolerance` of
+    each tensor's norm."""
+    results = [call() for call in calls.values()]
+    for result in results:
+        for actual, expected in zip(result, results[-1], strict=True):
+            assert (actual - expected).norm() <= tolerance * expected.norm()
+    return calls
+
+
 def medians(taken: dict[Way, list[float]]) -> dict[Way, float]:
     return {way: statistics.median(times) for way, times in taken.items()}
 
