@@ -65,6 +65,8 @@ constexpr KernelsOf<Element> table(const char* name) {
   kernels.parts = kParts;
   kernels.chunk_bytes = kChunkBytes;
   kernels.chunk_rows = kChunkRows;
+  kernels.input_side_bytes = kInputSideBytes;
+  kernels.input_side_rows = kInputSideRows;
   kernels.column_words = column_words;
   kernels.row_words = row_words;
   kernels.pack_gates = pack_gates;

@@ -358,6 +358,8 @@ struct KernelsOf {
   // The gradients of so many bytes of gates become those of x and the weights at a time, but of so
   // many rows at least.
   int64_t chunk_bytes, chunk_rows;
+  // Of the input side a thread computes so many bytes at a time, but so many rows at least.
+  int64_t input_side_bytes, input_side_rows;
   // Words of a column of a packed matrix, and of a row of `depth` elements in parts.
   int64_t (*column_words)(int64_t depth, int parts);
   int64_t (*row_words)(int64_t depth);

@@ -31,12 +31,6 @@ int64_t step_rows(const LayerShape& s) {
   return reset_before(s) || weights < 1 << 16 ? 4 : weights < 1 << 18 ? 2 : 1;
 }
 
-// The input side of so many bytes is computed at a time: half of a usual L2 cache per thread. But
-// of so many rows at least: W_ih is read once for them, and at H=1024 the weights exceed the L3
-// cache, where 256 rows instead of 64 made LSTM 1.2 times faster.
-constexpr int64_t kInputSideBytes = 512 << 10;
-constexpr int64_t kInputSideRows = 256;
-
 // [G*H] the biases that add directly to the input side: all but GRU's b_hn, which r multiplies.
 template <class E>
 const float* input_bias(const LayerShape& s, const WeightsOf<E>& w, LayerCall<E>& work) {
@@ -86,8 +80,8 @@ void run_packed(LayerCall<E>& work, const KernelsOf<E>& isa, const ForwardCallOf
   const int64_t batch = s.rows.batch;
   int64_t words = 0;  // of a share's own memory
   ForwardParamsOf<E> p{call};
-  p.chunk_rows = std::min(s.count, rows_for(kInputSideBytes * (work.plan().parallel ? 2 : 1),
-                                            sizes.gates * s.hidden, kInputSideRows));
+  p.chunk_rows = std::min(s.count, rows_for(isa.input_side_bytes * (work.plan().parallel ? 2 : 1),
+                                            sizes.gates * s.hidden, isa.input_side_rows));
   p.scratch_rows = std::max(p.chunk_rows, batch);
   const bool in_place = std::is_same_v<E, float> && (sizes.saved_gates == 0 || call.gates);
   for (int64_t d = 0; d < s.directions; d++) {

@@ -119,12 +119,14 @@ __attribute__((noinline)) void multiply_chain(int64_t depth, const Element* a, i
     }
   } else {
     if constexpr (kAsksAhead) {
-      // A line of 64 bytes every four steps, which gcc unrolled would keep sums in memory for.
+      // Two lines of 64 bytes every four steps, which gcc unrolled would keep sums in memory for.
+      // One would not do where rows are few: three tiles ask for three quarters of a panel then.
       if (ahead && ahead->next < ahead->end) {
         const char* next = ahead->next;
         for (; k + 4 <= depth; k += 4) {
           __builtin_prefetch(next, 0, 2);
-          next += 64;
+          __builtin_prefetch(next + 64, 0, 2);
+          next += 128;
           FUSED_RNN_NO_UNROLL
           for (int i = 0; i < 4; i++) {
             load_panel(b);
