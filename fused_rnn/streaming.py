@@ -103,7 +103,7 @@ class Stepper:
 
 
 class _Packed(Stepper):
-    """Cells without a c."""
+    """With the CPU library's kernel, from weights packed once."""
 
     packed = True
 
@@ -135,22 +135,15 @@ class _Packed(Stepper):
             result = self._direct(x, state)
             if result is not None:
                 return result
-        if _is_recorded():
-            return self._carefully(x, state)
+        # Somebody watches, or something is odd or wrong, and there is the time to hear about it.
         return self._by_operator(x, state)
 
-    def _by_operator(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        try:
-            if x.requires_grad or (state is not None and state.requires_grad):
-                return self._carefully(x, state)
-            return self._step(x, state)
-        except Exception:
-            # Whoever passed something odd, or something wrong, has the time to hear about it.
-            return self._carefully(x, state)
-
-    def _carefully(self, x: Any, state: Any) -> tuple[Tensor, Any]:
+    def _by_operator(self, x: Any, state: Any) -> tuple[Tensor, Any]:
+        has_c = CELLS[self._cell_name].has_c
         x, states = self._checked(x, state)
-        return self._step(_dense(x), None if states is None else _dense(states[0]))
+        given = map(_dense, states) if states else (None,) * (1 + has_c)
+        y, *new = self._step(_dense(x), *given)
+        return y, tuple(new) if has_c else new[0]
 
     def __getstate__(self) -> dict[str, Any]:
         bound = ("_step", "_direct")
@@ -161,33 +154,6 @@ class _Packed(Stepper):
             raise RuntimeError(f"a Stepper with packed weights needs the CPU library: {error}")
         vars(self).update(state)
         self._bind()
-
-
-class _PackedLSTM(_Packed):
-    """Cells with a c beside h."""
-
-    def _by_operator(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        try:
-            if state is None:
-                h = c = None
-            elif not isinstance(state, (tuple, list)):  # a Tensor would come apart, too
-                return self._carefully(x, state)
-            else:
-                h, c = state
-                if h.requires_grad or c.requires_grad:
-                    return self._carefully(x, state)
-            if x.requires_grad:
-                return self._carefully(x, state)
-            y, h, c = self._step(x, h, c)
-        except Exception:
-            return self._carefully(x, state)
-        return y, (h, c)
-
-    def _carefully(self, x: Any, state: Any) -> tuple[Tensor, Any]:
-        x, states = self._checked(x, state)
-        given = (None, None) if states is None else map(_dense, states)
-        y, h, c = self._step(_dense(x), *given)
-        return y, (h, c)
 
 
 class _General(Stepper):
@@ -288,7 +254,7 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
         )
     if not packs:
         return _General(module, cell)
-    return (_PackedLSTM if cell.has_c else _Packed)(module, cell, weight_dtype or own)
+    return _Packed(module, cell, weight_dtype or own)
 
 
 def _packs(module: torch.nn.RNNBase, cell: Cell) -> bool:
@@ -303,12 +269,6 @@ def _packs(module: torch.nn.RNNBase, cell: Cell) -> bool:
     return 0 < min(sizes) <= max(sizes) < _MAX_SIZE and all(
         w.is_cpu and w.dtype == torch.float32 for w in weights
     )
-
-
-def _is_recorded() -> bool:
-    """Whether a graph is made of what is called: what the operator does not take would come to
-    light when that runs, and a trace does not outlive an operator's error."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _dense(tensor: Tensor) -> Tensor:
