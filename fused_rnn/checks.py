@@ -150,8 +150,10 @@ def _projection_size(weights: Sequence[Tensor], index: int, hidden_size: int) ->
 
 def _matches_weights(input: Tensor, weight: Tensor) -> None:
     if input.dtype != weight.dtype:
+        autocast = torch._C._is_any_autocast_enabled()
+        cast = ", after autocast's casts of what it takes" if autocast else ""
         raise ValueError(
-            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}){cast}. "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
         )
     if input.device != weight.device:
@@ -314,21 +316,52 @@ def _cell_states(
     return given
 
 
+def flags(**values: Any) -> None:
+    """Each is True or False; numpy's are, as in torch.nn.
+
+    Raises:
+        TypeError: one is something else.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def number(name: str, value: Any) -> int | float:
+    """`value` as one of Python's numbers; numpy's, which compare otherwise, are numbers, too.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return value if type(value) in (int, float) else float(value)
+
+
+def probability(name: str, value: Any) -> int | float:
+    """`value` as a number from 0 to 1.
+
+    Raises:
+        TypeError: it is no number. ValueError: it is out of range.
+    """
+    p = number(name, value)
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
+    return p
+
+
 def stack_options(num_layers: Any, dropout: Any) -> None:
     """The numbers of a stack of layers are such.
 
     Raises:
         TypeError: one is not a number. ValueError: it is out of range.
     """
-    # Not only int and float: numpy's numbers do in torch.nn, too.
+    # Not only int: numpy's numbers do in torch.nn, too.
     if not isinstance(num_layers, numbers.Integral) or isinstance(num_layers, bool):
         raise TypeError(f"num_layers: expected an int, got {type(num_layers).__name__}")
     if num_layers < 1:
         raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
-    if not isinstance(dropout, numbers.Real) or isinstance(dropout, bool):
-        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+    probability("dropout", dropout)
 
 
 def permutable(hx: Sequence[Tensor], indices: Tensor) -> None:

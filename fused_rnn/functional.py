@@ -125,6 +125,7 @@ def gru(
         >>> output.shape, h_n.shape
         (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
     """
+    checks.flags(reset_after=reset_after)
     return recurrent("gru" if reset_after else "gru_reset_before", input, hx, weights, **options)
 
 
@@ -205,6 +206,10 @@ def recurrent(
     if cell_name not in CELLS:
         raise ValueError(f"cell_name: expected one of {', '.join(CELLS)}; got {cell_name!r}")
     cell = CELLS[cell_name]
+    checks.flags(
+        bidirectional=bidirectional, training=training, batch_first=batch_first,
+        return_states=return_states, recompute=recompute,
+    )  # fmt: skip
     given = _checked(
         cell, input, hx, weights, num_layers, bidirectional, dropout, batch_first, batch_sizes,
         lengths, resets, reset_hx,

@@ -134,6 +134,7 @@ class GeneralScan:
                 factors.append(F.dropout(ones, self.recurrent_dropout))
             for p, state, into in zip(probabilities, (h0, c0), kept, strict=True):
                 if p and self.training:
-                    into.append(torch.rand((*x.shape[:-1], state.shape[-1]), device=x.device) < p)
+                    size = *x.shape[:-1], state.shape[-1]
+                    into.append(torch.rand(size, dtype=torch.float32, device=x.device) < p)
         masks = (torch.stack(each) if each else None for each in (factors, *kept))
         return Noise(*masks, *((0.0, 0.0) if self.training else map(float, probabilities)))

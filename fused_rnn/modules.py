@@ -46,11 +46,11 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         stateful: bool = False,
         **kwargs,
     ) -> None:
-        for name, value in (("recompute", recompute), ("stateful", stateful)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+        checks.flags(recompute=recompute, stateful=stateful)
         options = Regularisation(**{name: kwargs.pop(name) for name in NAMES if name in kwargs})
         super().__init__(*args, **kwargs)
+        # The one flag of torch.nn's that its constructor takes as it comes; a call then does not.
+        checks.flags(bidirectional=self.bidirectional)
         self._regularise(options)
         if recompute:
             self.recompute = True
@@ -72,8 +72,10 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         if self._carries():
-            states = self.state_h, self.state_c
-            self.state_h, self.state_c = (None if s is None else fn(s) for s in states)
+            self.state_h, self.state_c = (
+                None if state is None else _moved(state, fn)
+                for state in (self.state_h, self.state_c)
+            )
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -321,6 +323,13 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         self.state_h, self.state_c = (None if s is None else s.detach().clone() for s in (h, c))
 
 
+def _moved(state: Tensor, fn: Any) -> Tensor | None:
+    """A carried state where, and of which dtype, `fn` would leave it. Its numbers are kept, which
+    that of `to_empty` does not; None where they cannot be."""
+    like = fn(state.new_empty(0))
+    return state.to(like) if state.is_meta == like.is_meta else None
+
+
 def _for_call(state: Tensor, input: Tensor) -> Tensor:
     """A carried state for a call with `input`, whose mode may be another than that of the call it
     comes from: autocast gives another dtype, inference mode tensors that autograd does not keep."""
@@ -512,8 +521,7 @@ class GRU(_RecurrentLayers):
         **options: Unpack[RegularisationOptions],
     ) -> None:
         _reject(options, "GRU")
-        if not isinstance(reset_after, bool):
-            raise TypeError(f"reset_after: expected a bool, got {type(reset_after).__name__}")
+        checks.flags(reset_after=reset_after)
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype, recompute=recompute, stateful=stateful, **options,

@@ -34,17 +34,6 @@ from .general_scan import Extras, GeneralScan
 from .problem import EXTRAS
 
 
-def _number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-
-
-def _probability(name: str, value: Any) -> None:
-    _number(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
-
-
 class RegularisationOptions(TypedDict, total=False):
     """Keyword arguments of the layers' constructors; see :class:`fused_rnn.RNN`."""
 
@@ -74,29 +63,30 @@ class Regularisation:
     init: str = "uniform"
 
     def __post_init__(self) -> None:
-        _probability("recurrent_dropout", self.recurrent_dropout)
-        _probability("weight_dropout", self.weight_dropout)
-        if isinstance(self.zoneout, (tuple, list)):
-            if len(self.zoneout) != 2:
+        for name in ("recurrent_dropout", "weight_dropout"):
+            self._set(name, checks.probability(name, getattr(self, name)))
+        zoneout = self.zoneout
+        if isinstance(zoneout, (tuple, list)):
+            if len(zoneout) != 2:
                 raise ValueError(
-                    f"zoneout: expected a number or a pair (p_h, p_c), got {self.zoneout!r}"
+                    f"zoneout: expected a number or a pair (p_h, p_c), got {zoneout!r}"
                 )
-            object.__setattr__(self, "zoneout", tuple(self.zoneout))
-            for i, p in enumerate(self.zoneout):
-                _probability(f"zoneout[{i}]", p)
+            pair = (checks.probability(f"zoneout[{i}]", p) for i, p in enumerate(zoneout))
+            self._set("zoneout", tuple(pair))
         else:
-            _probability("zoneout", self.zoneout)
-        for name in ("layer_norm", "peepholes"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+            self._set("zoneout", checks.probability("zoneout", zoneout))
+        checks.flags(layer_norm=self.layer_norm, peepholes=self.peepholes)
         if self.forget_bias is not None:
-            _number("forget_bias", self.forget_bias)
+            self._set("forget_bias", checks.number("forget_bias", self.forget_bias))
             if not math.isfinite(self.forget_bias):
                 raise ValueError(f"forget_bias: expected a finite number, got {self.forget_bias}")
         if not isinstance(self.init, str):
             raise TypeError(f"init: expected a str, got {type(self.init).__name__}")
         if self.init not in ("uniform", "orthogonal"):
             raise ValueError(f"init: expected 'uniform' or 'orthogonal', got {self.init!r}")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def check(self, owner: str, cell: Cell, bias: bool) -> None:
         """The options suit the cell.

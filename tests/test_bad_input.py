@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from helpers.modules import seeded_pair
@@ -417,6 +418,19 @@ def test_construction(kind, name):
     assert found.type is type(expected)
 
 
+@every_class
+@pytest.mark.parametrize("value", ["False", 1, None, 0.5, [True], torch.tensor(True)], ids=repr)
+def test_directions_are_a_flag(value, name):
+    """torch.nn's layers say so when they are called."""
+    layer = getattr(nn, name)(I, H, bidirectional=value)
+    with pytest.raises(TypeError):
+        layer(torch.randn(5, 3, I))
+    with pytest.raises(TypeError, match="bidirectional: expected a bool, got"):
+        getattr(fused_rnn, name)(I, H, bidirectional=value)
+    layer = getattr(fused_rnn, name)(I, H, bidirectional=np.bool_(True))
+    assert layer(torch.randn(5, 3, I))[0].shape == (5, 3, 2 * H)
+
+
 @pytest.mark.parametrize("name", ["RNN", "GRU"])
 @pytest.mark.parametrize("size", [0, 2])
 def test_projection_is_for_lstm_only(name, size):
@@ -600,6 +614,18 @@ FUNCTIONS = {
         lambda: gru(x, None, weights(3), num_layers="1"), TypeError, ("num_layers", "str")),
     "num_layers None": (
         lambda: gru(x, None, weights(3), num_layers=None), TypeError, ("num_layers", "NoneType")),
+    "bidirectional string": (
+        lambda: gru(x, None, weights(3), bidirectional="no"), TypeError, ("bidirectional", "str")),
+    "training string": (
+        lambda: gru(x, None, weights(3), training="no"), TypeError, ("training", "bool", "str")),
+    "batch_first int": (
+        lambda: gru(x, None, weights(3), batch_first=2), TypeError, ("batch_first", "int")),
+    "return_states string": (
+        lambda: gru(x, None, weights(3), return_states="n"), TypeError, ("return_states", "str")),
+    "recompute None": (
+        lambda: gru(x, None, weights(3), recompute=None), TypeError, ("recompute", "NoneType")),
+    "reset_after string": (
+        lambda: gru(x, None, weights(3), reset_after="no"), TypeError, ("reset_after", "str")),
     "dropout negative": (
         lambda: gru(x, None, weights(3, 2), num_layers=2, dropout=-1.0, training=True),
         ValueError, ("dropout", "-1")),

@@ -460,6 +460,18 @@ def test_stateful_modules_are_copied_and_pickled_with_their_states():
         assert torch.equal(twin(x)[0], expected)
 
 
+def test_states_are_no_others_where_memory_is_made_anew():
+    """`to_empty` leaves parameters to be loaded, which states are not: they stay, or are gone."""
+    layer = fused_rnn.LSTM(I, H, stateful=True)
+    layer(torch.randn(T, B, I))
+    kept, content = (layer.state_h, layer.state_c), copy.deepcopy(layer.state_dict())
+    layer.to_empty(device="cpu").load_state_dict(content)
+    assert torch.equal(layer.state_h, kept[0]) and torch.equal(layer.state_c, kept[1])
+    layer.to("meta").to_empty(device="cpu").load_state_dict(content)
+    assert layer.state_h is None and layer.state_c is None
+    assert layer(torch.randn(T, B, I))[0].isfinite().all()
+
+
 @every_cell
 @pytest.mark.parametrize("packed", [False, True])
 def test_stateful_goes_on_in_another_mode(cell, packed):

@@ -10,6 +10,7 @@ import io
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from helpers.needs import needs_library
@@ -1343,6 +1344,39 @@ BAD = [
 def test_bad_options(name, options, error, message):
     with pytest.raises(error, match=message):
         getattr(fused_rnn, name)(I, H, **options)
+
+
+@pytest.mark.parametrize(
+    "number", [np.float64, np.float32, np.float16, np.int64], ids=lambda n: n.__name__
+)
+def test_options_may_be_numpys_numbers(number):
+    """As a schedule gives them; and those compare with tuples element by element."""
+    value = number(0 if number is np.int64 else 0.5)
+    names = ("recurrent_dropout", "zoneout", "weight_dropout", "forget_bias")
+    layer = fused_rnn.LSTM(I, H, **dict.fromkeys(names, value))
+    expected = fused_rnn.LSTM(I, H, **dict.fromkeys(names, float(value)))
+    assert repr(layer) == repr(expected)
+    for name in names[:3]:
+        setattr(layer, name, value)
+    layer.zoneout = (value, value)
+    assert layer(torch.randn(T, B, I))[0].isfinite().all()
+    for name in names[:3]:
+        setattr(layer, name, number(0))
+    assert type(fused_rnn.restore(layer)) is torch.nn.LSTM
+
+
+def test_masks_of_zoneout_do_not_depend_on_the_default_dtype():
+    """The numbers that bfloat16 draws are too few for small probabilities."""
+    layer, x = fused_rnn.LSTM(I, H, zoneout=(0.3, 0.4)), torch.randn(T, B, I)
+    results = []
+    try:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            torch.manual_seed(0)
+            results.append(layer(x)[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(results[0], result) for result in results[1:])
 
 
 @pytest.mark.parametrize("name", ["weight_peephole_l0", "ln_ih_weight_l0", "ln_c_bias_l0"])
