@@ -22,6 +22,7 @@ def results_of(out):
     return json.loads((out / "campaign.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.cpu_library_error() is not None, reason="profiles the C++ library")
 def test_dry_run(tmp_path):
     """One test, since the run takes a while: every step ran or says why not, every set was

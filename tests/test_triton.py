@@ -154,11 +154,17 @@ def test_every_row_of_the_table_compiles(target):
 
 
 @needs_triton
-@pytest.mark.parametrize("target", ["cuda:90", pytest.param("hip:gfx942", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("target", "sizes"),
+    [
+        ("cuda:90", (300,)),
+        pytest.param("cuda:90", (64, 2048), marks=pytest.mark.slow),
+        pytest.param("hip:gfx942", (300,), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("cell", ["gru", "gru_reset_before", "lstm"])
-def test_steps_that_normalise_compile(target, cell):
+def test_steps_that_normalise_compile(target, sizes, cell):
     """Without and with all that may be in the recurrence."""
-    sizes = (64, 300, 2048) if target == "cuda:90" else (300,)
     done = _python(HERE / "triton_ahead.py", "--normed", target, cell, *sizes)
     assert done.returncode == 0, done.stderr[-4000:]
     version, *reports = [json.loads(line) for line in done.stdout.splitlines()]
