@@ -5,7 +5,7 @@ Python. The CUDA library takes nvcc, no GPU and some minutes, and is built when 
 FUSED_RNN_CUDA=1, =auto (when nvcc is there), or FORCE_CUDA=1 (or fail). FUSED_RNN_EMULATE=1 builds
 the CUDA kernels for the CPU, for tests.
 
-The metadata is in pyproject.toml. Environment: CXX (or CC) names the compiler, MAX_JOBS the
+The metadata is in pyproject.toml. Environment: CXX names the compiler, MAX_JOBS the
 compilations at a time, TORCH_CUDA_ARCH_LIST and NVCC_THREADS are as for torch's own extensions,
 DEBUG=1 builds without optimisation and with symbols, CXXFLAGS and LDFLAGS are added,
 FUSED_RNN_SKIP_BUILD=1 builds nothing. Which CPU or GPU the building machine has does not matter.
@@ -22,10 +22,11 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from ninja import ninja_syntax
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 
 def is_set(name: str) -> bool:
@@ -88,7 +89,7 @@ def env_flags(name: str) -> list[str]:
 
 def find_compiler() -> list[str] | None:
     """The C++ compiler as a command, or None when there is none this build can use."""
-    named = os.environ.get("CXX") or os.environ.get("CC")
+    named = os.environ.get("CXX")
     candidates = [named] if named else [sysconfig.get_config_var("CXX") or "", "c++", "g++"]
     for candidate in candidates:
         command = shlex.split(candidate)
@@ -136,7 +137,7 @@ def extensions() -> list[Extension]:
         say("FUSED_RNN_SKIP_BUILD is set: building nothing, the package will be pure Python")
         return []
     if find_compiler() is None:
-        wanted = os.environ.get("CXX") or os.environ.get("CC") or "c++"
+        wanted = os.environ.get("CXX") or "c++"
         say(f"NO C++ COMPILER ({wanted}): installing pure Python, WITHOUT the fast CPU kernels")
         return []
     found = [Extension(CPU_LIBRARY, library_sources())]
@@ -160,8 +161,22 @@ def say(message: str) -> None:
     print(f"fused_rnn: {message}", file=sys.stderr, flush=True)
 
 
+def escaped(text: object) -> str:
+    """For ninja, which reads variables behind a $; spaces of paths are escaped by its writer."""
+    return str(text).replace("$", "$$")
+
+
 def ninja_flags(flags: list[str]) -> str:
-    return ninja_syntax.escape(shlex.join(flags))
+    return escaped(shlex.join(flags))
+
+
+class BuildPy(build_py):
+    """Into an empty folder: a wheel takes what lies there, of whatever build before."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "fused_rnn"), ignore_errors=True)
+        super().run()
 
 
 class BuildExt(build_ext):
@@ -175,6 +190,8 @@ class BuildExt(build_ext):
         return super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
+        from ninja import ninja_syntax  # here, since pure Python needs none
+
         folder = self.objects_folder().resolve()
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "build.ninja", "w") as file:
@@ -195,13 +212,18 @@ class BuildExt(build_ext):
         kind = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         return Path("build", f"temp.{kind}-torch{torch.__version__}")
 
-    def write_build_file(self, out: ninja_syntax.Writer, folder: Path) -> None:
+    def write_build_file(self, out: Any, folder: Path) -> None:
+        """`out`: a ninja_syntax.Writer."""
+        from torch.utils import cpp_extension
+
         compiler = find_compiler()
         assert compiler is not None  # else there would be no extension
         shared = ["-shared", "-undefined", "dynamic_lookup"] if MACOS else ["-shared"]
-        # Messages name their place in the sources, not where these lay when they were built.
-        places = f"-fmacro-prefix-map={Path(__file__).resolve().parent}{os.sep}="
-        compile_ = ninja_flags([*compiler, *BASE_FLAGS, places])
+        # Messages name their place in the sources, ours or torch's, not where these lay when they
+        # were built.
+        roots = [Path(__file__).resolve().parent, *cpp_extension.include_paths()]
+        places = [f"-fmacro-prefix-map={root}{os.sep}=" for root in roots]
+        compile_ = ninja_flags([*compiler, *BASE_FLAGS, *places])
         out.rule("compile", f"{compile_} $flags -MMD -MF $out.d -c $in -o $out", "compile $in",
                  depfile="$out.d", deps="gcc")  # fmt: skip
         out.rule("link", f"{shlex.join([*compiler, *shared])} $in $flags -o $out", "link $out")
@@ -220,14 +242,14 @@ class BuildExt(build_ext):
                 flags = [*includes, *variant, *([] if cuda else env_flags("CXXFLAGS"))]
                 stem = f"{ext.name.rpartition('.')[2]}-{Path(source).stem}{number}"
                 object_ = f"{stem}.o"
-                path = str(Path(source).resolve())
+                path = escaped(Path(source).resolve())
                 out.build(object_, "nvcc" if cuda else "compile", path,
                           variables={"flags": ninja_flags(flags)})  # fmt: skip
                 objects.append(object_)
             target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             flags = [*libraries, *([] if cuda else env_flags("LDFLAGS"))]
-            out.build(str(target), "nvcc_link" if cuda else "link",
+            out.build(escaped(target), "nvcc_link" if cuda else "link",
                       objects, variables={"flags": ninja_flags(flags)})  # fmt: skip
 
     def compilations(self, ext: Extension) -> Iterator[tuple[str, list[str], str]]:
@@ -269,4 +291,4 @@ class BuildExt(build_ext):
         return includes, []
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt, "build_py": BuildPy})

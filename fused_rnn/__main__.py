@@ -121,10 +121,12 @@ def _advice(choices: list[str]) -> list[str]:
             f"{_SKIP} and {again}"
         )
     elif direct.calls() is direct._NoCalls:
-        advice.append(
-            "small calls take a few microseconds longer without the extension module: install "
-            f"Python's headers (Debian: apt-get install python3-dev) and {again}"
-        )
+        slower = "small calls take a few microseconds longer without the extension module"
+        if find_spec("fused_rnn._C"):
+            advice.append(f"{slower}, which is there but cannot be used: {again}")
+        else:
+            headers = "Python's headers (Debian: apt-get install python3-dev)"
+            advice.append(f"{slower}: install {headers} and {again}")
     if torch.cuda.is_available() and not find_spec("triton"):
         advice.append("for the Triton kernels install triton: pip install triton")
     if torch.cuda.is_available() and native.cuda_library_error():

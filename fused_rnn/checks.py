@@ -327,7 +327,7 @@ def flags(**values: Any) -> None:
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
-def number(name: str, value: Any) -> int | float:
+def real_number(name: str, value: Any) -> int | float:
     """`value` as one of Python's numbers; numpy's, which compare otherwise, are numbers, too.
 
     Raises:
@@ -344,7 +344,7 @@ def probability(name: str, value: Any) -> int | float:
     Raises:
         TypeError: it is no number. ValueError: it is out of range.
     """
-    p = number(name, value)
+    p = real_number(name, value)
     if not 0 <= p <= 1:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
     return p

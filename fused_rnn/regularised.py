@@ -77,7 +77,7 @@ class Regularisation:
             self._set("zoneout", checks.probability("zoneout", zoneout))
         checks.flags(layer_norm=self.layer_norm, peepholes=self.peepholes)
         if self.forget_bias is not None:
-            self._set("forget_bias", checks.number("forget_bias", self.forget_bias))
+            self._set("forget_bias", checks.real_number("forget_bias", self.forget_bias))
             if not math.isfinite(self.forget_bias):
                 raise ValueError(f"forget_bias: expected a finite number, got {self.forget_bias}")
         if not isinstance(self.init, str):

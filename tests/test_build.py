@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.repository import tracked_files
 
 import fused_rnn
@@ -132,7 +133,9 @@ def test_sdist_builds_a_whole_wheel_in_an_empty_directory(tmp_path):
     unpacked = tmp_path / "site"
     with zipfile.ZipFile(source / "wheels" / name) as archive:
         archive.extractall(unpacked)
-    assert str(source).encode() not in (unpacked / "fused_rnn" / library).read_bytes()
+    binary = (unpacked / "fused_rnn" / library).read_bytes()
+    torch_is_at = Path(torch.__file__).parent
+    assert not [place for place in (source, torch_is_at) if str(place).encode() in binary]
     code = "from fused_rnn import native; print(native.cpu_library_error(), native.build_facts())"
     output = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(unpacked))
     assert output.startswith("None ") and "'compiler'" in output
@@ -145,6 +148,18 @@ def test_skipping_the_build_makes_a_pure_wheel(tmp_path):
     assert package_files() <= files
     assert shared_objects(files) == []
     assert "FUSED_RNN_SKIP_BUILD is set" in output
+
+
+def test_a_wheel_has_nothing_of_the_build_before(tmp_path):
+    needs_build_tools()
+    source = copy_of_sources(tmp_path)
+    leftover = source / "fused_rnn" / "leftover.py"
+    leftover.write_text("")
+    _, files, _ = build_wheel(source, FUSED_RNN_SKIP_BUILD="1")
+    assert "fused_rnn/leftover.py" in files
+    leftover.unlink()
+    _, files, _ = build_wheel(source, FUSED_RNN_SKIP_BUILD="1")
+    assert "fused_rnn/leftover.py" not in files
 
 
 def test_no_compiler_makes_a_pure_wheel_and_says_so(tmp_path):

@@ -50,11 +50,16 @@ def test_doctor_advises_on_a_missing_library(
     assert advice in text
 
 
-def test_doctor_advises_on_a_missing_extension_module(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("found", "advice"),
+    [(None, "module: install Python's headers"), (True, "which is there but cannot be used")],
+)
+def test_doctor_advises_on_an_extension_module(found, advice, capsys, monkeypatch):
     monkeypatch.setattr(native, "cpu_library_error", lambda: None)
     monkeypatch.setattr(direct, "calls", lambda: direct._NoCalls)
+    monkeypatch.setattr(__main__, "find_spec", lambda name: found)
     __main__.main(["doctor"])
-    assert "install Python's headers" in capsys.readouterr().out
+    assert advice in capsys.readouterr().out
 
 
 def test_a_library_that_does_not_load_is_reported_with_the_reason(tmp_path, monkeypatch):
