@@ -150,10 +150,10 @@ def _projection_size(weights: Sequence[Tensor], index: int, hidden_size: int) ->
 
 def _matches_weights(input: Tensor, weight: Tensor) -> None:
     if input.dtype != weight.dtype:
-        autocast = torch._C._is_any_autocast_enabled()
-        cast = ", after autocast's casts of what it takes" if autocast else ""
+        # Which then has cast one of them already.
+        where = " under autocast" if torch._C._is_any_autocast_enabled() else ""
         raise ValueError(
-            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}){cast}. "
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}){where}. "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
         )
     if input.device != weight.device:
