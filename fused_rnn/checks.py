@@ -107,8 +107,8 @@ def recurrent_arguments(
         )
     if not packed and input.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    hidden_size, remainder = divmod(first.shape[0], cell.gates)
-    if remainder:
+    hidden_size = first.shape[0] // cell.gates  # and no divmod, which symbols do not have
+    if first.shape[0] % cell.gates:
         raise RuntimeError(
             f"weights[0]: expected {cell.gates} gates of hidden_size rows each, got shape "
             f"{list(first.shape)}"

@@ -111,6 +111,8 @@ def with_tangents(
 
     (x, dx), (h0, dh0), (c0, dc0) = map(unpacked, (call.x, call.h0, call.c0))
     weights, along = (list(ts) for ts in zip(*map(unpacked, call.weights), strict=True))
+    if are_batched((dx, dh0, dc0, *along)):  # by vectorised jacobians, without torch.func
+        return None
     call = call._replace(x=x, h0=h0, c0=c0, weights=weights)
     y, h_n, c_n, *_ = forward(call)
     along = second_order.Given(dx, dh0, dc0, along)

@@ -36,7 +36,13 @@ from .layer_call import (
     without_resets,
 )
 from .problem import NO_NOISE, Masks, Noise, Problem, in_memory, wants_gradients
-from .transformed import are_batched, is_exporting, is_transformed, needs_oracle
+from .transformed import (
+    are_batched,
+    is_distributed,
+    is_exporting,
+    is_transformed,
+    needs_oracle,
+)
 
 _library = torch.library.Library("fused_rnn", "DEF")
 _INPUTS = (
@@ -117,7 +123,7 @@ def layer(
         # An exported program is trained through the operator's Autograd kernel, or not at all.
         save = torch.is_grad_enabled() and not is_exporting()
         out = torch.ops.fused_rnn.layer_forward(*inputs, save, states, recompute, "", *noise)
-    elif needs_oracle(x):
+    elif needs_oracle(x) or is_distributed(x):
         call = LayerCall(*inputs, False, states, recompute, "", *noise)
         if (result := derivatives.with_tangents(call, _outputs)) is not None:
             return result
@@ -278,9 +284,10 @@ def _backward_impl(*arguments):
 
 def _backward(asked: BackwardCall, way: _Way | None = None) -> list[Tensor]:
     # Hooks may give what was saved back in another order.
-    asked = asked._replace(saved=tuple(t.contiguous() for t in asked.saved))
-    grads, call, (y, gates, cells), needs = asked
-    x = call.x
+    grads, call, saved, needs = asked
+    call = call._replace(**call.noise.contiguous()._asdict())
+    y, gates, cells = (t.contiguous() for t in saved)
+    asked, x = BackwardCall(grads, call, (y, gates, cells), needs), call.x
     if way is None and (given := _gradients_by_library(asked)):
         wanted = iter(given)
         return [next(wanted) if need else x.new_empty(0) for need in needs]

@@ -215,6 +215,10 @@ class Noise(NamedTuple):
         flat = (k.flatten(1, -2) if k is not None else None for k in (self.kept_h, self.kept_c))
         return Noise(self.h_factor, *flat, self.part_h, self.part_c)
 
+    def contiguous(self) -> Noise:
+        masks = (None if mask is None else mask.contiguous() for mask in self[:3])
+        return Noise(*masks, self.part_h, self.part_c)
+
 
 NO_NOISE = Noise()
 

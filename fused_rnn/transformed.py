@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -30,6 +31,12 @@ def needs_oracle(x: Tensor) -> bool:
     """Whether only plain torch operations will do: inside a function transform, under
     forward-mode differentiation, or for a dtype no backend has."""
     return is_transformed() or forward_ad._current_level >= 0 or x.is_complex()
+
+
+def is_distributed(x: Tensor) -> bool:
+    """Whether x is a DTensor, which knows how to share out torch's operations, not ours."""
+    tensor = sys.modules.get("torch.distributed.tensor")  # whose import takes a while
+    return tensor is not None and isinstance(x, tensor.DTensor)
 
 
 def is_only_forward_mode() -> bool:

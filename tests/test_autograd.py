@@ -230,6 +230,21 @@ def test_saved_tensors_may_come_back_in_another_order(supported, backend, case, 
         torch.testing.assert_close(gradients(create_graph=True), expected)
 
 
+@pytest.mark.parametrize("order", [_strided, _turned])
+@pytest.mark.parametrize("option", ["recurrent_dropout", "zoneout", "layer_norm"])
+def test_masks_of_a_regularised_layer_may_come_back_in_another_order(option, order):
+    layer = fused_rnn.GRU(4, 5, **{option: True if option == "layer_norm" else 0.3})
+    x = torch.randn(6, 7, 4)
+
+    def gradients():
+        torch.manual_seed(0)
+        return torch.autograd.grad(layer(x)[0].sum(), list(layer.parameters()))
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, order):
+        torch.testing.assert_close(gradients(), expected)
+
+
 @every_backend
 @every_case_float32
 def test_inference_saves_nothing(supported, backend, case):

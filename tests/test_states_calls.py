@@ -169,10 +169,13 @@ def test_large_ones_go_the_general_way(ways):
     assert_short(ways, run, all_states(fused_rnn.GRU(64, 128)), torch.randn(600, 8, 64))
 
 
-def test_what_is_no_flag_goes_the_general_way(ways):
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_no_flag_is_refused(grad):
     layer, x = fused_rnn.GRU(INPUTS, HIDDEN), torch.randn(STEPS, 5, INPUTS)
-    assert_general(ways, lambda: layer(x, return_states=1))
-    assert len(layer(x, return_states=1)) == 3
+    with torch.set_grad_enabled(grad):
+        for value in (1, "no"):
+            with pytest.raises(TypeError, match="return_states: expected a bool, got"):
+                layer(x, return_states=value)
 
 
 def test_inference_saves_no_gates():

@@ -12,7 +12,9 @@ from queue import Empty
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.outcomes import flat
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, distribute_module, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_rnn
@@ -294,3 +296,35 @@ def test_accelerate(library):
         losses.append(loss.detach())
     torch.testing.assert_close(torch.stack(losses), expected_losses(library))
     assert isinstance(accelerator.unwrap_model(model).first, library.LSTM)
+
+
+@pytest.fixture
+def mesh():
+    """One of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_distributed_tensors(name, mesh):
+    """A layer whose parameters and arguments are DTensors computes as on plain tensors."""
+
+    def shared(tensor):
+        return DTensor.from_local(tensor, mesh, [Replicate()])
+
+    def of(tensors, function):
+        return tuple(map(function, tensors)) if isinstance(tensors, tuple) else function(tensors)
+
+    module, of_layer = getattr(fused_rnn, name)(4, 6), not name.endswith("Cell")
+    x, h = (torch.randn(*([n] if of_layer else []), 3, size) for n, size in ((5, 4), (1, 6)))
+    hx = (h, torch.randn_like(h)) if name.startswith("LSTM") else h
+    expected = flat(module(x, hx))
+    grads = torch.autograd.grad(sum(y.sum() for y in expected), list(module.parameters()))
+    distributed = distribute_module(module, mesh)
+    outputs = flat(distributed(shared(x), of(hx, shared)))
+    found = torch.autograd.grad(sum(y.sum() for y in outputs), list(distributed.parameters()))
+    for ours, plain in zip((*outputs, *found), (*expected, *grads), strict=True):
+        torch.testing.assert_close(ours.to_local(), plain)

@@ -11,6 +11,7 @@ from helpers.outcomes import flat
 from toolkit import Inputs, loss_of, near, train_step
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd.functional import jacobian
 from torch.func import (
     functional_call,
     grad,
@@ -22,7 +23,11 @@ from torch.func import (
     vjp,
     vmap,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import fused_rnn
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 # What the kernels of a device take, and what only the reference has.
@@ -30,6 +35,36 @@ SINGLE_AND_DOUBLE = [torch.float32, torch.float64]
 every_dtype = pytest.mark.parametrize("dtype", SINGLE_AND_DOUBLE, ids=["float32", "float64"])
 every_hx = pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_forward_mode_jacobian_of_a_frozen_layer(name, packed):
+    """Whose tangents come several at a time, and not by torch.func."""
+    layer = getattr(fused_rnn, name)(2, 3).double().requires_grad_(False)
+
+    def output(x):
+        y, _ = layer(PackedSequence(x, torch.tensor([3, 2])) if packed else x)
+        return y.data if packed else y
+
+    x = torch.randn(*((5,) if packed else (3, 2)), 2, dtype=torch.float64)
+    expected = jacobian(output, x)
+    found = jacobian(output, x, vectorize=True, strategy="forward-mode")
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "GRUCell", "LSTMCell"])
+def test_traced_with_symbolic_sizes(name):
+    """By make_fx, of weights as well."""
+    module = getattr(fused_rnn, name)(4, 5)
+
+    def output(parameters, x):
+        return flat(functional_call(module, parameters, (x,)))[0]
+
+    parameters, size = dict(module.named_parameters()), () if name.endswith("Cell") else (6,)
+    traced = make_fx(output, tracing_mode="symbolic")(parameters, torch.randn(*size, 7, 4))
+    x = torch.randn(*(9 for _ in size), 2, 4)
+    torch.testing.assert_close(traced(parameters, x), output(parameters, x))
 
 
 def options_of(variant: str) -> dict:
