@@ -36,13 +36,7 @@ from .layer_call import (
     without_resets,
 )
 from .problem import NO_NOISE, Masks, Noise, Problem, in_memory, wants_gradients
-from .transformed import (
-    are_batched,
-    is_distributed,
-    is_exporting,
-    is_transformed,
-    needs_oracle,
-)
+from .transformed import are_batched, is_exporting, is_transformed, needs_oracle
 
 _library = torch.library.Library("fused_rnn", "DEF")
 _INPUTS = (
@@ -123,7 +117,7 @@ def layer(
         # An exported program is trained through the operator's Autograd kernel, or not at all.
         save = torch.is_grad_enabled() and not is_exporting()
         out = torch.ops.fused_rnn.layer_forward(*inputs, save, states, recompute, "", *noise)
-    elif needs_oracle(x) or is_distributed(x):
+    elif needs_oracle(x):
         call = LayerCall(*inputs, False, states, recompute, "", *noise)
         if (result := derivatives.with_tangents(call, _outputs)) is not None:
             return result

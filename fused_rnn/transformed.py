@@ -29,12 +29,16 @@ def is_exporting() -> bool:
 
 def needs_oracle(x: Tensor) -> bool:
     """Whether only plain torch operations will do: inside a function transform, under
-    forward-mode differentiation, or for a dtype no backend has."""
-    return is_transformed() or forward_ad._current_level >= 0 or x.is_complex()
+    forward-mode differentiation, or for a dtype no backend has or a DTensor."""
+    if is_transformed() or forward_ad._current_level >= 0 or x.is_complex():
+        return True
+    return _is_distributed(x)
 
 
-def is_distributed(x: Tensor) -> bool:
+def _is_distributed(x: Tensor) -> bool:
     """Whether x is a DTensor, which knows how to share out torch's operations, not ours."""
+    if torch.compiler.is_compiling():  # which does not look into that dictionary
+        return False
     tensor = sys.modules.get("torch.distributed.tensor")  # whose import takes a while
     return tensor is not None and isinstance(x, tensor.DTensor)
 

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from helpers.outcomes import flat
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, distribute_module, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_rnn
@@ -303,7 +302,7 @@ def mesh():
     """One of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield init_device_mesh("cpu", (1,))
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
     finally:
         dist.destroy_process_group()
 
@@ -311,6 +310,7 @@ def mesh():
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
 def test_distributed_tensors(name, mesh):
     """A layer whose parameters and arguments are DTensors computes as on plain tensors."""
+    from torch.distributed.tensor import DTensor, Replicate, distribute_module  # not in every torch
 
     def shared(tensor):
         return DTensor.from_local(tensor, mesh, [Replicate()])
