@@ -22,7 +22,7 @@ __attribute__((noinline)) static void backward_tile(const Tile<BackwardRows>& ti
                                                     const PackedMatrix& weights,
                                                     const Pause& pause) {
   const BackwardRows& r = tile.from;
-  const Panel& panel = tile.panel;
+  const Columns& panel = tile.panel;
   const int64_t hidden = weights.columns;
   // A row's own grad_h_n, once; and whatever went round W_hh.
   const bool zoned = MORE && r.zoneout_h.any();
@@ -318,21 +318,28 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
         normed_grad_row<Cell>(from, normed, i, hidden);
       });
     } else {
-      Tiles<BackwardRows> tiles;
       const auto pointwise = [&](const Tile<BackwardRows>& tile, const auto& pause) {
         more ? backward_tile<Cell, true>(tile, to_units, pause)
              : backward_tile<Cell, false>(tile, to_units, pause);
       };
-      for_each(share, to_units, next_step,
-               [&](const BackwardRows& from, const Operand& grad_next, int64_t first, int rows,
-                   const Panel& panel) {
-                 if (!from.grad_next.base) {
-                   return tiles.add_without_product(from, first, rows, panel, pointwise);
-                 }
-                 prefetch_tile<Cell>(from, first, rows, panel, hidden);
-                 tiles.add(panel.vectors, from, grad_next, first, rows, panel, pointwise);
-               });
-      tiles.finish(pointwise);
+      if (is_one_row(to_units, step.rows) && step.into_next > 0) {
+        const BackwardRows& from = kinds[1 - step.from_previous];
+        for_each_group(to_units, share, 1, index, from.grad_next[0], [&](const PanelGroup& group) {
+          group.for_each_tile(from, [&](int, const auto& tile) { pointwise(tile, [] {}); });
+        });
+      } else {
+        Tiles<BackwardRows> tiles;
+        for_each(share, to_units, next_step,
+                 [&](const BackwardRows& from, const Operand& grad_next, int64_t first, int rows,
+                     const Panel& panel) {
+                   if (!from.grad_next.base) {
+                     return tiles.add_without_product(from, first, rows, panel, pointwise);
+                   }
+                   prefetch_tile<Cell>(from, first, rows, panel, hidden);
+                   tiles.add(panel.vectors, from, grad_next, first, rows, panel, pointwise);
+                 });
+        tiles.finish(pointwise);
+      }
     }
     if constexpr (kResetBefore<Cell>) {
       if (meeting) meeting->wait();

@@ -31,7 +31,7 @@ template <int GATES, class To, class Results, class Pause>
 FUSED_RNN_INLINE void store_projected(const Tile<InputRows<To, Results>>& tile,
                                       const PackedMatrix& w, const float* bias,
                                       const Pause& pause) {
-  const Panel& panel = tile.panel;
+  const Columns& panel = tile.panel;
   const int64_t hidden = w.columns;
   const int columns = GATES * panel.vectors;
   for (int gate = 0; gate < GATES; gate++) {
@@ -77,29 +77,60 @@ FUSED_RNN_INLINE void project_panel(const InputRows<To, Results>& r, int64_t cou
 template <class Cell, bool MORE>
 constexpr bool kInTwoParts = FUSED_RNN_VECTOR_WIDTH == 8 && !MORE && Cell::kSavedGates > 0;
 
+// The sums of a row's units, of which gate i's product is at product[i * stride]. `bias` is b_hn,
+// which is no part of the input side.
+template <class Cell>
+FUSED_RNN_INLINE void load_sums(const ForwardRows& r, int64_t row, int64_t unit, int64_t hidden,
+                                int valid, const Vector* product, int stride, Vector bias,
+                                Vector* gx, Vector* gh) {
+  FUSED_RNN_UNROLL
+  for (int gate = 0; gate < Cell::kGates; gate++) {
+    gx[gate] = load(r.gx[row] + gate * hidden + unit, valid);
+    gh[gate] = product[gate * stride];
+  }
+  if constexpr (Cell::kGates == 3) gh[2] += bias;
+}
+
+template <class Cell>
+FUSED_RNN_INLINE Vector load_hidden_bias(const float* hidden_bias, int64_t unit, int valid) {
+  return Cell::kGates == 3 && hidden_bias ? load(hidden_bias + unit, valid) : Vector{};
+}
+
+// The pointwise part of a row's units in two parts.
+template <class Cell>
+FUSED_RNN_INLINE void begin_units(const ForwardRows& r, int64_t row, int64_t unit, int64_t hidden,
+                                  int valid, const Vector* product, int stride, Vector bias,
+                                  Vector* saved) {
+  Vector gx[Cell::kGates], gh[Cell::kGates];
+  load_sums<Cell>(r, row, unit, hidden, valid, product, stride, bias, gx, gh);
+  Cell::begin(gx, gh, saved);
+}
+
+template <class Cell, bool MORE>
+FUSED_RNN_INLINE void finish_units(const ForwardRows& r, int64_t row, int64_t unit, int64_t hidden,
+                                   int valid, Vector* saved) {
+  const auto new_h = [&](Vector h_prev, Vector& c)
+                         __attribute__((always_inline)) { return Cell::finish(saved, h_prev, c); };
+  update_units<Cell, MORE>(r, row, unit, hidden, valid, saved, new_h);
+}
+
 template <class Cell, bool MORE, class Pause>
 FUSED_RNN_INLINE void forward_tile(const Tile<ForwardRows>& tile, const PackedMatrix& w_hh,
                                    const float* hidden_bias, const Pause& pause) {
   constexpr int G = Cell::kGates;
   const ForwardRows& r = tile.from;
-  const Panel& panel = tile.panel;
+  const Columns& panel = tile.panel;
   const int64_t hidden = w_hh.columns, first = tile.first;
   const int columns = G * panel.vectors;
   for (int v = 0; v < panel.vectors; v++) {
     const int64_t unit = panel.column + v * kWidth;
     const int valid = valid_lanes(unit, hidden);
-    const Vector bias = G == 3 && hidden_bias ? load(hidden_bias + unit, valid) : Vector{};
-    const auto load_sums = [&](int m, Vector* gx, Vector* gh) __attribute__((always_inline)) {
-      FUSED_RNN_UNROLL
-      for (int gate = 0; gate < G; gate++) {
-        gx[gate] = load(r.gx[first + m] + gate * hidden + unit, valid);
-        gh[gate] = tile.product[m * columns + gate * panel.vectors + v];
-      }
-      if constexpr (G == 3) gh[2] += bias;
-    };
+    const Vector bias = load_hidden_bias<Cell>(hidden_bias, unit, valid);
+    const auto product_of = [&](int m) { return tile.product + m * columns + v; };
     const auto forward_row = [&](int m) __attribute__((always_inline)) {
       Vector gx[G], gh[G];
-      load_sums(m, gx, gh);
+      load_sums<Cell>(r, first + m, unit, hidden, valid, product_of(m), panel.vectors, bias, gx,
+                      gh);
       pause();
       forward_units<Cell, MORE>(r, first + m, unit, hidden, valid, gx, gh);
     };
@@ -110,19 +141,40 @@ FUSED_RNN_INLINE void forward_tile(const Tile<ForwardRows>& tile, const PackedMa
       }
       Vector saved[kMaxRows][4];
       for (int m = 0; m < tile.rows; m++) {
-        Vector gx[G], gh[G];
-        load_sums(m, gx, gh);
-        Cell::begin(gx, gh, saved[m]);
+        begin_units<Cell>(r, first + m, unit, hidden, valid, product_of(m), panel.vectors, bias,
+                          saved[m]);
       }
       for (int m = 0; m < tile.rows; m++) {
-        const auto new_h = [&](Vector h_prev, Vector& c) __attribute__((always_inline)) {
-          return Cell::finish(saved[m], h_prev, c);
-        };
-        update_units<Cell, MORE>(r, first + m, unit, hidden, valid, saved[m], new_h);
+        finish_units<Cell, MORE>(r, first + m, unit, hidden, valid, saved[m]);
       }
     } else {
       for (int m = 0; m < tile.rows; m++) forward_row(m);
     }
+  }
+}
+
+// The pointwise part of a step of a single row.
+template <class Cell, bool MORE>
+FUSED_RNN_INLINE void forward_group(const ForwardRows& r, const PanelGroup& group,
+                                    const PackedMatrix& w_hh, const float* hidden_bias) {
+  if constexpr (kInTwoParts<Cell, MORE>) {
+    static_assert(kMaxColumns / Cell::kGates == 1);  // vectors of a panel
+    const int64_t hidden = w_hh.columns;
+    Vector saved[kVectorsTogether][4];
+    group.for_each_tile(r, [&](int i, const Tile<ForwardRows>& tile) {
+      const int64_t unit = tile.panel.column;
+      const int valid = valid_lanes(unit, hidden);
+      begin_units<Cell>(r, 0, unit, hidden, valid, tile.product, 1,
+                        load_hidden_bias<Cell>(hidden_bias, unit, valid), saved[i]);
+    });
+    group.for_each_tile(r, [&](int i, const Tile<ForwardRows>& tile) {
+      const int64_t unit = tile.panel.column;
+      finish_units<Cell, MORE>(r, 0, unit, hidden, valid_lanes(unit, hidden), saved[i]);
+    });
+  } else {
+    group.for_each_tile(r, [&](int, const Tile<ForwardRows>& tile) {
+      forward_tile<Cell, MORE>(tile, w_hh, hidden_bias, [] {});
+    });
   }
 }
 
@@ -374,6 +426,12 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
                    const Panel& panel) {
                  candidate_tile<Cell>(from, r_h, first, rows, panel, w_second);
                });
+    } else if (is_one_row(w_hh, step.rows)) {
+      const ForwardRows& from = step.from_previous ? carrying_on : joining;
+      for_each_group(w_hh, share, G, index, from.taken[0], [&](const PanelGroup& group) {
+        more ? forward_group<Cell, true>(from, group, w_hh, p.hidden_bias[d])
+             : forward_group<Cell, false>(from, group, w_hh, p.hidden_bias[d]);
+      });
     } else {
       Tiles<ForwardRows> tiles;
       const auto pointwise = [&](const Tile<ForwardRows>& tile, const auto& pause) {
@@ -391,10 +449,18 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
       if (meeting) meeting->wait();
       const Operand unprojected =
           operand_of(w_second, {joining.y.base, joining.y.stride}, 0, step.rows, memory);
-      for_each_panel(w_second, outputs, 1, index, [&](const Panel& panel) {
-        const InputRows<Element> rows{unprojected, y_here};
-        project_panel<1>(rows, step.rows, panel, w_second, nullptr);
-      });
+      const InputRows<Element> results{unprojected, y_here};
+      if (is_one_row(w_second, step.rows)) {
+        for_each_group(w_second, outputs, 1, index, unprojected.rows, [&](const PanelGroup& group) {
+          group.for_each_tile(results, [&](int, const Tile<InputRows<Element>>& tile) {
+            store_projected<1>(tile, w_second, nullptr, [] {});
+          });
+        });
+      } else {
+        for_each_panel(w_second, outputs, 1, index, [&](const Panel& panel) {
+          project_panel<1>(results, step.rows, panel, w_second, nullptr);
+        });
+      }
       for (int64_t i = 0; of_projected.any() && i < step.rows; i++) {
         const auto& from = i < step.from_previous ? carrying_on.h_prev : h0;
         zone_out_row(of_projected, i, from[i], y_here[i], output_units);

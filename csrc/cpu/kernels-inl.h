@@ -41,6 +41,7 @@ using NormGradParams = NormGradParamsOf<Element>;
 #include "zoneout-inl.h"
 #include "amx-inl.h"
 #include "operand-inl.h"
+#include "one-row-inl.h"
 #include "pack-inl.h"
 #include "reset-before-inl.h"
 #include "units-inl.h"

@@ -155,10 +155,14 @@ static int64_t column_words(int64_t depth, int parts) {
   return words(depth);
 }
 
-// A block of neighbouring columns of a packed matrix, the last one narrower.
-struct Panel {
+// Neighbouring columns of a matrix, of every gate.
+struct Columns {
   int64_t column;  // first of them
   int vectors;     // per gate
+};
+
+// A block of columns of a packed matrix, the last one narrower.
+struct Panel : Columns {
   int parts;
   int64_t depth;
   int64_t begin, end;  // what of the depth a product has
@@ -321,7 +325,7 @@ struct Tile {
   const From& from;
   int64_t first;
   int rows;
-  const Panel& panel;
+  const Columns& panel;
   const Vector* product;  // [rows, columns]
 };
 

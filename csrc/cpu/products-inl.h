@@ -29,7 +29,7 @@ static void input_grad(const InputGradParams& p, int64_t row_begin, int64_t row_
                                    row_end - row_begin, memory);
   Tiles<bool> tiles;  // whose `from` says whether grad_x is added to
   const auto pointwise = [&](const Tile<bool>& tile, const auto& pause) {
-    const Panel& panel = tile.panel;
+    const Columns& panel = tile.panel;
     for (int m = 0; m < tile.rows; m++) {
       for (int v = 0; v < panel.vectors; v++) {
         const int64_t column = panel.column + v * kWidth;
@@ -141,7 +141,7 @@ static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
                       p.stride * (int64_t)(sizeof(Element) / sizeof(BFloat16))};
   Tiles<WeightGradParams> tiles;
   const auto pointwise = [&](const Tile<WeightGradParams>& tile, const auto& pause) {
-    const Panel& panel = tile.panel;
+    const Columns& panel = tile.panel;
     for (int m = 0; m < tile.rows; m++) {
       const int64_t turned = tile.first + m + p.rotate;
       const int64_t row = turned < p.rows ? turned : turned - p.rows;

@@ -72,59 +72,6 @@ static void multiply_step(int columns, int rows, int64_t depth, const StepRows& 
   }
 }
 
-// A chain each (tile-inl.h) of a row times a panel, two in turns: those of one product alone wait
-// for each other, and for the cells' arithmetic at their end.
-template <int COLUMNS>
-__attribute__((noinline)) void multiply_chains(int64_t x_depth, int64_t h_depth, const float* x,
-                                               const float* x_panel, const float* h,
-                                               const float* h_panel, bool add, Vector* x_tile,
-                                               Vector* h_tile) {
-  Vector x_sum[COLUMNS], h_sum[COLUMNS];
-  FUSED_RNN_UNROLL
-  for (int column = 0; column < COLUMNS; column++) x_sum[column] = h_sum[column] = Vector{};
-  const auto advance = [](Vector(&sum)[COLUMNS], Vector value,
-                          const float*& panel) __attribute__((always_inline)) {
-    FUSED_RNN_UNROLL
-    for (int column = 0; column < COLUMNS; column++) {
-      sum[column] = multiply_add(sum[column], value, load(panel + column * kWidth));
-    }
-    panel += COLUMNS * kWidth;
-  };
-  const int64_t both = smaller(x_depth, h_depth);
-  for (int64_t k = 0; k < both; k++) {
-    const Vector x_value = broadcast(x[k]), h_value = broadcast(h[k]);
-    advance(x_sum, x_value, x_panel);
-    advance(h_sum, h_value, h_panel);
-  }
-  for (int64_t k = both; k < x_depth; k++) advance(x_sum, broadcast(x[k]), x_panel);
-  for (int64_t k = both; k < h_depth; k++) advance(h_sum, broadcast(h[k]), h_panel);
-  FUSED_RNN_UNROLL
-  for (int column = 0; column < COLUMNS; column++) {
-    x_tile[column] = add ? x_tile[column] + x_sum[column] : x_sum[column];
-    h_tile[column] = add ? h_tile[column] + h_sum[column] : h_sum[column];
-  }
-}
-
-// The input's and the state's products of a row, each as multiply_tile has it.
-template <int COLUMNS>
-static void multiply_both(int64_t x_depth, int64_t h_depth, const float* x, const float* x_panel,
-                          const float* h, const float* h_panel, Vector* x_tile, Vector* h_tile) {
-  int64_t k = 0;
-  for (; k == 0 || (k < x_depth && k < h_depth); k += kChain) {
-    multiply_chains<COLUMNS>(smaller(kChain, x_depth - k), smaller(kChain, h_depth - k), x + k,
-                             x_panel + k * COLUMNS * kWidth, h + k, h_panel + k * COLUMNS * kWidth,
-                             k > 0, x_tile, h_tile);
-  }
-  const auto rest = [k](int64_t depth, const float* a, const float* panel, Vector* tile) {
-    for (int64_t at = k; at < depth; at += kChain) {
-      multiply_chain<COLUMNS, 1>(smaller(kChain, depth - at), a + at, 0,
-                                 panel + at * COLUMNS * kWidth, true, tile);
-    }
-  };
-  rest(x_depth, x, x_panel, x_tile);
-  rest(h_depth, h, h_panel, h_tile);
-}
-
 // Which columns of a packed matrix of `units` columns a panel has, and where its data begin.
 template <class Word>
 struct StepPanel {
@@ -236,8 +183,8 @@ static void packed_step_of(const PackedStepParams& p, int64_t begin, int64_t end
     Vector input_tile[kTile], hidden_tile[kTile];
     if constexpr (kTogether) {
       if (p.batch == 1 && columns == kColumns && !p.input_side) {
-        multiply_both<kColumns>(p.input, p.output, p.x.first, side.data, p.h_prev.first, panel.data,
-                                input_tile, hidden_tile);
+        multiply_both<kColumns>({p.input, p.x.first, side.data, input_tile},
+                                {p.output, p.h_prev.first, panel.data, hidden_tile});
         finish(0, 0, panel.unit, kColumns / G, input_tile, hidden_tile);
         continue;
       }
