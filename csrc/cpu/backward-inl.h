@@ -322,11 +322,13 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
         more ? backward_tile<Cell, true>(tile, to_units, pause)
              : backward_tile<Cell, false>(tile, to_units, pause);
       };
-      if (is_one_row(to_units, step.rows) && step.into_next > 0) {
+      if (is_one_row(to_units, 1, step.rows) && step.into_next > 0) {
+        // One row with a next step is of the first kind if it has a previous one, else the second.
         const BackwardRows& from = kinds[1 - step.from_previous];
-        for_each_group(to_units, share, 1, index, from.grad_next[0], [&](const PanelGroup& group) {
-          group.for_each_tile(from, [&](int, const auto& tile) { pointwise(tile, [] {}); });
-        });
+        for_each_panel_group(
+            to_units, share, 1, index, from.grad_next[0], [&](const PanelGroup& group) {
+              group.for_each(from, [&](int, const auto& tile) { pointwise(tile, [] {}); });
+            });
       } else {
         Tiles<BackwardRows> tiles;
         for_each(share, to_units, next_step,

@@ -161,18 +161,18 @@ FUSED_RNN_INLINE void forward_group(const ForwardRows& r, const PanelGroup& grou
     static_assert(kMaxColumns / Cell::kGates == 1);  // vectors of a panel
     const int64_t hidden = w_hh.columns;
     Vector saved[kVectorsTogether][4];
-    group.for_each_tile(r, [&](int i, const Tile<ForwardRows>& tile) {
+    group.for_each(r, [&](int i, const Tile<ForwardRows>& tile) {
       const int64_t unit = tile.panel.column;
       const int valid = valid_lanes(unit, hidden);
       begin_units<Cell>(r, 0, unit, hidden, valid, tile.product, 1,
                         load_hidden_bias<Cell>(hidden_bias, unit, valid), saved[i]);
     });
-    group.for_each_tile(r, [&](int i, const Tile<ForwardRows>& tile) {
+    group.for_each(r, [&](int i, const Tile<ForwardRows>& tile) {
       const int64_t unit = tile.panel.column;
       finish_units<Cell, MORE>(r, 0, unit, hidden, valid_lanes(unit, hidden), saved[i]);
     });
   } else {
-    group.for_each_tile(r, [&](int, const Tile<ForwardRows>& tile) {
+    group.for_each(r, [&](int, const Tile<ForwardRows>& tile) {
       forward_tile<Cell, MORE>(tile, w_hh, hidden_bias, [] {});
     });
   }
@@ -426,9 +426,9 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
                    const Panel& panel) {
                  candidate_tile<Cell>(from, r_h, first, rows, panel, w_second);
                });
-    } else if (is_one_row(w_hh, step.rows)) {
+    } else if (is_one_row(w_hh, G, step.rows)) {
       const ForwardRows& from = step.from_previous ? carrying_on : joining;
-      for_each_group(w_hh, share, G, index, from.taken[0], [&](const PanelGroup& group) {
+      for_each_panel_group(w_hh, share, G, index, from.taken[0], [&](const PanelGroup& group) {
         more ? forward_group<Cell, true>(from, group, w_hh, p.hidden_bias[d])
              : forward_group<Cell, false>(from, group, w_hh, p.hidden_bias[d]);
       });
@@ -450,12 +450,13 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
       const Operand unprojected =
           operand_of(w_second, {joining.y.base, joining.y.stride}, 0, step.rows, memory);
       const InputRows<Element> results{unprojected, y_here};
-      if (is_one_row(w_second, step.rows)) {
-        for_each_group(w_second, outputs, 1, index, unprojected.rows, [&](const PanelGroup& group) {
-          group.for_each_tile(results, [&](int, const Tile<InputRows<Element>>& tile) {
-            store_projected<1>(tile, w_second, nullptr, [] {});
-          });
-        });
+      if (is_one_row(w_second, 1, step.rows)) {
+        for_each_panel_group(
+            w_second, outputs, 1, index, unprojected.rows, [&](const PanelGroup& group) {
+              group.for_each(results, [&](int, const Tile<InputRows<Element>>& tile) {
+                store_projected<1>(tile, w_second, nullptr, [] {});
+              });
+            });
       } else {
         for_each_panel(w_second, outputs, 1, index, [&](const Panel& panel) {
           project_panel<1>(results, step.rows, panel, w_second, nullptr);

@@ -26,8 +26,9 @@ constexpr int64_t kCallRowsInParts = 512;
 constexpr int64_t kUnitsInParts = 96;
 constexpr int64_t kGateUnitsInParts = 128;
 
-// With so few rows the columns of a panel lie side by side: in halves a row takes 1.1 times as long
-// where weights are in L2. Two rows take as long there, and beyond it 1.2 times less.
+// Of so many rows a thread multiplies panels whose columns lie side by side: in halves a single row
+// takes 1.1 times as long where weights are in L2. Two rows take as long either way there, and from
+// L3 and beyond 1.2 times less in halves.
 constexpr int64_t kRowsSideBySide = 1;
 
 // A result of so many bytes is worth keeping when it is freed.
@@ -125,7 +126,7 @@ class LayerCall {
   PackedMatrix pack_gates(const E* weights, int64_t depth, int64_t columns, int gates,
                           int64_t rows) {
     PackGatesParamsOf<E> p{weights, gates, packed(depth, columns, gates, parts(rows), true)};
-    p.packed.in_halves = rows > kRowsSideBySide;
+    p.packed.in_halves = in_halves(rows);
     waiting_.push_back({panel_count(p.packed, isa_.width),
                         [this, p](int64_t begin, int64_t end) { isa_.pack_gates(p, begin, end); }});
     return p.packed;
@@ -134,7 +135,7 @@ class LayerCall {
   PackedMatrix pack_columns(const E* matrix, int64_t depth, int64_t columns, int64_t rotate,
                             int64_t rows, bool split_units = false) {
     PackColumnsParamsOf<E> p{matrix, rotate, packed(depth, columns, 1, parts(rows), split_units)};
-    p.packed.in_halves = rows > kRowsSideBySide;
+    p.packed.in_halves = in_halves(rows);
     waiting_.push_back({panel_count(p.packed, isa_.width), [this, p](int64_t begin, int64_t end) {
                           isa_.pack_columns(p, begin, end);
                         }});
@@ -181,6 +182,11 @@ class LayerCall {
   // Words of 32 bits that hold so many elements.
   static int64_t words(int64_t elements) {
     return ceil_div(elements, static_cast<int64_t>(sizeof(float) / sizeof(E)));
+  }
+
+  // Whether panels that products of so many rows take are better in halves (PackedMatrix).
+  bool in_halves(int64_t rows) const {
+    return (plan_.units ? rows : rows / row_shares()) > kRowsSideBySide;
   }
 
   int64_t row_shares() const {

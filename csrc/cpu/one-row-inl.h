@@ -1,12 +1,13 @@
-// Products of a single row, for which a core would wait at the end of every panel: for the cells'
+// Steps of a single row, for which a core would wait at the end of every panel: for the cells'
 // arithmetic, of which there is a vector or a few, and for the weights of the next panel. Panels
-// are multiplied two at a time, and the cells of several follow together. With AVX2 on a Zen 3
-// LSTM and GRU take 1.15 to 1.35 times less so at H = 64 to 1024, RNN 1.05 to 1.3. Of two or three
-// rows the products alone keep a core as busy.
+// are multiplied two at a time, and the cells of up to twelve vectors of units follow together.
+// With AVX2 on a Zen 3 LSTM and GRU take 1.15 to 1.35 times less so at H = 64 to 1024, RNN 1.05
+// to 1.3. Of two or three rows the products alone keep a core as busy. Layers that normalise, GRUs
+// that reset before the product and the gradient of the state before the first step do without.
 
 constexpr bool kPanelsTogether = FUSED_RNN_VECTOR_WIDTH == 8;
 
-// Of those of a scan, so many vectors of units have their cells together.
+// So many vectors of units have their products, and LSTM's and GRU's their cells, together.
 constexpr int kVectorsTogether = 12;
 
 // tile [1, columns] = a row times a panel.
@@ -85,22 +86,9 @@ static void multiply_both(const RowProduct& one, const RowProduct& other) {
   finish(other);
 }
 
-FUSED_RNN_INLINE void multiply_two(int columns, const RowProduct& one, const RowProduct& other) {
-  switch (columns) {
-    case 1:
-      return multiply_both<1>(one, other);
-    case 2:
-      return multiply_both<2>(one, other);
-    case 3:
-      return multiply_both<3>(one, other);
-    default:
-      return multiply_both<4>(one, other);
-  }
-}
-
-// Whether a product of so many rows with m is such a one.
-FUSED_RNN_INLINE bool is_one_row(const PackedMatrix& m, int64_t rows) {
-  return kPanelsTogether && rows == 1 && !m.in_halves;
+// Whether a product of so many rows with a matrix of so many gates is such a one.
+FUSED_RNN_INLINE bool is_one_row(const PackedMatrix& m, int gates, int64_t rows) {
+  return kPanelsTogether && rows == 1 && !(m.in_halves && has_halves(gates * m.vectors));
 }
 
 // Some panels of a matrix and the products of a row with them.
@@ -111,7 +99,7 @@ struct PanelGroup {
 
   // Calls body(number, tile) for every panel.
   template <class From, class Body>
-  FUSED_RNN_INLINE_METHOD void for_each_tile(const From& from, const Body& body) const {
+  FUSED_RNN_INLINE_METHOD void for_each(const From& from, const Body& body) const {
     for (int i = 0; i < count; i++) {
       body(i, Tile<From>{from, 0, 1, panels[i], products + i * stride});
     }
@@ -120,8 +108,8 @@ struct PanelGroup {
 
 // Calls body(group) for the share's panels of m, in the order of for_each_panel.
 template <class Body>
-FUSED_RNN_INLINE void for_each_group(const PackedMatrix& m, const Share& share, int gates,
-                                     int64_t step, const Element* row, const Body& body) {
+FUSED_RNN_INLINE void for_each_panel_group(const PackedMatrix& m, const Share& share, int gates,
+                                           int64_t step, const Element* row, const Body& body) {
   PanelGroup group;
   group.stride = gates * m.vectors;
   const int64_t most = kVectorsTogether / (2 * m.vectors) * 2;
@@ -140,8 +128,10 @@ FUSED_RNN_INLINE void for_each_group(const PackedMatrix& m, const Share& share, 
         if (one.vectors == other.vectors) {
           i++;
           Vector* other_product = add(other);
-          multiply_two(gates * one.vectors, {one.depth, row, one.data, product},
-                       {other.depth, row, other.data, other_product});
+          for_columns(gates * one.vectors, [&]<int COLUMNS>() {
+            multiply_both<COLUMNS>({one.depth, row, one.data, product},
+                                   {other.depth, row, other.data, other_product});
+          });
           continue;
         }
       }

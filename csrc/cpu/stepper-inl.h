@@ -14,21 +14,6 @@ constexpr int kStepRows =
     : kTwoColumnsAtATime && kNumbersOf<Word> > kPairs ? 4
                                                       : vector_rows(kStepColumns);
 
-// Calls body.operator()<columns>().
-template <class Body>
-FUSED_RNN_INLINE void for_columns(int columns, Body body) {
-  switch (columns) {
-    case 1:
-      return body.template operator()<1>();
-    case 2:
-      return body.template operator()<2>();
-    case 3:
-      return body.template operator()<3>();
-    default:
-      return body.template operator()<4>();
-  }
-}
-
 // Calls multiply.operator()<COLUMNS, ROWS, ALL>(first) for pieces of the columns of a panel,
 // `first` being a piece's first one, ALL how many there are, and ROWS those of a tile of `rows`, up
 // to MOST.

@@ -11,8 +11,9 @@ constexpr int kMaxColumns = 4;
 // Rows of a tile of `columns` vectors: as many as the registers hold. AVX-512 and ARM have 32, of
 // which ARM's compiler takes one for each row's value: with AVX-512's rows it keeps sums in memory.
 // Measured with AVX-512 on a prototype of this tile: 3 columns of 8 rows and 4 of 6 reach 92% of
-// FMA peak, 4 of 4 reach 73%. AVX2's 16 are one too few for 4 columns of 3 rows, which reach 66% of
-// it; 2 columns of 6 rows and then 2 more reach 99%. Without FMA that gains nothing.
+// FMA peak, 4 of 4 reach 73%. AVX2's 16 are one too few for 4 columns of 3 rows with a register for
+// each column, which reach 66% of it; 2 columns of 6 rows and then 2 more reach 99%. Without FMA
+// that gains nothing.
 constexpr bool kTwoColumnsAtATime = FUSED_RNN_VECTOR_WIDTH == 8;
 
 constexpr int vector_rows(int columns) {
@@ -67,9 +68,9 @@ constexpr bool kAsksAhead = FUSED_RNN_VECTOR_WIDTH == 8;
 // weights are in L2, and 1.2 to 2 times beyond.
 constexpr bool has_halves(int columns) { return kTwoColumnsAtATime && columns == 4; }
 
-// Three rows of four columns fit into AVX2's registers if these hold a value of each row and one
-// column, instead of the columns and one value: 88 GFLOP/s on a Zen 3 instead of 65 from L2, of
-// which two columns at a time get no more, since six sums are too few to hide their latency.
+// Three rows of four columns do fit into AVX2's registers with a value of each row and one column
+// at a time: from L2 88 GFLOP/s on a Zen 3. Two columns and then two more reach 65, for six sums
+// are too few to hide their latency.
 template <int COLUMNS, int ROWS>
 constexpr bool kColumnAtATime = kTwoColumnsAtATime && COLUMNS == 4 && ROWS == 3;
 
@@ -139,17 +140,18 @@ __attribute__((noinline)) void multiply_chain(int64_t depth, const Element* a, i
       if (k + 1 < depth) advance(k + 1, high, word_at);
     }
   } else {
-    const auto step = [&](int64_t k) __attribute__((always_inline)) {
+    const auto multiply_word = [&](int64_t at) __attribute__((always_inline)) {
       if constexpr (kColumnAtATime<COLUMNS, ROWS>) {
-        advance_rows(k);
+        advance_rows(at);
       } else {
         load_panel(b);
-        advance(k, b, word_at);
+        advance(at, b, word_at);
       }
     };
     if constexpr (kAsksAhead) {
       // Two lines of 64 bytes every four steps, which gcc unrolled would keep sums in memory for.
-      // One would not do where rows are few: three tiles ask for three quarters of a panel then.
+      // One would not do where rows are few: three tiles of four rows or more, which go through a
+      // panel twice, ask for three quarters of the next one then.
       if (ahead && ahead->next < ahead->end) {
         const char* next = ahead->next;
         for (; k + 4 <= depth; k += 4) {
@@ -157,12 +159,12 @@ __attribute__((noinline)) void multiply_chain(int64_t depth, const Element* a, i
           __builtin_prefetch(next + 64, 0, 2);
           next += 128;
           FUSED_RNN_NO_UNROLL
-          for (int i = 0; i < 4; i++) step(k + i);
+          for (int i = 0; i < 4; i++) multiply_word(k + i);
         }
         ahead->next = next;
       }
     }
-    for (; k + kPairs <= depth; k += kPairs) step(k);
+    for (; k + kPairs <= depth; k += kPairs) multiply_word(k);
 #if defined(FUSED_RNN_BFLOAT16)
     if (k < depth) {
       load_panel(b);
@@ -214,6 +216,21 @@ void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, 
     }
   }
   multiply_tile<COLUMNS, ROWS, ALL, BESIDE>(depth, a, a_stride, panel, tile, ahead);
+}
+
+// Calls body.operator()<columns>().
+template <class Body>
+FUSED_RNN_INLINE void for_columns(int columns, Body body) {
+  switch (columns) {
+    case 1:
+      return body.template operator()<1>();
+    case 2:
+      return body.template operator()<2>();
+    case 3:
+      return body.template operator()<3>();
+    default:
+      return body.template operator()<4>();
+  }
 }
 
 template <class Word>
