@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_rnn
 from fused_rnn import dispatch, stack, testing
 from fused_rnn import problem as problem_module
+from fused_rnn.backends import cuda_stack
 from fused_rnn.layer_call import make_problem
 from fused_rnn.testing import TORCH_CELLS, LayerCase
 
@@ -105,6 +106,18 @@ def test_inference_gives_the_same_numbers_as_training():
         assert torch.equal(other[0], y)
         assert torch.equal(other[1][0], h_n) and torch.equal(other[1][1], c_n)
         assert not other[0].requires_grad
+
+
+def test_gradients_of_weights_follow_the_scans_as_these_end(monkeypatch):
+    """In emulation there is no stream for them to wait on; but which one they would."""
+    numbers, beside = [], cuda_stack._beside
+    monkeypatch.setattr(
+        cuda_stack, "_beside", lambda *args: (numbers.append(args[1]), beside(*args))[1]
+    )
+    case = StackCase("gru", 7, 3, 16, 4, 2)
+    with fused_rnn.backend(BACKEND):
+        run_stack(make_stack(case), case)
+    assert numbers == [0, 1, 2, 3]  # backward the last layer's scan is the first
 
 
 def test_batch_first_and_initial_states_of_zero():

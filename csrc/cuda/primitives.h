@@ -250,9 +250,10 @@ FUSED_RNN_DEVICE void load_transposed(uint32_t (&m)[4], uint32_t row) {
                : "memory");
 }
 
+// Volatile, or the compiler might move it into a branch that only some of a warp's lanes take.
 FUSED_RNN_DEVICE uint32_t transpose(uint32_t m) {
   uint32_t result;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(m));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(m));
   return result;
 }
 

@@ -112,7 +112,7 @@ def backward(
     needs_of_layers = equal_parts(needs.weights, layers)
     found: list[InputGrads] = []
     for layer in reversed(range(layers)):  # in the order in which their scans end
-        with _beside(x.device, layer) as results:
+        with _beside(x.device, layers - 1 - layer) as results:
             one = input_grads(
                 problem,
                 ScanGrads(grad_gates[layer], grad_h0, grad_c0),
@@ -151,12 +151,13 @@ def _how(x: Tensor, layers: int) -> tuple[str, bool, int, list[int]]:
     streams = [0] * layers
     if x.is_cuda:
         caller = torch.cuda.current_stream(x.device)
-        streams = [_stream_of(caller, layer).cuda_stream for layer in range(layers)]
+        streams = [_stream_of(caller, number).cuda_stream for number in range(layers)]
     return requested_regime(), float32_precision() == "tf32", current_stream(x), streams
 
 
 def _stream_of(caller: torch.cuda.Stream, number: int) -> torch.cuda.Stream:
-    """One for each layer's number that works for that stream, which a graph may be capturing."""
+    """One for each number of a layer, counted as their scans begin: backward from the last one. It
+    works for that stream, which a graph may be capturing."""
     return _made(caller.device, caller.cuda_stream, number)
 
 
@@ -166,16 +167,17 @@ def _made(device: torch.device, caller: int, number: int) -> torch.cuda.Stream:
 
 
 @contextmanager
-def _beside(device: torch.device, layer: int) -> Iterator[list[Tensor | None]]:
-    """A `with` block whose work on a GPU follows the layer's scans on a stream of its own,
-    and what comes after the block follows it. The block puts its results into the list."""
+def _beside(device: torch.device, number: int) -> Iterator[list[Tensor | None]]:
+    """A `with` block whose work on a GPU follows the scans of the layer of that number on a stream
+    of its own, and what comes after the block follows it. The block puts its results into the
+    list."""
     results: list[Tensor | None] = []
     if device.type != "cuda":
         yield results
         return
     caller = torch.cuda.current_stream(device)
     side = _stream_of(caller, -1)
-    side.wait_stream(_stream_of(caller, layer))
+    side.wait_stream(_stream_of(caller, number))
     with torch.cuda.stream(side):
         yield results
     for tensor in results:
