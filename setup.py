@@ -2,8 +2,8 @@
 
 The CPU library is built wherever there is a C++ compiler; without one the package installs as pure
 Python. The CUDA library takes nvcc, no GPU and some minutes, and is built when it is asked for:
-FUSED_RNN_CUDA=1, =auto (when nvcc is there), or FORCE_CUDA=1 (or fail). FUSED_RNN_EMULATE=1 builds
-the CUDA kernels for the CPU, for tests.
+FUSED_RNN_CUDA=1, =auto (when nvcc is there), or FORCE_CUDA=1 (or fail without it).
+FUSED_RNN_EMULATE=1 builds the CUDA kernels for the CPU, for tests.
 
 The metadata is in pyproject.toml. Environment: CXX names the compiler, MAX_JOBS the
 compilations at a time, TORCH_CUDA_ARCH_LIST and NVCC_THREADS are as for torch's own extensions,

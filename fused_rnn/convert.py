@@ -60,7 +60,9 @@ def replace(model: _Module, *, strict: bool = False) -> _Module:
 def restore(model: _Module, *, strict: bool = False) -> _Module:
     """Turns every recurrent module of ours inside `model` back into torch.nn's, in place.
 
-    The reverse of `replace`, with the same arguments, result and errors.
+    The reverse of `replace`, with the same arguments, result and errors. A module with an option
+    that torch.nn lacks and that changes what it computes, from `layer_norm` to `stateful`, stays
+    ours: a warning, or with `strict` an error.
 
     Example:
         >>> import fused_rnn

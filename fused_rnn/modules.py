@@ -384,6 +384,7 @@ class RNN(_RecurrentLayers):
             call; the others are divided by 1 - p (Merity et al. 2018). Runs on every kernel.
         init: "uniform" as torch.nn has it, or "orthogonal": W_hh orthogonal (Saxe et al. 2014),
             W_ih Glorot uniform, both gate by gate, and biases zero.
+        device, dtype: of the parameters.
 
     Inputs:
         input: [T, B, I] (or [B, T, I]), [T, I] unbatched, or a PackedSequence. The dtype, any

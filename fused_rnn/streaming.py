@@ -184,8 +184,9 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
     Args:
         module: an RNN, GRU or LSTM of ours or of torch.nn, in one direction, with any number of
             layers. Its weights are copied: later changes of the module do not reach the stepper.
-            Nothing is dropped out, as in eval mode, `batch_first` has no meaning, and hooks are
-            not called, but for those that compute weights: once, here.
+            Nothing is dropped out, as in eval mode, and `batch_first` has no meaning. Where steps
+            run from packed weights, hooks are not called, but for those that compute weights:
+            once, here. Other steps call a copy of the module, with its hooks.
         weight_dtype: `torch.bfloat16` keeps the matrices of a float32 module in half the memory,
             which is what a step's time goes to: as if they had been rounded to 8 bits of
             precision. All arithmetic, biases, states, x and y stay float32. `torch.int8` keeps
