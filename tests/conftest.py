@@ -1,11 +1,13 @@
 """Fixtures and settings that every test file may use."""
 
+import gc
 import os
 from contextlib import ExitStack
 
 import pytest
 import torch
 from helpers.inputs import HALVES
+from helpers.needs import INSTRUCTION_SETS
 from helpers.ways import Ways
 from hypothesis import settings
 
@@ -27,6 +29,13 @@ def pytest_addoption(parser):
         default="fused_rnn",
         help="whose modules tests/toolbox is run on",
     )
+
+
+def pytest_collection_finish(session):
+    """Some tests collect garbage to see what is left. Thousands of collected tests, torch and all
+    else that stays would take each of them a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +81,7 @@ def set_capability(cpu_backend):
         yield lambda name: stack.enter_context(testing.cpu_capability(name))
 
 
-@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
+@pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request, set_capability):
     """The cpu backend with each instruction set in turn, those the machine lacks skipped."""
     set_capability(request.param)

@@ -631,7 +631,7 @@ def test_gradients_that_nothing_flows_into_are_none():
     grads = torch.autograd.grad(y.sum() * 0 + x.sum(), [x])
     assert torch.equal(grads[0], torch.ones_like(x))
     other = torch.ones(1, requires_grad=True)
-    assert torch.autograd.grad(other.sum(), [x], allow_unused=True) == (None,)
+    assert torch.autograd.grad(y.sum(), [other], allow_unused=True) == (None,)
 
 
 def test_outputs_are_differentiable_only_where_they_should_be():

@@ -43,12 +43,18 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def rows_of(program, tmp_path, *options):
+@pytest.fixture
+def rows_of(modules, monkeypatch, num_threads, tmp_path):
     """What a program that lets ways take turns has measured."""
-    path = tmp_path / "rows.json"
-    result = run(program, *options, "--rounds", 2, "--json", path)
-    assert result.returncode == 0, result.stderr
-    return json.loads(path.read_text())
+
+    def call(program, *options):
+        path = tmp_path / "rows.json"
+        arguments = [program, *options, "--rounds", 2, "--json", path]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        import_module(program.removesuffix(".py")).main()
+        return json.loads(path.read_text())
+
+    return call
 
 
 def measured(modules, case, *names, seconds=0.0):
@@ -77,8 +83,8 @@ def test_program_writes_what_it_measured(modules, tmp_path, capsys):
 
 
 @measures_the_library
-def test_streaming_program(tmp_path):
-    (row,) = rows_of("streaming.py", tmp_path, "--cell", "gru", "--hidden", 9)
+def test_streaming_program(rows_of):
+    (row,) = rows_of("streaming.py", "--cell", "gru", "--hidden", 9)
     assert all(0 < row["least_us"][way] <= row["median_us"][way] for way in row["least_us"])
     steppers = {"stepper", "bf16 stepper", "int8 stepper"}
     assert steppers | {"layer", "nn layer", "nn cell"} == row["least_us"].keys()
@@ -86,9 +92,9 @@ def test_streaming_program(tmp_path):
 
 @measures_the_library
 @pytest.mark.parametrize("part", ["sequence", "step"])
-def test_quantised_program(tmp_path, part):
+def test_quantised_program(rows_of, part):
     options = ("--cell", "gru", "--cell", "lstm", "--shape", "3,2,19", "--threads", 1)
-    gru, lstm = rows_of("quantised.py", tmp_path, *options, "--part", part)
+    gru, lstm = rows_of("quantised.py", *options, "--part", part)
     ways = {"ours", "torch int8", "torch.nn", "bfloat16", "float32"}
     assert gru["ms"].keys() == gru["errors"].keys() == ways
     assert ways <= lstm["ms"].keys() <= ways | {"ONNX Runtime int8"}
@@ -409,18 +415,18 @@ def test_precision_leaves_cudnn_on_and_puts_everything_back(modules):
 
 
 @pytest.mark.parametrize("part", ["training", "inference"])
-def test_ragged_program(tmp_path, part):
+def test_ragged_program(rows_of, part):
     options = ("--cell", "lstm", "--shape", "6,3,9", "--part", part)
-    (row,) = rows_of("ragged.py", tmp_path, *options)
+    (row,) = rows_of("ragged.py", *options)
     assert row["shape"] == [6, 3, 9] and row["part"] == part
     assert {"full", "lengths", "packed", "resets", "nn packed"} == row["ns"].keys()
     assert all(time > 0 for time in row["ns"].values())
 
 
 @pytest.mark.parametrize("part", ["penalty", "forward"])
-def test_second_order_program(tmp_path, part):
+def test_second_order_program(rows_of, part):
     options = ("--cell", "gru", "--cell", "lstm", "--shape", "6,3,9", "--threads", 1)
-    gru, lstm = rows_of("second_order.py", tmp_path, *options, "--part", part)
+    gru, lstm = rows_of("second_order.py", *options, "--part", part)
     ways = {"ours", "plain operations"}
     assert gru["ms"].keys() == ways | {"torch.nn"}
     assert lstm["ms"].keys() == ways | ({"torch.nn"} if part == "penalty" else set())
@@ -428,26 +434,26 @@ def test_second_order_program(tmp_path, part):
 
 
 @pytest.mark.parametrize("part", ["samples", "ensemble"])
-def test_transforms_program(tmp_path, part):
+def test_transforms_program(rows_of, part):
     options = ("--cell", "lstm", "--shape", "6,3,9", "--threads", 1, "--part", part)
-    (row,) = rows_of("transforms.py", tmp_path, *options)
+    (row,) = rows_of("transforms.py", *options)
     assert row["ms"].keys() == {"ours", "plain operations", "torch.nn in a loop"}
     assert all(time > 0 for time in row["ms"].values())
 
 
 @pytest.mark.parametrize("part", [pytest.param("training", marks=pytest.mark.slow), "inference"])
-def test_graphs_program(tmp_path, part):
+def test_graphs_program(rows_of, part):
     options = ("--cell", "gru", "--shape", "2,3,4", "--threads", 1, "--rounds", 1, "--part", part)
-    (row,) = rows_of("graphs.py", tmp_path, *options)
+    (row,) = rows_of("graphs.py", *options)
     assert row["ms"].keys() == {"ours", "ours, eager", "torch.nn"}
     assert all(time > 0 for time in row["ms"].values())
 
 
 @measures_the_library
 @pytest.mark.parametrize("part", ["training", "inference"])
-def test_regularised_program(tmp_path, part):
+def test_regularised_program(rows_of, part):
     options = ("--cell", "gru", "--cell", "lstm", "--shape", "6,3,9", "--threads", 1)
-    gru, lstm = rows_of("regularised.py", tmp_path, *options, "--part", part)
+    gru, lstm = rows_of("regularised.py", *options, "--part", part)
     drawn = {"recurrent dropout"} if part == "training" else set()
     ways = {"plain", "zoneout", "layer norm", "all of these"} | drawn
     assert {one["way"] for one in gru["ms"]} == ways
@@ -459,16 +465,28 @@ def test_regularised_program(tmp_path, part):
 @measures_the_library
 def test_usage_program(tmp_path):
     path = tmp_path / "usage.json"
-    options = ("--cell", "lstm", "--shape", "3,2,4,5", "--seconds", 0.01)
+    options = ["--cell", "lstm", "--shape", "3,2,4,5", "--seconds", 0.01]
+    half, cell, autocast = "bfloat16, one timestep", "cell, x[:, t]", "autocast to bfloat16"
+    for way in (half, cell, autocast):
+        options += ["--way", way]
     result = run("usage.py", *options, "--json", path)
     assert result.returncode == 0, result.stderr
-    assert "cell, x[:, t]" in result.stdout
+    assert cell in result.stdout
     rows = json.loads(path.read_text())
     ways = {row["way"] for row in rows}
-    # torch.nn's LSTM cannot in float16 on every CPU, nor under autocast without AVX-512.
-    assert len({name for name in ways if "float16" not in name}) == 11
-    assert {"bfloat16", "bfloat16, one timestep"} <= ways
-    line = next(line for line in result.stdout.splitlines() if "autocast to bfloat16" in line)
-    assert ("torch.nn cannot" in line) == ("autocast to bfloat16" not in ways)
+    assert ways - {autocast} == {half, cell}
+    # torch.nn's LSTM cannot under autocast without AVX-512.
+    line = next(line for line in result.stdout.splitlines() if autocast in line)
+    assert ("torch.nn cannot" in line) == (autocast not in ways)
     assert {row["part"] for row in rows} == {"inference", "training"}
     assert all(row["ms"] > 0 and row["nn_ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_usage_compares_every_way(modules, training):
+    import usage
+
+    cannot = {name for name in usage.WAYS if not usage.calls(name, "LSTM", (3, 2, 4, 5), training)}
+    # torch.nn's LSTM cannot in float16 on every CPU, nor under autocast without AVX-512.
+    assert all("float16" in name for name in cannot)
+    assert not {"bfloat16", "bfloat16, one timestep"} & cannot

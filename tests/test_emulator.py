@@ -504,8 +504,7 @@ def objects(tmp_path_factory):
                 name = f"{cell}_{element}_{params}"
                 commands[name] = scan_command(ROOT, cell, element, params)
     with ThreadPoolExecutor(2) as pool:
-        for name, command in commands.items():
-            pool.submit(run, [*command, "-o", str(folder / f"{name}.o")])
+        list(pool.map(lambda n: run([*commands[n], "-o", str(folder / f"{n}.o")]), commands))
     return {name: folder / f"{name}.o" for name in commands}
 
 

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.needs import skip_unless_supported
+from helpers.needs import each_instruction_set, skip_unless_supported
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -111,8 +111,10 @@ def _small_batches(cell: str) -> list[LayerCase]:
 
 def _in_chunks(cell: str) -> list[LayerCase]:
     """Whose gradients of gates, more than 8 MiB, become those of the weights in two rounds."""
-    units = 33 if CELLS[cell].gates > 1 else 130
+    gates = CELLS[cell].gates
+    units = 45 if gates > 1 else 130
     case = LayerCase(cell, 60, 300, 9, units, directions=2)
+    assert 4 * case.timesteps * case.batch_size * gates * units > 8 << 20
     cases = [case, replace(case, proj_size=17)] if CELLS[cell].has_c else [case]
     return [*cases, *_in_bfloat16(cases)]
 
@@ -148,7 +150,6 @@ def _tiles(cell: str) -> list[LayerCase]:
 
 
 def _params(cases, marks=()):
-    """The instruction set, a fixture's parameter, changes fastest: expectations are shared."""
     dtypes = {torch.float32: "", torch.bfloat16: "-bfloat16"}
     return [
         pytest.param(case, id=f"{cell}-{case}{dtypes[case.dtype]}", marks=marks)
@@ -169,6 +170,7 @@ def _check(case: LayerCase) -> None:
     testing.assert_accurate(actual, *_expectations(case), case)
 
 
+@each_instruction_set
 @pytest.mark.parametrize("case", [*_params(_fast_cases), *_params(_slow_cases, [pytest.mark.slow])])
 def test_accuracy(case, instruction_set):
     assert native.cpu_capability() == instruction_set
@@ -176,12 +178,14 @@ def test_accuracy(case, instruction_set):
     _check(case)
 
 
+@each_instruction_set
 @pytest.mark.parametrize("case", _params(_in_chunks))
 def test_accuracy_in_chunks(case, instruction_set):
     skip_unless_supported("cpu", testing.make_inputs(case))
     _check(case)
 
 
+@each_instruction_set
 @pytest.mark.parametrize("case", _params(_panels))
 def test_accuracy_of_panels(case, instruction_set):
     _check(case)
@@ -254,6 +258,7 @@ def _small_batches_of_every_dtype(cell: str) -> list[LayerCase]:
     return [*_small_batches(cell), *_in_bfloat16(_small_batches(cell))]
 
 
+@each_instruction_set
 @pytest.mark.parametrize("case", _params(_small_batches_of_every_dtype))
 def test_accuracy_of_small_batches_on_several_threads(case, instruction_set, num_threads):
     num_threads(3)

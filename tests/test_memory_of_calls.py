@@ -87,8 +87,7 @@ for cell, suffix, sizes in (("gru", "", (7, 3)), ("lstm", "", (7, 3)), ("rnn_tan
 def test_all_memory_is_written():
     """The same bits whatever fresh memory holds: glibc fills it with a byte that it is told."""
     found = {
-        output_of(UNWRITTEN, MALLOC_PERTURB_=byte, PYTHONHASHSEED="0")
-        for byte in ("0", "85", "170")
+        output_of(UNWRITTEN, MALLOC_PERTURB_=byte, PYTHONHASHSEED="0") for byte in ("85", "170")
     }
     assert len(found) == 1 and "\n" in found.pop()
 

@@ -2,7 +2,8 @@
 
 For each entry of `module_db` for a recurrent module or cell: its sample inputs (ours against
 torch.nn's from the same seed, and against the entry's reference function), its error inputs, and
-those of the generic checks of torch's test/test_modules.py that apply to one device.
+those of the generic checks of torch's test/test_modules.py that apply to one device: slow where
+test_modules.py, test_autograd.py and toolbox/test_transforms.py have tests of their own.
 """
 
 from __future__ import annotations
@@ -218,6 +219,7 @@ def test_default_dtype(info):
         torch.set_default_dtype(before)
 
 
+@pytest.mark.slow
 @every_mode()
 def test_pickle(info, training):
     for _, ours, args in built(info, torch.float64, training):
@@ -240,6 +242,7 @@ def test_repr(info):
         assert str(ours) == str(theirs)
 
 
+@pytest.mark.slow
 @every_mode()
 def test_save_load_state_dict_between_both(info, training):
     for theirs, ours, args in built(info, torch.float64, training):
@@ -271,6 +274,7 @@ def test_state_dict_hooks(info):
         assert logs[1] == logs[0] and len(logs[1]) == 4
 
 
+@pytest.mark.slow
 @every_mode()
 def test_module_hooks(info, training):
     """torch's test_hooks: each kind of hook sees the same and may replace the same."""
@@ -306,6 +310,7 @@ def shapes(value):
     return [shapes(v) for v in value] if isinstance(value, tuple) else value
 
 
+@pytest.mark.slow
 @every_mode()
 def test_non_contiguous_tensors(info, training):
     for _, ours, args in built(info, torch.float64, training):
@@ -342,6 +347,7 @@ def run_in_place(module: nn.Module, args: tuple) -> dict[str, Tensor]:
     return result
 
 
+@pytest.mark.slow
 @every_mode()
 def test_conversion_of_dtype_in_place(info, training):
     """torch's test_to and test_cpu_gpu_parity in what a CPU can tell."""
@@ -373,6 +379,7 @@ def check_gradients(info: ModuleInfo, training: bool, check) -> None:
         assert check(call, [t.detach().clone().requires_grad_() for t in flat])
 
 
+@pytest.mark.slow
 @every_info
 def test_gradcheck(info):
     check_gradients(info, True, partial(gradcheck, fast_mode=True))

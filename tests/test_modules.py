@@ -25,6 +25,7 @@ from helpers.named_outcomes import (
     to,
 )
 from helpers.outcomes import flat
+from helpers.pairs import pairs
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
@@ -114,9 +115,17 @@ def option_cross() -> list:
     return cases
 
 
-@pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("variant", "options"), option_cross())
+@pytest.mark.parametrize(
+    ("variant", "options", "form", "with_hx"),
+    pairs(
+        option_cross(),
+        [
+            pytest.param(form, with_hx, id=f"{form}-{'hx' if with_hx else 'zeros'}")
+            for form, with_hx in itertools.product(FORMS, (False, True))
+        ],
+        one_in=3,
+    ),
+)
 def test_options(variant, options, form, with_hx):
     theirs, ours = pair(variant, **options)
     exact = doubled(theirs)
@@ -345,6 +354,8 @@ def test_conversions_of_dtype(variant):
         result, expected = run(ours, x), run(theirs, x)
         assert result.keys() == expected.keys()
         assert {t.dtype for t in result.values()} == {dtype}
+        if dtype in (torch.float32, torch.float64):
+            assert_same_numbers(result, expected, roundings=256)
 
 
 @every_variant
@@ -442,7 +453,7 @@ def test_weight_set_from_a_transposed_tensor():
 
 @every_variant
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("shape", [(1, 3), (5, 0), (1, 0), (1, 1), (300, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3), (5, 0), (1, 0), (1, 1), (60, 1)], ids=str)
 def test_extreme_shapes(variant, batch_first, shape):
     timesteps, batch = shape
     options = dict(num_layers=2, bidirectional=True, batch_first=batch_first, dtype=torch.float64)
@@ -680,9 +691,9 @@ def test_frozen_parameters(variant):
                 parameter.requires_grad_(name not in frozen)
         x, hx = make_input("padded"), make_states(ours)
         assert_same(ours, theirs, x, hx)
-        x, hx = (to_absolute(v) for v in (x.detach(), tuple_of(hx)))
-        assert_same(ours, theirs, x.detach())
-        grads = {k for k in run(ours, x.detach()) if k.startswith("grad")}
+        x = x.detach()
+        assert_same(ours, theirs, x)
+        grads = {k for k in run(ours, x) if k.startswith("grad")}
         assert grads == {f"grad of {n}" for n in names if n not in frozen}
     assert not ours(make_input("padded").detach())[0].requires_grad
 

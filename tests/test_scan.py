@@ -1,18 +1,14 @@
 """Every backend, cell, dtype and shape against the float64 oracle, straight from the tables."""
 
 import functools
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.needs import skip_unless_supported
+from helpers.needs import each_instruction_set, skip_unless_supported
 
 import fused_rnn
-from fused_rnn import native, testing
+from fused_rnn import testing
 from fused_rnn.backends.reference import ReferenceBackend
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase
@@ -184,15 +180,27 @@ def test_accuracy(backend, case, loss):
     testing.assert_accurate(actual, *_expectations(case, loss), case)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(replace(case, dtype=dtype), id=f"{cell}-{str(dtype)[6:]}-{case}")
-        for cell in CELLS
-        for case in _masked_cases(cell)
-        for dtype in DTYPES
-    ],
-)
+def _masked(*dtypes):
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(replace(case, dtype=dtype), id=f"{cell}-{str(dtype)[6:]}-{case}")
+            for cell in CELLS
+            for case in _masked_cases(cell)
+            for dtype in dtypes
+        ],
+    )
+
+
+@each_instruction_set
+@_masked(torch.float32, torch.bfloat16)
+def test_accuracy_of_masks_with_every_instruction_set(case, instruction_set):
+    skip_unless_supported("cpu", testing.make_inputs(case))
+    actual = testing.results_of_draws(testing.run_layer, case)
+    testing.assert_accurate(actual, *_expectations(case, "all"), case)
+
+
+@_masked(*DTYPES)
 def test_accuracy_of_the_reference_where_the_host_does_not_know_the_masks(case, monkeypatch):
     """As on a GPU, on the CPU."""
     monkeypatch.setattr(ReferenceBackend, "takes_masks", lambda *_: True)
@@ -325,47 +333,3 @@ def test_several_threads(backend, case, loss, num_threads):
     with fused_rnn.backend(backend):
         actual = testing.results_of_draws(testing.run_layer, case)
     testing.assert_accurate(actual, *expectations, case)
-
-
-def _in_a_new_process(capability: str, *command: str) -> subprocess.CompletedProcess:
-    """The C++ library chooses its instruction set once per process."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
-    env["FUSED_RNN_CPU_CAPABILITY"] = capability
-    return subprocess.run(
-        [sys.executable, *command],
-        env=env,
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-@pytest.mark.parametrize("capability", ["amx", "avx512", "avx2", "portable"])
-def test_cpu_capability(capability):
-    """Each instruction set the CPU library has passes the fast tests of its backend."""
-    if reason := native.cpu_library_error():
-        pytest.skip(reason)
-    if capability == native.cpu_capability():
-        pytest.skip("is what this process runs with")
-    ask = "from fused_rnn import native; native.cpu_library_error(); print(native.cpu_capability())"
-    answer = _in_a_new_process(capability, "-c", ask)
-    if "this CPU does not have it" in answer.stderr or "expected one of" in answer.stderr:
-        pytest.skip(f"{capability} is not to be had here")
-    assert answer.stdout.strip() == capability, answer.stderr
-    run = _in_a_new_process(
-        capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow",
-        "-k", "test_accuracy and [cpu- and not only_", __file__,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    assert " passed" in run.stdout
-
-
-def test_unknown_cpu_capability_is_an_error_that_names_those_there_are():
-    if reason := native.cpu_library_error():
-        pytest.skip(reason)
-    ask = "from fused_rnn import native; native.cpu_library_error(); native.cpu_capability()"
-    answer = _in_a_new_process("mmx", "-c", ask)
-    assert answer.returncode != 0
-    assert "FUSED_RNN_CPU_CAPABILITY: expected one of" in answer.stderr
-    assert "portable" in answer.stderr and "'mmx'" in answer.stderr

@@ -387,7 +387,7 @@ def test_plain_operations_do_the_rest(case, answers):
     y, *_ = module(x, **masks)
     first = torch.autograd.grad(y.square().sum(), [x, *module.parameters()], create_graph=True)
     found = torch.autograd.grad(sum(g.square().sum() for g in first), list(module.parameters()))
-    assert set(answers.taken()) <= {False}
+    assert True not in answers.taken()
     assert all(torch.isfinite(g).all() for g in found)
 
 

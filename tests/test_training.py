@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.pairs import pairs, params
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -81,12 +82,19 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("lengths", [[7, 6, 3, 1], [2, 7, 1, 5]], ids=["sorted", "unsorted"])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 5e-5)], ids=["f64", "f32"]
+    ("dtype", "tolerance", "lengths", "optimizer"),
+    pairs(
+        params({"f64": (torch.float64, 1e-11), "f32": (torch.float32, 5e-5)}),
+        [
+            pytest.param(lengths, optimizer, id=f"{name}-{optimizer}")
+            for name, lengths in {"sorted": [7, 6, 3, 1], "unsorted": [2, 7, 1, 5]}.items()
+            for optimizer in OPTIMIZERS
+        ],
+        one_in=2,
+    ),
 )
-def test_same_losses_after_replace(optimizer, lengths, dtype, tolerance):
+def test_same_losses_after_replace(dtype, tolerance, lengths, optimizer):
     before = train(OPTIMIZERS[optimizer], dtype, lambda model: model, lengths)
     after = train(OPTIMIZERS[optimizer], dtype, fused_rnn.replace, lengths)
     assert after == pytest.approx(before, rel=tolerance)

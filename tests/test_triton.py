@@ -52,36 +52,26 @@ def _python(*arguments, timeout=1200, **environment):
     )
 
 
-def _interpreted(selection, marks, file):
+def _interpreted(selection, marks, files):
     done = _python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-m", marks,
-        "-k", selection, HERE / file, timeout=7200, TRITON_INTERPRET="1",
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:faker", "-W", "ignore",
+        "-m", marks, "-k", selection, *(HERE / file for file in files),
+        timeout=7200, TRITON_INTERPRET="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
 # Each part imports torch and triton anew: so few that two workers are busy.
-PARTS = [
-    ("gru and not reset_before", "test_triton_interpreter.py"),
-    ("reset_before", "test_triton_interpreter.py"),
-    ("lstm", "test_triton_interpreter.py"),
-    ("not (gru or lstm)", "test_triton_interpreter.py"),
-    ("test", "test_triton_exchange.py"),
-]
+LSTM_AND_MORE = "(lstm or not gru) and not test_triton_exchange"
+FILES = ("test_triton_interpreter.py", "test_triton_exchange.py")
 
 
 @needs_triton
-@pytest.mark.parametrize(("selection", "file"), PARTS)
-def test_in_the_interpreter(selection, file):
-    _interpreted(selection, "not slow", file)
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize(("selection", "file"), PARTS[:4])
-def test_in_the_interpreter_at_length(selection, file):
-    _interpreted(selection, "slow", file)
+@pytest.mark.parametrize("selection", [LSTM_AND_MORE, f"not ({LSTM_AND_MORE})"])
+@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_the_interpreter(marks, selection):
+    _interpreted(selection, marks, FILES)
 
 
 @functools.cache

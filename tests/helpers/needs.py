@@ -4,6 +4,11 @@ import pytest
 
 from fused_rnn import direct, native, testing
 
+INSTRUCTION_SETS = ("amx", "avx512", "avx2", "portable")
+# The fixture, above the parameters of a case: it changes fastest, and what is expected of the case
+# is computed once.
+each_instruction_set = pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+
 needs_library = pytest.mark.skipif(
     native.cpu_library_error() is not None, reason=str(native.cpu_library_error())
 )

@@ -36,7 +36,7 @@ def _products_in_full():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def library(pytestconfig):
     return {"fused_rnn": fused_rnn, "torch.nn": nn}[pytestconfig.getoption("--library")]
 

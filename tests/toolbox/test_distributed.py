@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
 import socket
@@ -91,27 +90,29 @@ def full_parameters(model) -> list[torch.Tensor]:
     return [p.detach().clone() for p in whole]
 
 
-def work(rank: int, port: int, kind: str, library: str, queue) -> None:
+def work(rank: int, port: int, library: str, queue) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
-        results = JOBS[kind](rank, importlib.import_module(library))
+        module = importlib.import_module(library)
+        results = {kind: job(rank, module) for kind, job in JOBS.items()}
         # As arrays: tensors would be shared through this process, which is about to end.
         queue.put((rank, torch.utils._pytree.tree_map(lambda t: t.numpy(), results)))
     finally:
         dist.destroy_process_group()
 
 
-def run_everywhere(kind: str, library) -> list:
-    """What each rank's job gives. A rank that dies is an error here, and how long the others wait
-    is gloo's to say: on a busy machine two processes need minutes to begin."""
+@pytest.fixture(scope="module")
+def ranks(library) -> list[dict]:
+    """What the jobs of each rank give. A rank that dies is an error here, and how long the others
+    wait is gloo's to say: on a busy machine two processes need minutes to begin."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     queue = CONTEXT.Queue()
     processes = [
-        CONTEXT.Process(target=work, args=(rank, port, kind, library.__name__, queue))
+        CONTEXT.Process(target=work, args=(rank, port, library.__name__, queue))
         for rank in range(WORLD)
     ]
     for process in processes:
@@ -201,9 +202,9 @@ def in_one_process(accumulate: int, library) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_losses_of_two_processes_are_those_of_one(kind, library):
+def test_losses_of_two_processes_are_those_of_one(kind, library, ranks):
     """The same global batch: the same losses and parameters, with and without accumulation."""
-    ranks = run_everywhere(kind, library)
+    ranks = [results[kind] for results in ranks]
     for accumulate in (1, 2):
         expected = in_one_process(accumulate, library)
         for results in ranks:
@@ -218,20 +219,18 @@ def test_losses_of_two_processes_are_those_of_one(kind, library):
             )
 
 
-def test_each_process_carries_states_of_its_own():
-    for rank, results in enumerate(run_everywhere("stateful", fused_rnn)):
+def test_each_process_carries_states_of_its_own(ranks):
+    for rank, results in enumerate(ranks):
         model = Stateful()
-        for window, y in zip(text_of(rank), results, strict=True):
+        for window, y in zip(text_of(rank), results["stateful"], strict=True):
             torch.testing.assert_close(y, model(window))
 
 
-def test_ddp_model_still_says_what_runs():
-    """`explain` and `restore` look through wrappers, which hold the very same modules."""
-    wrapped = nn.Sequential(fused_rnn.GRU(3, 4))
+def test_layers_within_a_wrapper_are_restored():
+    """As DistributedDataParallel has them: as its attribute `module`."""
     holder = nn.Module()
-    holder.module = wrapped
-    copied = copy.deepcopy(holder)
-    assert type(fused_rnn.restore(copied).module[0]) is nn.GRU
+    holder.module = nn.Sequential(fused_rnn.GRU(3, 4))
+    assert type(fused_rnn.restore(holder).module[0]) is nn.GRU
 
 
 def lightning_module(lightning, library):
