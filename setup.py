@@ -114,14 +114,31 @@ def wants_cuda() -> bool:
     return False
 
 
+def host_compiler(command: list[str]) -> str:
+    """The compiler itself, for nvcc, of a command that may begin with a cache."""
+    caches = ("ccache", "sccache", "distcc")
+    return next(
+        (word for word in command if Path(word).name not in caches and not word.startswith("-")),
+        command[0],
+    )
+
+
 def architecture_flags() -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST: numbers, of which +PTX adds the portable form."""
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST: numbers, of which +PTX adds the portable form. Those
+    below 8.0, which the lists of some containers have for torch, are left out."""
     flags = []
     names = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
-    for name in names.replace(" ", ";").split(";"):
+    for name in filter(None, names.replace(" ", ";").split(";")):
         number = name.removesuffix("+PTX").replace(".", "")
+        if number.isdecimal() and int(number) < 80:
+            say(f"TORCH_CUDA_ARCH_LIST: leaving out {name}: the kernels need 8.0 or newer")
+            continue
         codes = [f"sm_{number}", *([f"compute_{number}"] if name.endswith("+PTX") else [])]
         flags.append(f"-gencode=arch=compute_{number},code=[{','.join(codes)}]")
+    if not flags:
+        raise SystemExit(
+            f"fused_rnn: TORCH_CUDA_ARCH_LIST: expected one of 8.0 or newer, got {names!r}"
+        )
     return flags
 
 
@@ -227,12 +244,13 @@ class BuildExt(build_ext):
         out.rule("compile", f"{compile_} $flags -MMD -MF $out.d -c $in -o $out", "compile $in",
                  depfile="$out.d", deps="gcc")  # fmt: skip
         out.rule("link", f"{shlex.join([*compiler, *shared])} $in $flags -o $out", "link $out")
-        nvcc = ["nvcc", "-ccbin", compiler[0], *NVCC_FLAGS, *architecture_flags()]
-        nvcc += ["--threads", os.environ["NVCC_THREADS"]] if is_set("NVCC_THREADS") else []
-        out.rule("nvcc", f"{ninja_flags(nvcc)} $flags -MD -MF $out.d -c $in -o $out", "nvcc $out",
-                 depfile="$out.d", deps="gcc")  # fmt: skip
-        out.rule("nvcc_link", f"{shlex.join(nvcc[:3])} -shared -cudart static $in $flags -o $out",
-                 "link $out")  # fmt: skip
+        if any(ext.name == CUDA_LIBRARY for ext in self.extensions):
+            nvcc = ["nvcc", "-ccbin", host_compiler(compiler), *NVCC_FLAGS, *architecture_flags()]
+            nvcc += ["--threads", os.environ["NVCC_THREADS"]] if is_set("NVCC_THREADS") else []
+            out.rule("nvcc", f"{ninja_flags(nvcc)} $flags -MD -MF $out.d -c $in -o $out",
+                     "nvcc $out", depfile="$out.d", deps="gcc")  # fmt: skip
+            link = f"{shlex.join(nvcc[:3])} -shared -cudart static"
+            out.rule("nvcc_link", f"{link} $in $flags -o $out", "link $out")
         for ext in self.extensions:
             cuda = ext.name == CUDA_LIBRARY
             options = self.library_options if ext.name in LIBRARIES else self.module_options

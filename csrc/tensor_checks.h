@@ -25,8 +25,8 @@ std::string shape_text(const Sizes& sizes) {
 // it, as FSDP does with weights that are not in use.
 inline bool has_memory(const torch::stable::Tensor& tensor) {
   int64_t bytes = 0, offset = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  FUSED_RNN_TORCH_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  FUSED_RNN_TORCH_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
   const int64_t count = tensor.numel();
   const auto element = static_cast<int64_t>(tensor.element_size());
   return count == 0 || offset + count <= bytes / element;

@@ -4,9 +4,29 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // 2.11 does not have it, 2.13 does
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
+#include <stdexcept>
+#include <string>
+
+// Null where torch is older than 2.13.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace fused_rnn {
+
+// What torch says of the call that has just failed in this thread, as that memory ran out, before
+// what is known without it.
+inline std::string said_by_torch(const std::string& text) {
+  if (torch_exception_get_what_without_backtrace == nullptr) return text;
+  const std::string said = torch_exception_get_what_without_backtrace();
+  if (said.empty() || text.find(said) != std::string::npos) return text;
+  return said + " (" + text + ")";
+}
+
+}  // namespace fused_rnn
+
+#define FUSED_RNN_TORCH_CHECK(call)                                                    \
+  if ((call) != TORCH_SUCCESS) {                                                       \
+    throw std::runtime_error(fused_rnn::said_by_torch("torch's call failed: " #call)); \
+  }
 
 // Null where torch is older than 2.11.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(

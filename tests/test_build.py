@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -207,7 +208,7 @@ def test_import_is_light():
 
         new = set(sys.modules) - before
         heavy = ("triton", "torch.utils.cpp_extension", "torch._inductor", "torch._dynamo", "ninja")
-        heavy += ("torch.utils.flop_counter",)
+        heavy += ("torch.utils.flop_counter", "fused_rnn.testing", "hypothesis", "pytest")
         loaded = sorted(name for name in new if name.startswith(heavy))
         assert not loaded, loaded
         assert not torch.cuda.is_initialized()
@@ -229,3 +230,36 @@ def test_skip_build_at_run_time_hides_the_library():
         PYTHONPATH=str(ROOT),
         FUSED_RNN_SKIP_BUILD="1",
     )
+
+
+@pytest.fixture
+def of_setup(monkeypatch):
+    """What setup.py defines, without a build."""
+    setuptools = pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("ninja")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_architectures_too_old_for_the_kernels_are_left_out(of_setup, monkeypatch, capsys):
+    """The list of a container is for torch, which has kernels for them."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0 9.0a;12.0+PTX ")
+    assert of_setup["architecture_flags"]() == [
+        "-gencode=arch=compute_80,code=[sm_80]",
+        "-gencode=arch=compute_90a,code=[sm_90a]",
+        "-gencode=arch=compute_120,code=[sm_120,compute_120]",
+    ]
+    assert "leaving out 7.5: the kernels need 8.0 or newer" in capsys.readouterr().err
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
+    with pytest.raises(SystemExit, match=r"expected one of 8.0 or newer, got '7.0;7.5\+PTX'"):
+        of_setup["architecture_flags"]()
+
+
+@pytest.mark.parametrize(
+    ("command", "compiler"),
+    [("g++", "g++"), ("ccache g++", "g++"), ("/usr/bin/ccache clang++ -m64", "clang++")],
+)
+def test_nvcc_gets_a_compiler(of_setup, command, compiler):
+    """Which it runs in ways of its own: no command of several words."""
+    assert of_setup["host_compiler"](command.split()) == compiler

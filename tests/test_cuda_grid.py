@@ -155,6 +155,24 @@ def test_a_cta_that_never_runs_is_an_error_not_a_hang(library, hidden):
     assert torch.equal(y, again)
 
 
+@pytest.mark.parametrize("cell", KERNELS)
+@pytest.mark.parametrize("hidden", [20, 90])
+def test_a_cta_that_begins_late_is_waited_for(library, cell, hidden):
+    """As another kernel may hold its SM: for longer than any later message takes."""
+    case = LayerCase(cell, 4, 3, 3, hidden)
+    results = []
+    for rounds in (0, 100):
+        inputs = testing.make_inputs(case).leaves()
+        with fused_rnn.backend(BACKEND):
+            library.delay_a_cta(rounds)
+            outputs = testing.run_layer(inputs)
+            library.delay_a_cta(rounds)
+            outputs[0].sum().backward()
+        results.append([*outputs, *(leaf.grad for leaf in inputs.tensors.values())])
+    for on_time, late in zip(*results, strict=True):
+        assert torch.equal(on_time, late)
+
+
 def test_explain_says_where_it_runs(monkeypatch, ampere):
     monkeypatch.setenv("FUSED_RNN_BACKEND", BACKEND)
     monkeypatch.delenv("FUSED_RNN_CUDA_REGIME")

@@ -104,8 +104,8 @@ int32_t dtype_of(NumberType type) {
 // Not scalar_type() and layout(), which throw for kinds they do not know.
 Array strided_array_of(const Tensor& tensor) {
   int32_t dtype = 0, layout = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  FUSED_RNN_TORCH_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  FUSED_RNN_TORCH_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
   const bool fits = layout == aoti_torch_layout_strided() && tensor.is_cpu() && has_memory(tensor);
   for (NumberType type : kNumberTypes) {
     if (!fits || dtype != dtype_of(type)) continue;
@@ -124,8 +124,8 @@ Tensor empty(const int64_t* sizes, int64_t dimensions, int32_t dtype, bool swapp
   int64_t strides[3];
   set_strides(sizes, dimensions, swapped, strides);
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  FUSED_RNN_TORCH_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides, dtype,
+                                                 aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -100,12 +100,12 @@ Tensor empty_saved(int64_t directions, int64_t count, int64_t width) {
   }
   constexpr int32_t kNoIndex = -1;
   AtenTensorHandle handle = nullptr;
-  const AOTITorchError error =
+  const AOTITorchError from_blob =
       torch_from_blob(block.data, 3, sizes, strides, 0, aoti_torch_dtype_float32(),
                       aoti_torch_device_type_cpu(), kNoIndex, &handle, aoti_torch_layout_strided(),
                       nullptr, 0, give_back, reinterpret_cast<void*>(block.bytes));
-  if (error != AOTI_TORCH_SUCCESS) std::free(block.data);
-  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  if (from_blob != AOTI_TORCH_SUCCESS) std::free(block.data);
+  FUSED_RNN_TORCH_CHECK(from_blob);
   return Tensor(handle);
 }
 

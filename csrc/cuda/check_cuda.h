@@ -1,6 +1,6 @@
 #pragma once
 
-// What CUDA answers, and with FUSED_RNN_LOG=1 which launch it was about.
+// What CUDA answers, and whether FUSED_RNN_LOG=1 wants to hear of every launch.
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
@@ -50,31 +50,6 @@ inline bool is_captured([[maybe_unused]] void* stream) {
 inline bool is_logging() {
   const char* value = std::getenv("FUSED_RNN_LOG");
   return value != nullptr && *value != '\0' && std::string(value) != "0";
-}
-
-// Throws what the work on the stream ended with. In a graph's capture there is nothing to wait for.
-inline void check_stream([[maybe_unused]] void* stream) {
-#if !defined(FUSED_RNN_EMULATED)
-  if (!is_captured(stream)) check_cuda(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
-#endif
-}
-
-// Runs what launches, on the stream; errors, and lines of the log, have `what` it is in them.
-template <class Launch>
-void run_logged(const std::string& what, void* stream, const Launch& launch) {
-  const bool logs = is_logging();
-  const char* where = ", in work that was launched before ";
-  try {
-    if (logs) {
-      std::fprintf(stderr, "fused_rnn: %s\n", what.c_str());
-      check_stream(stream);
-    }
-    where = ", in ";
-    launch();
-    if (logs) check_stream(stream);
-  } catch (const std::exception& error) {
-    throw std::runtime_error(error.what() + (where + what));
-  }
 }
 
 }  // namespace fused_rnn

@@ -106,7 +106,9 @@ struct Machine {
 Machine machine;
 std::mt19937_64 random_bits;
 std::mutex one_launch_at_a_time;
+// What becomes of the last CTA of the next cooperative launch.
 bool cta_is_lost = false;
+int64_t cta_delay = 0;
 std::atomic<bool> recording_fails = false;
 // Stacks live on: making one costs more than a small kernel.
 std::vector<std::unique_ptr<char[]>> stacks;
@@ -373,6 +375,12 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
     const auto place = [&grid](int rank) { return Place{0, 0, rank % grid.x, rank / grid.x}; };
     prepare(grid, static_cast<size_t>(grid.x * grid.y - (cta_is_lost ? 1 : 0)), kernel, place);
     cta_is_lost = false;
+    if (const int64_t rounds = std::exchange(cta_delay, 0); rounds > 0) {
+      for (auto fiber = machine.fibers.end() - grid.threads; fiber != machine.fibers.end();
+           fiber++) {
+        fiber->ready = [rounds] { return machine.idle_rounds >= rounds; };
+      }
+    }
     run_prepared();
     return;
   }
@@ -388,6 +396,11 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
 void lose_a_cta() {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   cta_is_lost = true;
+}
+
+void delay_a_cta(int64_t rounds) {
+  const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
+  cta_delay = rounds;
 }
 
 void give(void* stream, std::function<void()> work) {

@@ -51,5 +51,7 @@ bool fails_to_record();
 
 // The last CTA of the next cooperative launch never gets to run.
 void lose_a_cta();
+// Or begins only when the others have waited for it in vain for so many rounds.
+void delay_a_cta(int64_t rounds);
 
 }  // namespace fused_rnn::emulator

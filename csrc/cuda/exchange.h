@@ -22,6 +22,10 @@ class Exchange {
   static constexpr uint32_t kNan = 0xffffffffu;
   // The top bit of an exponent, of the second of two numbers or of the only one: any would do.
   static constexpr uint32_t kTagBit = 1u << 30;
+  // The first message also waits for CTAs that have yet to begin, for as long as kernels of others
+  // hold their SMs: an all-reduce may wait for a rank that is busy elsewhere. CUDA promises that
+  // all CTAs of a grid run in the end, not when. NCCL gives up first, after ten minutes.
+  static constexpr int64_t kFirstTimes = 128;
 
  public:
   // `given_up` is in shared memory.
@@ -91,7 +95,7 @@ class Exchange {
         FUSED_RNN_UNROLL
         for (int i = 0; i < kBatch; i++) wrong |= wrong_tags(pieces[i], message);
         if ((wrong & kTagBit) == 0) break;
-        if (spin_clock() - start > patience_) {
+        if (spin_clock() - start > (message == 1 ? kFirstTimes * patience_ : patience_)) {
           give_up(message);
           there = false;
         }

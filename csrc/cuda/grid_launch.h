@@ -1,5 +1,5 @@
-// Launches of scans over the whole grid. All CTAs of one are resident at once, or it fails; one
-// that runs has its device to itself as far as others of its kind are concerned, since two that
+// Launches of scans over the whole grid. All CTAs of one fit on the device at once, or it fails;
+// one that runs has its device to itself as far as others of its kind are concerned, since two that
 // share the SMs would each wait for CTAs that never begin. The host waits for nothing.
 #pragma once
 
@@ -36,7 +36,8 @@ class GridTurn {
 
 #else
 
-// Clocks of an SM: some ten seconds, where a message takes microseconds.
+// Clocks of an SM: some ten seconds, where a message takes microseconds. The first is waited for
+// longer, see exchange.h.
 inline constexpr int64_t kPatience = int64_t{1} << 34;
 
 // The turn of one scan on a device. It begins on its stream when the one before has ended on its

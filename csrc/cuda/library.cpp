@@ -7,13 +7,17 @@
 
 #include <array>
 #include <cstdint>
+#include <cstdio>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../plan.h"
+#include "../torch_compat.h"
 #include "border.h"
+#include "check_cuda.h"
 #include "grid_launch.h"
 #include "instances.h"
 #include "kernels.h"
@@ -29,6 +33,34 @@
 
 namespace fused_rnn {
 namespace {
+
+// Throws what the work on the stream ended with. In a graph's capture there is nothing to wait for.
+void check_stream([[maybe_unused]] void* stream) {
+#if !defined(FUSED_RNN_EMULATED)
+  if (!is_captured(stream)) check_cuda(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
+#endif
+}
+
+// Runs what launches, on the stream; errors, and lines of the log, have `what` it is in them.
+template <class Launch>
+void run_logged(const std::string& what, void* stream, const Launch& launch) {
+  const bool logs = is_logging();
+  const char* where = ", in work that was launched before ";
+  try {
+    if (logs) {
+      std::fprintf(stderr, "fused_rnn: %s\n", what.c_str());
+      check_stream(stream);
+    }
+    where = ", in ";
+    launch();
+    if (logs) check_stream(stream);
+  } catch (const std::exception& error) {
+    // torch's own headers tell which call failed, and not why.
+    std::string why = error.what();
+    if (why.find("API call failed at") != std::string::npos) why = said_by_torch(why);
+    throw std::runtime_error(why + (where + what));
+  }
+}
 
 #if defined(FUSED_RNN_EMULATED)
 
@@ -446,6 +478,7 @@ void device_op(int64_t capability, int64_t processors, int64_t max_cluster, bool
 }
 
 void lose_a_cta_op() { emulator::lose_a_cta(); }
+void delay_a_cta_op(int64_t rounds) { emulator::delay_a_cta(rounds); }
 void fail_to_record_op() { emulator::fail_to_record(); }
 #endif
 
@@ -508,6 +541,7 @@ STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
   m.def("seed(int seed) -> ()");
   m.def("device(int capability, int processors, int max_cluster, bool is_shared=False) -> ()");
   m.def("lose_a_cta() -> ()");
+  m.def("delay_a_cta(int rounds) -> ()");
   m.def("fail_to_record() -> ()");
 #endif
 }
@@ -528,6 +562,7 @@ STABLE_TORCH_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("seed", TORCH_BOX(&fused_rnn::seed_op));
   m.impl("device", TORCH_BOX(&fused_rnn::device_op));
   m.impl("lose_a_cta", TORCH_BOX(&fused_rnn::lose_a_cta_op));
+  m.impl("delay_a_cta", TORCH_BOX(&fused_rnn::delay_a_cta_op));
   m.impl("fail_to_record", TORCH_BOX(&fused_rnn::fail_to_record_op));
 #endif
 }

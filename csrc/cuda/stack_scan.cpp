@@ -17,8 +17,7 @@ using torch::stable::Tensor;
 // A torch operator whose last argument is its output.
 template <size_t count>
 void call(const char* name, const char* overload, std::array<StableIValue, count> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  FUSED_RNN_TORCH_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes what is returned, and drops it
 }
 

@@ -59,8 +59,7 @@ class Product {
 
   template <size_t count>
   void call(const char* overload, std::array<StableIValue, count> stack) const {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher(name_, overload, stack.data(), TORCH_ABI_VERSION));
+    FUSED_RNN_TORCH_CHECK(torch_call_dispatcher(name_, overload, stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // takes what is returned, and drops it
   }
 
