@@ -247,6 +247,18 @@ def test_an_old_gpu(as_on_a_gpu, monkeypatch):
     assert dispatch.BACKENDS["triton"].unsupported(_problem(device_index=1)) == expected
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_triton_cannot_launch(as_on_a_gpu, monkeypatch):
+    """As without the C compiler that it makes its launcher with; here without a GPU."""
+    pytest.importorskip("triton")
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    reason = dispatch.BACKENDS["triton"].unsupported(_problem(device_index=0))
+    assert reason.startswith("triton cannot launch kernels: ")
+
+
 def test_the_gpu_is_that_of_the_tensors(as_on_a_gpu, monkeypatch):
     """Whichever is current: cards in one machine may differ."""
     kinds = [planner.Device("sm90", 132, 232448, True), planner.Device("sm80", 108, 166912, False)]
@@ -291,9 +303,20 @@ def test_a_refused_launch_goes_on_one_step_at_a_time(as_on_a_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("allowed", "precision"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")]
+    ("family", "allowed", "precision"),
+    [
+        ("sm90", "highest", "ieee"),
+        ("sm90", "high", "tf32"),
+        ("sm90", "medium", "tf32"),
+        ("gfx942", "high", "tf32"),
+        ("gfx90a", "high", "ieee"),  # for which Triton has no TF32
+    ],
 )
-def test_products_are_exact_unless_torch_may_use_tf32(allowed, precision, as_on_a_gpu):
+def test_products_are_exact_unless_torch_may_use_tf32(
+    family, allowed, precision, as_on_a_gpu, monkeypatch
+):
+    device = planner.Device(family, 104, 65536, False)
+    monkeypatch.setattr(backend, "device_facts", lambda index: device)
     before, seen = torch.get_float32_matmul_precision(), []
     torch.set_float32_matmul_precision(allowed)
     try:

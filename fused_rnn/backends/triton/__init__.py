@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ class TritonBackend(Backend):
         from . import launch
 
         try:
-            return scan(problem, self._plan(problem), float32_precision(), *args)
+            return scan(problem, self._plan(problem), _precision(problem), *args)
         except launch.RefusedLaunchError as error:
             # As where another process has a part of the multiprocessors. Known from here on, even
             # where a warning is an error.
@@ -151,7 +152,7 @@ class TritonBackend(Backend):
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return scan(problem, self._plan(problem), float32_precision(), *args)
+            return scan(problem, self._plan(problem), _precision(problem), *args)
 
     def _plan(self, problem: Problem) -> Plan:
         device = _INTERPRETER
@@ -161,7 +162,16 @@ class TritonBackend(Backend):
                 device = device._replace(cooperative=False)
         if self.in_float32(problem):
             problem = replace(problem, dtype=torch.float32)
-        return make_plan(problem, device, float32_precision(), requested_regime())
+        return make_plan(problem, device, _precision(problem), requested_regime())
+
+
+def _precision(problem: Problem) -> str:
+    """Of float32 products, "ieee" or "tf32", which of AMD's GPUs Triton compiles for one alone."""
+    if problem.device_type == "cuda":
+        device = device_facts(problem.gpu)
+        if device.vendor == "hip" and device.family != "gfx942":
+            return "ieee"
+    return float32_precision()
 
 
 def _normalises(problem: Problem) -> bool:
@@ -184,7 +194,9 @@ def device_facts(index: int) -> Device:
     facts = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         family = facts.gcnArchName.split(":")[0]
-        return Device(family, facts.multi_processor_count, 64 * 1024, True)
+        # Not cooperative: the barrier before a program says that its part of h is there does not
+        # wait for the stores of its other waves, as `arrive` is compiled for AMD.
+        return Device(family, facts.multi_processor_count, 64 * 1024, False)
     family = f"sm{facts.major}{facts.minor}"
     return Device(family, facts.multi_processor_count, facts.shared_memory_per_block_optin, True)
 
@@ -193,9 +205,20 @@ def _device_refusal(problem: Problem) -> str | None:
     """Why its GPU cannot run the kernels."""
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    if torch.version.hip:
-        return None
-    major, minor = torch.cuda.get_device_capability(problem.gpu)
-    if (major, minor) < (8, 0):
-        return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+    if not torch.version.hip:
+        major, minor = torch.cuda.get_device_capability(problem.gpu)
+        if (major, minor) < (8, 0):
+            return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+    return _launch_refusal()
+
+
+@cache
+def _launch_refusal() -> str | None:
+    """Why triton can launch nothing: where its cache has no launcher yet, it compiles one, in C."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.utils  # noqa: B018
+    except (AssertionError, RuntimeError, OSError, SubprocessError) as error:
+        return f"triton cannot launch kernels: {str(error).partition(chr(10))[0]}"
     return None
