@@ -1,7 +1,6 @@
 #pragma once
 
 // What CUDA answers, and whether FUSED_RNN_LOG=1 wants to hear of every launch.
-#include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
