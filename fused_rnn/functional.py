@@ -20,6 +20,7 @@ from . import checks, stack, transforms
 from .cells import CELLS, Cell, equal_parts, zero_states
 from .general_scan import GeneralScan
 from .problem import Masks, Rows, in_memory
+from .transfer import sent
 
 
 class Options(TypedDict, total=False):
@@ -341,21 +342,11 @@ def _masks(
 ) -> Masks:
     """The masks on `device`, where those that are on the CPU are sent without waiting."""
     if lengths is not None:
-        lengths = _sendable(lengths, device).to(device, torch.int64, non_blocking=True)
+        lengths = sent(lengths, device, "lengths").to(torch.int64)
     if resets is not None:
-        resets = _sendable(resets.t() if swapped else resets, device)
-        resets = resets.to(device, non_blocking=True).contiguous()
+        resets = sent(resets, device, "resets")
+        resets = (resets.t() if swapped else resets).contiguous()
     return Masks(lengths, resets)
-
-
-def _sendable(mask: Tensor, device: torch.device) -> Tensor:
-    """The mask, or a copy of what is in pinned memory, which is read some time after the call, when
-    its owner may have changed it. A graph's capture takes pinned memory alone."""
-    if device.type != "cuda" or not mask.is_cpu or torch.compiler.is_compiling():
-        return mask
-    if not mask.is_pinned() or torch.cuda.is_current_stream_capturing():
-        return mask
-    return mask.clone()
 
 
 def _first_batch_size(batch_sizes: Tensor, states: Sequence[Tensor] | None, input: Tensor) -> int:

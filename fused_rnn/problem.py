@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS, Cell, DirectionWeights, state_dtype
+from .transfer import sent
 from .transformed import without_transforms
 
 
@@ -328,8 +329,7 @@ class Rows:
         `reset` [B, K] those after a reset, None for zeros.
         """
         if self.packed:
-            # Asynchronous: the host goes on as soon as the driver has a copy.
-            index = self.previous_rows(reverse).to(values.device, non_blocking=True)
+            index = sent(self.previous_rows(reverse), values.device, "batch_sizes")
             return torch.cat((values, initial)).index_select(0, index)
         count = values.shape[0] - self.batch_size
         parts = (values[self.batch_size :], initial) if reverse else (initial, values[:count])

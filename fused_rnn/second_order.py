@@ -25,6 +25,7 @@ from torch import Tensor
 from .backends.pieces import Pieces, spread
 from .cells import equal_parts
 from .problem import Masks
+from .transfer import sent
 
 Some = Tensor | None
 _Side = tuple[Some, Some, Some]  # rows [N, K], the weight [M, K] that they meet, and a bias [M]
@@ -285,7 +286,7 @@ class _Order:
         starts = before >= count
         first[before[starts] - count] = number[:count][starts]
         self.before, self.first, self.final = (
-            index.to(device, non_blocking=True) for index in (before, first, state)
+            sent(index, device, "batch_sizes") for index in (before, first, state)
         )
 
     def split(self, rows: Tensor) -> Sequence[Tensor]:

@@ -21,6 +21,7 @@ import fused_rnn
 from fused_rnn import dispatch, stack, testing
 from fused_rnn import problem as problem_module
 from fused_rnn.backends import cuda_stack
+from fused_rnn.backends.cuda import CudaEmulatedBackend
 from fused_rnn.layer_call import make_problem
 from fused_rnn.testing import TORCH_CELLS, LayerCase
 
@@ -392,3 +393,23 @@ def test_bad_arguments(library, changes, message):
     library.stack_forward(*forward_arguments().values())
     with pytest.raises(RuntimeError, match=message):
         library.stack_forward(*forward_arguments(**changes).values())
+
+
+@pytest.mark.parametrize("chunk", ["0", "2"], ids=["layers", "stack"])
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_running_out_of_memory_is_an_error_of_torchs_type(library, chunk, which, monkeypatch):
+    class Full:
+        def __getattr__(self, name):
+            return refuse if name.endswith(which) else getattr(library, name)
+
+    def refuse(*args):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB (torch's call failed)")
+
+    monkeypatch.setenv(CHUNK, chunk)
+    monkeypatch.setattr(CudaEmulatedBackend, "ops", Full())
+    layer, x = fused_rnn.GRU(3, 16, num_layers=2), torch.randn(4, 2, 3)
+    with (
+        fused_rnn.backend(BACKEND),
+        pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"),
+    ):
+        layer(x)[0].sum().backward()

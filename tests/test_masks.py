@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import dispatch, functional, native, ops, testing
+from fused_rnn import dispatch, native, ops, testing
 from fused_rnn.backends import pieces
 from fused_rnn.backends.reference import ReferenceBackend
 from fused_rnn.cells import CELLS
@@ -563,31 +563,6 @@ def test_stateful_with_another_batch_is_an_error():
     layer(torch.randn(1, 2, I))
     with pytest.raises(RuntimeError, match="reset_states needs stateful=True"):
         fused_rnn.GRU(I, H).reset_states()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_masks_in_pinned_memory_may_change_after_the_call():
-    layer, x = fused_rnn.GRU(I, H).cuda(), torch.randn(T, B, I, device="cuda")
-    masks = {"lengths": torch.randint(1, T + 1, (B,)), "resets": torch.rand(T, B) < 0.3}
-    expected, _ = layer(x, **masks)
-    masks = {name: mask.pin_memory() for name, mask in masks.items()}
-    torch.cuda._sleep(100_000_000)  # what is sent waits behind this
-    y, _ = layer(x, **masks)
-    for mask in masks.values():
-        mask.zero_()
-    assert torch.equal(y, expected)
-
-
-def test_a_copy_of_a_pinned_mask_is_sent(monkeypatch):
-    """As above, without a GPU."""
-    mask = torch.tensor([3, 1])
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
-    for captures in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=captures: c)
-        assert functional._sendable(mask, torch.device("cpu")) is mask
-        sent = functional._sendable(mask, torch.device("cuda"))
-        assert (sent is mask) == captures and torch.equal(sent, mask)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "fused_rnn"
 LAYERS = [
     {"_C"},
     {"environment"},
-    {"cells", "looks", "native", "once", "symbolic", "torchscript", "transformed"},
+    {"cells", "looks", "native", "once", "symbolic", "torchscript", "transfer", "transformed"},
     {"problem", "checks", "onnx_node"},
     {"oracle", "handover", "layer_call"},
     {"recurrences", "flops"},

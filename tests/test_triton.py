@@ -1,6 +1,7 @@
 """The Triton backend as the rest of the package sees it; its kernels in processes of their own."""
 
 import copy
+import ctypes
 import functools
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,6 +259,41 @@ def test_where_triton_cannot_launch(as_on_a_gpu, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     reason = dispatch.BACKENDS["triton"].unsupported(_problem(device_index=0))
     assert reason.startswith("triton cannot launch kernels: ")
+
+
+@pytest.mark.parametrize(
+    ("answers", "alone"),
+    [
+        ({"cuDeviceGet": 0, "cuDeviceGetAttribute": 0, "value": 1}, False),
+        ({"cuDeviceGet": 0, "cuDeviceGetAttribute": 0, "value": 0}, True),
+        ({"cuDeviceGet": 0, "cuDeviceGetAttribute": 1, "value": 1}, True),  # an older driver
+        ({"cuDeviceGet": 101, "cuDeviceGetAttribute": 0, "value": 1}, True),
+        (None, True),  # no driver
+    ],
+)
+def test_nobody_waits_for_programs_beside_other_processes(answers, alone, monkeypatch):
+    class Driver:
+        def __init__(self, name):
+            if answers is None:
+                raise OSError(name)
+
+        def cuDeviceGet(self, device, index):
+            device._obj.value = index
+            return answers["cuDeviceGet"]
+
+        def cuDeviceGetAttribute(self, answer, attribute, device):
+            assert (attribute, device.value) == (133, 3)
+            answer._obj.value = answers["value"]
+            return answers["cuDeviceGetAttribute"]
+
+    facts = SimpleNamespace(
+        major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(ctypes, "CDLL", Driver)
+    device = backend.device_facts.__wrapped__(3)
+    assert device == planner.Device("sm90", 132, 232448, alone)
 
 
 def test_the_gpu_is_that_of_the_tensors(as_on_a_gpu, monkeypatch):

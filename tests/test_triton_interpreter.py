@@ -587,6 +587,32 @@ def test_offsets_have_64_bits(cell, regime, monkeypatch):
                 assert torch.equal(actual[name], value), name
 
 
+def test_every_argument_is_aligned(monkeypatch):
+    """Triton compiles another kernel where one is not: for odd states of layers above the first,
+    and for weights that are parts of one vector."""
+    run, kernels = launch._run, []
+
+    def note(kernel, problem, plan, precision, arguments, *others):
+        tensors = {name: t for name, t in arguments.items() if isinstance(t, torch.Tensor)}
+        assert not {name for name, t in tensors.items() if t.data_ptr() % 16}
+        kernels.append(kernel)
+        run(kernel, problem, plan, precision, arguments, *others)
+
+    monkeypatch.setattr(launch, "_run", note)
+    layer, x = fused_rnn.LSTM(3, 5, num_layers=2), torch.randn(2, 3, 3)
+    state = [torch.randn(2, 3, 5, requires_grad=True) for _ in "hc"]
+    vector = torch.randn(1 + sum(weight.numel() for weight in layer.parameters()))
+    weights = dict(layer.named_parameters())
+    parts = vector[1:].split([weight.numel() for weight in weights.values()])
+    shaped = {
+        name: part.view_as(weight)
+        for (name, weight), part in zip(weights.items(), parts, strict=True)
+    }
+    y, final = torch.func.functional_call(layer, shaped, (x, state))
+    (y.sum() + final[0].sum() + final[1].sum()).backward()
+    assert len(kernels) == 4
+
+
 @pytest.mark.parametrize("cell", KERNELS)
 def test_recompute_and_a_second_run_give_the_same_bits(cell):
     case = LayerCase(cell, 3, 2, 4, 20, directions=2, ends=(3, 1))

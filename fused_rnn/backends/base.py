@@ -287,6 +287,17 @@ def peephole_grad(
     return torch.cat([(d * c).sum(0) for d, c in ((d_i, before), (d_f, before), (d_o, after))])
 
 
+def aligned(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Dense, and where 16 bytes may be copied at a time, which Triton compiles kernels of their own
+    for; as `dtype` if it is given."""
+    if tensor is None:
+        return None
+    dense = tensor if dtype in (None, tensor.dtype) else tensor.to(dtype)
+    if not dense.is_contiguous():
+        dense = dense.contiguous()
+    return dense.clone() if dense.data_ptr() % 16 else dense
+
+
 def float32_precision() -> str:
     """The precision of float32 products on a GPU, as the user told torch for its own: "ieee" or
     "tf32"."""

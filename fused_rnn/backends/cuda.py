@@ -19,6 +19,7 @@ from ..problem import LayerInputs, Problem, Rows, Stack
 from . import cuda_stack
 from .base import (
     Backend,
+    aligned,
     allocate_output,
     float32_precision,
     hidden_bias,
@@ -34,8 +35,8 @@ from .bundles import (
     StackOutput,
 )
 from .cuda_arguments import (
-    aligned,
     current_stream,
+    out_of_memory_as_in_torch,
     requested_chunk,
     requested_graph,
     requested_regime,
@@ -282,6 +283,7 @@ class _Scans(Backend):
     def __init__(self, ops, hidden: int):
         self.ops, self.hidden = ops, hidden
 
+    @out_of_memory_as_in_torch()
     def scan_forward(
         self,
         problem: Problem,
@@ -310,6 +312,7 @@ class _Scans(Backend):
         )
         return out._replace(c_n=out.c_n.to(problem.dtype))
 
+    @out_of_memory_as_in_torch()
     def scan_backward(
         self, problem: Problem, grads: OutputGrads, inputs: LayerInputs, saved: LayerOutput
     ) -> ScanGrads:

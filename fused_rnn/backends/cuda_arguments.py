@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from .. import environment
 from ..problem import Rows
+from ..transfer import sent
+from .base import aligned
 
 REGIMES = ("cluster", "grid", "steps")
 
@@ -38,16 +43,6 @@ def requested_graph() -> bool:
     return environment.choice("FUSED_RNN_CUDA_GRAPH", ("0", "1")) == "1"
 
 
-def aligned(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Dense, and where 16 bytes may be copied at a time; as `dtype` if it is given."""
-    if tensor is None:
-        return None
-    dense = tensor if dtype in (None, tensor.dtype) else tensor.to(dtype)
-    if not dense.is_contiguous():
-        dense = dense.contiguous()
-    return dense.clone() if dense.data_ptr() % 16 else dense
-
-
 def row_tensors(rows: Rows, like: Tensor, wide: torch.dtype) -> tuple[Tensor | None, ...]:
     """lengths [B], offsets [T] of packed rows, resets [T, B], reset_h and reset_c."""
     if not rows.packed:
@@ -61,8 +56,7 @@ def row_tensors(rows: Rows, like: Tensor, wide: torch.dtype) -> tuple[Tensor | N
         sizes.flip(0), torch.arange(rows.batch_size), right=True
     )
     offsets = sizes.cumsum(0) - sizes
-    # One copy, which does not wait for the device.
-    both = torch.cat((lengths, offsets)).to(like.device, non_blocking=True)
+    both = sent(torch.cat((lengths, offsets)), like.device, "batch_sizes")
     return both[: rows.batch_size], both[rows.batch_size :].clone(), None, None, None
 
 
@@ -70,3 +64,15 @@ def current_stream(tensor: Tensor) -> int:
     if tensor.device.type != "cuda":
         return 0
     return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+@contextmanager
+def out_of_memory_as_in_torch() -> Iterator[None]:
+    """Where memory runs out within operators, which have a single type of error, as where it does
+    in torch's: training loops make their batches smaller on that."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "CUDA out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise

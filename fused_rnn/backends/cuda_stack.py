@@ -19,7 +19,7 @@ from torch import Tensor
 from ..cells import equal_parts
 from ..once import once
 from ..problem import LayerInputs, Problem, Rows, Stack
-from .base import allocate_output, float32_precision, gate_bias, hidden_bias, input_grads
+from .base import aligned, allocate_output, float32_precision, gate_bias, hidden_bias, input_grads
 from .bundles import (
     InputGrads,
     LayerOutput,
@@ -29,7 +29,7 @@ from .bundles import (
     StackInputs,
     StackOutput,
 )
-from .cuda_arguments import aligned, current_stream, requested_regime
+from .cuda_arguments import current_stream, out_of_memory_as_in_torch, requested_regime
 
 
 def describe(stack: Stack, training: bool) -> str:
@@ -39,6 +39,7 @@ def describe(stack: Stack, training: bool) -> str:
     return f"; {stack.layers} layers side by side in chunks of {', '.join(chunks)}"
 
 
+@out_of_memory_as_in_torch()
 def forward(ops, problem: Problem, inputs: StackInputs, save: bool) -> StackOutput:
     x, weights, h0, c0, dropout = inputs
     cell, layers, wide = problem.cell, len(weights), torch.float32
@@ -72,6 +73,7 @@ def forward(ops, problem: Problem, inputs: StackInputs, save: bool) -> StackOutp
     return StackOutput(ys, h_n, c_n, gates, cells)
 
 
+@out_of_memory_as_in_torch()
 def backward(
     ops,
     problem: Problem,

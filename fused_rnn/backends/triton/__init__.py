@@ -10,6 +10,7 @@ CPU tensors: slow, for tests.
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +30,7 @@ from .plan import Device, Plan, UnfitError, make_plan, requested_regime
 
 # Devices whose driver has refused to run all programs of a launch at once.
 _uncooperative: set[int] = set()
+_MPS_ENABLED = 133  # CU_DEVICE_ATTRIBUTE_MPS_ENABLED
 _INTERPRETER = Device("interpreter", 1 << 20, 1 << 40, True)
 # More would leave a program's threads with more numbers than registers.
 _MOST_NORMED_UNITS = 4096
@@ -197,8 +199,22 @@ def device_facts(index: int) -> Device:
         # Not cooperative: the barrier before a program says that its part of h is there does not
         # wait for the stores of its other waves, as `arrive` is compiled for AMD.
         return Device(family, facts.multi_processor_count, 64 * 1024, False)
-    family = f"sm{facts.major}{facts.minor}"
-    return Device(family, facts.multi_processor_count, facts.shared_memory_per_block_optin, True)
+    family, shared = f"sm{facts.major}{facts.minor}", facts.shared_memory_per_block_optin
+    return Device(family, facts.multi_processor_count, shared, not _has_other_processes(index))
+
+
+def _has_other_processes(index: int) -> bool:
+    """Whether others may run on the GPU at the same time (MPS): nobody promises then that all
+    programs of a launch do. torch does not tell, and older drivers do not know."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    device, answer = ctypes.c_int(), ctypes.c_int()
+    if driver.cuDeviceGet(ctypes.byref(device), index) != 0:
+        return False
+    asked = driver.cuDeviceGetAttribute(ctypes.byref(answer), _MPS_ENABLED, device)
+    return asked == 0 and answer.value != 0
 
 
 def _device_refusal(problem: Problem) -> str | None:

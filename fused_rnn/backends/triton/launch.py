@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...cells import DirectionWeights
 from ...problem import LayerInputs, Masks, Noise, Problem, Rows
-from ..base import allocate_output, hidden_bias
+from ...transfer import sent
+from ..base import aligned, allocate_output, hidden_bias
 from ..bundles import LayerOutput, OutputGrads, ScanGrads
 from . import scan
 from .cells import FUNCTIONS
@@ -46,7 +47,7 @@ def forward(
         "w": stacked([w.w_hh for w in weights]),
         "b_hn": hidden_bias(problem.cell, weights),
         "peephole": _peepholes(weights),
-        "h0": h0.contiguous(),
+        "h0": aligned(h0),
         **row_arguments(problem, rows, gx.device),
         "y": out.y,
         "h": h,
@@ -87,15 +88,15 @@ def backward(
     grad_reset_h = None if masks.reset_h is None else torch.zeros_like(grad_h)
     grad_reset_c = None if masks.reset_c is None else torch.zeros_like(grad_h)
     arguments = {
-        "y": saved.y.contiguous(),
+        "y": aligned(saved.y),
         "gates": saved.gates if cell.saved_gates else None,
         "cells": saved.cells if cell.has_c else None,
         "w": stacked([w.w_hh for w in weights]),
         "peephole": _peepholes(weights),
-        "h0": h0.contiguous(),
-        "c0": _contiguous(c0, torch.float32) if cell.has_c else None,
-        "grad_y": None if grads.y is None else grads.y.contiguous(),
-        "grad_cells": None if grads.cells is None else grads.cells.contiguous(),
+        "h0": aligned(h0),
+        "c0": aligned(c0, torch.float32) if cell.has_c else None,
+        "grad_y": aligned(grads.y),
+        "grad_cells": aligned(grads.cells),
         **row_arguments(problem, rows, h0.device),
         "grad_gates": grad_gates,
         "grad_h": grad_h,
@@ -252,36 +253,31 @@ def row_arguments(problem: Problem, rows: Rows, device: torch.device) -> dict[st
     offsets = None
     if rows.packed:
         ends = torch.cumsum(rows.batch_sizes_tensor, 0)
-        # Asynchronous: the host goes on as soon as the driver has a copy.
-        offsets = torch.cat((ends.new_zeros(1), ends)).to(device, non_blocking=True)
+        offsets = sent(torch.cat((ends.new_zeros(1), ends)), device, "batch_sizes")
     masks = rows.masks or Masks()
     return {
         "offsets": offsets,
-        "lengths": _contiguous(masks.lengths, torch.int64),
-        "resets": None if masks.resets is None else masks.resets.contiguous().view(torch.uint8),
-        "reset_h": _contiguous(masks.reset_h, problem.dtype),
-        "reset_c": _contiguous(masks.reset_c, torch.float32),
+        "lengths": aligned(masks.lengths, torch.int64),
+        "resets": _bytes(masks.resets),
+        "reset_h": aligned(masks.reset_h, problem.dtype),
+        "reset_c": aligned(masks.reset_c, torch.float32),
         **_noise_arguments(rows.noise, problem.cell.has_c),
     }
 
 
 def _noise_arguments(noise: Noise, has_c: bool) -> dict[str, Tensor | float | None]:
     """What recurrent dropout and zoneout do."""
-
-    def bytes_of(kept: Tensor | None) -> Tensor | None:
-        return None if kept is None else kept.contiguous().view(torch.uint8)
-
     return {
-        "h_factor": _contiguous(noise.h_factor, torch.float32),
-        "kept_h": bytes_of(noise.kept_h),
-        "kept_c": bytes_of(noise.kept_c),
+        "h_factor": aligned(noise.h_factor, torch.float32),
+        "kept_h": _bytes(noise.kept_h),
+        "kept_c": _bytes(noise.kept_c),
         "part_h": noise.part_h if noise.averaged else None,
         "part_c": noise.part_c if noise.averaged and has_c else None,
     }
 
 
-def _contiguous(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else aligned(mask).view(torch.uint8)
 
 
 def _peepholes(weights: list[DirectionWeights]) -> Tensor | None:
@@ -293,7 +289,7 @@ def _peepholes(weights: list[DirectionWeights]) -> Tensor | None:
 
 def stacked(tensors: list[Tensor]) -> Tensor:
     """[D, ...] contiguous, without a copy where there is one direction."""
-    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].contiguous().unsqueeze(0)
+    return torch.stack(tensors) if len(tensors) > 1 else aligned(tensors[0]).unsqueeze(0)
 
 
 def state_gradient(grad: Tensor | None, like: Tensor) -> Tensor:

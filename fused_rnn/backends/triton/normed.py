@@ -19,6 +19,7 @@ from ...cells import Cell, DirectionWeights, equal_parts
 from ...problem import LayerInputs, Masks, Problem
 from ...recurrences import EPS, Extras
 from ..base import (
+    aligned,
     collected,
     hidden_order,
     input_side,
@@ -184,7 +185,7 @@ def backward(
     grad_seen = x.new_empty((directions, count, hidden)) if cell.has_c else None
     row_arguments = launch.row_arguments(problem, rows, x.device)
     arguments = {
-        "y": out.y.contiguous(),
+        "y": aligned(out.y),
         "gates": saved.gates,
         "normed_hh": saved.hidden_side,
         "normed_c": saved.c if cell.has_c else None,
@@ -194,10 +195,10 @@ def backward(
         "gains_c": extras["norm_c"],
         "bias_c": extras["norm_c_bias"],
         "peephole": extras["peephole"],
-        "h0": h0.contiguous(),
-        "c0": c0.contiguous() if cell.has_c else None,
-        "grad_y": None if grads.y is None else grads.y.contiguous(),
-        "grad_cells": None if grads.cells is None else grads.cells.contiguous(),
+        "h0": aligned(h0),
+        "c0": aligned(c0),
+        "grad_y": aligned(grads.y),
+        "grad_cells": aligned(grads.cells),
         **row_arguments,
         "grad_sums": grad_sums,
         "grad_products": grad_products,
