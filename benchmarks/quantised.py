@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -58,13 +59,33 @@ def onnx_quantized(layer: torch.nn.RNNBase, case: Case) -> Callable[..., list]:
         assert nodes == ["DynamicQuantizeLSTM"], nodes
         session = onnxruntime_session(path, torch.get_num_threads())
 
-    def run(x: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        h, c = (s.numpy() for s in state)
-        y, h, c = session.run(None, {"x": x.numpy(), "h0_0": h, "c0_0": c})
-        y, h, c = map(torch.from_numpy, (y, h, c))
-        return y.view(*x.shape[:2], -1), (h, c)
+    # Bound, which takes a quarter of the time of session.run's arrays in a step of H=128. There are
+    # two of everything, so that a stream never writes where it reads from.
+    sides = cycle([_Bound(session), _Bound(session)])
+    return lambda x, state: next(sides)(x, state)
 
-    return run
+
+class _Bound:
+    """A session with outputs of its own. Addresses are bound again where they change."""
+
+    def __init__(self, session):
+        self.session, self.binding, self.addresses = session, session.io_binding(), {}
+        self.outputs = [torch.empty(out.shape) for out in session.get_outputs()]
+        for out, tensor in zip(session.get_outputs(), self.outputs, strict=True):
+            self.binding.bind_output(
+                out.name, "cpu", 0, "float32", list(tensor.shape), tensor.data_ptr()
+            )
+
+    def __call__(self, x: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple:
+        for name, tensor in zip(("x", "h0_0", "c0_0"), (x, *state), strict=True):
+            address = tensor.data_ptr()
+            if self.addresses.get(name) != address:
+                shape = list(tensor.shape)
+                self.binding.bind_input(name, "cpu", 0, "float32", shape, address)
+                self.addresses[name] = address
+        self.session.run_with_iobinding(self.binding)
+        y, h, c = self.outputs
+        return y.view(*x.shape[:2], -1), (h, c)
 
 
 def ways(cell: str, t: int, b: int, h: int) -> dict[str, Callable[..., tuple]]:

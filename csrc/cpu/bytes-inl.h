@@ -7,8 +7,8 @@
 #if !defined(FUSED_RNN_BFLOAT16)
 
 // How a row's numbers lie, four that follow one another in depth at a time: as a word's bytes
-// where instructions multiply and add these, AVX512-VNNI's or ARM's, else as two pairs of 16 bits,
-// of the even ones and of the odd.
+// where instructions multiply and add these, AVX512-VNNI's or ARM's. With AVX2 as the bytes of
+// their magnitudes, then their own; else as two pairs of 16 bits, of the even ones and of the odd.
 #if FUSED_RNN_VECTOR_WIDTH == 16 || defined(__aarch64__)
 constexpr int kQuadFloats = 1;
 #else
@@ -39,6 +39,11 @@ FUSED_RNN_INLINE void store_quads(VectorIndex numbers, int64_t k, void* row) {
   typedef signed char Bytes __attribute__((vector_size(FUSED_RNN_VECTOR_WIDTH)));
   const Bytes bytes = __builtin_convertvector(numbers, Bytes);
   __builtin_memcpy((char*)row + k, &bytes, sizeof(bytes));
+#elif FUSED_RNN_VECTOR_WIDTH == 8
+  const __m256i both = _mm256_packs_epi32(_mm256_abs_epi32((__m256i)numbers), (__m256i)numbers);
+  // Of each half of the register the first 8 bytes.
+  const __m256i quads = _mm256_permute4x64_epi64(_mm256_packs_epi16(both, both), 0b1000);
+  _mm_storeu_si128((__m128i*)((float*)row + k / 4 * kQuadFloats), _mm256_castsi256_si128(quads));
 #else
   short* to = (short*)row + k;
   FUSED_RNN_UNROLL
@@ -128,13 +133,24 @@ FUSED_RNN_BYTES_TARGET FUSED_RNN_INLINE VectorIndex add_quad(VectorIndex sum, Ve
   return (VectorIndex)vpadalq_s16((int32x4_t)sum, vpaddq_s16(low, high));
 }
 
+#elif FUSED_RNN_VECTOR_WIDTH == 8
+
+template <bool DOTS>
+FUSED_RNN_INLINE VectorIndex add_quad(VectorIndex sum, VectorBits words, const void* quad) {
+  const __m256i magnitudes = (__m256i)broadcast_word((const float*)quad);
+  const __m256i numbers = (__m256i)broadcast_word((const float*)quad + 1);
+  // One factor has no sign for this instruction: the other gets both. A product is 127 squared at
+  // most, so that the sum of two fits into 16 bits.
+  const __m256i weights = _mm256_sign_epi8((__m256i)(words ^ 0x80808080u), numbers);
+  const __m256i pairs = _mm256_maddubs_epi16(magnitudes, weights);
+  return sum + (VectorIndex)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
 #else
 
 // Of each lane's two numbers of 16 bits, the sum of the products.
 FUSED_RNN_INLINE VectorBits multiply_pairs(VectorBits a, VectorBits b) {
-#if FUSED_RNN_VECTOR_WIDTH == 8
-  return (VectorBits)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
+#if defined(__SSE2__)
   return (VectorBits)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
   const VectorIndex low = ((VectorIndex)a << 16 >> 16) * ((VectorIndex)b << 16 >> 16);
@@ -154,7 +170,7 @@ FUSED_RNN_INLINE VectorIndex add_quad(VectorIndex sum, VectorBits words, const v
 #endif
 
 // What a byte is more than its weight, where it is multiplied as it is.
-#if defined(__aarch64__)
+#if defined(__aarch64__) || FUSED_RNN_VECTOR_WIDTH == 8
 constexpr unsigned kExcess = 0;
 #else
 constexpr unsigned kExcess = 128;

@@ -29,6 +29,8 @@ FUSED_RNN_INLINE void for_pieces(int columns, int rows, Multiply multiply) {
       multiply.template operator()<ALL, 1, ALL>(0);
     } else if (rows == 2) {
       for (int i = 0; i < ALL; i += kWide) multiply.template operator()<kWide, 2, ALL>(i);
+    } else if (kTwoColumnsAtATime && MOST == vector_rows(kStepColumns) && rows == 3) {
+      for (int i = 0; i < ALL; i += kWide) multiply.template operator()<kWide, 3, ALL>(i);
     } else {
       for (int i = 0; i < ALL; i += kStepColumns) {
         multiply.template operator()<kStepColumns, MOST, ALL>(i);
