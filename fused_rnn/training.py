@@ -272,6 +272,7 @@ def _run_stack(
     if remainder or any(s is not None and s.shape[:1] != leading for s in states):
         return None
     finals, histories = [], []
+    before_draws = None
     for layer in range(num_layers):
         span = slice(layer * directions, (layer + 1) * directions)
         h0, c0 = (None if state is None else state[span] for state in states)
@@ -279,11 +280,15 @@ def _run_stack(
         result = _run(cell, x, (h0, c0), of_layer, directions, rows, return_states)
         result = _results(cell, result, directions, return_states)
         if result is None:
+            if before_draws is not None:  # who begins again draws what torch.nn does
+                torch.set_rng_state(before_draws)
             return None
         x, final, *history = result
         finals.append(final)
         histories.extend(history)
         if dropout and layer < num_layers - 1:
+            if before_draws is None:
+                before_draws = torch.get_rng_state()
             x = F.dropout(x, dropout, True)
     if not finals:
         return None

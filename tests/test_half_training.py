@@ -4,6 +4,7 @@ way's bits, with gradients in the type of what they belong to."""
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -23,6 +24,21 @@ pytestmark = [pytest.mark.usefixtures("cpu_backend"), has_direct_calls]
 
 
 OPTIONS = [{}, {"bias": False, "batch_first": True}, {"num_layers": 3, "bidirectional": True}]
+
+
+@pytest.mark.parametrize("cell", TORCH_CELLS)
+def test_who_begins_again_drops_what_torch_drops(cell, half):
+    """The first layer is small enough for the library, the second is not."""
+    module = make_module(cell, 8, 128, num_layers=2, dropout=0.5).to(half)
+    theirs = fused_rnn.restore(copy.deepcopy(module))
+    weights = sum(weight.numel() for weight in module.all_weights[0])
+    rows = (2**18 - weights) // (8 + module.weight_ih_l0.shape[0])  # csrc/cpu/operands.h
+    x, found = torch.randn(rows, 1, 8), []
+    for one in (module, theirs):
+        torch.manual_seed(7)
+        one(x.to(half))
+        found.append(torch.get_rng_state())
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("cell", CELLS)
