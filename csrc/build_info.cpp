@@ -93,7 +93,9 @@ py::object plan_facts(const fused_rnn::Plan<Tile>& plan) {
 py::dict plan(int cell, int element_bytes, int64_t hidden_size, int64_t batch_size,
               int64_t directions, int capability, int processors, int shared_bytes, int max_cluster,
               const std::string& regime, bool is_shared, int64_t layers, int64_t timesteps) {
-  if (cell < 0 || cell > 4) throw py::value_error("cell: expected 0 to 4");
+  if (cell < 0 || cell >= fused_rnn::kCellKinds) {
+    throw py::value_error("cell: expected 0 to " + std::to_string(fused_rnn::kCellKinds - 1));
+  }
   if (element_bytes != 2 && element_bytes != 4) {
     throw py::value_error("element_bytes: expected 2 or 4");
   }

@@ -281,8 +281,6 @@ PyObject* results(Outputs& outputs, bool has_c) {
   return count > states ? pair(y, state) : state;
 }
 
-constexpr int64_t kLstm = 3;
-
 // Floating-point operations, about: every weight meets every row.
 double flops_of(const InferCall& call) {
   int64_t weights = 0;
@@ -317,7 +315,7 @@ template <class Call>
 PyObject* infer(bool (*function)(const Call&, const Allocator&), const Call& call) {
   Outputs outputs;
   if (!run(function, call, outputs)) Py_RETURN_NONE;
-  return results(outputs, call.cell == kLstm);
+  return results(outputs, cell_sizes(static_cast<CellKind>(call.cell)).has_c);
 }
 
 // Whether all are arrays, and dense.

@@ -11,6 +11,7 @@ namespace fused_rnn {
 
 // In the order of `index` in fused_rnn/cells.py.
 enum class CellKind { rnn_tanh, rnn_relu, gru, lstm, gru_reset_before };
+inline constexpr int64_t kCellKinds = 5;
 
 // Step t owns rows [offset(t), offset(t) + batch_size(t)); the batch never grows with t.
 struct RowLayout {

@@ -9,7 +9,7 @@
 namespace fused_rnn {
 namespace {
 
-// The kernels of all dtypes and cells: no launch has more row blocks than this many in its grid.
+// No launch has more CTAs; grids go to 2^31 - 1.
 constexpr int64_t kMaxCtas = int64_t{1} << 30;
 // Pitches have to stay below it, so that offsets within a row of gates fit 32 bits.
 constexpr int64_t kMaxPitch = int64_t{1} << 20;

@@ -10,9 +10,16 @@
 #include <initializer_list>
 #include <string>
 
+#include "layer_params.h"
 #include "torch_compat.h"
 
 namespace fused_rnn {
+
+inline CellKind cell_kind(int64_t index) {
+  STD_TORCH_CHECK(index >= 0 && index < kCellKinds, "cell: expected 0 to ", kCellKinds - 1,
+                  ", got ", index);
+  return static_cast<CellKind>(index);
+}
 
 template <class Sizes>
 std::string shape_text(const Sizes& sizes) {

@@ -136,6 +136,8 @@ CELLS = {
         Cell("gru_reset_before", 3, 3, 3, False, gru_reset_before_step, 4, (2, 1), in_torch=False),
     )
 }
+# By what a module's `mode` is.
+CELL_OF_MODE = {cell.torch_mode: cell for cell in CELLS.values()}
 
 
 def weight_shapes(

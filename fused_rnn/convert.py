@@ -160,6 +160,10 @@ def flip_update_gate(module: _Module) -> _Module:
     return module
 
 
+# What instances of our layers may have, and torch.nn's do not read.
+_OWN_ATTRIBUTES = ("_regularisation", "recompute", "stateful", "state_h", "state_c")
+
+
 def _convert(model: _Module, classes: dict[type, type], strict: bool, verb: str) -> _Module:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -173,8 +177,9 @@ def _convert(model: _Module, classes: dict[type, type], strict: bool, verb: str)
     for _, module, target in found:
         if target is not None:
             module.__class__ = target
-            if classes is _TO_TORCH:  # or a pickle would ask for this package
-                vars(module).pop("_regularisation", None)
+            if classes is _TO_TORCH:  # "_regularisation": or a pickle would ask for this package
+                for name in _OWN_ATTRIBUTES:
+                    vars(module).pop(name, None)
     return model
 
 

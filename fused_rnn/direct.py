@@ -24,12 +24,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch, handover
-from .cells import CELLS, Cell
+from .cells import CELL_OF_MODE, Cell
 from .looks import cell_weights, dropout_of, layer_weights
 from .native import cpu_library_error, library_path
 from .once import once
 
-CELL_OF = {cell.torch_mode: cell for cell in CELLS.values()}
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 States = tuple[Tensor | None, Tensor | None]  # h0 and c0
 
@@ -61,7 +60,7 @@ def layers(
     result = calls().infer_module(module, input, hx)
     if result is not None:
         return result
-    cell, num_layers = CELL_OF.get(module.mode), module.num_layers
+    cell, num_layers = CELL_OF_MODE.get(module.mode), module.num_layers
     if cell is None or type(num_layers) is not int or dropout_of(module) != 0:
         return None
     if is_watched() or (states := given_states(cell, hx)) is None:
@@ -261,7 +260,7 @@ def calls() -> Any:
         return _NoCalls
     address.restype = ctypes.c_void_p
     types = Tensor, torch.nn.Parameter
-    cells = {mode: cell.index for mode, cell in CELL_OF.items()}
+    cells = {mode: cell.index for mode, cell in CELL_OF_MODE.items()}
     guards = _CALL_GUARDS, 1 + len(_STEP_GUARDS)
     autocast = torch._C._is_any_autocast_enabled, autocast_type
     connected = connect(address(), exchange, *types, *guards, cells, *autocast)

@@ -50,8 +50,9 @@ def _check_name(name: str, source: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Forces a backend for every layer called inside the `with` block, in this thread or task.
 
-    A forced backend that cannot do the job raises and says why. Function transforms, complex
-    numbers and steppers that are made already do not ask. Backward uses the backend that its
+    A forced backend that cannot do the job raises and says why. Complex numbers and steppers that
+    are made already do not ask; function transforms have the `cpu` backend's kernels or plain
+    operations, and these where another is forced. Backward uses the backend that its
     forward was given; a compiled graph's asks anew when it runs. "auto" lifts an outer block's
     choice.
 

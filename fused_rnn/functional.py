@@ -274,7 +274,7 @@ def _of_all_layers(parts: list[Sequence[Tensor | None]]) -> tuple[Tensor | None,
 class _Checked(NamedTuple):
     """The tensors of a call as layers take them."""
 
-    input: Tensor  # [T, B, I], [T, I] or, with batch_sizes, [N, I]
+    input: Tensor  # [T, B, I] or, with batch_sizes, [N, I]
     states: tuple[Tensor, ...]
     weights: Sequence[Tensor]
     batch_sizes: Tensor | None

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
 from . import checks, compiled, direct, functional, looks, symbolic, torchscript, training
-from .cells import CELLS, Cell, zero_states
+from .cells import CELL_OF_MODE, CELLS, Cell, zero_states
 from .regularised import (
     NAMES,
     PLAIN,
@@ -268,7 +268,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         return output, states if cell.has_c else (states,), *histories
 
     def _cell(self) -> Cell:
-        return CELLS[self.mode.lower()]
+        return CELL_OF_MODE[self.mode]
 
     def _carries(self) -> bool:
         """Whether states go from call to call: an attribute `stateful` alone may have been there

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import checks, direct, dispatch, flops, looks, modules
-from .cells import CELLS, Cell, equal_parts
+from .cells import CELL_OF_MODE, CELLS, Cell, equal_parts
 from .convert import from_torch
 from .native import cpu_library_error
 from .once import once
@@ -239,7 +239,7 @@ def stepper(module: torch.nn.RNNBase, *, weight_dtype: torch.dtype | None = None
         )
     if type(module) in _TORCH:
         module = from_torch(module)
-    cell = next(c for c in CELLS.values() if c.torch_mode == module.mode)
+    cell = CELL_OF_MODE[module.mode]
     looks.refresh(module)
     checks.module_weights(module, cell)
     own = getattr(module, module._flat_weights_names[0]).dtype
@@ -357,5 +357,6 @@ def _describe_operators() -> None:
 
     @torch.library.register_fake("fused_rnn_cpu::step_lstm")
     def _step_lstm(packed, layers, input, hidden, output, bias, per_word, x, h, c):
-        y, h = _step(packed, 3, layers, input, hidden, output, bias, per_word, x, h, c)
+        sizes = layers, input, hidden, output
+        y, h = _step(packed, CELLS["lstm"].index, *sizes, bias, per_word, x, h, c)
         return y, h, x.new_empty((layers, x.shape[-2], hidden))

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import direct, dispatch, looks, ops
-from .cells import Cell, zero_states
+from .cells import CELL_OF_MODE, Cell, zero_states
 from .direct import States
 from .layer_call import BackwardCall, LayerCall, with_resets, without_resets
 from .problem import wants_gradients
@@ -59,7 +59,7 @@ def layers(
     return_states: Any = False,
 ) -> tuple[Any, ...] | None:
     """What `module.forward(input, hx, ...)` has to return, or None: take the general way."""
-    cell, num_layers = direct.CELL_OF.get(module.mode), module.num_layers
+    cell, num_layers = CELL_OF_MODE.get(module.mode), module.num_layers
     if cell is None or type(num_layers) is not int or type(return_states) is not bool:
         return None
     dropout = looks.dropout_of(module)

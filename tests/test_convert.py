@@ -652,11 +652,20 @@ def test_strict_is_by_name_only():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"init": "orthogonal"}, {"recompute": True}, {"zoneout": 0.1}, {"dropout": 0.5}]
-)
+    "options",
+    [
+        {}, {"init": "orthogonal"}, {"recompute": True}, {"zoneout": 0.1}, {"dropout": 0.5},
+        {"stateful": True},
+    ],
+)  # fmt: skip
 def test_what_restore_leaves_is_anybodys(options):
-    """Whoever unpickles it needs no fused_rnn."""
+    """Whoever unpickles it needs no fused_rnn, and nothing of ours is kept alive."""
     module = fused_rnn.LSTM(3, 4, num_layers=2, **options)
     if "zoneout" in options:
         module.zoneout = 0.0
-    assert b"fused_rnn" not in pickle.dumps(fused_rnn.restore(module))
+    if "stateful" in options:
+        module(torch.randn(2, 1, 3))
+        module.stateful = False
+    restored = fused_rnn.restore(module)
+    assert vars(restored).keys() == vars(nn.LSTM(3, 4, num_layers=2)).keys()
+    assert b"fused_rnn" not in pickle.dumps(restored)

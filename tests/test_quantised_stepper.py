@@ -8,7 +8,7 @@ from helpers.steppers import SIZES, every_cell, make, run, start
 
 import fused_rnn
 from fused_rnn import native
-from fused_rnn.cells import CELLS
+from fused_rnn.cells import CELL_OF_MODE
 
 pytestmark = needs_library
 
@@ -25,7 +25,7 @@ def product(rows, weight):
 
 def step_by_hand(module, x, state):
     """One step of one layer: y [B, P], h and c as the equations have them, in float64."""
-    cell = next(c for c in CELLS.values() if c.torch_mode == module.mode)
+    cell = CELL_OF_MODE[module.mode]
     h, *c = (s[0] for s in flat(state))
     gx, gh = product(x, module.weight_ih_l0), product(h, module.weight_hh_l0)
     if module.bias:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 H200 = Device("sm90", 132, 232448, True)
 A100 = Device("sm80", 108, 166912, True)
 B200 = Device("sm100", 148, 232448, True)
-MI300 = Device("gfx942", 304, 65536, True)
+MI300 = Device("gfx942", 304, 65536, False)
 DEVICES = (H200, A100, B200, MI300)
 
 

@@ -202,9 +202,6 @@ static void multiply_columns(const TileProduct& p, int column, int columns, Vect
 // 277.
 constexpr int64_t kShortDepth = 256;
 
-// tile [rows, columns] = a [rows, depth] times a panel of `columns` vectors, both in PARTS parts,
-// over depth [begin, end); the parts of `a` are `part` elements apart, and zero up to the next tile
-// where there are several.
 // Of BFloat16 that a product copies, for the depth that does not fill a tile. Parts are zero there.
 template <int PARTS>
 constexpr int kRest = PARTS == 1 ? kTileRows * kTileDepth : 1;
@@ -240,6 +237,9 @@ FUSED_RNN_INLINE int columns_at_a_time(int rows, int64_t depth) {
   return PARTS > 1 && rows > 16 && depth <= kShortDepth ? 1 : kColumnsAtATime;
 }
 
+// tile [rows, columns] = a [rows, depth] times a panel of `columns` vectors, both in PARTS parts,
+// over depth [begin, end); the parts of `a` are `part` elements apart, and zero up to the next tile
+// where there are several.
 template <int PARTS>
 static void multiply_tiles(int columns, int rows, int64_t depth, int64_t begin, int64_t end,
                            const BFloat16* a, int64_t a_stride, int64_t part, const float* panel,

@@ -391,11 +391,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_op(int64_t cell, const Tensor& x,
 
 // The shapes of all arguments are in kernels.h, ForwardCallOf and BackwardCallOf; `weights` is the
 // flat list of weights.h. Outputs are written in place. Zero columns in `gates` or `cells` mean
-// that they are not saved; a gradient that is not wanted comes as an empty 0-d or 3-d tensor.
+// that they are not saved; a gradient that is not wanted comes as a tensor of another rank.
 // Elements have the dtype of x, Float or BFloat16, all others are Float. `layer` is the forward
 // operator of padded rows in Float with outputs of its own, for programs that run without the
-// package. The operators of inference take x and states as torch.nn's modules do, in Float, and
-// return y, h_n and c_n, those that the module has; or nothing, when the call is not for them.
+// package. The operators of inference take x and states as torch.nn's modules do, in Float,
+// BFloat16 or Half, and return y, h_n and c_n, those that the module has; or nothing, when the call
+// is not for them.
 STABLE_TORCH_LIBRARY(fused_rnn_cpu, m) {
   m.def(
       "layer_forward(int cell, Tensor x, Tensor[] weights, Tensor h0, Tensor? c0, "

@@ -74,11 +74,12 @@ constexpr bool has_halves(int columns) { return kTwoColumnsAtATime && columns ==
 template <int COLUMNS, int ROWS>
 constexpr bool kColumnAtATime = kTwoColumnsAtATime && COLUMNS == 4 && ROWS == 3;
 
+// Of so many numbers there is a chain, see above.
+constexpr int64_t kChain = 256;
+
 // tile [ROWS, COLUMNS], of rows ALL columns apart, = a [ROWS, depth] times panel, [words, BESIDE]
 // for every BESIDE of the columns. Panels are words, floats as such or, of a stepper, pairs of
 // halves.
-constexpr int64_t kChain = 256;
-
 template <int COLUMNS, int ROWS, int ALL = COLUMNS, int BESIDE = ALL, class Word>
 __attribute__((noinline)) void multiply_chain(int64_t depth, const Element* a, int64_t a_stride,
                                               const Word* panel, bool add, Vector* tile,

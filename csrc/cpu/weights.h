@@ -12,11 +12,6 @@
 
 namespace fused_rnn {
 
-inline CellKind cell_kind(int64_t index) {
-  STD_TORCH_CHECK(index >= 0 && index < 5, "cell: expected 0 to 4, got ", index);
-  return static_cast<CellKind>(index);
-}
-
 // The places of w_hr, peephole and norm among the fields of Weights.
 constexpr size_t kProjection = 4, kPeephole = 5, kNorm = 6;
 

@@ -30,12 +30,7 @@ inline constexpr const char* kDeviceName = "CUDA";
 inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
 #endif
 
-inline CellKind cell_kind(int64_t index) {
-  STD_TORCH_CHECK(index >= 0 && index < 5, "cell: expected 0 to 4, got ", index);
-  return static_cast<CellKind>(index);
-}
-
-inline ElementKind element_kind(ScalarType type, bool tf32) {
+inline ElementKind element_kind(ScalarType type, const char* name, bool tf32) {
   switch (type) {
     case ScalarType::BFloat16:
       return ElementKind::bfloat16;
@@ -44,7 +39,7 @@ inline ElementKind element_kind(ScalarType type, bool tf32) {
     case ScalarType::Float:
       return tf32 ? ElementKind::tf32 : ElementKind::float32;
     default:
-      STD_TORCH_CHECK(false, "gx: expected dtype Float, BFloat16 or Half, got ",
+      STD_TORCH_CHECK(false, name, ": expected dtype Float, BFloat16 or Half, got ",
                       torch::headeronly::toString(type));
   }
 }
@@ -71,7 +66,7 @@ const float* float_input(const Optional& tensor, const char* name, Shape shape) 
   return static_cast<const float*>(input(tensor, name, ScalarType::Float, shape));
 }
 
-void* output(const Tensor& tensor, const char* name, ScalarType type, Shape shape) {
+inline void* output(const Tensor& tensor, const char* name, ScalarType type, Shape shape) {
   check(tensor, name, type, shape);
   return tensor.mutable_data_ptr();
 }
@@ -82,6 +77,7 @@ inline float* float_output(const Tensor& tensor, const char* name, Shape shape) 
 
 // What both scans have in common.
 struct Border {
+  const char* name;  // of the tensor whose rows the scan's are
   CellKind cell;
   CellSizes sizes;
   ScalarType type;
@@ -100,10 +96,11 @@ struct RowArguments {
 inline Border border(int64_t cell, const Tensor& rows, const char* name, int64_t columns,
                      const Tensor& h0, int64_t hidden, bool tf32) {
   Border b{};
+  b.name = name;
   b.cell = cell_kind(cell);
   b.sizes = cell_sizes(b.cell);
   b.type = rows.scalar_type();
-  b.element = element_kind(b.type, tf32);
+  b.element = element_kind(b.type, name, tf32);
   STD_TORCH_CHECK(h0.dim() == 3, "h0: expected [D, B, pitch], got shape ", shape_text(h0.sizes()));
   b.directions = h0.size(0);
   b.batch = h0.size(1);
@@ -132,12 +129,12 @@ inline ScanRows scan_rows(const Border& b, const RowArguments& given) {
     rows.offsets = static_cast<const int64_t*>(
         input(given.offsets, "offsets", ScalarType::Long, {rows.timesteps}));
   } else {
-    STD_TORCH_CHECK(b.count % b.batch == 0, "gx: expected a multiple of the batch size ", b.batch,
-                    " as its rows, got ", b.count);
+    STD_TORCH_CHECK(b.count % b.batch == 0, b.name, ": expected a multiple of the batch size ",
+                    b.batch, " as its rows, got ", b.count);
     rows.timesteps = b.count / b.batch;
   }
-  STD_TORCH_CHECK(rows.timesteps < int64_t{1} << 31, "gx: expected fewer than 2^31 timesteps, got ",
-                  rows.timesteps);
+  STD_TORCH_CHECK(rows.timesteps < int64_t{1} << 31, b.name,
+                  ": expected fewer than 2^31 timesteps, got ", rows.timesteps);
   rows.lengths =
       static_cast<const int64_t*>(input(given.lengths, "lengths", ScalarType::Long, {b.batch}));
   rows.resets = static_cast<const uint8_t*>(

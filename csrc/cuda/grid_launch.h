@@ -49,14 +49,18 @@ class GridTurn {
         lock_(of_device_.mutex),
         stream_(static_cast<cudaStream_t>(stream)),
         captures_(is_captured(stream)) {
-    if (of_device_.stalled == nullptr) {
+    if (of_device_.ended == nullptr) {  // the last that is made
       const AnyCalls allowed;
-      void* memory = nullptr;
-      check_cuda(
-          cudaHostAlloc(&memory, sizeof(uint32_t), cudaHostAllocMapped | cudaHostAllocPortable));
-      of_device_.stalled = static_cast<uint32_t*>(memory);
-      *of_device_.stalled = 0;
-      check_cuda(cudaEventCreateWithFlags(&of_device_.ended, cudaEventDisableTiming));
+      void* memory = of_device_.stalled;
+      if (memory == nullptr) {
+        check_cuda(
+            cudaHostAlloc(&memory, sizeof(uint32_t), cudaHostAllocMapped | cudaHostAllocPortable));
+        of_device_.stalled = static_cast<uint32_t*>(memory);
+        *of_device_.stalled = 0;
+      }
+      cudaEvent_t ended = nullptr;
+      check_cuda(cudaEventCreateWithFlags(&ended, cudaEventDisableTiming));
+      of_device_.ended = ended;
     }
     if (!captures_) check_cuda(cudaStreamWaitEvent(stream_, of_device_.ended, 0));
   }

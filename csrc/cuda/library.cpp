@@ -41,14 +41,14 @@ void check_stream([[maybe_unused]] void* stream) {
 #endif
 }
 
-// Runs what launches, on the stream; errors, and lines of the log, have `what` it is in them.
-template <class Launch>
-void run_logged(const std::string& what, void* stream, const Launch& launch) {
+// Runs what launches, on the stream; errors, and lines of the log, have what() it is in them.
+template <class What, class Launch>
+void run_logged(const What& what, void* stream, const Launch& launch) {
   const bool logs = is_logging();
   const char* where = ", in work that was launched before ";
   try {
     if (logs) {
-      std::fprintf(stderr, "fused_rnn: %s\n", what.c_str());
+      std::fprintf(stderr, "fused_rnn: %s\n", what().c_str());
       check_stream(stream);
     }
     where = ", in ";
@@ -58,7 +58,7 @@ void run_logged(const std::string& what, void* stream, const Launch& launch) {
     // torch's own headers tell which call failed, and not why.
     std::string why = error.what();
     if (why.find("API call failed at") != std::string::npos) why = said_by_torch(why);
-    throw std::runtime_error(why + (where + what));
+    throw std::runtime_error(why + where + what());
   }
 }
 
@@ -190,9 +190,10 @@ void launch(const Border& b, const Plan<Tile>& plan, const Params& params, const
   STD_TORCH_CHECK(plan.regime != Regime::none,
                   "hidden_size: ", plan_refusal(b.problem(), device, kTraining, forced));
   void* on = reinterpret_cast<void*>(stream);
-  const std::string what =
-      launch_text(b, kPass<Params>, describe_plan(b.problem(), device, kTraining, forced),
-                  params.rows.timesteps);
+  const auto what = [&] {
+    return launch_text(b, kPass<Params>, describe_plan(b.problem(), device, kTraining, forced),
+                       params.rows.timesteps);
+  };
   run_logged(what, on, [&] {
     if (plan.regime == Regime::steps) {
       by_steps(StepScan{b.cell, b.element, plan.shape, on, like.get_device_index(), graph});
@@ -300,11 +301,12 @@ void launch_stack(const Border& b, const StackScan& scan, const Device& device, 
   const std::string reason =
       stack_refusal({b.problem(), layers, timesteps, kTraining}, device, forced);
   STD_TORCH_CHECK(reason.empty(), "stack of layers: ", reason);
-  const std::string what =
-      launch_text(b, kPass<Params>,
-                  describe_plan(b.problem(), device, kTraining, forced, {layers, layers}),
-                  timesteps) +
-      "; " + std::to_string(layers) + " layers in chunks of " + std::to_string(scan.chunk);
+  const auto what = [&] {
+    return launch_text(b, kPass<Params>,
+                       describe_plan(b.problem(), device, kTraining, forced, {layers, layers}),
+                       timesteps) +
+           "; " + std::to_string(layers) + " layers in chunks of " + std::to_string(scan.chunk);
+  };
   run_logged(what, reinterpret_cast<void*>(scan.stream),
              [&] { run(kernel_at<Params>(b, plan.index), plan.shape); });
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import looks
-from ..cells import CELLS, Cell, DirectionWeights
+from ..cells import CELL_OF_MODE, Cell, DirectionWeights
 from ..convert import option_of_ours
 from ..modules import GRU, LSTM, RNN
 
@@ -31,7 +31,7 @@ def cell_of(module: object, *allowed: str) -> Cell:
         raise ValueError(f"module: expected no projection, got proj_size={module.proj_size}")
     if option := option_of_ours(module, besides=("reset_after", "stateful", *allowed)):
         raise ValueError(f"module: expected none of our own options, got {option}")
-    return next(cell for cell in CELLS.values() if cell.torch_mode == module.mode)
+    return CELL_OF_MODE[module.mode]
 
 
 def read(module: torch.nn.RNNBase, layer: int) -> list[DirectionWeights]:

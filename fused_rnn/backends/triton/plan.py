@@ -265,8 +265,6 @@ def on_chip_bytes(config: Config, problem: Problem, which: str, vendor: str = "c
         return stages * stage + turned
     slice_bytes = gates * padded * config.block_h * size
     if vendor == "hip":
-        if config.regime == "grid":
-            slice_bytes = 0  # in registers
         return slice_bytes + operand + turned  # which do not share their room there
     return slice_bytes + max(operand, turned)
 

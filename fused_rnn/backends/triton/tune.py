@@ -189,7 +189,7 @@ class _Call:
         placed = plan.place(config, self.problem, device, which)
         both = Plan(placed, placed)
         if which == "forward":
-            # LSTM's gates overwrite gx, so that later calls compute with other numbers.
+            # The gates may overwrite gx, so that later calls compute with other numbers.
             self.saved = launch.forward(
                 self.problem, both, self.precision, self.gx, self.inputs, save=True
             )
