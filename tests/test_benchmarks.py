@@ -136,25 +136,47 @@ PEERS = (
 )
 
 
+def installed(modules, name):
+    provider = modules.providers.PROVIDERS[name]
+    if reason := provider.unavailable():
+        pytest.skip(reason)
+    return provider, modules.providers.Setting("cpu", len(os.sched_getaffinity(0)))
+
+
+def assert_computes_what_torch_does(modules, name, case):
+    provider, setting = installed(modules, name)
+    data = modules.data.make_data(case)
+    row = modules.results.Row("set", 0, 0, case, name)
+    expected = modules.data.expected_results(case, data)
+    entrant = modules.runner.entrant_of(provider, row, data, expected, setting)
+    assert isinstance(entrant, modules.runner.Contender), entrant.note
+
+
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize("name", PEERS)
 def test_peer_computes_what_torch_does(modules, name, cell):
     """Each adapter's gate orders, layouts and gradients, on sizes that all differ."""
     mode = "inference" if name in ("openvino", "onnxruntime") else "training"
-    reason = modules.providers.PROVIDERS[name].unavailable()
-    if reason:
-        pytest.skip(reason)
-    case = modules.cases.Case(cell, 5, 3, 4, 6, mode)
-    setting = modules.providers.Setting("cpu", len(os.sched_getaffinity(0)))
-    data = modules.data.make_data(case)
-    entrant = modules.runner.entrant_of(
-        modules.providers.PROVIDERS[name],
-        modules.results.Row("set", 0, 0, case, name),
-        data,
-        modules.data.expected_results(case, data),
-        setting,
-    )
-    assert isinstance(entrant, modules.runner.Contender), entrant.note
+    assert_computes_what_torch_does(modules, name, modules.cases.Case(cell, 5, 3, 4, 6, mode))
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_jax_unrolls_steps_and_takes_those_left_over(modules, mode):
+    pytest.importorskip("jax")
+    from harness.providers.jax_layers import UNROLLED
+
+    case = modules.cases.Case("lstm", 2 * UNROLLED + 3, 2, 4, 6, mode)
+    assert_computes_what_torch_does(modules, "jax scan", case)
+
+
+def test_openvino_copies_no_outputs(modules):
+    """Both calls give out the same memory, that of the request."""
+    provider, setting = installed(modules, "openvino")
+    case = modules.cases.Case("gru", 5, 3, 4, 6)
+    session = provider.prepare(case, modules.data.make_data(case), setting)
+    once, again = session.call(), session.call()
+    places = [[array.ctypes.data for array in outputs.values()] for outputs in (once, again)]
+    assert places[0] == places[1]
 
 
 @pytest.mark.parametrize("name", ["fused_rnn", "torch.nn", "loop"])
