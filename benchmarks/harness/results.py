@@ -44,10 +44,10 @@ class Row:
     flops: int = 0  # Case.flops and Case.bytes of the rows that there were
     bytes: int = 0
     error: float | None = None  # the largest relative error of all results
-    peak_mib: float | None = None  # of memory, see memory.py
-    bound_ms: float | None = None  # the least that the machine's ceilings allow
+    peak_mib: float | None = None  # of memory, see memory.py; of fresh processes in set memory
+    bound_ms: float | None = None  # an estimate of the least, by the machine's ceilings
     bound: str = ""  # by which of them: "compute", "memory" or "steps"
-    of_bound: float | None = None  # bound_ms over ms
+    of_bound: float | None = None  # bound_ms over ms; above 1 where the caches keep operands
 
     @property
     def ours(self) -> bool:
@@ -105,7 +105,11 @@ class Run:
         return self.meta.get("device", "cpu") != "cpu"
 
     def with_bound(self, row: Row) -> Row:
-        """The row with the bound that the ceilings of this run put on it."""
+        """The row with the time that the ceilings of this run make the least, as an estimate.
+
+        Bytes count at the rate of copies of the next larger size that was measured, so what lies
+        in L2 or L3 can be had in less.
+        """
         peak, copies = self._peak(row), self.ceiling.get("copy_gbs")
         if not peak or not copies or not row.flops:
             return row
@@ -117,7 +121,9 @@ class Run:
             "steps": row.case.T * row.case.layers * self._step_us(row) / 1e3,
         }
         bound = max(bounds, key=bounds.get)
-        part = bounds[bound] / row.ms if row.ms else None
+        # The peak is that of vector instructions; AMX multiplies faster.
+        beyond = bound == "compute" and "amx" in row.kernel
+        part = bounds[bound] / row.ms if row.ms and not beyond else None
         return replace(row, bound=bound, bound_ms=bounds[bound], of_bound=part)
 
     def _step_us(self, row: Row) -> float:
@@ -232,6 +238,11 @@ def _version(name: str) -> str | None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
     return None
+
+
+def short_commit(commit: str) -> str:
+    """Its first twelve digits, and the "+" of a tree that differs."""
+    return commit[:12] + "+" * commit.endswith("+")
 
 
 def _commit() -> str:
