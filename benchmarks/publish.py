@@ -14,7 +14,6 @@ from harness.captions import CAPTIONS
 from harness.means import STANDING, slower, summary, table
 from harness.origin import (
     caveats,
-    incomplete,
     measured_by_itself,
     place,
     reached,
@@ -208,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is not what benchmarks/results says: make publish")
         cpus = [run for run in (load("cpu"), *others("cpu")) if run is not None]
-        partial = [run for run in cpus if incomplete(run, "standing")]
+        partial = [run for run in cpus if run.missing("standing")]
         for run in partial:
             print(f"groups of the set standing are missing: {place(run)}")
         return 1 if stale or partial else 0

@@ -383,6 +383,76 @@ def test_sets_of_another_machine_are_not_kept(modules):
     assert own.joined(other) is own
 
 
+@pytest.fixture
+def cpu(modules, monkeypatch, tmp_path):
+    """benchmarks/cpu.py with a folder of its own to publish to."""
+    program = import_module("cpu")
+    monkeypatch.setattr(program, "RESULTS", tmp_path)
+    return program
+
+
+def test_only_whole_sets_are_published(modules, cpu, tmp_path):
+    def measured(commit, **groups_left_out):
+        groups = [
+            (name, group)
+            for name, first in groups_left_out.items()
+            for group in modules.sets.SETS[name].groups[first:]
+        ]
+        rows = [
+            modules.results.Row(name, n, variant, case, "fused_rnn")
+            for n, (name, group) in enumerate(groups)
+            for variant, case in enumerate(group)
+        ]
+        return replace(run_of(modules, commit), rows=rows)
+
+    args = cpu.parse_arguments(["--save"])
+    cpu.save(measured("old", standing=0, bf16=0), args)
+    cpu.save(measured("new", bf16=0, standing=1), args)
+    kept = modules.results.Run.load(tmp_path / "cpu.json")
+    assert kept.meta["commit"] == "old" and kept.meta["others"]["bf16"]["commit"] == "new"
+    assert not kept.missing("standing") and not kept.missing("bf16")
+    cpu.save(measured("newest", standing=1), args)
+    assert modules.results.Run.load(tmp_path / "cpu.json") == kept
+
+
+def test_each_cpu_has_a_file_of_its_own(modules, cpu, tmp_path):
+    assert cpu.published_file("a") == tmp_path / "cpu.json"
+    run_of(modules, "old", "standing").save(tmp_path / "cpu.json")
+    other = tmp_path / "cpu-b-r-family-6.json"
+    assert cpu.published_file("a") == tmp_path / "cpu.json"
+    assert cpu.published_file("B(R) (family 6)") == other
+    run_of(modules, "old", "standing", cpu="c").save(tmp_path / "cpu-zen9.json")
+    assert cpu.published_file("c") == tmp_path / "cpu-zen9.json"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--save", "--cell", "gru"], "not with --cell"),
+        (["--save", "--backend", "reference"], "not with --backend"),
+        (["--save", "--shape", "3,2,8"], "not with --shape"),
+        (["--layers", "2"], "--layers goes with --shape"),
+        (["--dtype", "bfloat16", "--set", "standing"], "--dtype goes with --shape"),
+        (["--bidirectional"], "--bidirectional goes with --shape"),
+        (["--set", "memory", "--backend", "reference"], "--set memory: its providers are fixed"),
+        (["--set", "compiled", "--provider", "loop"], "--set compiled: none of the providers"),
+        (["--set", "odd", "--provider", "torch.nn"], "--set odd: none of the providers"),
+        (["--backend", "cpu", "--provider", "torch.nn"], "--backend is that of"),
+    ],
+    ids=str,
+)
+def test_options_without_effect_are_refused(cpu, capsys, options, said):
+    with pytest.raises(SystemExit):
+        cpu.main(options)
+    assert said in capsys.readouterr().err
+
+
+def test_sets_that_options_leave_nothing_of_are_not_measured(cpu):
+    args = cpu.parse_arguments(["--backend", "reference", "--provider", "fused_rnn"])
+    names = {name for name, _ in cpu.chosen_groups(args)}
+    assert names == set(cpu.CPU_SETS) - {"memory", "compiled"}
+
+
 def test_memory_and_compile_are_targets(modules):
     case = modules.cases.Case("gru", 5, 2, 8, 8, "training")
     row = modules.results.Row("memory", 0, 0, case, "fused_rnn", ms=4.0, peak_mib=10.0)

@@ -96,12 +96,6 @@ def reached(run: Run) -> str:
     )
 
 
-def incomplete(run: Run, name: str) -> bool:
-    """Whether groups of a set are missing."""
-    measured = {tuple(dict.fromkeys(r.case for r in g)) for g in run.groups() if g[0].set == name}
-    return not set(SETS[name].groups) <= measured
-
-
 def _versions(run: Run) -> str:
     """Of what took part, not of all that was installed."""
     shown = {"python", "torch", "fused_rnn"}

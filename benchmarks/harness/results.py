@@ -20,6 +20,7 @@ import fused_rnn
 from fused_rnn.native import cpu_capability, cpu_library_error
 from harness.cases import Case
 from harness.providers import PROVIDERS, Setting, is_ours
+from harness.sets import SETS
 
 WILD = 0.2  # spread above which a median is not worth much
 ON_CHIP_BYTES = 340 << 10  # of weights, in registers and shared memory of one multiprocessor
@@ -139,6 +140,17 @@ class Run:
         multiprocessors = case.recurrent_bytes / ON_CHIP_BYTES
         scope = "block" if multiprocessors <= 1 else "cluster" if multiprocessors <= 16 else "grid"
         return floors.get(scope, 0.0)
+
+    def missing(self, name: str) -> list[tuple[Case, ...]]:
+        """The groups of a set that were not measured."""
+        grouped = (group for group in self.groups() if group[0].set == name)
+        measured = {tuple(dict.fromkeys(row.case for row in group)) for group in grouped}
+        return [group for group in SETS[name].groups if group not in measured]
+
+    def whole_sets(self) -> Run:
+        """This run without the sets of which groups are missing."""
+        whole = {n for n in {row.set for row in self.rows} if n in SETS and not self.missing(n)}
+        return replace(self, rows=[row for row in self.rows if row.set in whole])
 
     def joined(self, other: Run) -> Run:
         """This run with the sets that only the other one measured, if on the same kind of machine.
