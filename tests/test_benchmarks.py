@@ -491,6 +491,27 @@ def test_plots_are_made_from_a_run(modules, tmp_path):
     assert all(path.stat().st_size > 5000 for path in written)
 
 
+def test_lines_of_plots_are_the_best_of_one_dtype(modules):
+    pytest.importorskip("matplotlib")
+    from harness import plots
+
+    case = modules.cases.Case("gru", 5, 2, 8, 8)
+    row = modules.results.Row("set", 0, 0, case, "fused_rnn", ms=4.0, gflops=1.0)
+    half = replace(row, ms=1.0, gflops=4.0, case=replace(case, dtype="bfloat16"))
+    rows = [row, replace(row, ms=2.0, gflops=2.0), half]
+
+    def drawn(*arguments):
+        _, axes = plots.plt.subplots()
+        plots._lines(axes, rows, {"fused_rnn": "red"}, lambda r: r.case.H, *arguments)
+        lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+        plots.plt.close()
+        return lines
+
+    times, rates = drawn(lambda r: r.ms), drawn(lambda r: r.gflops, max)
+    assert times == {"fused_rnn float32": [2.0], "fused_rnn bfloat16": [1.0]}
+    assert rates == {"fused_rnn float32": [2.0], "fused_rnn bfloat16": [4.0]}
+
+
 def test_precision_leaves_cudnn_on_and_puts_everything_back(modules):
     """What torch's own context manager is not told, it changes: cuDNN goes off."""
     from harness.precision import gpu_precision
