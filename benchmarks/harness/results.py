@@ -41,7 +41,7 @@ class Row:
     samples: int = 0
     gflops: float | None = None  # GFLOP/s by Case.flops at the median
     kernel: str = ""
-    note: str = ""  # "cannot: ...", "wrong: ..." or "failed: ..."
+    note: str = ""  # "cannot: ...", "wrong: ...", "failed: ..." or "not measured: ..."
     flops: int = 0  # Case.flops and Case.bytes of the rows that there were
     bytes: int = 0
     error: float | None = None  # the largest relative error of all results

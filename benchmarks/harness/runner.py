@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -129,6 +129,7 @@ def measure(
     providers: Iterable[Provider],
     seconds: float,
     setting: Setting,
+    begins: Callable[[str], None] = lambda provider: None,
 ) -> list[Row]:
     """A row for every case of the group and every provider, also for those that are not timed.
 
@@ -136,6 +137,8 @@ def measure(
         number: the group's in this run, to tell which rows were measured together.
         seconds: about how long the turns take together; at least FEWEST_TURNS of each are taken.
         setting: of the run; a case's own number of threads goes before it.
+        begins: told the name of a provider before any of its code runs, so that who ends the
+            process is known.
 
     Raises:
         DeviceLostError: a provider brought the GPU down, so that nothing more can be measured.
@@ -150,12 +153,13 @@ def measure(
             if not provider.wants(case):
                 continue
             row = Row(set_name, number, variant, case, provider.name, **counts)
+            begins(provider.name)
             entrants.append(entrant_of(provider, row, data, expected, own))
         del expected, data
     gc.collect()
     gc.disable()  # a collection would fall into one call of many
     try:
-        _take_turns([e for e in entrants if isinstance(e, Contender)], seconds)
+        _take_turns([e for e in entrants if isinstance(e, Contender)], seconds, begins)
     finally:
         gc.enable()
     return [e.measured_row() if isinstance(e, Contender) else e for e in entrants]
@@ -227,12 +231,14 @@ def _compared(actual: Results, expected: Results, largest: float) -> float:
     return worst
 
 
-def _take_turns(contenders: list[Contender], seconds: float) -> None:
+def _take_turns(contenders: list[Contender], seconds: float, begins: Callable[[str], None]) -> None:
     for contender in contenders:
+        begins(contender.row.provider)
         contender.warm_up()
     start, turns, elapsed = time.perf_counter(), 0, 0.0
     while contenders and (elapsed < seconds or turns < (FEWEST_TURNS if elapsed < PATIENCE else 2)):
         for contender in contenders:
+            begins(contender.row.provider)
             contender.turn()
         turns += 1
         elapsed = time.perf_counter() - start
