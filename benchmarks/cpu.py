@@ -36,7 +36,7 @@ from harness.report import (
     print_setting,
 )
 from harness.results import Run, describe_run
-from harness.runner import measure
+from harness.runner import LONGEST_OWN, measure
 from harness.sets import INFERENCE_AND_TRAINING, SETS, Group
 from harness.targets import judge
 
@@ -70,6 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--provider", action="append", choices=PROVIDERS, help="default: all that are installed")
     add("--backend", choices=BACKENDS, help="force fused_rnn's backend")
     add("--seconds", type=float, default=1.5, help="about how long a group of cases is measured")
+    add("--samples", type=int, default=0, help=f"fewest of a median, or {LONGEST_OWN} s of calls")
     add("--limit", type=float, default=float("inf"), help="seconds after which no group starts")
     add("--threads", type=int, default=torch.get_num_threads(), help="of every provider")
     add("--json", type=Path, help="write everything that was found to this file")
@@ -203,7 +204,7 @@ def run_benchmark(
             ceiling.measure()
             run.ceiling = ceiling.as_json()
             there = taking_part(name, providers, bool(args.provider))
-            rows = measure(name, number, group, there, args.seconds, setting)
+            rows = measure(name, number, group, there, args.seconds, setting, samples=args.samples)
             if name in SETS and SETS[name].fresh_memory:
                 peaks = (peak_mib(row.case, row.provider, setting) for row in rows)
                 rows = [replace(row, peak_mib=peak) for row, peak in zip(rows, peaks, strict=True)]

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
@@ -285,6 +286,17 @@ def test_gpu_samples_are_times_between_events(modules, monkeypatch):
     contender.turn()
     assert contender.samples == [1e-3] * 3
     assert calls == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(("longest", "samples"), [(60.0, 12), (0.1, 5)])
+def test_medians_rest_on_as_many_samples_as_were_asked_for(modules, monkeypatch, longest, samples):
+    """Or on what their time had room for: 5 turns at least."""
+    monkeypatch.setattr(modules.runner, "LONGEST_OWN", longest)
+    row = modules.results.Row("set", 0, 0, modules.cases.Case("gru", 1, 1, 1, 1), "peer")
+    session = modules.providers.Session(lambda: time.sleep(0.04), None)
+    contender = modules.runner.Contender(session, row, 1)
+    modules.runner._take_turns([contender], 0.0, lambda provider: None, 12)
+    assert len(contender.samples) == samples
 
 
 def test_bound_is_the_largest_of_three(modules):
