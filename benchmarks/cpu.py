@@ -10,6 +10,7 @@ python benchmarks/cpu.py --compare old.json new.json        measures nothing
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections import Counter
@@ -35,12 +36,14 @@ from harness.report import (
     print_setting,
 )
 from harness.results import Run, describe_run
-from harness.runner import measure
+from harness.runner import LONGEST_OWN, measure
 from harness.sets import INFERENCE_AND_TRAINING, SETS, Group
 from harness.targets import judge
 
 CPU_SETS = [name for name, case_set in SETS.items() if case_set.device == "cpu"]
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
+RESULTS = Path(__file__).parent / "results"
+NARROWING = ("cell", "mode", "shape", "provider", "backend")  # options that leave out rows of a set
+OF_SHAPE = ("layers", "bidirectional", "dtype")
 WIDTH = 160  # of what is printed where there is no terminal
 
 
@@ -67,10 +70,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--provider", action="append", choices=PROVIDERS, help="default: all that are installed")
     add("--backend", choices=BACKENDS, help="force fused_rnn's backend")
     add("--seconds", type=float, default=1.5, help="about how long a group of cases is measured")
+    add("--samples", type=int, default=0, help=f"fewest of a median, or {LONGEST_OWN} s of calls")
     add("--limit", type=float, default=float("inf"), help="seconds after which no group starts")
     add("--threads", type=int, default=torch.get_num_threads(), help="of every provider")
     add("--json", type=Path, help="write everything that was found to this file")
-    add("--save", action="store_true", help="write it to benchmarks/results/cpu.json, set by set")
+    add("--save", action="store_true", help="publish whole sets: benchmarks/results/cpu*.json")
     add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two such files")
     args = parser.parse_args(argv)
     if args.shape and args.set:
@@ -80,7 +84,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"argument --compare: {path} is not a file")
     if args.threads < 1 or args.layers < 1:
         parser.error("--threads and --layers must be at least 1")
+    if narrowed := [name for name in NARROWING if args.save and getattr(args, name)]:
+        parser.error(f"--save is for whole sets, not with --{narrowed[0]}; --json FILE keeps them")
+    for name in OF_SHAPE:
+        if not args.shape and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} goes with --shape")
+    if args.backend and "fused_rnn" not in (args.provider or ["fused_rnn"]):
+        parser.error("--backend is that of the provider fused_rnn, which is not among --provider")
+    for name in args.set or ():
+        if why := left_out(name, args):
+            parser.error(f"--set {name}: {why}")
     return args
+
+
+def left_out(set_name: str, args: argparse.Namespace) -> str:
+    """Why the options leave nothing to measure of a set, or "" where they do not."""
+    if args.backend and isinstance(SETS[set_name].rivals, tuple):
+        return "its providers are fixed, and --backend changes none of them"
+    if not taking_part(set_name, chosen_providers(args)[0], bool(args.provider)):
+        return "none of the providers takes part in it"
+    return ""
 
 
 def chosen_groups(args: argparse.Namespace) -> list[tuple[str, Group]]:
@@ -93,7 +116,7 @@ def chosen_groups(args: argparse.Namespace) -> list[tuple[str, Group]]:
             ("", (Case(cell, *sizes, mode, **options),))
             for cell, sizes, mode in product(cells, args.shape, modes)
         ]
-    names = args.set or CPU_SETS
+    names = args.set or [name for name in CPU_SETS if not left_out(name, args)]
     modes = args.mode or MODES
     return [(name, group) for name in names for group in SETS[name].select(cells, modes)]
 
@@ -119,16 +142,37 @@ def taking_part(set_name: str, providers: list[Provider], named: bool) -> list[P
     return [provider for provider in providers if rivals == "all" or not provider.slow]
 
 
-def saved_to(args: argparse.Namespace) -> list[Path]:
-    return [path for path in (args.json, RESULTS if args.save else None) if path]
+def published_file(cpu: str) -> Path:
+    """Of the results of this CPU: cpu.json where there are none of any other, or one of its own."""
+    for path in sorted(RESULTS.glob("cpu*.json")):
+        if Run.load(path).meta["machine"]["cpu"] == cpu:
+            return path
+    if not (RESULTS / "cpu.json").exists():
+        return RESULTS / "cpu.json"
+    return RESULTS / f"cpu-{re.sub('[^a-z0-9]+', '-', cpu.lower()).strip('-')}.json"
 
 
 def save(run: Run, args: argparse.Namespace) -> None:
-    """Judges the run and writes it; what --save writes keeps the sets that it did not measure."""
-    for path in saved_to(args):
-        kept = run.joined(Run.load(path)) if path == RESULTS and path.exists() else run
-        kept.summary = [outcome.as_json() for outcome in judge(kept)]
-        kept.save(path)
+    """Judges the run and writes it; --save takes the place of what this run has measured whole."""
+    if args.json:
+        _judge_and_write(run, args.json)
+    if args.save and (whole := run.whole_sets()).rows:
+        path = published_file(run.meta["machine"]["cpu"])
+        _judge_and_write(whole.joined(Run.load(path)) if path.exists() else whole, path)
+
+
+def written_to(run: Run, args: argparse.Namespace) -> list[Path]:
+    published = args.save and run.whole_sets().rows
+    return [
+        path
+        for path in (args.json, published_file(run.meta["machine"]["cpu"]) if published else None)
+        if path
+    ]
+
+
+def _judge_and_write(run: Run, path: Path) -> None:
+    run.summary = [outcome.as_json() for outcome in judge(run)]
+    run.save(path)
 
 
 def run_benchmark(
@@ -160,7 +204,7 @@ def run_benchmark(
             ceiling.measure()
             run.ceiling = ceiling.as_json()
             there = taking_part(name, providers, bool(args.provider))
-            rows = measure(name, number, group, there, args.seconds, setting)
+            rows = measure(name, number, group, there, args.seconds, setting, samples=args.samples)
             if name in SETS and SETS[name].fresh_memory:
                 peaks = (peak_mib(row.case, row.provider, setting) for row in rows)
                 rows = [replace(row, peak_mib=peak) for row, peak in zip(rows, peaks, strict=True)]
@@ -193,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     print_noise(console, run)
     if not args.shape:
         print_outcomes(console, judge(run), absent)
-    for path in saved_to(args):
+    for path in written_to(run, args):
         console.print(f"written: {path}")
 
 

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from harness.captions import CAPTIONS
-from harness.cases import GATES
+from harness.means import STANDING, slower, summary, table
+from harness.origin import (
+    caveats,
+    measured_by_itself,
+    place,
+    reached,
+    rivals,
+    setting,
+)
 from harness.report import OUTCOME_COLUMNS, number, outcome_cells, percent
-from harness.results import WILD, Row, Run
+from harness.results import Row, Run
 from harness.sets import SETS
-from harness.targets import eager_over_compiled, geometric_mean, judge, over_best, over_torch
+from harness.targets import eager_over_compiled, judge, over_best, over_torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -37,81 +44,30 @@ def others(device: str) -> list[Run]:
     return [Run.load(path) for path in sorted(RESULTS.glob(f"{device}-*.json"))]
 
 
-def table(headers: list[str], lines: list[list[str]], words: int = 1) -> str:
-    """Markdown; the first `words` columns are text, the others numbers."""
-    rules = ["---" if i < words else "---:" for i in range(len(headers))]
-    rows = [headers, rules, *([cell.replace("|", "/") for cell in line] for line in lines)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def summary(run: Run) -> str:
-    """A line for each cell and mode: geometric means over the standing set."""
-    lines = []
-    for cell in GATES:
-        for mode in ("inference", "training"):
-            rows = [
-                group
-                for group in run.groups()
-                if group[0].set in ("standing", "gpu-standing")
-                and (group[0].case.cell, group[0].case.mode) == (cell, mode)
-            ]
-            torch_ratios = _known(over_torch(group) for group in rows)
-            best_ratios = _known(over_best(group) for group in rows)
-            if torch_ratios:
-                lines.append(
-                    [
-                        f"{cell} {mode}",
-                        f"{geometric_mean(torch_ratios):.2f}",
-                        f"{min(torch_ratios):.2f} to {max(torch_ratios):.2f}",
-                        f"{geometric_mean(best_ratios):.2f}",
-                        f"{min(best_ratios):.2f} to {max(best_ratios):.2f}",
-                    ]
-                )
-    headers = ["", "faster than torch.nn", "from, to", "than the fastest of all others", "from, to"]
-    return table(headers, lines)
-
-
-def _known(ratios: Iterator[float | None]) -> list[float]:
-    return [ratio for ratio in ratios if ratio is not None]
-
-
-def place(run: Run) -> str:
-    """When and where it ran."""
-    meta, machine = run.meta, run.meta["machine"]
-    return f"{meta['date'][:10]}, " + (
-        machine.get("gpu") or f"{machine['cpu']}, {meta['threads']} threads"
-    )
-
-
-def setting(run: Run) -> str:
-    """One sentence: when, where, with what."""
-    meta, machine = run.meta, run.meta["machine"]
-    timed = [row for row in run.rows if row.ms]
-    wild = sum(row.wild for row in timed)
-    busy = f", load average {machine['load']:.1f} before the run" if machine["load"] > 0.5 else ""
-    versions = ", ".join(f"{n} {v}" for n, v in sorted(meta["versions"].items()) if v)
-    late = ", ".join(
-        f"{count} groups of {name}" for name, count in meta.get("not_reached", {}).items()
-    )
-    return (
-        (f"No time was left for {late}. " if late else "")
-        + f"{place(run)}{busy}; {len(timed)} medians, {wild} of them with a spread "
-        f"above {WILD:.0%}; commit {meta['commit'][:12]}; {versions}."
-    )
+def means(run: Run) -> str:
+    """The means of the standing set and who took part in it."""
+    return f"{summary(run)}\n\n{rivals(run, STANDING)}"
 
 
 def readme_cpu() -> str:
     run = load("cpu")
     if run is None:
         return "Not yet measured."
-    shown = [f"{summary(run)}\n\n{place(run)}."]
-    shown += [f"On another CPU:\n\n{summary(run)}\n\n{place(run)}." for run in others("cpu")]
-    return "\n\n".join(shown)
+    runs = [run, *others("cpu")]
+    shown = [f"{summary(each)}\n\n{place(each)}." for each in runs]
+    texts = dict.fromkeys(text for each in runs for text in caveats(each))
+    notes = [
+        f"{', '.join(each.meta['date'][:10] for each in runs if text in caveats(each))}: {text}"
+        for text in texts
+    ]
+    return "\n\n".join(["\n\nOn another CPU:\n\n".join(shown), rivals(run, STANDING), *notes])
 
 
 def readme_gpu() -> str:
     run = load("gpu")
-    return NOT_YET if run is None else f"{summary(run)}\n\n{place(run)}."
+    if run is None:
+        return NOT_YET
+    return "\n\n".join([means(run), " ".join([f"{place(run)}.", reached(run), *caveats(run)])])
 
 
 def readme() -> str:
@@ -134,9 +90,11 @@ def document() -> str:
         "Made by `make bench` from `benchmarks/results/`; `benchmarks/README.md` says how it is "
         "measured. Times are medians of one call in milliseconds with half the distance of the "
         "quartiles; every column counts the input projection, and training all gradients. "
-        '"Of bound" is the least time that the machine\'s own ceilings allow, over ours: matrix '
-        "products at its measured peak, bytes that must move at its copy rate, steps at the cost "
-        "of a synchronisation.",
+        '"Of estimate" is an estimate of the least time, over ours: the largest of matrix products '
+        "at the measured peak, bytes that must move at the copy rate of the size measured that "
+        "holds them, and steps at the cost of a synchronisation. It can exceed 100%, since what "
+        "stays in L2 or L3 between calls moves faster than copies from memory. Products on AMX "
+        "have none: the peak is that of vector instructions.",
     ]
     for device, title in (("cpu", "CPU"), ("gpu", "GPU")):
         parts.append(f"## {title}")
@@ -144,7 +102,7 @@ def document() -> str:
         if run is None:
             parts.append(NOT_YET)
             continue
-        parts += [setting(run), _ceilings(run), summary(run)]
+        parts += [setting(run), _ceilings(run), means(run), slower(run)]
         parts += [
             f"![{caption}](images/{name})\n\n{caption}." for name, caption in image_names(run)
         ]
@@ -155,7 +113,7 @@ def document() -> str:
         for other in others(device):
             parts += [f"### On another {title}", setting(other), _ceilings(other)]
             if device == "cpu":
-                parts += [summary(other), _targets(other)]
+                parts += [means(other), slower(other), _targets(other)]
             else:
                 parts += [_set(other, name) for name in dict.fromkeys(r.set for r in other.rows)]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -198,8 +156,8 @@ def _set(run: Run, name: str) -> str:
                     *(_time(rows.get(provider)) for provider in providers),
                     number(over_torch(list(rows.values()))),
                     number(over_best(list(rows.values()))),
-                    percent(ours.of_bound) if ours else "",
-                    number(ours.peak_mib, 1) if ours else "",
+                    percent(run.with_bound(ours).of_bound) if ours else "",
+                    number(ours.peak_mib, 1) if ours and fresh else "",
                     number(theirs.peak_mib, 1) if theirs else "",
                     number(eager_over_compiled(list(rows.values()))),
                     ours.kernel if ours else "",
@@ -208,7 +166,7 @@ def _set(run: Run, name: str) -> str:
     tail = [
         "torch.nn / ours",
         "best / ours",
-        "of bound",
+        "of estimate",
         "MiB",
         "torch.nn's MiB",
         "eager / compiled",
@@ -218,18 +176,7 @@ def _set(run: Run, name: str) -> str:
     used = [i for i in range(len(headers)) if any(line[i] for line in lines)]
     notes = dict.fromkeys(f"- {r.provider}: {r.note}" for g in groups for r in g if r.note)
     shown = table([headers[i] for i in used], [[line[i] for i in used] for line in lines])
-    return "\n\n".join(filter(None, [_when(run, name), shown, "\n".join(notes)]))
-
-
-def _when(run: Run, name: str) -> str:
-    """Of a set that another run has measured than the one this page begins with."""
-    facts = run.meta.get("others", {}).get(name)
-    if facts is None:
-        return ""
-    return (
-        f"Measured by itself on {facts['date'][:10]}, {facts['threads']} threads, commit "
-        f"{facts['commit'][:12]}, load average {facts['load']:.1f} before."
-    )
+    return "\n\n".join(filter(None, [measured_by_itself(run, name), shown, "\n".join(notes)]))
 
 
 def _time(row: Row | None) -> str:
@@ -259,7 +206,11 @@ def main(argv: list[str] | None = None) -> int:
         stale = [path for path, text in made.items() if path.read_text() != text]
         for path in stale:
             print(f"{path.relative_to(ROOT)} is not what benchmarks/results says: make publish")
-        return 1 if stale else 0
+        cpus = [run for run in (load("cpu"), *others("cpu")) if run is not None]
+        partial = [run for run in cpus if run.missing("standing")]
+        for run in partial:
+            print(f"groups of the set standing are missing: {place(run)}")
+        return 1 if stale or partial else 0
     from harness.plots import plot_all
 
     for device in ("cpu", "gpu"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,16 @@ _LAYERS = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _TURN = 0.03  # seconds that one of the two runs before the other does
 _FEWEST_TURNS = 3
+_BUSY = 0.5  # load average of the minute before, above which ratios may be far off
+# Of the layer that is made where --model names none.
+_LAYER = {
+    "cell": "lstm",
+    "hidden": 256,
+    "layers": 1,
+    "batch": 32,
+    "timesteps": 100,
+    "bidirectional": False,
+}
 
 
 @dataclass(frozen=True)
@@ -166,17 +177,17 @@ def _spread(samples: list[float]) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m fused_rnn bench`."""
     add = parser.add_argument
-    add("--cell", choices=_LAYERS, default="lstm", help="of a layer that is made for the purpose")
-    for name, default, text in (
-        ("hidden", 256, "hidden size"),
-        ("input", None, "input size; default: the hidden size. With --model: its input T,B,I"),
-        ("layers", 1, "stacked layers"),
-        ("batch", 32, "batch rows"),
-        ("timesteps", 100, "timesteps"),
+    add("--cell", choices=_LAYERS, help="of a layer that is made for the purpose")
+    for name, text in (
+        ("hidden", "hidden size"),
+        ("input", "input size; default: the hidden size. With --model: its input T,B,I"),
+        ("layers", "stacked layers"),
+        ("batch", "batch rows"),
+        ("timesteps", "timesteps"),
     ):
-        kind = _sizes if name == "input" else positive
-        add(f"--{name}", type=kind, default=default, help=text)
-    add("--bidirectional", action="store_true")
+        add(f"--{name}", type=_sizes if name == "input" else positive, help=text)
+    # None where it was not given: with --model that is told from a value.
+    add("--bidirectional", action="store_true", default=None)
     add("--dtype", choices=_DTYPES, default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", choices=("auto", *BACKENDS), default="auto", help="force fused_rnn's backend")
@@ -216,6 +227,9 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     if args.model is not None:
+        for name in _LAYER:
+            if getattr(args, name) is not None:
+                raise SystemExit(f"--{name} is of a layer that is made; --model brings its own")
         if args.input is None:
             raise SystemExit("--model needs --input, the sizes of its input as T,B,I")
         try:
@@ -229,14 +243,19 @@ def _run(args: argparse.Namespace) -> int:
     else:
         if args.input is not None and len(args.input) != 1:
             raise SystemExit("--input: expected one size; T,B,I go with --model")
-        size = args.input[0] if args.input else args.hidden
-        module = _LAYERS[args.cell](
-            size, args.hidden, args.layers, bidirectional=args.bidirectional
+        given = {name: getattr(args, name) for name in _LAYER}
+        made = argparse.Namespace(**_LAYER | {n: v for n, v in given.items() if v is not None})
+        size = args.input[0] if args.input else made.hidden
+        module = _LAYERS[made.cell](
+            size, made.hidden, made.layers, bidirectional=made.bidirectional
         ).to(args.device, dtype)
-        shape = (args.timesteps, args.batch, size)
+        shape = (made.timesteps, made.batch, size)
         title = f"{module}, T={shape[0]} B={shape[1]}"
     x = torch.randn(shape, device=args.device, dtype=dtype)
     print(f"{title}, {args.dtype} on {args.device}, {torch.get_num_threads()} threads")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not there on Windows
+    if load > _BUSY:
+        print(f"the machine is busy, load average {load:.1f}: times and ratios may be far off")
     for mode in (args.mode,) if args.mode else ("inference", "training"):
         with backend(args.backend):
             print(time_module(module, x, mode=mode, seconds=args.seconds))

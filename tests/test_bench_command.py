@@ -21,6 +21,11 @@ class Tagger(torch.nn.Module):
         return {"scores": self.out(self.lstm(x)[0])}
 
 
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 9.0, 9.0))
+
+
 def test_prints_both_modes_with_ratio_and_kernel(capsys):
     assert __main__.main(["bench", "--cell", "gru", *SMALL, "--backend", "reference"]) == 0
     _, inference, training = capsys.readouterr().out.splitlines()
@@ -28,6 +33,27 @@ def test_prints_both_modes_with_ratio_and_kernel(capsys):
         assert line.startswith(mode)
         assert "times as fast" in line
         assert "reference" in line
+
+
+@pytest.mark.parametrize(("load", "lines"), [(0.4, 1), (0.6, 2)])
+def test_busy_machine_is_told_before_anything_is_timed(capsys, monkeypatch, load, lines):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    assert __main__.main(["bench", *SMALL, "--mode", "inference"]) == 0
+    *before, timed = capsys.readouterr().out.splitlines()
+    assert len(before) == lines and timed.startswith("inference")
+    assert (f"busy, load average {load}" in before[-1]) == (lines == 2)
+
+
+@pytest.mark.parametrize("name", ["cell", "hidden", "layers", "batch", "timesteps"])
+def test_sizes_of_a_layer_do_not_go_with_a_model(name):
+    value = "lstm" if name == "cell" else "1"  # a default, which would not be seen
+    with pytest.raises(SystemExit, match=f"--{name} is of a layer that is made"):
+        __main__.main(["bench", "--model", "some.pt", "--input", "3,4,5", f"--{name}", value])
+
+
+def test_directions_do_not_go_with_a_model():
+    with pytest.raises(SystemExit, match="--bidirectional is of a layer that is made"):
+        __main__.main(["bench", "--model", "some.pt", "--input", "3,4,5", "--bidirectional"])
 
 
 def test_times_a_saved_model(tmp_path, capsys):
@@ -69,7 +95,6 @@ def test_difference_of_outputs_is_told(monkeypatch):
         (["--device", "meta"], "meta"),
         (["--hidden", "9" * 25], "bench: "),
         (["--dtype", "float64", "--backend", "cpu"], "float64"),
-        (["--model", ""], "--input"),
     ],
 )
 def test_what_cannot_be_run_is_told(arguments, message):
@@ -102,7 +127,11 @@ def test_bad_arguments(arguments, message, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--input", "3,4,5"], "T,B,I"), (["--model", "some.pt"], "--input")],
+    [
+        (["--input", "3,4,5"], "T,B,I"),
+        (["--model", "some.pt"], "--input"),
+        (["--model", ""], "--input"),
+    ],
 )
 def test_inputs_that_do_not_fit(arguments, message):
     with pytest.raises(SystemExit, match=message):

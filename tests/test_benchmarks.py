@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
@@ -136,25 +137,47 @@ PEERS = (
 )
 
 
+def installed(modules, name):
+    provider = modules.providers.PROVIDERS[name]
+    if reason := provider.unavailable():
+        pytest.skip(reason)
+    return provider, modules.providers.Setting("cpu", len(os.sched_getaffinity(0)))
+
+
+def assert_computes_what_torch_does(modules, name, case):
+    provider, setting = installed(modules, name)
+    data = modules.data.make_data(case)
+    row = modules.results.Row("set", 0, 0, case, name)
+    expected = modules.data.expected_results(case, data)
+    entrant = modules.runner.entrant_of(provider, row, data, expected, setting)
+    assert isinstance(entrant, modules.runner.Contender), entrant.note
+
+
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize("name", PEERS)
 def test_peer_computes_what_torch_does(modules, name, cell):
     """Each adapter's gate orders, layouts and gradients, on sizes that all differ."""
     mode = "inference" if name in ("openvino", "onnxruntime") else "training"
-    reason = modules.providers.PROVIDERS[name].unavailable()
-    if reason:
-        pytest.skip(reason)
-    case = modules.cases.Case(cell, 5, 3, 4, 6, mode)
-    setting = modules.providers.Setting("cpu", len(os.sched_getaffinity(0)))
-    data = modules.data.make_data(case)
-    entrant = modules.runner.entrant_of(
-        modules.providers.PROVIDERS[name],
-        modules.results.Row("set", 0, 0, case, name),
-        data,
-        modules.data.expected_results(case, data),
-        setting,
-    )
-    assert isinstance(entrant, modules.runner.Contender), entrant.note
+    assert_computes_what_torch_does(modules, name, modules.cases.Case(cell, 5, 3, 4, 6, mode))
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_jax_unrolls_steps_and_takes_those_left_over(modules, mode):
+    pytest.importorskip("jax")
+    from harness.providers.jax_layers import UNROLLED
+
+    case = modules.cases.Case("lstm", 2 * UNROLLED + 3, 2, 4, 6, mode)
+    assert_computes_what_torch_does(modules, "jax scan", case)
+
+
+def test_openvino_copies_no_outputs(modules):
+    """Both calls give out the same memory, that of the request."""
+    provider, setting = installed(modules, "openvino")
+    case = modules.cases.Case("gru", 5, 3, 4, 6)
+    session = provider.prepare(case, modules.data.make_data(case), setting)
+    once, again = session.call(), session.call()
+    places = [[array.ctypes.data for array in outputs.values()] for outputs in (once, again)]
+    assert places[0] == places[1]
 
 
 @pytest.mark.parametrize("name", ["fused_rnn", "torch.nn", "loop"])
@@ -265,6 +288,17 @@ def test_gpu_samples_are_times_between_events(modules, monkeypatch):
     assert calls == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.parametrize(("longest", "samples"), [(60.0, 12), (0.1, 5)])
+def test_medians_rest_on_as_many_samples_as_were_asked_for(modules, monkeypatch, longest, samples):
+    """Or on what their time had room for: 5 turns at least."""
+    monkeypatch.setattr(modules.runner, "LONGEST_OWN", longest)
+    row = modules.results.Row("set", 0, 0, modules.cases.Case("gru", 1, 1, 1, 1), "peer")
+    session = modules.providers.Session(lambda: time.sleep(0.04), None)
+    contender = modules.runner.Contender(session, row, 1)
+    modules.runner._take_turns([contender], 0.0, lambda provider: None, 12)
+    assert len(contender.samples) == samples
+
+
 def test_bound_is_the_largest_of_three(modules):
     case = modules.cases.Case("lstm", 10, 1, 8, 8)
     ceiling = {
@@ -361,6 +395,76 @@ def test_sets_of_another_machine_are_not_kept(modules):
     assert own.joined(other) is own
 
 
+@pytest.fixture
+def cpu(modules, monkeypatch, tmp_path):
+    """benchmarks/cpu.py with a folder of its own to publish to."""
+    program = import_module("cpu")
+    monkeypatch.setattr(program, "RESULTS", tmp_path)
+    return program
+
+
+def test_only_whole_sets_are_published(modules, cpu, tmp_path):
+    def measured(commit, **groups_left_out):
+        groups = [
+            (name, group)
+            for name, first in groups_left_out.items()
+            for group in modules.sets.SETS[name].groups[first:]
+        ]
+        rows = [
+            modules.results.Row(name, n, variant, case, "fused_rnn")
+            for n, (name, group) in enumerate(groups)
+            for variant, case in enumerate(group)
+        ]
+        return replace(run_of(modules, commit), rows=rows)
+
+    args = cpu.parse_arguments(["--save"])
+    cpu.save(measured("old", standing=0, bf16=0), args)
+    cpu.save(measured("new", bf16=0, standing=1), args)
+    kept = modules.results.Run.load(tmp_path / "cpu.json")
+    assert kept.meta["commit"] == "old" and kept.meta["others"]["bf16"]["commit"] == "new"
+    assert not kept.missing("standing") and not kept.missing("bf16")
+    cpu.save(measured("newest", standing=1), args)
+    assert modules.results.Run.load(tmp_path / "cpu.json") == kept
+
+
+def test_each_cpu_has_a_file_of_its_own(modules, cpu, tmp_path):
+    assert cpu.published_file("a") == tmp_path / "cpu.json"
+    run_of(modules, "old", "standing").save(tmp_path / "cpu.json")
+    other = tmp_path / "cpu-b-r-family-6.json"
+    assert cpu.published_file("a") == tmp_path / "cpu.json"
+    assert cpu.published_file("B(R) (family 6)") == other
+    run_of(modules, "old", "standing", cpu="c").save(tmp_path / "cpu-zen9.json")
+    assert cpu.published_file("c") == tmp_path / "cpu-zen9.json"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--save", "--cell", "gru"], "not with --cell"),
+        (["--save", "--backend", "reference"], "not with --backend"),
+        (["--save", "--shape", "3,2,8"], "not with --shape"),
+        (["--layers", "2"], "--layers goes with --shape"),
+        (["--dtype", "bfloat16", "--set", "standing"], "--dtype goes with --shape"),
+        (["--bidirectional"], "--bidirectional goes with --shape"),
+        (["--set", "memory", "--backend", "reference"], "--set memory: its providers are fixed"),
+        (["--set", "compiled", "--provider", "loop"], "--set compiled: none of the providers"),
+        (["--set", "odd", "--provider", "torch.nn"], "--set odd: none of the providers"),
+        (["--backend", "cpu", "--provider", "torch.nn"], "--backend is that of"),
+    ],
+    ids=str,
+)
+def test_options_without_effect_are_refused(cpu, capsys, options, said):
+    with pytest.raises(SystemExit):
+        cpu.main(options)
+    assert said in capsys.readouterr().err
+
+
+def test_sets_that_options_leave_nothing_of_are_not_measured(cpu):
+    args = cpu.parse_arguments(["--backend", "reference", "--provider", "fused_rnn"])
+    names = {name for name, _ in cpu.chosen_groups(args)}
+    assert names == set(cpu.CPU_SETS) - {"memory", "compiled"}
+
+
 def test_memory_and_compile_are_targets(modules):
     case = modules.cases.Case("gru", 5, 2, 8, 8, "training")
     row = modules.results.Row("memory", 0, 0, case, "fused_rnn", ms=4.0, peak_mib=10.0)
@@ -397,6 +501,27 @@ def test_plots_are_made_from_a_run(modules, tmp_path):
     written = plots.plot_all(run_of_cpu, tmp_path, "cpu")
     assert {"cpu-ratios.png", "cpu-step.png", "cpu-scaling.png"} <= {p.name for p in written}
     assert all(path.stat().st_size > 5000 for path in written)
+
+
+def test_lines_of_plots_are_the_best_of_one_dtype(modules):
+    pytest.importorskip("matplotlib")
+    from harness import plots
+
+    case = modules.cases.Case("gru", 5, 2, 8, 8)
+    row = modules.results.Row("set", 0, 0, case, "fused_rnn", ms=4.0, gflops=1.0)
+    half = replace(row, ms=1.0, gflops=4.0, case=replace(case, dtype="bfloat16"))
+    rows = [row, replace(row, ms=2.0, gflops=2.0), half]
+
+    def drawn(*arguments):
+        _, axes = plots.plt.subplots()
+        plots._lines(axes, rows, {"fused_rnn": "red"}, lambda r: r.case.H, *arguments)
+        lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+        plots.plt.close()
+        return lines
+
+    times, rates = drawn(lambda r: r.ms), drawn(lambda r: r.gflops, max)
+    assert times == {"fused_rnn float32": [2.0], "fused_rnn bfloat16": [1.0]}
+    assert rates == {"fused_rnn float32": [2.0], "fused_rnn bfloat16": [4.0]}
 
 
 def test_precision_leaves_cudnn_on_and_puts_everything_back(modules):

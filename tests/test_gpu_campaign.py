@@ -1,5 +1,6 @@
 """The GPU campaign goes through all its steps on a CPU, and a kill leaves valid results."""
 
+import faulthandler
 import json
 import subprocess
 import sys
@@ -93,27 +94,98 @@ def test_unknown_step():
     assert "teste" in done.stderr
 
 
-def test_device_error_is_blamed_and_the_rest_goes_on(tmp_path, monkeypatch):
-    """A provider that brings the device down ends the process; the next one leaves it out."""
+@pytest.fixture
+def bench(monkeypatch):
+    """gpu/bench.py on the CPU, with fused_rnn and torch.nn alone; `bench.add` adds providers."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
     import bench
 
     from harness.providers import PROVIDERS, Provider
 
+    names = ["fused_rnn", "torch.nn"]
+    known = {name: PROVIDERS[name] for name in names}
+
+    def add(name, prepare):
+        names.insert(1, name)
+        known[name] = Provider(name, prepare)
+
+    monkeypatch.setattr(bench, "PROVIDERS", known)
+    monkeypatch.setattr(bench, "default", lambda device: names)
+    monkeypatch.setattr(bench, "add", add, raising=False)
+    yield bench
+    faulthandler.cancel_dump_traceback_later()
+
+
+def arguments(folder, *more):
+    options = ["--dry-run", "--seconds", "0", "--set", "gpu-headline"]
+    return [str(folder / "bench.json"), *options, *more]
+
+
+def content(folder):
+    return json.loads((folder / "bench.json").read_text())
+
+
+def notes_of(folder):
+    return {row["provider"]: row["note"] for row in content(folder)["rows"]}
+
+
+def ends_the_process(case, data, setting):
+    raise KeyboardInterrupt  # which nothing of the benchmark catches, as a signal
+
+
+def test_device_error_is_blamed_and_the_rest_goes_on(bench, tmp_path):
+    """A provider that brings the device down ends the process; the next one leaves it out."""
+
     def broken(case, data, setting):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    kept = {name: PROVIDERS[name] for name in ("fused_rnn", "torch.nn")}
-    monkeypatch.setattr(bench, "PROVIDERS", kept | {"broken": Provider("broken", broken)})
-    monkeypatch.setattr(bench, "default", lambda device: ["fused_rnn", "broken", "torch.nn"])
-    arguments = [
-        str(tmp_path / "bench.json"), "--dry-run", "--seconds", "0", "--set", "gpu-headline"
-    ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["bench.py"])
-    assert bench.main(arguments) == bench.AGAIN
-    assert bench.main(arguments) == 0
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    notes = {row["provider"]: row["note"] for row in rows}
+    bench.add("broken", broken)
+    assert bench.main(arguments(tmp_path)) == bench.AGAIN
+    assert bench.main(arguments(tmp_path)) == 0
+    notes = notes_of(tmp_path)
     assert "illegal memory access" in notes["broken"]
     assert notes["fused_rnn"] == notes["torch.nn"] == ""
+    assert len(content(tmp_path)["meta"]["processes"]) == 1
+
+
+def test_who_ran_when_the_process_ended_is_blamed(bench, tmp_path):
+    bench.add("deadly", ends_the_process)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(arguments(tmp_path))
+    assert bench.main(arguments(tmp_path)) == 0
+    notes = notes_of(tmp_path)
+    assert notes["deadly"] == "failed: the process ended or hung while it ran"
+    assert notes["fused_rnn"] == notes["torch.nn"] == ""
+
+
+def test_group_in_which_the_process_ended_twice_is_not_measured(bench, tmp_path):
+    bench.add("deadly", ends_the_process)
+    bench.add("deadly too", ends_the_process)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            bench.main(arguments(tmp_path))
+    assert bench.main(arguments(tmp_path)) == 0
+    notes = notes_of(tmp_path)
+    assert (
+        notes["deadly"] == notes["deadly too"] == "failed: the process ended or hung while it ran"
+    )
+    assert notes["fused_rnn"] == notes["torch.nn"] == "not measured: the process ended twice"
+
+
+def test_what_no_time_was_left_for_is_written(bench, tmp_path):
+    assert bench.main(arguments(tmp_path, "--limit", "-1")) == 0
+    assert content(tmp_path)["meta"]["not_reached"] == {"gpu-headline": 1}
+    assert bench.main(arguments(tmp_path)) == 0
+    assert "not_reached" not in content(tmp_path)["meta"]
+
+
+def test_rows_of_another_commit_stay_apart(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BENCHMARK_COMMIT", "old")
+    assert bench.main(arguments(tmp_path, "--limit", "-1")) == 0
+    monkeypatch.setenv("BENCHMARK_COMMIT", "new")
+    before = content(tmp_path)
+    assert bench.main(arguments(tmp_path)) == 2
+    assert "another commit" in capsys.readouterr().out
+    assert content(tmp_path) == before

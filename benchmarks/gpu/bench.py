@@ -3,7 +3,8 @@
 python benchmarks/gpu/bench.py OUT.json --limit 200
 
 Needs torch and fused_rnn, nothing else. What cannot go on (a device error, a kernel that hangs)
-ends the process; the same command begins behind it, without the provider that was to blame.
+ends the process; the same command tries its group again without the provider that was running, and
+leaves it when it ends once more. It goes on with results of the same commit and GPU only.
 With --dry-run it goes through all of it on the CPU, every size cut down.
 """
 
@@ -14,6 +15,7 @@ import faulthandler
 import json
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from harness.cases import Case
 from harness.ceiling import Ceiling
 from harness.data import make_data
 from harness.gpu_ceiling import gpu_ceiling
-from harness.providers import PROVIDERS, Provider, Setting, default, is_ours
+from harness.providers import PROVIDERS, Provider, Setting, default
 from harness.results import Row, Run, describe_run
 from harness.runner import DeviceLostError, entrant_of, measure
 from harness.sets import SETS, Group
@@ -71,7 +73,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.state = {"running": None, "done": [], "excluded": {}}
+        self.state = {"running": None, "provider": None, "died": {}, "done": [], "excluded": {}}
         if path.exists():
             self.state |= json.loads(path.read_text())
 
@@ -80,6 +82,10 @@ class Journal:
         part = self.path.with_name(self.path.name + ".part")
         part.write_text(json.dumps(self.state))
         part.replace(self.path)
+
+    def begins(self, provider: str) -> None:
+        if provider != self.state["provider"]:
+            self.write(provider=provider)
 
     def exclude(self, key: str, provider: str, reason: str) -> None:
         self.state["excluded"].setdefault(key, {})[provider] = reason
@@ -106,29 +112,45 @@ def main(argv: list[str] | None = None) -> int:
     if args.warm:
         return warm(providers, args, setting)
     journal = Journal(args.out.with_name(args.out.stem + "-journal.json"))
+    described = describe_run(setting, args.seconds, absent)
     if args.out.exists():
         run = Run.load(args.out)
+        if differs := _other_run(run.meta, described):
+            print(f"{args.out} has results of another {differs}: name another file")
+            return 2
+        run.meta["processes"] = [*run.meta.get("processes", ()), _brief(described)]
     else:
-        run = Run(describe_run(setting, args.seconds, absent), ceiling=_ceiling(device))
+        run = Run(described, ceiling=_ceiling(device))
         run.save(args.out)
     groups = chosen_groups(args.set or GPU_SETS, args.dry_run)
+    run.meta.pop("not_reached", None)
     _note_what_died(journal)
-    for set_name, group in groups:
-        key = f"{set_name}: {' | '.join(map(str, group))}"
+    for index, (set_name, group) in enumerate(groups):
+        key = _key(set_name, group)
         if key in journal.state["done"]:
             continue
         if time.monotonic() - started > args.limit:
             print(f"stopped after {args.limit:.0f} s; {key} would have been next")
+            late = (
+                name for name, g in groups[index:] if _key(name, g) not in journal.state["done"]
+            )
+            run.meta["not_reached"] = dict(Counter(late))
+            run.save(args.out)
             return 0
-        journal.write(running=key)
         excluded = journal.state["excluded"].get(key, {})
         there = _taking_part(set_name, providers, excluded)
+        if journal.state["died"].get(key, 0) > 1:  # by whom is not known: it is left
+            run.rows += _not_measured(set_name, len(journal.state["done"]), group, there, excluded)
+            run.save(args.out)
+            journal.write(done=[*journal.state["done"], key])
+            continue
+        journal.write(running=key, provider=None)
         # A hanging kernel cannot be interrupted; the process can.
         faulthandler.dump_traceback_later(LONGEST_GROUP[SETS[set_name].rivals], exit=True)
         number = len(journal.state["done"])
         rows = [Row(set_name, number, 0, group[0], n, note=why) for n, why in excluded.items()]
         try:
-            rows += measure(set_name, number, group, there, args.seconds, setting)
+            rows += measure(set_name, number, group, there, args.seconds, setting, journal.begins)
         except DeviceLostError as error:
             print(f"device lost: {error}")
             journal.exclude(key, error.provider, f"failed: {error}")
@@ -159,18 +181,37 @@ def warm(providers: list[Provider], args: argparse.Namespace, setting: Setting) 
     return 0
 
 
+def _key(set_name: str, group: Group) -> str:
+    return f"{set_name}: {' | '.join(map(str, group))}"
+
+
+def _other_run(before: dict, now: dict) -> str:
+    """What rows of one file must have in common and these have not; "" where all is the same."""
+    facts = {"commit": lambda meta: meta["commit"], "GPU": lambda meta: meta["machine"].get("gpu")}
+    return next((name for name, fact in facts.items() if fact(before) != fact(now)), "")
+
+
+def _brief(meta: dict) -> dict:
+    """Of a process that went on with the results of another."""
+    return {name: meta[name] for name in ("date", "command")} | {"load": meta["machine"]["load"]}
+
+
 def _note_what_died(journal: Journal) -> None:
-    """A group that was running when the process ended is tried once more, without slow peers and
-    all of fused_rnn's but the automatic choice; then it is left."""
-    key = journal.state["running"]
+    """Blames the provider that was running when the process ended, and counts."""
+    key, provider = journal.state["running"], journal.state["provider"]
     if key is None:
         return
-    if key in journal.state["excluded"]:
-        journal.write(running=None, done=[*journal.state["done"], key])
-        return
-    for name, provider in PROVIDERS.items():
-        if provider.slow or (is_ours(name) and name != "fused_rnn"):
-            journal.exclude(key, name, "failed: the process ended or hung in this group")
+    died = journal.state["died"] | {key: journal.state["died"].get(key, 0) + 1}
+    journal.write(running=None, died=died)
+    if provider is not None:
+        journal.exclude(key, provider, "failed: the process ended or hung while it ran")
+
+
+def _not_measured(
+    set_name: str, number: int, group: Group, there: list[Provider], excluded: dict[str, str]
+) -> list[Row]:
+    notes = {p.name: "not measured: the process ended twice" for p in there} | excluded
+    return [Row(set_name, number, 0, group[0], name, note=note) for name, note in notes.items()]
 
 
 def _taking_part(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +19,7 @@ from harness.results import Row, Run
 
 # One colour per provider, the same in every plot; those for colour-blind readers first.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
+STYLES = {"float32": "o-", "bfloat16": "s--", "float16": "^:", "float64": "D-."}  # of lines
 DPI = 110
 
 
@@ -128,7 +129,9 @@ def scaling(run: Run, colours: dict[str, str]) -> plt.Figure | None:
         1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, layout="constrained"
     )
     for (varying, rows), panel in zip(panels, axes[0], strict=True):
-        _lines(panel, rows, colours, lambda r, v=varying: getattr(r.case, v), lambda r: r.gflops)
+        _lines(
+            panel, rows, colours, lambda r, v=varying: getattr(r.case, v), lambda r: r.gflops, max
+        )
         case = rows[0].case
         fixed = " ".join(f"{n}={getattr(case, n)}" for n in ("T", "B", "H") if n != varying)
         panel.set_title(f"{case.cell} {case.mode}, {fixed}", fontsize=8)
@@ -222,7 +225,9 @@ def _panels(
         panel.set_title(cell.upper(), loc="left")
         panel.set_xlabel(x_name)
         panel.set_ylabel(y_name)
-    axes[0][0].legend(fontsize=7)
+    found = [panel.get_legend_handles_labels() for panel in axes[0]]
+    handles = {label: line for pair in found for line, label in zip(*pair, strict=True)}
+    figure.legend(handles.values(), handles, fontsize=7, ncols=6, loc="outside lower center")
     return figure
 
 
@@ -232,14 +237,23 @@ def _lines(
     colours: dict[str, str],
     x: Callable[[Row], float],
     y: Callable[[Row], float],
+    best: Callable[[Iterable[float]], float] = min,
 ) -> None:
-    points: dict[str, list[tuple[float, float]]] = {}
+    """A line for each provider and dtype; of several values at one place (other batches, other
+    modes) the best, which of rates is max."""
+    several = len({row.case.dtype for row in rows}) > 1
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
-        points.setdefault(row.provider, []).append((x(row), y(row)))
-    for name, pairs in points.items():
-        # Of several values at one place (other dtypes, other modes) the best.
-        best = {place: min(v for p, v in pairs if p == place) for place, _ in sorted(pairs)}
-        axes.plot(list(best), list(best.values()), marker="o", label=name, color=colours[name])
+        points.setdefault((row.provider, row.case.dtype), []).append((x(row), y(row)))
+    for (name, dtype), pairs in points.items():
+        line = {place: best(v for p, v in pairs if p == place) for place, _ in sorted(pairs)}
+        axes.plot(
+            list(line),
+            list(line.values()),
+            STYLES[dtype],
+            label=f"{name} {dtype}" if several else name,
+            color=colours[name],
+        )
     axes.set_yscale("log")
     _logarithmic(axes.xaxis, sorted({x(row) for row in rows}))
     axes.grid(alpha=0.3)

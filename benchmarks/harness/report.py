@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.results import WILD, Row, Run
+from harness.results import WILD, Row, Run, short_commit
 from harness.sets import SETS
 from harness.targets import Outcome, geometric_mean, over_best, over_torch, second_over_first
 
@@ -49,7 +49,7 @@ def print_rows(console: Console, run: Run, set_name: str) -> None:
             *("cell", "T,B,[I,]H", "mode", ""),
             *(f"{name}\nms" for name in providers),
             *("torch.nn\n/ ours", "best\n/ ours", "rate\n/ first's", "GFLOP/s", "of peak"),
-            *("of bound", "kernel"),
+            *("of estimate", "MiB", "kernel"),
         ]
     question = SETS[set_name].question if set_name in SETS else ""
     title = f"{set_name}: {question}" if question else None
@@ -71,6 +71,7 @@ WORDS = ("cell", "T,B,[I,]H", "mode", "", "kernel", "case", "provider")
 
 def _lines(group: list[Row], run: Run, providers: list[str]) -> Iterator[list[str]]:
     """The cells of print_rows' table for each case of a group."""
+    fresh = group[0].set in SETS and SETS[group[0].set].fresh_memory
     for case in dict.fromkeys(row.case for row in group):
         rows = {row.provider: row for row in group if row.case == case}
         ours = next((row for row in rows.values() if row.ours), next(iter(rows.values())))
@@ -83,13 +84,14 @@ def _lines(group: list[Row], run: Run, providers: list[str]) -> Iterator[list[st
             number(ours.gflops, 1),
             percent(run.of_peak(ours)),
             percent(ours.of_bound),
+            number(ours.peak_mib, 1) if fresh else "",
             ours.kernel,
         ]
 
 
 def _long_table(groups: list[list[Row]]) -> tuple[list[str], list[list[str]]]:
     """Headers and lines, a line for each row, the fastest of a case first."""
-    headers = ["case", "provider", "ms", "/ ours", "error", "GFLOP/s", "of bound", "MiB", "kernel"]
+    headers = ["case", "provider", "ms", "/ ours", "error", "GFLOP/s", "of estimate", "kernel"]
     lines = []
     for group in groups:
         ours = next((row for row in group if row.ours), group[0])
@@ -105,7 +107,6 @@ def _long_table(groups: list[list[Row]]) -> tuple[list[str], list[list[str]]]:
                     "" if row.error is None else f"{row.error:.0e}",
                     number(row.gflops, 1),
                     percent(row.of_bound),
-                    number(row.peak_mib, 1),
                     row.kernel,
                 ]
             )
@@ -126,7 +127,7 @@ def print_setting(console: Console, run: Run) -> None:
         highlight=False,
     )
     named = [f"{name} {version}" for name, version in versions.items() if version]
-    console.print(", ".join(named) + f"; commit {meta['commit'][:12]}", highlight=False)
+    console.print(", ".join(named) + f"; commit {short_commit(meta['commit'])}", highlight=False)
     console.print(
         "Medians and half the distance of the quartiles; input projection and all gradients "
         "included; results compared before timing.",

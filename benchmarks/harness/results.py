@@ -20,6 +20,7 @@ import fused_rnn
 from fused_rnn.native import cpu_capability, cpu_library_error
 from harness.cases import Case
 from harness.providers import PROVIDERS, Setting, is_ours
+from harness.sets import SETS
 
 WILD = 0.2  # spread above which a median is not worth much
 ON_CHIP_BYTES = 340 << 10  # of weights, in registers and shared memory of one multiprocessor
@@ -40,14 +41,14 @@ class Row:
     samples: int = 0
     gflops: float | None = None  # GFLOP/s by Case.flops at the median
     kernel: str = ""
-    note: str = ""  # "cannot: ...", "wrong: ..." or "failed: ..."
+    note: str = ""  # "cannot: ...", "wrong: ...", "failed: ..." or "not measured: ..."
     flops: int = 0  # Case.flops and Case.bytes of the rows that there were
     bytes: int = 0
     error: float | None = None  # the largest relative error of all results
-    peak_mib: float | None = None  # of memory, see memory.py
-    bound_ms: float | None = None  # the least that the machine's ceilings allow
+    peak_mib: float | None = None  # of memory, see memory.py; of fresh processes in set memory
+    bound_ms: float | None = None  # an estimate of the least, by the machine's ceilings
     bound: str = ""  # by which of them: "compute", "memory" or "steps"
-    of_bound: float | None = None  # bound_ms over ms
+    of_bound: float | None = None  # bound_ms over ms; above 1 where the caches keep operands
 
     @property
     def ours(self) -> bool:
@@ -105,7 +106,11 @@ class Run:
         return self.meta.get("device", "cpu") != "cpu"
 
     def with_bound(self, row: Row) -> Row:
-        """The row with the bound that the ceilings of this run put on it."""
+        """The row with the time that the ceilings of this run make the least, as an estimate.
+
+        Bytes count at the rate of copies of the next larger size that was measured, so what lies
+        in L2 or L3 can be had in less.
+        """
         peak, copies = self._peak(row), self.ceiling.get("copy_gbs")
         if not peak or not copies or not row.flops:
             return row
@@ -117,7 +122,9 @@ class Run:
             "steps": row.case.T * row.case.layers * self._step_us(row) / 1e3,
         }
         bound = max(bounds, key=bounds.get)
-        part = bounds[bound] / row.ms if row.ms else None
+        # The peak is that of vector instructions; AMX multiplies faster.
+        beyond = bound == "compute" and "amx" in row.kernel
+        part = bounds[bound] / row.ms if row.ms and not beyond else None
         return replace(row, bound=bound, bound_ms=bounds[bound], of_bound=part)
 
     def _step_us(self, row: Row) -> float:
@@ -133,6 +140,17 @@ class Run:
         multiprocessors = case.recurrent_bytes / ON_CHIP_BYTES
         scope = "block" if multiprocessors <= 1 else "cluster" if multiprocessors <= 16 else "grid"
         return floors.get(scope, 0.0)
+
+    def missing(self, name: str) -> list[tuple[Case, ...]]:
+        """The groups of a set that were not measured."""
+        grouped = (group for group in self.groups() if group[0].set == name)
+        measured = {tuple(dict.fromkeys(row.case for row in group)) for group in grouped}
+        return [group for group in SETS[name].groups if group not in measured]
+
+    def whole_sets(self) -> Run:
+        """This run without the sets of which groups are missing."""
+        whole = {n for n in {row.set for row in self.rows} if n in SETS and not self.missing(n)}
+        return replace(self, rows=[row for row in self.rows if row.set in whole])
 
     def joined(self, other: Run) -> Run:
         """This run with the sets that only the other one measured, if on the same kind of machine.
@@ -232,6 +250,11 @@ def _version(name: str) -> str | None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
     return None
+
+
+def short_commit(commit: str) -> str:
+    """Its first twelve digits, and the "+" of a tree that differs."""
+    return commit[:12] + "+" * commit.endswith("+")
 
 
 def _commit() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -37,6 +37,7 @@ TURN = 0.030  # seconds, the lead-in not counted
 # Shorter calls are timed several at a time, so that reading the clock (0.1 us) is not measured.
 SHORTEST_SAMPLE = 0.0001  # seconds
 FEWEST_TURNS = 5
+LONGEST_OWN = 1.5  # seconds of turns that samples are asked for; five turns may take longer
 # On a busy machine a call can take a hundred times as long as on a quiet one, since threads that
 # wait for each other wait for the scheduler; the spread then says what the median is worth.
 PATIENCE = 20.0  # seconds, after which two turns must do
@@ -62,6 +63,11 @@ class Contender:
     per_turn: int = 1  # samples, on a GPU
     lead_in: float = LEAD_IN  # seconds, 0 for long calls
     samples: list[float] = field(default_factory=list)
+    taken: float = 0.0  # seconds of its turns
+
+    def has(self, samples: int) -> bool:
+        """Whether it has so many, or has had its time."""
+        return len(self.samples) >= samples or self.taken >= LONGEST_OWN
 
     def warm_up(self) -> None:
         """Runs until warm, then fixes what depends on how long a call takes."""
@@ -73,10 +79,12 @@ class Contender:
         self.lead_in = LEAD_IN if taken < 2 * LEAD_IN else 0.0
 
     def turn(self) -> None:
+        start = time.perf_counter()
         with self.session.active():
             if self.lead_in:
                 self._call_for(self.lead_in)
             (self._gpu_samples if self.gpu else self._cpu_samples)()
+        self.taken += time.perf_counter() - start
 
     def _cpu_samples(self) -> None:
         call, clock = self.session.call, time.perf_counter
@@ -129,6 +137,8 @@ def measure(
     providers: Iterable[Provider],
     seconds: float,
     setting: Setting,
+    begins: Callable[[str], None] = lambda provider: None,
+    samples: int = 0,
 ) -> list[Row]:
     """A row for every case of the group and every provider, also for those that are not timed.
 
@@ -136,6 +146,9 @@ def measure(
         number: the group's in this run, to tell which rows were measured together.
         seconds: about how long the turns take together; at least FEWEST_TURNS of each are taken.
         setting: of the run; a case's own number of threads goes before it.
+        begins: told the name of a provider before any of its code runs, so that who ends the
+            process is known.
+        samples: that each median is to rest on, or LONGEST_OWN seconds if those are over first.
 
     Raises:
         DeviceLostError: a provider brought the GPU down, so that nothing more can be measured.
@@ -150,12 +163,13 @@ def measure(
             if not provider.wants(case):
                 continue
             row = Row(set_name, number, variant, case, provider.name, **counts)
+            begins(provider.name)
             entrants.append(entrant_of(provider, row, data, expected, own))
         del expected, data
     gc.collect()
     gc.disable()  # a collection would fall into one call of many
     try:
-        _take_turns([e for e in entrants if isinstance(e, Contender)], seconds)
+        _take_turns([e for e in entrants if isinstance(e, Contender)], seconds, begins, samples)
     finally:
         gc.enable()
     return [e.measured_row() if isinstance(e, Contender) else e for e in entrants]
@@ -227,12 +241,20 @@ def _compared(actual: Results, expected: Results, largest: float) -> float:
     return worst
 
 
-def _take_turns(contenders: list[Contender], seconds: float) -> None:
+def _take_turns(
+    contenders: list[Contender], seconds: float, begins: Callable[[str], None], samples: int
+) -> None:
     for contender in contenders:
+        begins(contender.row.provider)
         contender.warm_up()
     start, turns, elapsed = time.perf_counter(), 0, 0.0
-    while contenders and (elapsed < seconds or turns < (FEWEST_TURNS if elapsed < PATIENCE else 2)):
+    while contenders and (
+        elapsed < seconds
+        or turns < (FEWEST_TURNS if elapsed < PATIENCE else 2)
+        or (elapsed < PATIENCE and not all(each.has(samples) for each in contenders))
+    ):
         for contender in contenders:
+            begins(contender.row.provider)
             contender.turn()
         turns += 1
         elapsed = time.perf_counter() - start

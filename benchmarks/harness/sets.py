@@ -219,7 +219,7 @@ ALL_SETS = (
         "How much memory does training take, each in a process of its own?",
         alone(
             [
-                *cases_of([(128, 32, 256)], ["training"]),
+                *cases_of([(128, 32, 256), (512, 64, 128)], ["training"]),
                 *cases_of([(500, 16, 128)], ["training"], layers=3, bidirectional=True),
             ]
         ),

@@ -11,6 +11,10 @@ from harness.cases import Case
 from harness.data import Data, Results
 from harness.providers.base import CannotDoError, Provider, Session, Setting, require_plain
 
+# Steps in one trip of the scan's loop. A trip has a price of its own: GRU at (128,1,128) takes
+# 9.39 ms step by step, 3.99 by sixteens.
+UNROLLED = 16
+
 
 def _steps(jax):
     jnn, jnp = jax.nn, jax.numpy
@@ -38,6 +42,7 @@ def _steps(jax):
 
 
 def _jax_scan(case: Case, data: Data, setting: Setting) -> Session:
+    """Compiled as a whole, UNROLLED steps in a trip of the scan."""
     require_plain(case)
     if case.dtype != "float32":
         raise CannotDoError("measured in float32 only")
@@ -59,7 +64,7 @@ def _jax_scan(case: Case, data: Data, setting: Setting) -> Session:
         def body(state, gx):
             return step(state, gx, state[0] @ w_hh.T + b_hh)
 
-        return jax.lax.scan(body, start, x @ w_ih.T + b_ih)[1]
+        return jax.lax.scan(body, start, x @ w_ih.T + b_ih, unroll=UNROLLED)[1]
 
     def train(x, weights):
         y, backward = jax.vjp(forward, x, weights)
