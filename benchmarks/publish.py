@@ -13,6 +13,7 @@ from pathlib import Path
 from harness.captions import CAPTIONS
 from harness.means import STANDING, slower, summary, table
 from harness.origin import (
+    NOT_UNROLLED,
     caveats,
     measured_by_itself,
     place,
@@ -59,6 +60,7 @@ def readme_cpu() -> str:
     notes = [
         f"{', '.join(each.meta['date'][:10] for each in runs if text in caveats(each))}: {text}"
         for text in texts
+        if text != NOT_UNROLLED  # of jax, which is not in these tables
     ]
     return "\n\n".join(["\n\nOn another CPU:\n\n".join(shown), rivals(run, STANDING), *notes])
 
