@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import fused_rnn
 from fused_rnn import native, testing
@@ -25,7 +25,7 @@ SHAPES = ("32,32,128", "32,32,512", "16,64,1024")
 CELLS = ("rnn_tanh", "gru", "lstm")
 EPSILON = torch.finfo(torch.float32).eps
 INSTRUCTION_SETS = ("amx", "avx512", "avx2", "portable")
-KINDS = ("y", "grad x", "grad h0", "grad w_ih", "grad w_hh")
+KINDS = ("y", "grad x", "grad h0", "grad w_ih", "grad w_hh", "grad b_ih", "grad b_hh")
 
 
 def instruction_sets() -> list[str]:
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cell", choices=CELLS, action="append")
     parser.add_argument("--shape", action="append", help="T,B,H")
     options = parser.parse_args(arguments)
-    table = Table("layer", "by", *KINDS)
+    table = Table(*(Column(name, no_wrap=True) for name in ("layer", "by")), *KINDS)
     for cell in options.cell or CELLS:
         for shape in options.shape or SHAPES:
             timesteps, batch, hidden = map(int, shape.split(","))

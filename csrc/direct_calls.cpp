@@ -44,6 +44,7 @@ struct {
   // that matter to a step of packed weights too.
   PyObject* guards;
   Py_ssize_t step_guards;
+  PyObject* is_excused;    // whether what a guard has found changes nothing
   PyObject* cells;         // from torch.nn's modes to the cells' numbers
   PyObject* any_autocast;  // whether it is on for any device
   // The place in kNumberTypes of what it makes CPU tensors, 0 for nothing; -1 for another type.
@@ -222,14 +223,24 @@ bool read_all(PyObject* const* args, Values&... values) {
   return (read(*args++, values) && ...);
 }
 
+// Takes the reference: 1 or 0, or -1 where there is an error.
+int truth_of(PyObject* object) {
+  if (object == nullptr) return -1;
+  const int is_true = PyObject_IsTrue(object);
+  Py_DECREF(object);
+  return is_true;
+}
+
 // Whether none of the first guards has anything against it: 1, 0, or -1 with an error set.
 int is_time(Py_ssize_t guards) {
   for (Py_ssize_t i = 0; i < guards; i++) {
-    PyObject* found = PyObject_CallNoArgs(PyTuple_GET_ITEM(connected.guards, i));
-    if (found == nullptr) return -1;
-    const int is_true = PyObject_IsTrue(found);
-    Py_DECREF(found);
-    if (is_true != 0) return is_true < 0 ? -1 : 0;
+    PyObject* guard = PyTuple_GET_ITEM(connected.guards, i);
+    PyObject* found = PyObject_CallNoArgs(guard);
+    const int is_true = truth_of(found);
+    if (is_true < 0) return -1;
+    if (is_true == 0) continue;
+    const int is_excused = truth_of(PyObject_CallOneArg(connected.is_excused, guard));
+    if (is_excused != 1) return is_excused;
   }
   return 1;
 }
@@ -631,11 +642,12 @@ PyObject* prepare_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* connect(PyObject*, PyObject* args) {
   unsigned long long address = 0;
   PyObject *exchange = nullptr, *tensor = nullptr, *parameter = nullptr, *guards = nullptr;
-  PyObject *cells = nullptr, *any_autocast = nullptr, *autocast_type = nullptr;
+  PyObject *is_excused = nullptr, *cells = nullptr, *any_autocast = nullptr,
+           *autocast_type = nullptr;
   Py_ssize_t step_guards = 0;
-  if (!PyArg_ParseTuple(args, "KOOOO!nO!OO", &address, &exchange, &tensor, &parameter,
-                        &PyTuple_Type, &guards, &step_guards, &PyDict_Type, &cells, &any_autocast,
-                        &autocast_type)) {
+  if (!PyArg_ParseTuple(args, "KOOOO!nOO!OO", &address, &exchange, &tensor, &parameter,
+                        &PyTuple_Type, &guards, &step_guards, &is_excused, &PyDict_Type, &cells,
+                        &any_autocast, &autocast_type)) {
     return nullptr;
   }
   void* found = PyCapsule_GetPointer(exchange, "dlpack_exchange_api");
@@ -652,6 +664,7 @@ PyObject* connect(PyObject*, PyObject* args) {
   connected.tensor_types[0] = Py_NewRef(tensor);
   connected.tensor_types[1] = Py_NewRef(parameter);
   connected.guards = Py_NewRef(guards);
+  connected.is_excused = Py_NewRef(is_excused);
   connected.cells = Py_NewRef(cells);
   connected.any_autocast = Py_NewRef(any_autocast);
   connected.autocast_type = Py_NewRef(autocast_type);

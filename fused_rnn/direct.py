@@ -16,12 +16,13 @@ an operator, which takes a few more kinds of tensors and some microseconds longe
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from . import dispatch, handover
 from .cells import CELL_OF_MODE, Cell
@@ -47,6 +48,17 @@ _GUARDS = (*_ELSEWHERE_GUARDS, torch._C._is_any_autocast_enabled)
 # A profiler sees operators only, and for it they are enough. Autocast is another question.
 _CALL_GUARDS = (torch._C._autograd._profiler_enabled, *_ELSEWHERE_GUARDS)
 SIGHT_GUARDS = (torch._C._autograd._profiler_enabled, *_STEP_GUARDS)
+
+
+def is_excused(guard: Callable[[], Any]) -> bool:
+    """Whether what a guard has found changes nothing: torch.set_default_device is a mode of torch's
+    functions, but only of those that make tensors of nothing, which no call here makes."""
+    if guard is not torch._C._is_torch_function_mode_enabled:
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    return all(type(mode) is DeviceContext for mode in modes)
+
+
 # As in csrc/cpu/direct.h.
 NUMBER_TYPES = torch.float32, torch.bfloat16, torch.float16
 
@@ -89,10 +101,14 @@ def step(module: torch.nn.RNNCellBase, looked: list[Any], cell: Cell, input: Any
     return (outputs[0], outputs[1]) if cell.has_c else outputs[0]
 
 
+def anything_found(guards: Iterable[Callable[[], Any]]) -> bool:
+    return any(guard() and not is_excused(guard) for guard in guards)
+
+
 def is_watched(or_autocast: bool = True) -> bool:
     """Whether a call is to do more than compute numbers, or elsewhere, or in another dtype."""
     guards = _GUARDS if or_autocast else _ELSEWHERE_GUARDS
-    return any(guard() for guard in guards) or not calls().cpu_is_welcome()
+    return anything_found(guards) or not calls().cpu_is_welcome()
 
 
 def autocast_type() -> int:
@@ -261,7 +277,7 @@ def calls() -> Any:
     address.restype = ctypes.c_void_p
     types = Tensor, torch.nn.Parameter
     cells = {mode: cell.index for mode, cell in CELL_OF_MODE.items()}
-    guards = _CALL_GUARDS, 1 + len(_STEP_GUARDS)
+    guards = _CALL_GUARDS, 1 + len(_STEP_GUARDS), is_excused
     autocast = torch._C._is_any_autocast_enabled, autocast_type
     connected = connect(address(), exchange, *types, *guards, cells, *autocast)
     return _C if connected else _NoCalls

@@ -148,7 +148,7 @@ def _must_be_seen(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a call is to be an operator: for a mode, trace or profiler, or because a tensor is
     more than numbers in memory. Else what it runs is called as it is, which takes the host less
     time."""
-    if torch.compiler.is_compiling() or any(guard() for guard in direct.SIGHT_GUARDS):
+    if torch.compiler.is_compiling() or direct.anything_found(direct.SIGHT_GUARDS):
         return True
     given = [t for t in tensors if t is not None]
     return not direct.are_plain(given) or any(t.is_meta for t in given)

@@ -517,6 +517,6 @@ def _masks_of(pieces: Tensor, timesteps: int, batch_size: int) -> tuple[Tensor, 
     """Lengths and resets that cut a batch into these pieces."""
     row, start, length, flags = pieces.unbind(1)
     lengths = row.new_zeros(batch_size).index_add_(0, row, length)
-    resets = torch.zeros((timesteps, batch_size), dtype=torch.bool)
+    resets = flags.new_zeros((timesteps, batch_size), dtype=torch.bool)
     resets[start, row] = flags >= 2  # a piece that starts afresh
     return lengths, resets

@@ -248,6 +248,34 @@ def test_modes_and_transforms_are_left_to_the_operators():
     assert len(answers) >= 3 and all(answer is None for answer in answers)
 
 
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+@pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
+def test_a_default_device_changes_nothing(name, default, ways):
+    """torch.set_default_device's is a mode too, of functions that make tensors of nothing."""
+    module = getattr(fused_rnn, name)(4, 6)
+    step = fused_rnn.stepper(fused_rnn.GRU(4, 6))
+    x = torch.randn(3, 2, 4) if name == "LSTM" else torch.randn(2, 4)
+
+    def call():
+        y, *_ = module(x)
+        y.sum().backward()
+        grads = [parameter.grad for parameter in module.parameters()]
+        module.zero_grad()
+        with torch.no_grad():
+            stepped = step._direct(x[:1].view(-1, 4), None)
+            return y.detach(), *grads, *flat(module(x)), *flat(stepped)
+
+    expected, before = call(), ways.general
+    torch.set_default_device(default)
+    try:
+        found = call()
+    finally:
+        torch.set_default_device(None)
+    assert ways.general == before
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_what_changes_dtypes_or_backends_does_not_change_a_stepper():
     step, x = fused_rnn.stepper(fused_rnn.GRU(4, 6)), torch.randn(2, 4)
     expected, _ = step(x)

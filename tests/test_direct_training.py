@@ -223,6 +223,10 @@ def test_who_watches_or_redirects_gets_none(monkeypatch):
         assert answers() == (None, None)
     with torch.overrides.BaseTorchFunctionMode():
         assert answers() == (None, None)
+        with torch.device("cpu"):
+            assert answers() == (None, None)
+    with torch.device("meta"):  # says where new tensors are that nobody makes here
+        assert None not in answers()
     monkeypatch.setenv("FUSED_RNN_BACKEND", "reference")
     assert answers() == (None, None)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+import fused_rnn
 from fused_rnn import testing
 from fused_rnn.cells import CELLS
 from fused_rnn.testing import LayerCase, LayerInputs
@@ -128,3 +130,27 @@ def test_saturation(cell):
     names = ["c_n" if CELLS[cell].has_c else "y", *(["grad x"] if cell != "rnn_relu" else [])]
     for name in names:
         assert torch.equal(actual[name][:, saturated], torch_own[name][:, saturated]), name
+
+
+def _grads_of_sum(module: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
+    y, final = module(x)
+    sum(out.sum() for out in torch.utils._pytree.tree_leaves((y, final))).backward()
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"peepholes": True}], ids=["", "peepholes"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_sums_over_many_rows_do_not_stagnate(cell, options, num_threads):
+    """A bias' gradient is a sum over all rows. Of one sign, as after a loss over outputs, one
+    chain of float32 additions was some thousand roundings off."""
+    if options and not CELLS[cell].has_c:
+        pytest.skip("peepholes are LSTM's")
+    num_threads(2)
+    module = testing.make_module(cell, 1, 2, **options)
+    exact, x = copy.deepcopy(module).double(), torch.rand(2, 40_000, 1)
+    found = _grads_of_sum(module, x)
+    with fused_rnn.backend("reference"):
+        expected = _grads_of_sum(exact, x.double())
+    for name, grad in found.items():
+        if "bias" in name or "peephole" in name:
+            assert testing.relative_error(grad, expected[name]) < 4 * EPS, name

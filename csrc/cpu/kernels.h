@@ -270,8 +270,8 @@ struct UnpackedParamsOf {
   bool accumulate;
 };
 
-// transposed [width][stride] from grads [rows, width], in parts or not; sums [width] = or += its
-// row sums.
+// transposed [width][stride] from grads [rows, width], in parts or not; sums [3, width] = or += its
+// row sums, then what these have lost by rounding, then memory for some rows'.
 template <class E>
 struct TransposeParamsOf {
   const E* grads;

@@ -76,7 +76,7 @@ class Products {
       if (call.grad_x && !multiplies_unpacked(isa, s)) {
         w_ih_[d] = work.pack_columns(call.weights[d].w_ih, gate_rows, s.input, 0, s.count);
       }
-      if (g.any()) sums_[d] = work.take(width_);
+      if (g.any()) sums_[d] = work.take(3 * width_);
       matrix_sums_[d] = {sums_of(g.w_ih, gate_rows * s.input),
                          sums_of(g.w_hh, gate_rows * s.output),
                          sums_of(g.w_hr, s.output * s.hidden)};
@@ -99,7 +99,7 @@ class Products {
     for (size_t i = 0; i < std::size(columns); i++) {
       if (columns[i] > 0) *matrices[i] = work.packed(rows, columns[i], 1, parts_, false, shared);
     }
-    if (any_between && projected(s)) unwanted_sums_ = work.take(s.output);
+    if (any_between && projected(s)) unwanted_sums_ = work.take(3 * s.output);
   }
 
   int64_t rotate() const { return rotate_; }
@@ -268,9 +268,9 @@ class Products {
   int parts_ = 1;           // of what the weights' gradients are products of
   int64_t stride_ = 0;
   E* transposed_ = nullptr;  // [Q*H, stride]
-  float* sums_[2] = {};      // [Q*H]
+  float* sums_[2] = {};      // [3, Q*H]
   MatrixSums matrix_sums_[2] = {};
-  float* unwanted_sums_ = nullptr;  // [P]
+  float* unwanted_sums_ = nullptr;  // [3, P]
   PackedMatrix w_ih_[2] = {};
   PackedMatrix x_ = {}, states_ = {}, between_ = {};  // rows that weights met
   bool one_by_one_ = false;                           // whether these share their memory

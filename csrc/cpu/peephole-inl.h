@@ -11,7 +11,7 @@ static void peephole_grad(const PeepholeGradParams& p, int64_t begin, int64_t en
   for (int64_t index = begin; index < end; index++) {
     const int64_t unit = index * kWidth;
     const int valid = valid_lanes(unit, hidden);
-    Vector sums[3] = {};
+    CompensatedSum sums[3] = {};
     for (int64_t t = p.chunk.begin; t < p.chunk.end; t++) {
       const Step step(shape.rows, all, d == 1 ? shape.rows.timesteps - 1 - t : t);
       const int64_t first = offset(shape.rows, t);
@@ -30,14 +30,14 @@ static void peephole_grad(const PeepholeGradParams& p, int64_t begin, int64_t en
           c = LstmCell<Math>::new_c(saved, c_prev);
         }
         const Element* grads = p.grad_gates + (row - p.chunk.first_row) * width + unit;
-        sums[0] += load(grads, valid) * c_prev;
-        sums[1] += load(grads + hidden, valid) * c_prev;
-        sums[2] += load(grads + 3 * hidden, valid) * c;
+        sums[0].add(load(grads, valid) * c_prev);
+        sums[1].add(load(grads + hidden, valid) * c_prev);
+        sums[2].add(load(grads + 3 * hidden, valid) * c);
       }
     }
     for (int gate = 0; gate < 3; gate++) {
       float* to = p.grad + gate * hidden + unit;
-      store(to, p.accumulate ? load(to, valid) + sums[gate] : sums[gate], valid);
+      store(to, p.accumulate ? load(to, valid) + sums[gate].sum : sums[gate].sum, valid);
     }
   }
 }

@@ -98,13 +98,20 @@ FUSED_RNN_INLINE void store_transposed(const TransposeParams& p, int64_t column,
   store(to + row, v);
 }
 
+// So many rows' gradients are added up before they go to the sum of all.
+constexpr int64_t kSumBlock = 256;
+
 static void transpose_grads(const TransposeParams& p, int64_t begin, int64_t end) {
   const int64_t first = begin * kWidth, last = smaller(end * kWidth, p.width);
-  for (int64_t column = first; !p.accumulate && column < last; column++) p.sums[column] = 0.0f;
+  float *const lost = p.sums + p.width, *const block_sums = lost + p.width;
+  for (int64_t column = first; !p.accumulate && column < last; column++) {
+    p.sums[column] = lost[column] = block_sums[column] = 0.0f;
+  }
   const int64_t row_end = transposed_rows(p);
   // Row blocks outside: memory is read in the order in which it lies.
   for (int64_t row = 0; row < row_end; row += kWidth) {
     const int rows = row < p.rows ? valid_lanes(row, p.rows) : 0;
+    const bool ends_block = (row + kWidth) % kSumBlock == 0 || row + kWidth >= row_end;
     for (int64_t column = first; column < last; column += kWidth) {
       const int valid = valid_lanes(column, p.width);
       Vector block[kWidth], sum{};
@@ -113,7 +120,15 @@ static void transpose_grads(const TransposeParams& p, int64_t begin, int64_t end
         block[i] = i < rows ? load(p.grads + (row + i) * p.width + column, valid) : Vector{};
         sum += block[i];
       }
-      store(p.sums + column, load(p.sums + column, valid) + sum, valid);
+      sum += load(block_sums + column, valid);
+      if (ends_block) {
+        CompensatedSum all{load(p.sums + column, valid), load(lost + column, valid)};
+        all.add(sum);
+        store(p.sums + column, all.sum, valid);
+        store(lost + column, all.lost, valid);
+        sum = Vector{};
+      }
+      store(block_sums + column, sum, valid);
       transpose(block);
       FUSED_RNN_UNROLL
       for (int i = 0; i < kWidth; i++) {

@@ -152,6 +152,20 @@ FUSED_RNN_INLINE Vector sum_rows(Vector (&rows)[kWidth]) {
   }
 }
 
+// Kahan's sum, with what rounding has taken from it: its error does not grow with the number of
+// what is added.
+struct CompensatedSum {
+  Vector sum, lost;
+
+  FUSED_RNN_INLINE_METHOD void add(Vector v) {
+    const Vector wanted = v - lost, next = sum + wanted;
+    const Vector rounded = (next - sum) - wanted;
+    // Of infinity it is NaN, and nothing is lost.
+    lost = (Vector)((VectorBits)rounded & (VectorBits)(rounded == rounded));
+    sum = next;
+  }
+};
+
 // 1.5 * 2^23: added to less than a third of it, the low bits of the sum are the nearest integer.
 constexpr float kRoundToInteger = 12582912.0f;
 
