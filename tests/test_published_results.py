@@ -24,7 +24,7 @@ def run_of(harness, *rows, **meta):
         "date": "2026-12-01T00:00:00",
         "commit": COMMIT,
         "device": "cpu",
-        "machine": {"cpu": "a CPU", "gpu": "", "load": 0.1},
+        "machine": {"cpu": "a CPU", "fused_rnn_capability": "avx2", "gpu": "", "load": 0.1},
         "versions": {"python": "3.11", "torch": "2.13", "openvino": "2026.4", "keras": "3.15"},
         "threads": 2,
     }

@@ -54,7 +54,8 @@ def caveats(run: Run) -> list[str]:
 def place(run: Run) -> str:
     """When, where and with which commit it ran."""
     meta, machine = run.meta, run.meta["machine"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {meta['threads']} threads"
+    cpu = f"{machine['cpu']}, {machine['fused_rnn_capability']} kernels, {meta['threads']} threads"
+    where = machine.get("gpu") or cpu
     return f"{meta['date'][:10]}, {where}, commit {short_commit(meta['commit'])}"
 
 
