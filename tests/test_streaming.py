@@ -285,11 +285,10 @@ def test_gradients_take_another_way(cell, suffix, ways):
     [
         forward_ad.dual_level,
         lambda: fused_rnn.backend("reference"),
-        lambda: torch.device("cpu"),
         Nothing,
         NothingBelow,
     ],
-    ids=["forward_ad", "backend", "device", "function_mode", "dispatch_mode"],
+    ids=["forward_ad", "backend", "function_mode", "dispatch_mode"],
 )
 @every_module
 def test_contexts_take_the_general_way(cell, suffix, context, ways, monkeypatch):
