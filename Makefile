@@ -111,7 +111,7 @@ fused_rnn/libfused_rnn_cuda_emulated.so: $(INSTALLED)
 build-cuda: $(INSTALLED)
 	FORCE_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 
-# Some sixteen minutes on two cores, an estimate; what a busy machine does not reach in 40 is named.
+# 25 minutes on two cores of a Zen 3; what a busy machine does not reach in 40 is named.
 bench: $(INSTALLED) .venv/.peers
 	$(BIN)/python benchmarks/cpu.py --seconds 0.3 --samples 20 --limit 2400 --save $(BENCH_ARGS)
 	$(BIN)/python benchmarks/publish.py
