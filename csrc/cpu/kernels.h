@@ -137,7 +137,7 @@ struct BackwardCallOf {
 // Where it is in several parts, floats are sums of BFloat16: words are pairs of these, in blocks of
 // depth that have all words of the first part, then all of the second, and so on.
 //
-// With AVX2 a panel of four vectors may be in halves: for every chain of depth (tile-inl.h) [words]
+// With AVX2 a panel of four vectors may be in halves: for every block of depth (tile-inl.h) [words]
 // of the first two, then of the other two.
 struct PackedMatrix {
   float* data;

@@ -78,7 +78,7 @@ static void multiply_both(const RowProduct& one, const RowProduct& other) {
   }
   const auto finish = [&](const RowProduct& p) {
     for (int64_t at = k; at < p.depth; at += kChain) {
-      multiply_chain<COLUMNS, 1>(smaller(kChain, p.depth - at), p.row + at, 0, panel_at(p, at),
+      multiply_block<COLUMNS, 1>(smaller(kChain, p.depth - at), p.row + at, 0, panel_at(p, at),
                                  true, p.tile);
     }
   };

@@ -165,7 +165,8 @@ struct Columns {
 struct Panel : Columns {
   int parts;
   int64_t depth;
-  int64_t begin, end;  // what of the depth a product has
+  int64_t begin, end;      // what of the depth a product has
+  int64_t chain = kChain;  // of its sums
   const float* data;
   bool* exceptional;  // or null
   bool in_halves;
@@ -314,7 +315,7 @@ static void multiply(int columns, int rows, const Operand& a, int64_t first, con
 #else
   multiply_words(columns, rows, panel.end - panel.begin, from + panel.begin, a.stride,
                  panel.data + words(panel.begin) * columns * kWidth, tile, panel.in_halves,
-                 &panel.ahead);
+                 &panel.ahead, panel.chain);
 #endif
 }
 

@@ -25,8 +25,8 @@ FUSED_RNN_INLINE float* words_of_panel(const Panel& panel, int columns, int colu
   if (!has_halves(columns) || !panel.in_halves) {
     return data + (k / kPairs * columns + column) * kWidth;
   }
-  const int64_t chain = k / kChain * kChain, depth = smaller(kChain, panel.depth - chain);
-  return data + (chain * 4 + (column / 2 * depth + k - chain) * 2 + column % 2) * kWidth;
+  const int64_t block = k / kBlock * kBlock, depth = smaller(kBlock, panel.depth - block);
+  return data + (block * 4 + (column / 2 * depth + k - block) * 2 + column % 2) * kWidth;
 #endif
 }
 

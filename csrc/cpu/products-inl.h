@@ -144,6 +144,9 @@ constexpr int kGradRows = kTileRows;
 constexpr int kGradRows = vector_rows(kMaxColumns);
 #endif
 
+// torch.nn adds up a product for every timestep, of as many rows as the batch has.
+constexpr int64_t kGradChain = kChain / 2;
+
 constexpr int64_t kGroupBytes = 512 << 10, kPanelWords = 4 << 10;
 
 // Each chunk's sum starts at zero and is added as a whole: the rounding errors of a long sequence
@@ -183,7 +186,8 @@ static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
                             ? kGradRows
                             : ceil_div(kGroupBytes, row_bytes * kGradRows) * kGradRows;
   for (int64_t first = row_begin; first < row_end; first += group) {
-    for_each_panel(p.packed, all_panels(p.packed), 1, 0, [&](const Panel& panel) {
+    for_each_panel(p.packed, all_panels(p.packed), 1, 0, [&](Panel& panel) {
+      panel.chain = kGradChain;
       const auto add = [&](int64_t row, int rows) {
         if (p.from_before) {
           prefetch(p.sums + (row + p.rotate) % p.rows * columns + panel.column, columns, rows,
