@@ -14,18 +14,16 @@ from .cells import CELLS, DirectionWeights
 from .layer_call import LayerResult, split_by_direction
 from .onnx_node import node_of, operator_of
 from .problem import NO_NOISE, Masks, Noise
+from .transformed import assumed_constant
 
 _DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
+@assumed_constant
 def is_exporting() -> bool:
     """Whether torch.onnx.export traces. Of torch's own function dynamo thinks that it is False,
     though strict export, the exporter's second attempt, goes through dynamo."""
     return torch.onnx.is_in_onnx_export()
-
-
-# What torch.compiler.assume_constant_result does, which imports all of dynamo.
-is_exporting._dynamo_marked_constant = True
 
 
 def layer(
