@@ -120,6 +120,16 @@ def test_a_misspelt_name_of_torch_is_seen():
     assert [n for n, _ in names_of_torch(tree) if is_missing(n)] == ["torch.cuda.current_streams"]
 
 
+def test_no_macro_names_the_operators():
+    """Torch 2.10 makes a string of the name as it stands: the CUDA operators, of which a macro is
+    the name, were nowhere to be found where it had compiled them."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    pattern = re.compile(r"^STABLE_TORCH_LIBRARY\w*\(([^)]*), m\)", re.M)
+    names = [name for path in sources for name in pattern.findall(path.read_text())]
+    assert names
+    assert not [name for name in names if re.search(r"\b[A-Z]+_", name)], names
+
+
 def test_nothing_imports_a_test_file():
     """What two of them need is in tests/helpers. Programs that tests write down count, too."""
     files = sorted((ROOT / "tests").rglob("*.py"))

@@ -495,12 +495,16 @@ void fail_to_record_op() { emulator::fail_to_record(); }
 #define FUSED_RNN_DISPATCH_KEY CUDA
 #endif
 
+// Torch 2.10 makes strings of the arguments as they stand: these are replaced before.
+#define FUSED_RNN_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define FUSED_RNN_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
 // Shapes and dtypes are in params.h. Outputs are written in place. Zero columns in `gates` and
 // `cells` mean that they are not saved; gx and gates may be one tensor. `stream` is a cudaStream_t.
 // tf32 lets the products of float32 be TF32; `graph` lets a scan step by step record a CUDA graph.
 // `regime` is "" or the name of the one to force. `offsets` make rows packed; lengths, offsets and
 // resets are on the tensors' device.
-STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
+FUSED_RNN_LIBRARY(FUSED_RNN_NAMESPACE, m) {
   m.def(
       "scan_forward(int cell, Tensor gx, Tensor[] w_hh, Tensor? b_hn, Tensor h0, Tensor? c0, "
       "int hidden_size, Tensor? lengths, Tensor? offsets, Tensor? resets, Tensor? reset_h, "
@@ -548,14 +552,14 @@ STABLE_TORCH_LIBRARY(FUSED_RNN_NAMESPACE, m) {
 #endif
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, FUSED_RNN_DISPATCH_KEY, m) {
+FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, FUSED_RNN_DISPATCH_KEY, m) {
   m.impl("scan_forward", TORCH_BOX(&fused_rnn::forward_op));
   m.impl("scan_backward", TORCH_BOX(&fused_rnn::backward_op));
   m.impl("stack_forward", TORCH_BOX(&fused_rnn::stack_forward_op));
   m.impl("stack_backward", TORCH_BOX(&fused_rnn::stack_backward_op));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CompositeExplicitAutograd, m) {
+FUSED_RNN_LIBRARY_IMPL(FUSED_RNN_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("refusal", TORCH_BOX(&fused_rnn::refusal_op));
   m.impl("describe", TORCH_BOX(&fused_rnn::describe_op));
   m.impl("stack_refusal", TORCH_BOX(&fused_rnn::stack_refusal_op));
