@@ -21,6 +21,7 @@ from .cells import CELLS, state_dtype
 from .layer_call import LayerCall, LayerResult, make_problem
 from .native import cpu_library_error
 from .once import once
+from .transformed import is_dynamic
 
 Decompositions = dict[torch._ops.OperatorBase, Callable]
 
@@ -99,7 +100,7 @@ def _table(decomposition: Callable) -> Decompositions:
 def _steps(*arguments):
     call = LayerCall(*arguments)
     _padded("core_aten", call.batch_sizes)
-    if isinstance(call.x.shape[0], torch.SymInt):
+    if is_dynamic(call.x.shape[0]):
         raise RuntimeError(
             "export.core_aten: input: expected a fixed number of timesteps, since core ATen has "
             "no loop, got a dynamic one; export the model with that dimension static"

@@ -14,7 +14,7 @@ from .cells import CELLS, DirectionWeights
 from .layer_call import LayerResult, split_by_direction
 from .onnx_node import node_of, operator_of
 from .problem import NO_NOISE, Masks, Noise
-from .transformed import assumed_constant
+from .transformed import assumed_constant, is_dynamic
 
 _DTYPES = (torch.float16, torch.float32, torch.float64)
 
@@ -54,7 +54,7 @@ def layer(
     split = split_by_direction(h0, c0, weights)
     if not noise.names and split[0].norm is None:
         return LayerResult(*_nodes(cell, x, h0, c0, split, masks.lengths), None)
-    if isinstance(x.shape[0], torch.SymInt):
+    if is_dynamic(x.shape[0]):
         raise RuntimeError(
             "torch.onnx.export: input: expected a fixed number of timesteps, since ONNX's "
             "recurrent operators have no layer normalisation, zoneout and recurrent dropout, got a "

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-_Function = TypeVar("_Function", bound=Callable)
 
-
-def assumed_constant(function: _Function) -> _Function:
+def assumed_constant(function: Callable[[], bool]) -> Callable[[], bool]:
     """`function`, which the compiler calls while it traces, for what it returns. As
     torch.compiler.assume_constant_result does, which imports all of dynamo: 2 s with torch 2.11."""
     function._dynamo_marked_constant = True
@@ -35,6 +32,14 @@ def is_exporting() -> bool:
     """Whether torch.export traces. In every graph that torch before 2.12 compiles, torch's own
     function says so."""
     return torch.compiler._is_exporting_flag
+
+
+def is_dynamic(size: int) -> bool:
+    """Whether a traced size may be another one in another call. For dynamo, which strict export
+    goes through, no size is a torch.SymInt."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # sympy: not to import early
+
+    return not has_static_value(size)
 
 
 def needs_oracle(x: Tensor) -> bool:
