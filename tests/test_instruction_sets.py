@@ -120,11 +120,22 @@ def _in_chunks(cell: str) -> list[LayerCase]:
 
 
 def _panels(cell: str) -> list[LayerCase]:
-    """Depths of more than one chain of sums, of matrices that AVX2 asks for ahead, whose panels are
-    in halves or, with few rows of a step on average, are not."""
+    """Depths of more than one chain of sums, of matrices that are asked for ahead, whose panels are
+    in halves or, with few rows of a step on average, are not. And tiles that wait for each other,
+    more than may: with AVX2 in backward passes, whose panels have more than 256 KiB."""
     units = 300 if CELLS[cell].gates > 1 else 390
+    long = {1: 530, 3: 705, 4: 530}[CELLS[cell].gates]
     packed = functools.partial(LayerCase.packed, cell)
-    return [LayerCase(cell, 9, 7, 270, units), packed([20, 3, 1, 1], 40, units, directions=2)]
+    waiting = [
+        LayerCase(cell, 3, 129, 40, long),
+        packed([3] * 20 + [2] * 9 + [1], 40, long, directions=2),
+    ]
+    return [
+        LayerCase(cell, 9, 7, 270, units),
+        packed([20, 3, 1, 1], 40, units, directions=2),
+        *waiting,
+        *_in_bfloat16(waiting[:1]),
+    ]
 
 
 def _least_units_in_parts(cell: str) -> int:

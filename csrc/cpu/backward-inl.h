@@ -82,7 +82,7 @@ __attribute__((noinline)) static void backward_tile(const Tile<BackwardRows>& ti
 // Asks for what a tile's pointwise part will read.
 template <class Cell>
 FUSED_RNN_INLINE void prefetch_tile(const BackwardRows& r, int64_t first, int rows,
-                                    const Panel& panel, int64_t hidden) {
+                                    const Columns& panel, int64_t hidden) {
   const auto ask = [&](auto from, int64_t column) {
     if (from.base) prefetch(from[first] + column, from.stride, rows, panel.vectors);
   };
@@ -330,17 +330,20 @@ static void backward_share(const BackwardParams& p, const Share& share, Meeting*
               group.for_each(from, [&](int, const auto& tile) { pointwise(tile, [] {}); });
             });
       } else {
+        const auto ask = [&](const BackwardRows& from, int64_t first, int rows,
+                             const Columns& panel) {
+          prefetch_tile<Cell>(from, first, rows, panel, hidden);
+        };
         Tiles<BackwardRows> tiles;
         for_each(share, to_units, next_step,
                  [&](const BackwardRows& from, const Operand& grad_next, int64_t first, int rows,
                      const Panel& panel) {
                    if (!from.grad_next.base) {
-                     return tiles.add_without_product(from, first, rows, panel, pointwise);
+                     return tiles.add_without_product(from, first, rows, panel, pointwise, ask);
                    }
-                   prefetch_tile<Cell>(from, first, rows, panel, hidden);
-                   tiles.add(panel.vectors, from, grad_next, first, rows, panel, pointwise);
+                   tiles.add(panel.vectors, from, grad_next, first, rows, panel, pointwise, ask);
                  });
-        tiles.finish(pointwise);
+        tiles.finish(pointwise, ask);
       }
     }
     if constexpr (kResetBefore<Cell>) {

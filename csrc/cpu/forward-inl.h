@@ -2,14 +2,13 @@
 
 // The input side of so many bytes is computed at a time: half of a usual L2 cache per thread. But
 // of so many rows at least: W_ih is read once for them, and at H=1024 the weights exceed the L3
-// cache, where 256 rows instead of 64 made LSTM 1.2 times faster. CPUs without AVX-512 have less of
-// both: on a Zen 3 inference at H = 128 and 256 takes 1.03 to 1.1 times less so, and the same
-// within noise at H = 512 and 1024.
-#if FUSED_RNN_VECTOR_WIDTH == 8
-constexpr int64_t kInputSideBytes = 128 << 10, kInputSideRows = 128;
-#else
-constexpr int64_t kInputSideBytes = 512 << 10, kInputSideRows = 256;
-#endif
+// cache, where 256 rows instead of 64 made LSTM 1.2 times faster on a Xeon with AMX. Where products
+// ask for their weights, 128 do: on an Ice Lake inference at H=512 takes 1.06 to 1.08 times less
+// so, and the same at H = 256 and 1024. CPUs without AVX-512 have less of both caches: on a Zen 3
+// inference at H = 128 and 256 takes 1.03 to 1.1 times less so, and the same within noise at
+// H = 512 and 1024.
+constexpr int64_t kInputSideBytes = (FUSED_RNN_VECTOR_WIDTH == 8 ? 128 : 512) << 10;
+constexpr int64_t kInputSideRows = kAsksAhead ? 128 : 256;
 
 // Rows that lie anywhere.
 template <class T>
@@ -57,18 +56,34 @@ FUSED_RNN_INLINE void project_tile(const InputRows<To, Results>& r, int64_t firs
                          [] {});
 }
 
+// Asks for where a tile goes.
+template <int GATES, class To, class Results>
+__attribute__((noinline)) static void prefetch_results(const InputRows<To, Results>& r,
+                                                       int64_t first, int rows,
+                                                       const Columns& panel, int64_t hidden) {
+  for (int m = 0; m < rows; m++) {
+    for (int gate = 0; gate < GATES; gate++) {
+      prefetch(r.gx[first + m] + gate * hidden + panel.column, 0, 1, panel.vectors);
+    }
+  }
+}
+
 // Inlined, with `project`, into every scan: 2.5% of an LSTM's inference at (T, B, H) = (32, 8, 64).
 template <int GATES, class To, class Results>
 FUSED_RNN_INLINE void project_panel(const InputRows<To, Results>& r, int64_t count,
-                                    const Panel& panel, const PackedMatrix& w, const float* bias) {
+                                    const Panel& panel, const PackedMatrix& w, const float* bias,
+                                    bool far = false) {
   Tiles<InputRows<To, Results>> tiles;
   const auto pointwise = [&](const auto& tile, const auto& pause) {
     store_projected<GATES>(tile, w, bias, pause);
   };
+  const auto ask = [&](const auto& from, int64_t first, int rows, const Columns& columns) {
+    if (far) prefetch_results<GATES>(from, first, rows, columns, w.columns);
+  };
   for_each_tile(0, count, panel, GATES * panel.vectors, [&](int64_t first, int rows) {
-    tiles.add(GATES * panel.vectors, r, r.x, first, rows, panel, pointwise);
+    tiles.add(GATES * panel.vectors, r, r.x, first, rows, panel, pointwise, ask);
   });
-  tiles.finish(pointwise);
+  tiles.finish(pointwise, ask);
 }
 
 // Whether all rows of a tile get through the first part of the cell before the second, which
@@ -153,6 +168,15 @@ FUSED_RNN_INLINE void forward_tile(const Tile<ForwardRows>& tile, const PackedMa
   }
 }
 
+// Asks for what a tile's pointwise part will read.
+template <class Cell>
+__attribute__((noinline)) static void prefetch_tile(const ForwardRows& r, int64_t first, int rows,
+                                                    const Columns& panel, int64_t hidden) {
+  for (int i = 0; i < Cell::kGates; i++) {
+    prefetch(r.gx[first] + i * hidden + panel.column, r.gx.stride, rows, panel.vectors);
+  }
+}
+
 // The pointwise part of a step of a single row.
 template <class Cell, bool MORE>
 FUSED_RNN_INLINE void forward_group(const ForwardRows& r, const PanelGroup& group,
@@ -182,6 +206,7 @@ FUSED_RNN_INLINE void forward_group(const ForwardRows& r, const PanelGroup& grou
 struct InputSide {
   float* base;
   int64_t stride;
+  bool far;  // beyond L2, for all that is known
 };
 
 template <class Cell>
@@ -191,14 +216,17 @@ static InputSide input_side(const ForwardParams& p, const Share& share) {
   // Shares of interleaved rows have one each: where steps differ in size, another share's rows of
   // a later chunk may lie where this one's still are.
   const int64_t copy = share.first % share.stride;
-  if (p.scratch[d]) return {p.scratch[d] + copy * p.scratch_rows * G * hidden, G * hidden};
+  if (p.scratch[d]) {
+    const bool far = p.chunk_rows * G * hidden * (int64_t)sizeof(float) > 2 * kInputSideBytes;
+    return {p.scratch[d] + copy * p.scratch_rows * G * hidden, G * hidden, far};
+  }
 #if defined(FUSED_RNN_BFLOAT16)
-  return {nullptr, 0};
+  return {};
 #else
   // In place: each element is read before the same step writes there.
   constexpr int S = Cell::kSavedGates;
-  if constexpr (S == 0) return {p.y + d * hidden, p.shape.directions * hidden};
-  return {p.gates + d * p.shape.count * S * hidden + (S - G) * hidden, S * hidden};
+  if constexpr (S == 0) return {p.y + d * hidden, p.shape.directions * hidden, true};
+  return {p.gates + d * p.shape.count * S * hidden + (S - G) * hidden, S * hidden, true};
 #endif
 }
 
@@ -228,7 +256,7 @@ static int64_t span_end(const RowLayout& layout, bool reverse, int64_t index, in
 // `share` is one of panels of W_ih.
 template <class Cell>
 FUSED_RNN_INLINE void project(const ForwardParams& p, const Share& share, const Span& span,
-                              float* gx, int64_t gx_stride, float* memory) {
+                              float* gx, int64_t gx_stride, bool far, float* memory) {
   const int64_t d = share.direction, input = p.shape.input;
   const PackedMatrix& w_ih = p.w_ih[d];
   const bool whole_batch =
@@ -266,7 +294,7 @@ FUSED_RNN_INLINE void project(const ForwardParams& p, const Share& share, const 
   for_each_panel(w_ih, share, Cell::kGates, 0, [&](const Panel& panel) {
     for_each_group([&](Rows x, int64_t row, int64_t count) {
       const InputRows<float> rows{{x.base, x.stride, nullptr, 0}, results(row)};
-      project_panel<Cell::kGates>(rows, count, panel, w_ih, p.bias[d]);
+      project_panel<Cell::kGates>(rows, count, panel, w_ih, p.bias[d], far);
     });
   });
 }
@@ -330,7 +358,7 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
       const Span span(shape.rows, d == 1, index, projected);
       if (p.scratch[d]) first_row = span.first_row;
       float* gx = side.base + (span.first_row - first_row) * side.stride;
-      project<Cell>(p, inputs, span, gx, side.stride, memory);
+      project<Cell>(p, inputs, span, gx, side.stride, side.far, memory);
       if constexpr (NORMED) normalise_input_side<Cell>(p, share, span, gx, side.stride);
     }
     float* gx = side.base + (row - first_row) * side.stride;
@@ -438,12 +466,15 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
         more ? forward_tile<Cell, true>(tile, w_hh, p.hidden_bias[d], pause)
              : forward_tile<Cell, false>(tile, w_hh, p.hidden_bias[d], pause);
       };
+      const auto ask = [&](const ForwardRows& from, int64_t first, int rows, const Columns& panel) {
+        if (side.far) prefetch_tile<Cell>(from, first, rows, panel, hidden);
+      };
       for_each(share, w_hh, G, states,
                [&](const ForwardRows& from, const Operand& h, int64_t first, int rows,
                    const Panel& panel) {
-                 tiles.add(G * panel.vectors, from, h, first, rows, panel, pointwise);
+                 tiles.add(G * panel.vectors, from, h, first, rows, panel, pointwise, ask);
                });
-      tiles.finish(pointwise);
+      tiles.finish(pointwise, ask);
     }
     if constexpr (PROJECTED) {
       if (meeting) meeting->wait();

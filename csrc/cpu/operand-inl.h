@@ -170,7 +170,8 @@ struct Panel : Columns {
   const float* data;
   bool* exceptional;  // or null
   bool in_halves;
-  mutable Ahead ahead;
+  bool asks = false;    // for what comes next, the matrix being large
+  mutable Ahead ahead;  // of the panel that comes next, if any
 
   Panel() = default;
   Panel(const PackedMatrix& m, int64_t index, int gates)
@@ -183,8 +184,6 @@ struct Panel : Columns {
 
   // That another panel of the matrix comes after this one.
   void ask_for(const PackedMatrix& m, int64_t next, int gates) {
-    constexpr int64_t kCached = 512 << 10;
-    if (!kAsksAhead || m.columns * gates * m.depth * (int64_t)sizeof(float) <= kCached) return;
     const Panel panel(m, next, gates);
     const char* first = (const char*)panel.data;
     ahead = {first, first + (int64_t)sizeof(float) * gates * panel.vectors * kWidth * m.depth};
@@ -201,9 +200,13 @@ FUSED_RNN_INLINE Share all_panels(const PackedMatrix& m) {
 template <class Body>
 FUSED_RNN_INLINE void for_each_panel(const PackedMatrix& m, const Share& share, int gates,
                                      int64_t step, Body body) {
+  // What is left in L2 from the step before: of CPUs with AVX-512, which have 1 MiB or more.
+  constexpr int64_t kCached = FUSED_RNN_VECTOR_WIDTH == 16 ? 1 << 20 : 512 << 10;
+  const bool asks = kAsksAhead && m.columns * gates * m.depth * (int64_t)sizeof(float) > kCached;
   for (int64_t j = share.panel_begin; j < share.panel_end; j++) {
     Panel panel(m, zigzag(j, share, step), gates);
-    if (j + 1 < share.panel_end) panel.ask_for(m, zigzag(j + 1, share, step), gates);
+    panel.asks = asks;
+    if (asks && j + 1 < share.panel_end) panel.ask_for(m, zigzag(j + 1, share, step), gates);
     body(panel);
   }
 }
@@ -330,47 +333,71 @@ struct Tile {
   const Vector* product;  // [rows, columns]
 };
 
+// Asks for nothing of what a tile's pointwise part reads.
+struct AskForNothing {
+  template <class From>
+  void operator()(const From&, int64_t, int, const Columns&) const {}
+};
+
 // Tiles one after the other: of each the product, then pointwise(tile, pause), which calls pause()
-// as often as the tile has vectors of units. Where AMX takes the product, it is computed in those
-// pauses of the tile before: a core does the one while its tiles multiply. In parts LSTM and GRU at
-// H = 128 to 1024 take 1.04 to 1.15 times less, in bfloat16 at H=512 1.1 to 1.2; smaller products
-// of bfloat16 take up to 1.4 times longer then.
+// as often as the tile has vectors of units. Before the product, or what comes last of it, is
+// ask(from, first, rows, panel).
+//
+// Where AMX takes the product, it is computed in the pauses of the tile before: a core does the one
+// while its tiles multiply. In parts LSTM and GRU at H = 128 to 1024 take 1.04 to 1.15 times less,
+// in bfloat16 at H=512 1.1 to 1.2; smaller products of bfloat16 take up to 1.4 times longer then.
+//
+// Elsewhere tiles wait for others with the same panel, if it is a long one of a large matrix: a
+// block of the panel (kBlock) is multiplied with all of them before the next block, which they ask
+// for. So a panel is read from L1 but once, and from L3 before it is needed. On an Ice Lake, on top
+// of asking for whole panels, products of 16 to 64 rows take 1.1 to 1.25 times less at a depth of
+// 512 and 1024, 1.5 to 2 times at 4096. With AVX2 only panels that fill half of L2 are long:
+// shorter ones gained nothing on a Zen 3.
 template <class From>
 class Tiles {
   static constexpr int64_t kLeastOverlapped = kParts > 1 ? 0 : 1 << 14;  // of rows times depth
 
  public:
-  template <class Pointwise>
+  template <class Pointwise, class Ask = AskForNothing>
   FUSED_RNN_INLINE_METHOD void add(int columns, const From& from, const Operand& a, int64_t first,
-                                   int rows, const Panel& panel, const Pointwise& pointwise) {
+                                   int rows, const Panel& panel, const Pointwise& pointwise,
+                                   const Ask& ask = {}) {
 #if defined(FUSED_RNN_AMX)
+    ask(from, first, rows, panel);
     if (in_tiles(panel.parts) && rows * (panel.end - panel.begin) >= kLeastOverlapped) {
       return overlap(columns, from, a, first, rows, panel, pointwise);
     }
-#endif
     finish(pointwise);
+#else
+    if (is_long(panel, columns)) {
+      return wait(columns, from, a, first, rows, panel, pointwise, ask);
+    }
+    finish(pointwise, ask);
+    ask(from, first, rows, panel);
+#endif
     Vector product[kMaxRows * kMaxColumns];
     multiply(columns, rows, a, first, panel, product);
     pointwise(Tile<From>{from, first, rows, panel, product}, [] {});
   }
 
   // What a tile without a product is given.
-  template <class Pointwise>
+  template <class Pointwise, class Ask>
   void add_without_product(const From& from, int64_t first, int rows, const Panel& panel,
-                           const Pointwise& pointwise) {
-    finish(pointwise);
+                           const Pointwise& pointwise, const Ask& ask) {
+    finish(pointwise, ask);
     pointwise(Tile<From>{from, first, rows, panel, nullptr}, [] {});
   }
 
   // After the last one.
-  template <class Pointwise>
-  FUSED_RNN_INLINE_METHOD void finish(const Pointwise& pointwise) {
+  template <class Pointwise, class Ask = AskForNothing>
+  FUSED_RNN_INLINE_METHOD void finish(const Pointwise& pointwise, const Ask& ask = {}) {
 #if defined(FUSED_RNN_AMX)
+    (void)ask;
     if (!waits_) return;
     waits_ = false;
     pointwise(last(), [] {});
 #else
-    (void)pointwise;
+    if (waiting_ > 0) finish_waiting(pointwise, ask);
 #endif
   }
 
@@ -415,5 +442,87 @@ class Tiles {
   Panel panel_;
   const Vector* product_ = nullptr;
   bool waits_ = false;
+#else
+  // At most so many tiles, whose products, of up to so many vectors each, leave room in L1.
+  static constexpr int kMostTogether = 16, kMostVectors = 24;
+  static_assert(!kAsksAhead ||
+                (vector_rows(1) <= kMostVectors && 2 * vector_rows(2) <= kMostVectors &&
+                 3 * vector_rows(3) <= kMostVectors && 4 * vector_rows(4) <= kMostVectors));
+  static constexpr int64_t kLongPanel = FUSED_RNN_VECTOR_WIDTH == 16 ? 32 << 10 : 256 << 10;
+
+  struct Waiting {
+    const From* from;
+    const Element* a;
+    int64_t stride, first;
+    int rows;
+  };
+
+  static int64_t bytes(int columns, int64_t depth) {
+    return words(depth) * columns * kWidth * (int64_t)sizeof(float);
+  }
+
+  static bool is_long(const Panel& panel, int columns) {
+    return panel.asks && bytes(columns, panel.end - panel.begin) > kLongPanel;
+  }
+
+  template <class Pointwise, class Ask>
+  __attribute__((noinline)) void wait(int columns, const From& from, const Operand& a,
+                                      int64_t first, int rows, const Panel& panel,
+                                      const Pointwise& pointwise, const Ask& ask) {
+    const bool another = panel.data != panel_.data || panel.begin != panel_.begin;
+    if (another || waiting_ == kMostTogether) finish(pointwise, ask);
+    panel_ = panel;
+    columns_ = columns;
+    tiles_[waiting_++] = {&from, a.rows + first * a.stride, a.stride, first, rows};
+  }
+
+  template <class Pointwise, class Ask>
+  __attribute__((noinline)) void finish_waiting(const Pointwise& pointwise, const Ask& ask) {
+    multiply_together(ask);
+    const Vector* product = products_;
+    for (int i = 0; i < waiting_; i++) {
+      const Waiting& tile = tiles_[i];
+      pointwise(Tile<From>{*tile.from, tile.first, tile.rows, panel_, product}, [] {});
+      product += tile.rows * columns_;
+    }
+    waiting_ = 0;
+  }
+
+  template <class Ask>
+  FUSED_RNN_INLINE_METHOD void multiply_together(const Ask& ask) {
+    const int64_t depth = panel_.end - panel_.begin;
+    for (int64_t k = 0; k == 0 || k < depth; k += kBlock) {
+      const int64_t end = smaller(k + kBlock, depth);
+      const float* block = panel_.data + words(panel_.begin + k) * columns_ * kWidth;
+      Ahead ahead = ahead_of(k, end);
+      Vector* product = products_;
+      for (int i = 0; i < waiting_; i++) {
+        const Waiting& tile = tiles_[i];
+        if (end == depth) ask(*tile.from, tile.first, tile.rows, panel_);
+        multiply_words(columns_, tile.rows, end - k, tile.a + panel_.begin + k, tile.stride, block,
+                       product, panel_.in_halves, &ahead, panel_.chain, k > 0);
+        product += tile.rows * columns_;
+      }
+    }
+  }
+
+  // What comes after numbers [k, end) of the panel's depth, for all tiles to ask for.
+  Ahead ahead_of(int64_t k, int64_t end) const {
+    const int64_t depth = panel_.end - panel_.begin;
+    const char* next = panel_.ahead.next;
+    int64_t most = panel_.ahead.end - next;
+    if (end < depth) {
+      next = (const char*)panel_.data + bytes(columns_, panel_.begin + end);
+      most = bytes(columns_, depth - end);
+    }
+    const int64_t asked = smaller(most, bytes(columns_, end - k));
+    const int64_t steps = waiting_ * words(end - k);
+    return {next, next + asked, smaller(kLine, ceil_div(ceil_div(asked, steps), 16) * 16)};
+  }
+
+  Vector products_[kMostTogether * kMostVectors];
+  Waiting tiles_[kMostTogether];
+  Panel panel_{};
+  int columns_ = 0, waiting_ = 0;
 #endif
 };

@@ -178,6 +178,11 @@ static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
       }
     }
   };
+  const auto ask = [&](const WeightGradParams& from, int64_t row, int rows, const Columns& panel) {
+    if (!from.from_before) return;
+    prefetch(from.sums + (row + from.rotate) % from.rows * columns + panel.column, columns, rows,
+             panel.vectors);
+  };
   // So many rows at a time that they stay in L2 for all panels; where these stay in L1, a tile's,
   // so that memory is written in the order in which it lies.
   const int64_t row_bytes = p.stride * (int64_t)sizeof(Element);
@@ -189,14 +194,10 @@ static void weight_grad(const WeightGradParams& p, int64_t begin, int64_t end) {
     for_each_panel(p.packed, all_panels(p.packed), 1, 0, [&](Panel& panel) {
       panel.chain = kGradChain;
       const auto add = [&](int64_t row, int rows) {
-        if (p.from_before) {
-          prefetch(p.sums + (row + p.rotate) % p.rows * columns + panel.column, columns, rows,
-                   panel.vectors);
-        }
-        tiles.add(panel.vectors, p, grads, row, rows, panel, pointwise);
+        tiles.add(panel.vectors, p, grads, row, rows, panel, pointwise, ask);
       };
       for_each_tile(first, smaller(first + group, row_end), panel, panel.vectors, add);
     });
   }
-  tiles.finish(pointwise);
+  tiles.finish(pointwise, ask);
 }

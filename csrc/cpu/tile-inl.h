@@ -54,15 +54,23 @@ constexpr bool kOfHalves = false;
 template <>
 constexpr bool kOfHalves<HalfPair> = true;
 
+constexpr int kLine = 64;  // bytes of the cache
+
 // Memory that the next products will read, asked for while this one multiplies: where weights come
 // from L3 or beyond, the first tile that meets a panel would wait for it. With AVX2 on a Zen 3,
 // whose L2 has 512 KiB, products of 16 to 64 rows with matrices of 16 MiB take 1.15 to 1.45 times
-// less. A prototype lost instead on a Xeon with 2 MiB of it, where AVX-512 is what multiplies.
+// less; with AVX-512 on an Ice Lake, block after block (Tiles), 1.25 to 1.8 times. On a Xeon with
+// AMX, whose L2 has 2 MiB, a prototype lost with AVX-512: there nobody asks.
 struct Ahead {
   const char *next = nullptr, *end = nullptr;
+  int64_t pace = kLine / 2;  // bytes for every word of depth, up to a line
 };
 
-constexpr bool kAsksAhead = FUSED_RNN_VECTOR_WIDTH == 8;
+#if defined(FUSED_RNN_AMX)
+constexpr bool kAsksAhead = false;
+#else
+constexpr bool kAsksAhead = FUSED_RNN_VECTOR_WIDTH >= 8;
+#endif
 
 // Whether a panel of so many columns may be in halves (PackedMatrix), so that what is read follows
 // on what was read before. With all four side by side products took 1.05 times as long where
@@ -78,9 +86,9 @@ constexpr bool kColumnAtATime = kTwoColumnsAtATime && COLUMNS == 4 && ROWS == 3;
 // Of so many numbers there is a chain, see above.
 constexpr int64_t kChain = 128 * kPairs;
 
-// Of so much depth, of whole chains, a panel's halves lie together.
-constexpr int64_t kBlock = 256;
-static_assert(kBlock % kChain == 0);
+// Of so much depth, of whole chains, a panel's halves lie together; and tiles are multiplied one
+// after the other, before the next block of the panel (Tiles). Four columns of it have 32 KiB.
+constexpr int64_t kBlock = (FUSED_RNN_VECTOR_WIDTH == 16 ? 1 : 2) * kChain;
 
 // tile [ROWS, COLUMNS], of rows ALL columns apart, = or += a [ROWS, depth] times panel, [words,
 // BESIDE] for every BESIDE of the columns, of a depth of up to kBlock. Panels are words, floats as
@@ -157,17 +165,14 @@ __attribute__((noinline)) void multiply_block(int64_t depth, const Element* a, i
         }
       };
       if constexpr (kAsksAhead) {
-        // Two lines of 64 bytes every four steps, which gcc unrolled would keep sums in memory for.
-        // One would not do where rows are few: three tiles of four rows or more, which go through
-        // a panel twice, ask for three quarters of the next one then.
         if (ahead && ahead->next < ahead->end) {
           const char* next = ahead->next;
-          for (; k + 4 <= end; k += 4) {
+          const int64_t pace = ahead->pace;
+          FUSED_RNN_NO_UNROLL
+          for (; k + kPairs <= end; k += kPairs) {
             __builtin_prefetch(next, 0, 2);
-            __builtin_prefetch(next + 64, 0, 2);
-            next += 128;
-            FUSED_RNN_NO_UNROLL
-            for (int i = 0; i < 4; i++) multiply_word(k + i);
+            next += pace;
+            multiply_word(k);
           }
           ahead->next = next;
         }
@@ -214,10 +219,11 @@ FUSED_RNN_INLINE void multiply_columns(int64_t depth, const Element* a, int64_t 
 
 template <int COLUMNS, int ROWS, int ALL = COLUMNS, int BESIDE = ALL, class Word>
 void multiply_tile(int64_t depth, const Element* a, int64_t a_stride, const Word* panel,
-                   Vector* tile, Ahead* ahead = nullptr, int64_t chain = kChain) {
-  for (int64_t k = 0; k == 0 || k < depth; k += kBlock) {
-    multiply_columns<COLUMNS, ROWS, ALL, BESIDE>(smaller(kBlock, depth - k), a + k, a_stride, panel,
-                                                 k > 0, tile, ahead, chain);
+                   Vector* tile, Ahead* ahead = nullptr, int64_t chain = kChain, bool add = false) {
+  const int64_t block = has_halves(ALL) || depth == 0 ? kBlock : depth;
+  for (int64_t k = 0; k == 0 || k < depth; k += block) {
+    multiply_columns<COLUMNS, ROWS, ALL, BESIDE>(smaller(block, depth - k), a + k, a_stride, panel,
+                                                 add || k > 0, tile, ahead, chain);
     panel += kBlock / kNumbersOf<Word> * ALL * kWidth;
   }
 }
@@ -225,15 +231,15 @@ void multiply_tile(int64_t depth, const Element* a, int64_t a_stride, const Word
 template <int COLUMNS, int ROWS = vector_rows(COLUMNS), int ALL = COLUMNS, int BESIDE = ALL,
           class Word>
 void multiply_rows(int rows, int64_t depth, const Element* a, int64_t a_stride, const Word* panel,
-                   Vector* tile, Ahead* ahead = nullptr, int64_t chain = kChain) {
+                   Vector* tile, Ahead* ahead = nullptr, int64_t chain = kChain, bool add = false) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
       multiply_rows<COLUMNS, ROWS - 1, ALL, BESIDE>(rows, depth, a, a_stride, panel, tile, ahead,
-                                                    chain);
+                                                    chain, add);
       return;
     }
   }
-  multiply_tile<COLUMNS, ROWS, ALL, BESIDE>(depth, a, a_stride, panel, tile, ahead, chain);
+  multiply_tile<COLUMNS, ROWS, ALL, BESIDE>(depth, a, a_stride, panel, tile, ahead, chain, add);
 }
 
 // Calls body.operator()<columns>().
@@ -254,22 +260,23 @@ FUSED_RNN_INLINE void for_columns(int columns, Body body) {
 template <class Word>
 static void multiply_words(int columns, int rows, int64_t depth, const Element* a, int64_t a_stride,
                            const Word* panel, Vector* tile, bool in_halves = false,
-                           Ahead* ahead = nullptr, int64_t chain = kChain) {
+                           Ahead* ahead = nullptr, int64_t chain = kChain, bool add = false) {
   switch (columns) {
     case 1:
-      return multiply_rows<1>(rows, depth, a, a_stride, panel, tile, ahead, chain);
+      return multiply_rows<1>(rows, depth, a, a_stride, panel, tile, ahead, chain, add);
     case 2:
-      return multiply_rows<2>(rows, depth, a, a_stride, panel, tile, ahead, chain);
+      return multiply_rows<2>(rows, depth, a, a_stride, panel, tile, ahead, chain, add);
     case 3:
-      return multiply_rows<3>(rows, depth, a, a_stride, panel, tile, ahead, chain);
+      return multiply_rows<3>(rows, depth, a, a_stride, panel, tile, ahead, chain, add);
     default:
       if constexpr (has_halves(4)) {
         constexpr int kRows = vector_rows(4);
         if (in_halves) {
-          return multiply_rows<4, kRows, 4, 2>(rows, depth, a, a_stride, panel, tile, ahead, chain);
+          return multiply_rows<4, kRows, 4, 2>(rows, depth, a, a_stride, panel, tile, ahead, chain,
+                                               add);
         }
       }
-      return multiply_rows<4>(rows, depth, a, a_stride, panel, tile, ahead, chain);
+      return multiply_rows<4>(rows, depth, a, a_stride, panel, tile, ahead, chain, add);
   }
 }
 
@@ -277,9 +284,9 @@ static void multiply_words(int columns, int rows, int64_t depth, const Element* 
 // pieces far apart are not foreseen by the hardware.
 template <class T>
 FUSED_RNN_INLINE void prefetch(const T* first, int64_t stride, int rows, int vectors) {
-  constexpr int kLine = 64 / sizeof(T);
+  constexpr int kStep = kLine / sizeof(T);
   for (int m = 0; m < rows; m++) {
-    for (int i = 0; i < vectors * kWidth; i += kLine) __builtin_prefetch(first + m * stride + i);
+    for (int i = 0; i < vectors * kWidth; i += kStep) __builtin_prefetch(first + m * stride + i);
   }
 }
 
