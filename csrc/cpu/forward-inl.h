@@ -89,8 +89,9 @@ FUSED_RNN_INLINE void project_panel(const InputRows<To, Results>& r, int64_t cou
 // Whether all rows of a tile get through the first part of the cell before the second, which
 // waits for it: what a core looks ahead at is little more than one row of an LSTM. With AVX2 on a
 // Zen 3 its pointwise part takes 24.8 ns for eight units instead of 29.6, GRU's 14.4 instead of 20.
+// With AVX-512 on an Ice Lake layers of 32 units take 1.05 to 1.06 times less, of 128 as long.
 template <class Cell, bool MORE>
-constexpr bool kInTwoParts = FUSED_RNN_VECTOR_WIDTH == 8 && !MORE && Cell::kSavedGates > 0;
+constexpr bool kInTwoParts = kOnX86WithoutAmx && !MORE && Cell::kSavedGates > 0;
 
 // The sums of a row's units, of which gate i's product is at product[i * stride]. `bias` is b_hn,
 // which is no part of the input side.

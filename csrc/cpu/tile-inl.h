@@ -9,6 +9,13 @@
 
 constexpr int kMaxColumns = 4;
 
+// Where this tile does all products and what was measured of AVX2 and AVX-512 holds.
+#if defined(FUSED_RNN_AMX)
+constexpr bool kOnX86WithoutAmx = false;
+#else
+constexpr bool kOnX86WithoutAmx = FUSED_RNN_VECTOR_WIDTH >= 8;
+#endif
+
 // Rows of a tile of `columns` vectors: as many as the registers hold. AVX-512 and ARM have 32, of
 // which ARM's compiler takes one for each row's value: with AVX-512's rows it keeps sums in memory.
 // Measured with AVX-512 on a prototype of this tile: 3 columns of 8 rows and 4 of 6 reach 92% of
@@ -66,11 +73,7 @@ struct Ahead {
   int64_t pace = kLine / 2;  // bytes for every word of depth, up to a line
 };
 
-#if defined(FUSED_RNN_AMX)
-constexpr bool kAsksAhead = false;
-#else
-constexpr bool kAsksAhead = FUSED_RNN_VECTOR_WIDTH >= 8;
-#endif
+constexpr bool kAsksAhead = kOnX86WithoutAmx;
 
 // Whether a panel of so many columns may be in halves (PackedMatrix), so that what is read follows
 // on what was read before. With all four side by side products took 1.05 times as long where
