@@ -179,7 +179,7 @@ $(INSTALLED): .venv/.dependencies $(BUILT_FROM)
 
 # Every name of the extra "toolbox", likewise.
 .venv/.toolbox: .venv/.created constraints.txt
-	$(PIP) accelerate lightning onnx onnxruntime onnxscript safetensors
+	$(PIP) accelerate lightning safetensors
 	@touch $@
 
 .venv/.docs: .venv/.created constraints.txt
