@@ -56,14 +56,13 @@ FUSED_RNN_INLINE void project_tile(const InputRows<To, Results>& r, int64_t firs
                          [] {});
 }
 
-// Asks for where a tile goes.
-template <int GATES, class To, class Results>
-__attribute__((noinline)) static void prefetch_results(const InputRows<To, Results>& r,
-                                                       int64_t first, int rows,
-                                                       const Columns& panel, int64_t hidden) {
+// Asks for what of the input side a tile is about to write, or to read.
+template <int GATES, class Side>
+__attribute__((noinline)) static void prefetch_side(const Side& gx, int64_t first, int rows,
+                                                    const Columns& panel, int64_t hidden) {
   for (int m = 0; m < rows; m++) {
     for (int gate = 0; gate < GATES; gate++) {
-      prefetch(r.gx[first + m] + gate * hidden + panel.column, 0, 1, panel.vectors);
+      prefetch(gx[first + m] + gate * hidden + panel.column, 0, 1, panel.vectors);
     }
   }
 }
@@ -78,7 +77,7 @@ FUSED_RNN_INLINE void project_panel(const InputRows<To, Results>& r, int64_t cou
     store_projected<GATES>(tile, w, bias, pause);
   };
   const auto ask = [&](const auto& from, int64_t first, int rows, const Columns& columns) {
-    if (far) prefetch_results<GATES>(from, first, rows, columns, w.columns);
+    if (far) prefetch_side<GATES>(from.gx, first, rows, columns, w.columns);
   };
   for_each_tile(0, count, panel, GATES * panel.vectors, [&](int64_t first, int rows) {
     tiles.add(GATES * panel.vectors, r, r.x, first, rows, panel, pointwise, ask);
@@ -169,15 +168,6 @@ FUSED_RNN_INLINE void forward_tile(const Tile<ForwardRows>& tile, const PackedMa
   }
 }
 
-// Asks for what a tile's pointwise part will read.
-template <class Cell>
-__attribute__((noinline)) static void prefetch_tile(const ForwardRows& r, int64_t first, int rows,
-                                                    const Columns& panel, int64_t hidden) {
-  for (int i = 0; i < Cell::kGates; i++) {
-    prefetch(r.gx[first] + i * hidden + panel.column, r.gx.stride, rows, panel.vectors);
-  }
-}
-
 // The pointwise part of a step of a single row.
 template <class Cell, bool MORE>
 FUSED_RNN_INLINE void forward_group(const ForwardRows& r, const PanelGroup& group,
@@ -207,7 +197,7 @@ FUSED_RNN_INLINE void forward_group(const ForwardRows& r, const PanelGroup& grou
 struct InputSide {
   float* base;
   int64_t stride;
-  bool far;  // beyond L2, for all that is known
+  bool far;  // beyond L2, for all that is known, and to be asked for
 };
 
 template <class Cell>
@@ -218,16 +208,16 @@ static InputSide input_side(const ForwardParams& p, const Share& share) {
   // a later chunk may lie where this one's still are.
   const int64_t copy = share.first % share.stride;
   if (p.scratch[d]) {
-    const bool far = p.chunk_rows * G * hidden * (int64_t)sizeof(float) > 2 * kInputSideBytes;
-    return {p.scratch[d] + copy * p.scratch_rows * G * hidden, G * hidden, far};
+    const bool fits = p.chunk_rows * G * hidden * (int64_t)sizeof(float) <= 2 * kInputSideBytes;
+    return {p.scratch[d] + copy * p.scratch_rows * G * hidden, G * hidden, kAsksAhead && !fits};
   }
 #if defined(FUSED_RNN_BFLOAT16)
   return {};
 #else
   // In place: each element is read before the same step writes there.
   constexpr int S = Cell::kSavedGates;
-  if constexpr (S == 0) return {p.y + d * hidden, p.shape.directions * hidden, true};
-  return {p.gates + d * p.shape.count * S * hidden + (S - G) * hidden, S * hidden, true};
+  if constexpr (S == 0) return {p.y + d * hidden, p.shape.directions * hidden, kAsksAhead};
+  return {p.gates + d * p.shape.count * S * hidden + (S - G) * hidden, S * hidden, kAsksAhead};
 #endif
 }
 
@@ -468,7 +458,7 @@ static void forward_share(const ForwardParams& p, const Share& share, Meeting* m
              : forward_tile<Cell, false>(tile, w_hh, p.hidden_bias[d], pause);
       };
       const auto ask = [&](const ForwardRows& from, int64_t first, int rows, const Columns& panel) {
-        if (side.far) prefetch_tile<Cell>(from, first, rows, panel, hidden);
+        if (side.far) prefetch_side<G>(from.gx, first, rows, panel, hidden);
       };
       for_each(share, w_hh, G, states,
                [&](const ForwardRows& from, const Operand& h, int64_t first, int rows,
