@@ -3,10 +3,11 @@
 from . import export as export
 from . import functional as functional
 from . import interop as interop
+from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .convert import flip_update_gate, from_torch, replace, restore
 from .dispatch import UnsupportedProblemError, backend
 from .explanation import Explanation, LayerChoice, explain
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN
 from .streaming import Stepper, stepper
 from .truncated import tbptt
 

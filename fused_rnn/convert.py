@@ -16,13 +16,14 @@ from typing import TypeVar, overload
 import torch
 from torch.nn.utils import parametrize
 
-from . import modules
+from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN, _RecurrentLayers
 from .regularised import PLAIN
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
-_NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
-_TO_FUSED = {getattr(torch.nn, name): getattr(modules, name) for name in _NAMES}
+_CLASSES = (RNN, GRU, LSTM, RNNCell, GRUCell, LSTMCell)
+_TO_FUSED = {ours._torch_class: ours for ours in _CLASSES}
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_FUSED.items()}
 
 
@@ -73,17 +74,17 @@ def restore(model: _Module, *, strict: bool = False) -> _Module:
 
 
 @overload
-def from_torch(module: torch.nn.RNN) -> modules.RNN: ...
+def from_torch(module: torch.nn.RNN) -> RNN: ...
 @overload
-def from_torch(module: torch.nn.GRU) -> modules.GRU: ...
+def from_torch(module: torch.nn.GRU) -> GRU: ...
 @overload
-def from_torch(module: torch.nn.LSTM) -> modules.LSTM: ...
+def from_torch(module: torch.nn.LSTM) -> LSTM: ...
 @overload
-def from_torch(module: torch.nn.RNNCell) -> modules.RNNCell: ...
+def from_torch(module: torch.nn.RNNCell) -> RNNCell: ...
 @overload
-def from_torch(module: torch.nn.GRUCell) -> modules.GRUCell: ...
+def from_torch(module: torch.nn.GRUCell) -> GRUCell: ...
 @overload
-def from_torch(module: torch.nn.LSTMCell) -> modules.LSTMCell: ...
+def from_torch(module: torch.nn.LSTMCell) -> LSTMCell: ...
 def from_torch(module: torch.nn.Module) -> torch.nn.Module:
     """Our module for one recurrent module or cell of torch.nn, which stays as it is.
 
@@ -105,7 +106,7 @@ def from_torch(module: torch.nn.Module) -> torch.nn.Module:
     """
     target = _target(module, _TO_FUSED)
     if target is None:
-        expected = ", ".join(f"torch.nn.{name}" for name in _NAMES)
+        expected = ", ".join(f"torch.nn.{ours.__name__}" for ours in _CLASSES)
         raise TypeError(f"module: expected one of {expected}; got {_class_name(module)}")
     ours = target.__new__(target)
     # Containers of their own, so that a parameter or hook set on one is not set on both.
@@ -138,15 +139,15 @@ def flip_update_gate(module: _Module) -> _Module:
         ValueError: a weight is parametrized: what it is computed from would have to change.
 
     Example:
-        >>> module = modules.GRU(3, 4)  # with weights of a text that has h = z * n + (1 - z) * h
+        >>> module = GRU(3, 4)  # with weights of a text that has h = z * n + (1 - z) * h
         >>> flip_update_gate(module) is module
         True
     """
-    if isinstance(module, (modules.GRU, modules.GRU._torch_class)):
+    if isinstance(module, (GRU, GRU._torch_class)):
         names = module._flat_weights_names
         if getattr(module, "_regularisation", PLAIN).layer_norm:
             names = [re.sub("^weight_(ih|hh)", r"ln_\1_weight", name) for name in names]
-    elif isinstance(module, (modules.GRUCell, modules.GRUCell._torch_class)):
+    elif isinstance(module, (GRUCell, GRUCell._torch_class)):
         names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if module.bias else [])]
     else:
         raise TypeError(f"module: expected a GRU or GRUCell, got {type(module).__name__}")
@@ -227,7 +228,7 @@ def _refusals(
 def option_of_ours(module: torch.nn.Module, besides: tuple[str, ...] = ()) -> str:
     """What makes our module compute something no module of torch.nn does, or "". The options
     named in `besides` do not count."""
-    if isinstance(module, modules._RecurrentLayers):
+    if isinstance(module, _RecurrentLayers):
         # Not by the attributes, which may have been there before `replace`.
         if not module._cell().in_torch and "reset_after" not in besides:
             return "reset_after=False"

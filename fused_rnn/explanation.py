@@ -10,7 +10,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from . import dispatch
-from .modules import _RecurrentCell, _RecurrentLayers
+from .cell_modules import _RecurrentCell
+from .modules import _RecurrentLayers
 from .problem import Problem
 
 _FUNCTION = "(function)"

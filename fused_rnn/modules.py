@@ -1,7 +1,7 @@
-"""RNN, GRU, LSTM and their cells: torch.nn's contract over the functions of `functional`.
+"""RNN, GRU and LSTM: torch.nn's contract over the functions of `functional`.
 
 Constructors, parameters, initialisation, state_dict, repr and pickling are torch.nn.RNNBase's
-and torch.nn.RNNCellBase's own; `forward` is ours.
+own; `forward` is ours.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from .regularised import (
     RegularisationOptions,
     RegularisedLayers,
 )
-from .transformed import is_batched, is_exporting, is_transformed
+from .stateful import StatefulLayers
 
 
-class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RNNBase):
+class _RecurrentLayers(
+    torchscript.NotScriptable, StatefulLayers, RegularisedLayers, torch.nn.RNNBase
+):
     """What RNN, GRU and LSTM share: every form of input torch.nn takes.
 
     A subclass of RNNBase and not of nn.LSTM and friends: torch.compile breaks the graph at
@@ -35,9 +37,8 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
 
     _torch_class: type[torch.nn.RNNBase]
 
-    # Of the class too, for modules that were made before there were such options.
+    # Of the class too, for modules that were made before there was such an option.
     recompute = False
-    stateful = False
 
     def __init__(
         self,
@@ -55,11 +56,7 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
         if recompute:
             self.recompute = True
         if stateful:
-            self.stateful = True
-            # No buffers: DistributedDataParallel gives every process those of the first, and
-            # averages of models pair the buffers of two.
-            self.state_h: Tensor | None = None
-            self.state_c: Tensor | None = None
+            self._start_carrying()
 
     def extra_repr(self) -> str:
         options = {"recompute": self.recompute, "stateful": self._carries()}
@@ -69,26 +66,11 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
     def flatten_parameters(self) -> None:
         """Does nothing: weights are read where they lie. Here because torch.nn has it."""
 
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        if self._carries():
-            self.state_h, self.state_c = (
-                None if state is None else _moved(state, fn)
-                for state in (self.state_h, self.state_c)
-            )
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         # Bound to this module: a copy would run it. Module leaves it out, RNNBase does not.
         state.pop("_compiled_call_impl", None)
         return state
-
-    def reset_states(self) -> None:
-        """Forgets the states that a stateful module carries from call to call."""
-        if not self._carries():
-            raise RuntimeError(f"{self._get_name()}: reset_states needs stateful=True")
-        self.state_h = self.state_c = None
 
     def forward(
         self,
@@ -269,76 +251,6 @@ class _RecurrentLayers(torchscript.NotScriptable, RegularisedLayers, torch.nn.RN
 
     def _cell(self) -> Cell:
         return CELL_OF_MODE[self.mode]
-
-    def _carries(self) -> bool:
-        """Whether states go from call to call: an attribute `stateful` alone may have been there
-        before `replace`."""
-        return self.stateful and "state_h" in self.__dict__
-
-    def _check_carries(self) -> None:
-        """States go from call to call here.
-
-        Raises:
-            RuntimeError: a program is exported, where they do not; or those of a vmap are left.
-        """
-        if is_exporting() or torch.jit.is_tracing():
-            raise RuntimeError(
-                f"{self._get_name()}: expected stateful=False where a program is exported, which "
-                "carries no states from call to call; pass hx"
-            )
-        if self.state_h is None or torch.compiler.is_compiling() or is_transformed():
-            return
-        if is_batched(self.state_h):
-            raise RuntimeError(
-                f"{self._get_name()}: expected no states from inside a vmap, which has ended; "
-                "reset_states() forgets them"
-            )
-
-    def _carried(self, input: Any) -> Any:
-        """The states that a stateful module kept, for this input's batch."""
-        h, c = self.state_h, self.state_c
-        if h is None:
-            return None
-        if isinstance(input, PackedSequence) and input.batch_sizes.numel() > 0:
-            # A number that a graph computes: the operator looks at it.
-            unknown = torch.compiler.is_compiling() and h.dim() == 3
-            batch = h.shape[1:-1] if unknown else (int(input.batch_sizes[0]),)
-        elif isinstance(input, Tensor) and input.dim() in (2, 3):
-            batch = (input.shape[0 if self.batch_first else 1],) if input.dim() == 3 else ()
-        else:
-            return None  # which is an error of its own
-        if h.shape[1:-1] != batch:
-            kept, got = (f"a batch of {b[0]}" if b else "no batch" for b in (h.shape[1:-1], batch))
-            raise RuntimeError(
-                f"input: expected {kept} as in the calls before, whose states this stateful "
-                f"{self._get_name()} carries on, got {got}; reset_states() forgets them"
-            )
-        data = input.data if isinstance(input, PackedSequence) else input
-        h, *c = (_for_call(state, data) for state in (h, c) if state is not None)
-        return (h, *c) if c else h
-
-    def _carry(self, states: Any) -> None:
-        h, c = states if isinstance(states, tuple) else (states, None)
-        # Copies: what the caller does with h_n must not change the next call.
-        self.state_h, self.state_c = (None if s is None else s.detach().clone() for s in (h, c))
-
-
-def _moved(state: Tensor, fn: Any) -> Tensor | None:
-    """A carried state where, and of which dtype, `fn` would leave it. Its numbers are kept, which
-    that of `to_empty` does not; None where they cannot be."""
-    like = fn(state.new_empty(0))
-    return state.to(like) if state.is_meta == like.is_meta else None
-
-
-def _for_call(state: Tensor, input: Tensor) -> Tensor:
-    """A carried state for a call with `input`, whose mode may be another than that of the call it
-    comes from: autocast gives another dtype, inference mode tensors that autograd does not keep."""
-    # A compiler does not know which tensors are of that mode.
-    if torch.compiler.is_compiling() or (
-        state.is_inference() and not torch.is_inference_mode_enabled()
-    ):
-        state = state.clone()
-    return state.to(input.dtype)
 
 
 _NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"
@@ -639,199 +551,3 @@ def make_module(cell: str, *args, **options) -> RNN | GRU | LSTM:
     if "gru" in cell:
         return GRU(*args, reset_after=cell == "gru", **options)
     return RNN(*args, nonlinearity=cell.removeprefix("rnn_"), **options)
-
-
-class _RecurrentCell(torchscript.NotScriptable, torch.nn.RNNCellBase):
-    """What the cells share: one timestep, batched or not."""
-
-    _cell_name: str
-    _torch_class: type[torch.nn.RNNCellBase]
-
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """One timestep.
-
-        Args:
-            input: [B, I], or [I] for a single row, in the dtype of the parameters (under autocast
-                in any).
-            hx: h [B, H], or [H], of an LSTMCell a pair (h, c) of these; None for zeros.
-
-        Returns:
-            The new h, of an LSTMCell (h, c), shaped as hx.
-
-        Raises:
-            TypeError: an argument is of another type.
-            ValueError: input has another number of dimensions than 1 or 2.
-            RuntimeError: shapes, dtypes or devices do not fit.
-            UnsupportedProblemError: no backend takes the cell, or not the one that was forced.
-
-        Example:
-            >>> cell, h = GRUCell(10, 20), None
-            >>> for x in torch.randn(5, 3, 10):
-            ...     h = cell(x, h)
-            >>> h.shape
-            torch.Size([3, 20])
-        """
-        cell, looked = self._cell(), []  # see `looks`
-        if not torch.compiler.is_compiling():
-            shortest = training if torch.is_grad_enabled() else direct
-            if (result := shortest.step(self, looked, cell, input, hx)) is not None:
-                return result
-        if symbolic.is_proxy(input):
-            return symbolic.node(self, input, {"hx": hx})
-        weights = looks.attributes(self, looks.CELL_WEIGHTS, looked)
-        if torch.jit.is_tracing():
-            values = dict(zip(looks.CELL_WEIGHTS, weights, strict=True))
-            return torchscript.traced(self, self._torch_class, values, input, hx)
-        w_ih, w_hh, *biases = weights
-        states = checks.cell_arguments(self._get_name(), cell, input, hx, w_ih, self.hidden_size)
-        weights = [w_ih, w_hh, *_biases(biases)]
-        batched = input.dim() == 2
-        if not batched:
-            input = input.unsqueeze(0)
-            states = None if states is None else tuple(s.unsqueeze(0) for s in states)
-        if states is not None:
-            states = tuple(s.unsqueeze(0) for s in states)
-        finals = _next_states(cell, input.unsqueeze(0), states, weights)
-        finals = tuple(s.squeeze(0) if batched else s.flatten() for s in finals)
-        return finals if cell.has_c else finals[0]
-
-    def _cell(self) -> Cell:
-        return CELLS[self._cell_name]
-
-
-def _next_states(
-    cell: Cell, x: Tensor, states: tuple[Tensor, ...] | None, weights: list[Tensor]
-) -> tuple[Tensor, ...]:
-    """The states after the one timestep of x [1, B, I]; all are [1, B, H]."""
-    if torch.compiler.is_compiling():
-        given = compiled.step(cell, x, states, weights)
-        if given is not None:
-            return given
-    hx = states if states is None or cell.has_c else states[0]
-    _, final = getattr(functional, cell.name)(x, hx, weights)
-    return final if cell.has_c else (final,)
-
-
-def _biases(given: list[Tensor | None]) -> list[Tensor]:
-    present = [bias for bias in given if bias is not None]
-    # As torch.nn does, with one of them taken away the other still counts.
-    return [torch.zeros_like(present[0]) if b is None else b for b in given] if present else []
-
-
-class RNNCell(_RecurrentCell):
-    r"""One step of an `RNN`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu.
-
-    A drop-in replacement for `torch.nn.RNNCell`.
-
-    Args:
-        input_size, hidden_size: I and H.
-        bias: whether to add b_ih and b_hh.
-        nonlinearity: "tanh" or "relu".
-        device, dtype: of the parameters.
-
-    Inputs:
-        input: [B, I], or [I], in the parameters' dtype, any floating-point one of 16 bits or more.
-        hx: [B, H], or [H]; None for zeros.
-
-    Returns:
-        h': [B, H], or [H], in that dtype.
-
-    Raises:
-        TypeError: an argument is no tensor.
-        ValueError: input has another number of dimensions than 1 or 2.
-        RuntimeError: shapes, dtypes or devices do not fit; another nonlinearity, at the first call.
-
-    Example:
-        >>> RNNCell(10, 20)(torch.randn(3, 10)).shape
-        torch.Size([3, 20])
-    """
-
-    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012
-    _torch_class = torch.nn.RNNCell
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 1, device=device, dtype=dtype)
-        self.nonlinearity = nonlinearity
-
-    def _cell(self) -> Cell:
-        if self.nonlinearity not in ("tanh", "relu"):
-            # As in torch.nn the constructor takes anything, and the first call objects.
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return CELLS[f"rnn_{self.nonlinearity}"]
-
-
-class GRUCell(_RecurrentCell):
-    r"""One step of a `GRU`. A drop-in replacement for `torch.nn.GRUCell`.
-
-    Args:
-        input_size, hidden_size: I and H.
-        bias: whether to add b_ih and b_hh.
-        device, dtype: of the parameters.
-
-    Inputs:
-        input: [B, I], or [I], in the parameters' dtype, any floating-point one of 16 bits or more.
-        hx: [B, H], or [H]; None for zeros.
-
-    Returns:
-        h': [B, H], or [H], in that dtype.
-
-    Raises:
-        TypeError: an argument is no tensor.
-        ValueError: input has another number of dimensions than 1 or 2.
-        RuntimeError: shapes, dtypes or devices do not fit.
-
-    Example:
-        >>> GRUCell(10, 20)(torch.randn(10)).shape
-        torch.Size([20])
-    """
-
-    _cell_name = "gru"
-    _torch_class = torch.nn.GRUCell
-
-    def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 3, device=device, dtype=dtype)
-
-
-class LSTMCell(_RecurrentCell):
-    r"""One step of an `LSTM`. A drop-in replacement for `torch.nn.LSTMCell`.
-
-    Args:
-        input_size, hidden_size: I and H.
-        bias: whether to add b_ih and b_hh.
-        device, dtype: of the parameters.
-
-    Inputs:
-        input: [B, I], or [I], in the parameters' dtype, any floating-point one of 16 bits or more.
-        hx: a pair (h, c), each [B, H], or [H]; None for zeros.
-
-    Returns:
-        (h', c'): each [B, H], or [H], in that dtype.
-
-    Raises:
-        TypeError: input is no tensor, or hx no pair of tensors.
-        ValueError: input has another number of dimensions than 1 or 2.
-        RuntimeError: shapes, dtypes or devices do not fit.
-
-    Example:
-        >>> h, c = LSTMCell(10, 20)(torch.randn(3, 10))
-        >>> h.shape, c.shape
-        (torch.Size([3, 20]), torch.Size([3, 20]))
-    """
-
-    _cell_name = "lstm"
-    _torch_class = torch.nn.LSTMCell
-
-    def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 4, device=device, dtype=dtype)
