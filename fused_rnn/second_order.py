@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .backends.pieces import Pieces, spread
 from .cells import equal_parts
-from .problem import Masks
+from .problem import Masks, Rows
 from .transfer import sent
 
 Some = Tensor | None
@@ -183,11 +183,12 @@ def tangents(
 def _directions(
     cell: str, inputs: Given, y: Tensor, along: Given, batch_sizes: Some
 ) -> Iterator[_Direction]:
-    shape, directions = inputs.x.shape, inputs.h0.shape[0]
-    sizes = [shape[1]] * shape[0] if batch_sizes is None else batch_sizes.tolist()
+    directions, batch, _ = inputs.h0.shape
+    timesteps = len(inputs.x if batch_sizes is None else batch_sizes)
+    rows = Rows(timesteps, batch, batch_sizes, len(inputs.x))
     inputs, along = (given._replace(x=_flat(given.x)) for given in (inputs, along))
     for d in range(directions):
-        order = _Order(sizes, d == 1, shape[:-1].numel(), y.device)
+        order = _Order(rows, d == 1, y.device)
         yield _Direction(_STEPS[cell], d, directions, order, inputs, _flat(y), along)
 
 
@@ -265,29 +266,27 @@ def _stacked(parts: tuple[Some, ...]) -> Some:
 class _Order:
     """How the scan of one direction goes through the rows: step t has `sizes[t]` of them."""
 
-    def __init__(self, sizes: list[int], turned: bool, count: int, device: torch.device):
-        self.sizes, self.turned, self.batch = sizes, turned, sizes[0]
-        steps = range(len(sizes))
+    def __init__(self, rows: Rows, turned: bool, device: torch.device):
+        self.sizes, self.turned, self.batch = rows.batch_sizes, turned, rows.batch_size
+        steps = range(rows.timesteps)
         self.steps = list(reversed(steps)) if turned else list(steps)
-        self.are_equal = sizes[-1] == sizes[0]
+        self.are_equal = self.sizes[-1] == self.batch
         if self.are_equal:
             return
         # Of each row, which state it started from: a row's, or one of the initial ones behind all.
-        offsets = [0]
-        for size in sizes:
-            offsets.append(offsets[-1] + size)
-        before, number = torch.empty(count, dtype=torch.int64), torch.arange(count + sizes[0])
-        state = number[count:].clone()  # that each batch row has reached
-        for t in self.steps:
-            rows = slice(offsets[t], offsets[t + 1])
-            before[rows] = state[: sizes[t]]
-            state[: sizes[t]] = number[rows]
-        first = torch.empty_like(state)
-        starts = before >= count
-        first[before[starts] - count] = number[:count][starts]
+        before = rows.previous_rows(turned)
+        first, final = (self._starts(rows, reverse) for reverse in (turned, not turned))
         self.before, self.first, self.final = (
-            sent(index, device, "batch_sizes") for index in (before, first, state)
+            sent(index, device, "batch_sizes") for index in (before, first, final)
         )
+
+    def _starts(self, rows: Rows, reverse: bool) -> Tensor:
+        """int64 [B]: the rows that start from the initial states of a direction."""
+        if not reverse:
+            return torch.arange(self.batch)
+        before = rows.previous_rows(reverse)
+        starts = (before >= rows.count).nonzero().squeeze(1)
+        return torch.empty_like(starts).index_copy_(0, before[starts] - rows.count, starts)
 
     def split(self, rows: Tensor) -> Sequence[Tensor]:
         """The rows of each step. A list of views costs less than as many taken one by one."""
