@@ -75,7 +75,10 @@ NVCC_FLAGS = [
     *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
 ]
-EMULATOR_SOURCES = ("csrc/cuda/emulator.cpp", "csrc/cuda/weak_memory.cpp")
+EMULATOR_SOURCES = tuple(
+    f"csrc/cuda/{name}.cpp"
+    for name in ("emulator", "emulated_arithmetic", "emulated_primitives", "weak_memory")
+)
 # For the emulation, which is slow for other reasons, compilers should rather be quick.
 EMULATED_FLAGS = ["-O1", "-DFUSED_RNN_EMULATED", "-Wno-unknown-pragmas"]
 # What is compiled for 8.0 runs on 8.6 and 8.9 as it is. Of PTX, that of compute_90a would run on
@@ -168,8 +171,9 @@ def extensions() -> list[Extension]:
     # Debian keeps Python's headers in python3-dev. Without them the doctor knows less, and small
     # calls take some microseconds more.
     if Path(sysconfig.get_path("include"), "Python.h").exists():
-        names = ("build_info", "direct_calls", "plan")
-        found.append(Extension("fused_rnn._C", [f"csrc/{name}.cpp" for name in names]))
+        calls = ("connection", "direct_calls", "direct_inference", "direct_training", "tensors")
+        sources = [f"csrc/python/{name}.cpp" for name in ("module", *calls)]
+        found.append(Extension("fused_rnn._C", [*sources, "csrc/plan.cpp"]))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Inference past the dispatcher (csrc/direct_calls.cpp): the operators' bits, and never a guess."""
+"""Inference past the dispatcher (csrc/python): the operators' bits, and never a guess."""
 
 from __future__ import annotations
 

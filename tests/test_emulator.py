@@ -495,8 +495,9 @@ def objects(tmp_path_factory):
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("objects")
     commands = {}
-    sources = ("library.cpp", "emulator.cpp", "weak_memory.cpp")
-    for source in (*(f"cuda/{name}" for name in sources), "plan.cpp", *WHOLE.values()):
+    parts = ("emulator", "emulated_arithmetic", "emulated_primitives", "weak_memory")
+    sources = (f"cuda/{name}.cpp" for name in ("library", *parts))
+    for source in (*sources, "plan.cpp", *WHOLE.values()):
         commands[Path(source).stem] = compile_command(ROOT, source)
     for cell in ("lstm", "gru", "rnn"):
         for element in ("bfloat16", "float16", "float32", "tf32"):

@@ -26,7 +26,7 @@ void forget_kernels();
 
 Threads torch_threads();
 
-// Fewer floats are moved by one thread. No call that keeps Python's lock (direct_calls.cpp) moves
+// Fewer floats are moved by one thread. No call that keeps Python's lock (csrc/python) moves
 // as many.
 constexpr int64_t kSerialFloats = 1 << 18;
 

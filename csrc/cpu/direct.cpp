@@ -1,4 +1,4 @@
-// The door for callers that have the loaded library and no torch (direct_calls.cpp).
+// The door for callers that have the loaded library and no torch (csrc/python).
 #include "direct.h"
 
 #include <type_traits>

@@ -9,9 +9,9 @@
 #include <string>
 #include <utility>
 
-#include "cpu/features.h"
+#include "../cpu/features.h"
+#include "../plan.h"
 #include "direct_calls.h"
-#include "plan.h"
 
 namespace py = pybind11;
 
