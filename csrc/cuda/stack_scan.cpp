@@ -6,26 +6,19 @@
 #include <array>
 #include <functional>
 
-#include "../torch_compat.h"
 #include "streams.h"
+#include "torch_call.h"
 
 namespace fused_rnn {
 namespace {
 
 using torch::stable::Tensor;
 
-// A torch operator whose last argument is its output.
-template <size_t count>
-void call(const char* name, const char* overload, std::array<StableIValue, count> stack) {
-  FUSED_RNN_TORCH_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes what is returned, and drops it
-}
-
 // out = what dropout leaves of values, which may be the same tensor.
 void drop(const Tensor& values, const Tensor& kept, double scale, const Tensor& out) {
   using torch::stable::detail::from;
-  call("aten::native_dropout_backward", "out",
-       std::array{from(values), from(kept), from(scale), from(out)});
+  call_torch("aten::native_dropout_backward", "out",
+             std::array{from(values), from(kept), from(scale), from(out)});
 }
 
 // The timesteps of a chunk, and the rows they own.
@@ -151,9 +144,9 @@ void run_forward(const StackScan& scan, const ForwardStack& stack,
         }
         std::optional<Tensor> bias;
         if (!stack.biases.empty()) bias = stack.biases[layer];
-        call("aten::linear", "out",
-             std::array{from(input), from(stack.w_ih[layer]), from(bias),
-                        from(chunk.of(stack.gx[layer]))});
+        call_torch("aten::linear", "out",
+                   std::array{from(input), from(stack.w_ih[layer]), from(bias),
+                              from(chunk.of(stack.gx[layer]))});
       },
       [&](size_t layer, const Chunk& chunk, void* stream) {
         kernel.launch(part(stack.layers[layer], chunk, sizes, scan.element_bytes), shape, stream);
@@ -175,7 +168,8 @@ void run_backward(const StackScan& scan, const BackwardStack& stack,
         const int64_t facing = sizes.gates * stack.layers[layer].pitch;
         gates = torch::stable::narrow(gates, 1, gates.size(1) - facing, facing);
         const Tensor grad = chunk.of(stack.grad_ys[layer]);
-        call("aten::mm", "out", std::array{from(gates), from(stack.w_ih[layer + 1]), from(grad)});
+        call_torch("aten::mm", "out",
+                   std::array{from(gates), from(stack.w_ih[layer + 1]), from(grad)});
         if (!scan.kept.empty()) drop(grad, chunk.of(scan.kept[layer]), scan.scale, grad);
       },
       [&](size_t number, const Chunk& chunk, void* stream) {

@@ -11,9 +11,9 @@
 #include <exception>
 #include <optional>
 
-#include "../torch_compat.h"
 #include "check_cuda.h"
 #include "graph.h"
+#include "torch_call.h"
 
 namespace fused_rnn {
 namespace {
@@ -41,13 +41,15 @@ class Product {
 #if defined(FUSED_RNN_EMULATED)
     // torch's CPU products have no output wider than the operands.
     emulator::give(emulator::torch_stream, [*this] {
-      call("out", std::array{from(torch::stable::to(a_, ScalarType::Float)), from(b_), from(out_)});
+      call_torch(name_, "out",
+                 std::array{from(torch::stable::to(a_, ScalarType::Float)), from(b_), from(out_)});
     });
 #else
     if (is_float_) {
-      call("out", std::array{from(a_), from(b_), from(out_)});
+      call_torch(name_, "out", std::array{from(a_), from(b_), from(out_)});
     } else {
-      call("dtype_out", std::array{from(a_), from(b_), from(ScalarType::Float), from(out_)});
+      call_torch(name_, "dtype_out",
+                 std::array{from(a_), from(b_), from(ScalarType::Float), from(out_)});
     }
 #endif
   }
@@ -55,12 +57,6 @@ class Product {
  private:
   static Tensor one(const Tensor& tensor) {
     return tensor.size(0) == 1 ? torch::stable::select(tensor, 0, 0) : tensor;
-  }
-
-  template <size_t count>
-  void call(const char* overload, std::array<StableIValue, count> stack) const {
-    FUSED_RNN_TORCH_CHECK(torch_call_dispatcher(name_, overload, stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // takes what is returned, and drops it
   }
 
   Tensor a_, b_, out_;
