@@ -117,7 +117,7 @@ inline constexpr std::array kGruForward2 = {
     ForwardTile{256, 4, 2, 2, 2, 7, 4},
     ForwardTile{384, 8, 1, 2, 4, 3, 4},
     ForwardTile{512, 16, 1, 2, 4, 8, 4},
-    ForwardTile{512, 16, 2, 2, 4, 8, 4},
+    ForwardTile{512, 16, 2, 2, 4, 7, 4},
     ForwardTile{640, 16, 1, 1, 2, 6, 4},
     ForwardTile{768, 16, 1, 2, 4, 7, 4},
     ForwardTile{512, 32, 1, 2, 8, 4, 4, true},
