@@ -66,6 +66,8 @@ constexpr KernelsOf<Element> table(const char* name) {
   kernels.parts = kParts;
   kernels.chunk_bytes = kChunkBytes;
   kernels.chunk_rows = kChunkRows;
+  kernels.small_chunk_bytes = kSmallChunkBytes;
+  kernels.small_chunk_rows = kSmallChunkRows;
   kernels.input_side_bytes = kInputSideBytes;
   kernels.input_side_rows = kInputSideRows;
   kernels.column_words = column_words;

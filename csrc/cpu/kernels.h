@@ -358,6 +358,7 @@ struct KernelsOf {
   // The gradients of so many bytes of gates become those of x and the weights at a time, but of so
   // many rows at least.
   int64_t chunk_bytes, chunk_rows;
+  int64_t small_chunk_bytes, small_chunk_rows;  // where weights are small
   // Of the input side a thread computes so many bytes at a time, but so many rows at least.
   int64_t input_side_bytes, input_side_rows;
   // Words of a column of a packed matrix, and of a row of `depth` elements in parts.

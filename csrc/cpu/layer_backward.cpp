@@ -15,6 +15,9 @@ namespace {
 // one memory: RNN (128, 32, 256) needs 20 MiB instead of 24 then, and two more parallel regions.
 constexpr int64_t kPackedTogether = 1 << 19;
 
+// Weights of so many floats in all, 1.25 MiB, are small: their gradients are added to cheaply.
+constexpr int64_t kSmallWeights = 5 << 16;
+
 // Whether weights are multiplied where they lie.
 template <class E>
 bool multiplies_unpacked(const KernelsOf<E>& isa, const LayerShape& s) {
@@ -41,6 +44,16 @@ std::vector<Chunk> make_chunks(const RowLayout& rows, int64_t limit) {
     first_row += batch;
   }
   return chunks;
+}
+
+// How many rows a chunk has, about. Not by the number of threads, on which no bit depends.
+template <class E>
+int64_t rows_of_chunk(const KernelsOf<E>& isa, const LayerShape& s) {
+  const int64_t gates = cell_sizes(s.cell).gates * s.hidden;
+  const bool small = s.directions * gates * (s.input + s.output) <= kSmallWeights;
+  const int64_t least = small ? isa.small_chunk_rows : isa.chunk_rows;
+  return rows_for(small ? isa.small_chunk_bytes : isa.chunk_bytes, grad_width(s),
+                  s.normed ? least / 2 : least);
 }
 
 // Whether the gradient of h0 is a product of its own, after the scan.
@@ -290,8 +303,7 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
     prepare_result(call.grads[d].w_ih, sizes.gates * s.hidden * s.input);
     prepare_result(call.grads[d].w_hh, sizes.gates * s.hidden * s.output);
   }
-  const std::vector<Chunk> chunks =
-      make_chunks(s.rows, rows_for(isa.chunk_bytes, width, isa.chunk_rows / (s.normed ? 2 : 1)));
+  const std::vector<Chunk> chunks = make_chunks(s.rows, rows_of_chunk(isa, s));
   int64_t most_rows = 0;
   for (const Chunk& chunk : chunks) most_rows = std::max(most_rows, chunk.rows);
   const auto rounds = static_cast<int64_t>(chunks.size());
