@@ -110,12 +110,20 @@ def _small_batches(cell: str) -> list[LayerCase]:
 
 
 def _in_chunks(cell: str) -> list[LayerCase]:
-    """Whose gradients of gates, more than 8 MiB, become those of the weights in two rounds."""
+    """Whose gradients of gates become those of the weights in more than one round: of small weights
+    more than 1 MiB, of others more than 8."""
     gates = CELLS[cell].gates
     units = 45 if gates > 1 else 130
-    case = LayerCase(cell, 60, 300, 9, units, directions=2)
-    assert 4 * case.timesteps * case.batch_size * gates * units > 8 << 20
-    cases = [case, replace(case, proj_size=17)] if CELLS[cell].has_c else [case]
+    small = LayerCase(cell, 30, 129, 9, units, directions=2)
+    units = {1: 410, 3: 237, 4: 200}[gates]
+    large = LayerCase(cell, {1: 18, 3: 11, 4: 10}[gates], 300, units + 10, units)
+    for case, least, is_small in ((small, 1 << 20, True), (large, 8 << 20, False)):
+        assert 4 * case.timesteps * case.batch_size * gates * case.hidden_size > least
+        weights = case.directions * gates * case.hidden_size * (case.input_size + case.hidden_size)
+        assert (weights <= 5 << 16) == is_small  # kSmallWeights of layer_backward.cpp
+    cases = [small, replace(small, proj_size=17)] if CELLS[cell].has_c else [small]
+    if cell != "rnn_relu":  # of so many sums some lie so near to zero that rounding turns them off
+        cases.append(large)
     return [*cases, *_in_bfloat16(cases)]
 
 
