@@ -1,6 +1,5 @@
 // Inference in one call, and a layer's training in two: what the library's operators and the direct
-// calls of Python (csrc/python) share. Plain, so that the border to Python needs nothing
-// of torch.
+// calls of Python (csrc/python) share. Plain, so that the border to Python needs nothing of torch.
 #pragma once
 
 #include <algorithm>

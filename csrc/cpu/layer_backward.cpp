@@ -46,14 +46,18 @@ std::vector<Chunk> make_chunks(const RowLayout& rows, int64_t limit) {
   return chunks;
 }
 
+// Of so many steps chunks of small weights are at least: more threads wait longer for each other.
+constexpr int64_t kSmallChunkSteps = 8;
+
 // How many rows a chunk has, about. Not by the number of threads, on which no bit depends.
 template <class E>
 int64_t rows_of_chunk(const KernelsOf<E>& isa, const LayerShape& s) {
+  const int64_t width = grad_width(s), of_rows = s.normed ? 2 : 1;
+  const int64_t most = rows_for(isa.chunk_bytes, width, isa.chunk_rows / of_rows);
   const int64_t gates = cell_sizes(s.cell).gates * s.hidden;
-  const bool small = s.directions * gates * (s.input + s.output) <= kSmallWeights;
-  const int64_t least = small ? isa.small_chunk_rows : isa.chunk_rows;
-  return rows_for(small ? isa.small_chunk_bytes : isa.chunk_bytes, grad_width(s),
-                  s.normed ? least / 2 : least);
+  if (s.directions * gates * (s.input + s.output) > kSmallWeights) return most;
+  const int64_t few = rows_for(isa.small_chunk_bytes, width, isa.small_chunk_rows / of_rows);
+  return std::min(most, std::max(few, kSmallChunkSteps * s.rows.batch));
 }
 
 // Whether the gradient of h0 is a product of its own, after the scan.
@@ -117,24 +121,6 @@ class Products {
 
   int64_t rotate() const { return rotate_; }
 
-  void grad_x(int64_t d, const Chunk& chunk, const E* grad_gates, bool accumulate) const {
-    if (!call_.grad_x) return;
-    const LayerShape& s = call_.shape;
-    E* grad_x = call_.grad_x + chunk.first_row * s.input;
-    if (multiplies_unpacked(isa_, s)) {
-      return multiply_unpacked(isa_.unpacked_input, grad_gates + input_side_, chunk.rows,
-                               call_.weights[d].w_ih, s.input, 0, grad_x, accumulate);
-    }
-    const InputGradParamsOf<E> p{grad_gates + input_side_, width_, w_ih_[d], grad_x, accumulate};
-    work_.run(
-        chunk.rows,
-        [&](int64_t begin, int64_t end) {
-          typename LayerCall<E>::OwnMemory own(work_.operand_words(p.w_ih, end - begin));
-          isa_.input_grad(p, begin, end, own.data());
-        },
-        16);
-  }
-
   // Of a single step, where that is a product of its own.
   void grad_initial_state(int64_t d, const E* grad_gates) const {
     const LayerShape& s = call_.shape;
@@ -143,12 +129,15 @@ class Products {
                       rotate_, call_.grad_h0 + d * s.count * s.hidden, went_round);
   }
 
-  void grad_weights(int64_t d, const BackwardParamsOf<E>& scanned, int64_t round) const {
+  // Of x, which are added to what is there if `adds_to_x`, and of the weights.
+  void grads(int64_t d, const BackwardParamsOf<E>& scanned, int64_t round, bool adds_to_x) const {
     const bool accumulate = round > 0, last = round + 1 == rounds_;
     const auto [sums_ih, sums_hh, sums_hr] = matrix_sums_[d];
     const WeightGradsOf<E>& g = call_.grads[d];
-    if (!g.any()) return;
     const Chunk& chunk = scanned.chunk[d];
+    std::vector<Part> first;
+    if (call_.grad_x) grad_x(d, chunk, scanned.grad_gates[d], adds_to_x, first);
+    if (!g.any()) return work_.run_together(first);
     const bool normed = call_.shape.normed;
     const E *grad_gates = scanned.grad_gates[d], *grad_h = scanned.grad_h[d];
     const E* grad_sums = normed ? scanned.grad_sums[d] : grad_gates;
@@ -187,7 +176,9 @@ class Products {
     }
     if (!products.empty() || (!normed && (g.b_ih || g.b_hh))) {
       multiply({grad_gates, chunk.rows, width_, transposed_, stride_, parts_, sums_[d], accumulate},
-               products);
+               products, std::move(first));
+    } else {
+      work_.run_together(first);
     }
     if (g.peephole) {
       const PeepholeGradParamsOf<E> p{&call_, chunk, d, grad_sums, g.peephole, accumulate};
@@ -233,11 +224,30 @@ class Products {
               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 
-  // Transposes and packs, then multiplies: everything, or product after product.
-  void multiply(const TransposeParamsOf<E>& grads, std::vector<Product> products) const {
-    std::vector<Part> preparations = {
-        {ceil_div(grads.width, isa_.width),
-         [&](int64_t begin, int64_t end) { isa_.transpose(grads, begin, end); }}};
+  // As a part of the work before the products of the weights' gradients; or at once.
+  void grad_x(int64_t d, const Chunk& chunk, const E* grad_gates, bool accumulate,
+              std::vector<Part>& parts) const {
+    const LayerShape& s = call_.shape;
+    E* grad_x = call_.grad_x + chunk.first_row * s.input;
+    if (multiplies_unpacked(isa_, s)) {
+      return multiply_unpacked(isa_.unpacked_input, grad_gates + input_side_, chunk.rows,
+                               call_.weights[d].w_ih, s.input, 0, grad_x, accumulate);
+    }
+    const InputGradParamsOf<E> p{grad_gates + input_side_, width_, w_ih_[d], grad_x, accumulate};
+    parts.push_back({chunk.rows, [this, p](int64_t begin, int64_t end) {
+                       typename LayerCall<E>::OwnMemory own(
+                           work_.operand_words(p.w_ih, end - begin));
+                       isa_.input_grad(p, begin, end, own.data());
+                     }});
+  }
+
+  // Transposes and packs, then multiplies: everything, or product after product. `preparations` are
+  // of other things that may be done meanwhile.
+  void multiply(const TransposeParamsOf<E>& grads, std::vector<Product> products,
+                std::vector<Part> preparations = {}) const {
+    preparations.push_back({ceil_div(grads.width, isa_.width), [&](int64_t begin, int64_t end) {
+                              isa_.transpose(grads, begin, end);
+                            }});
     std::vector<Part> multiplications;
     const auto flush = [&] {
       work_.run_together(std::exchange(preparations, {}));
@@ -354,8 +364,7 @@ void layer_backward(const KernelsOf<E>& isa, const BackwardCallOf<E>& call,
       // The direction that comes to a chunk second adds to what the first has left in grad_x.
       const bool second =
           s.directions == 2 && (d == 0 ? 2 * round >= rounds : 2 * round + 1 >= rounds);
-      products.grad_x(d, p.chunk[d], p.grad_gates[d], second);
-      products.grad_weights(d, p, round);
+      products.grads(d, p, round, second);
     }
   }
   for (int64_t d = 0; d < s.directions; d++) products.grad_biases(d);
